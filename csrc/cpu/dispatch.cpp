@@ -1,0 +1,38 @@
+#include <stdlib.h>
+#include <string.h>
+
+#include "tile.h"
+
+namespace rose {
+namespace cpu {
+
+extern const TileKernels tile_kernels_default;
+
+#if defined(__x86_64__)
+extern const TileKernels tile_kernels_avx2;
+extern const TileKernels tile_kernels_avx512;
+
+static const TileKernels& choose() {
+  const char* cap = getenv("ATEN_CPU_CAPABILITY");
+  const bool only_default = cap && strcmp(cap, "default") == 0;
+  const bool at_most_avx2 = cap && strcmp(cap, "avx2") == 0;
+  __builtin_cpu_init();
+  if (!only_default && !at_most_avx2 && __builtin_cpu_supports("avx512f") &&
+      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512cd")) {
+    return tile_kernels_avx512;
+  }
+  if (!only_default && __builtin_cpu_supports("avx2")) return tile_kernels_avx2;
+  return tile_kernels_default;
+}
+#else
+static const TileKernels& choose() { return tile_kernels_default; }
+#endif
+
+const TileKernels& tile_kernels() {
+  static const TileKernels& chosen = choose();
+  return chosen;
+}
+
+}  // namespace cpu
+}  // namespace rose

@@ -1,0 +1,308 @@
+#include "ops_cpu.h"
+
+#include <cmath>
+#include <cstring>
+#include <mutex>
+
+#include "segments.h"
+#include "select.h"
+
+namespace rose {
+namespace cpu {
+namespace {
+
+// Columns of the hyperparameter table, as in rose_ops/reference.py.
+enum Column { kBeta1, kBeta2, kEps, kWeightDecay, kSign, kSelective, kColumns };
+
+void check_table(const Tensor& tensor, ScalarType dtype, int64_t numel, const char* name) {
+  STD_TORCH_CHECK(tensor.is_cpu() && tensor.is_contiguous() && tensor.scalar_type() == dtype &&
+                      tensor.numel() == numel,
+                  name, " must be a contiguous CPU tensor of ", torch::headeronly::toString(dtype),
+                  " with ", numel, " elements");
+}
+
+// The group table and each tensor's row in it.
+class Groups {
+ public:
+  Groups(const Tensor& hyper, const Tensor& group, size_t tensors)
+      : count_(hyper.numel() / kColumns) {
+    check_table(hyper, ScalarType::Double, count_ * kColumns, "hyper");
+    check_table(group, ScalarType::Long, static_cast<int64_t>(tensors), "group");
+    hyper_ = hyper.const_data_ptr<double>();
+    group_ = group.const_data_ptr<int64_t>();
+    for (size_t i = 0; i < tensors; ++i) {
+      STD_TORCH_CHECK(group_[i] >= 0 && group_[i] < count_, "group[", i, "] is ", group_[i],
+                      "; expected a row of hyper, which has ", count_);
+    }
+  }
+
+  int64_t count() const { return count_; }
+  int64_t row(size_t i) const { return group_[i]; }
+  double get(size_t i, Column column) const { return hyper_[group_[i] * kColumns + column]; }
+  float alpha(size_t i) const { return static_cast<float>(1.0 - get(i, kBeta1)); }
+
+ private:
+  int64_t count_;
+  const double* hyper_;
+  const int64_t* group_;
+};
+
+float scalar_or(const std::optional<Tensor>& tensor, float otherwise, const char* name) {
+  if (!tensor) return otherwise;
+  check_table(*tensor, ScalarType::Float, 1, name);
+  return *tensor->const_data_ptr<float>();
+}
+
+Selection read_selection(const Tensor& tensor) {
+  check_table(tensor, ScalarType::Long, 8, "selection");
+  Selection selection;
+  std::memcpy(&selection, tensor.const_data_ptr(), sizeof selection);
+  return selection;
+}
+
+std::vector<Role> risk_roles(const std::vector<Tensor>& grads, const std::vector<Tensor>& exp_avgs) {
+  std::vector<Role> roles{{"grads", &grads, false}};
+  if (!exp_avgs.empty()) roles.push_back({"exp_avgs", &exp_avgs, false});
+  return roles;
+}
+
+RiskSource risk_source(const Segments& segments, const Groups& groups, bool second_order,
+                       bool rank_inactive, const std::optional<Tensor>& inv_scale) {
+  RiskSource source{segments, second_order, rank_inactive, scalar_or(inv_scale, 1.0f, "inv_scale"), {}};
+  source.alpha.resize(segments.size());
+  for (size_t i = 0; i < segments.size(); ++i) source.alpha[i] = groups.alpha(i);
+  return source;
+}
+
+// A captured mask of one tensor: bits, one answer for all of it, or none (all selected).
+struct Mask {
+  const uint8_t* bits = nullptr;
+  bool all = true;
+};
+
+std::vector<Mask> read_masks(const std::vector<Tensor>& tensors, const Segments& segments,
+                             const char* name) {
+  std::vector<Mask> masks(tensors.size());
+  STD_TORCH_CHECK(tensors.empty() || tensors.size() == segments.size(), name, " has ", tensors.size(),
+                  " tensors; expected none or one for each of ", segments.size(), " parameters");
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    const int64_t numel = tensors[i].numel();
+    const bool is_bool = tensors[i].scalar_type() == ScalarType::Bool;
+    if (numel == 0) continue;
+    check_table(tensors[i], is_bool ? ScalarType::Bool : ScalarType::Byte,
+                is_bool ? 1 : (segments[i].n + 7) / 8, name);
+    const auto* data = static_cast<const uint8_t*>(tensors[i].const_data_ptr());
+    if (is_bool) {
+      masks[i].all = *data != 0;
+    } else {
+      masks[i].bits = data;
+    }
+  }
+  return masks;
+}
+
+Update make_update(const Groups& groups, size_t i, double lr, double step, double gamma) {
+  Update u;
+  const double beta1 = groups.get(i, kBeta1), beta2 = groups.get(i, kBeta2);
+  u.beta1 = static_cast<float>(beta1);
+  u.c1 = static_cast<float>(1.0 - beta1);
+  u.beta2 = static_cast<float>(beta2);
+  u.c2 = static_cast<float>(1.0 - beta2);
+  u.eps = static_cast<float>(groups.get(i, kEps));
+  u.inv_root_bias2 = static_cast<float>(1.0 / std::sqrt(1.0 - std::pow(beta2, step)));
+  const double weights[4] = {0.0, gamma, 1.0 - gamma, 1.0};
+  for (int kind = 0; kind < 4; ++kind) {
+    u.m[kind] = static_cast<float>(weights[kind]);
+    u.complement[kind] = static_cast<float>(weights[3 - kind]);
+    u.step_size[kind] = static_cast<float>(lr * weights[kind] / (1.0 - std::pow(beta1, step)));
+    u.decay[kind] =
+        static_cast<float>(1.0 - lr * weights[kind] * groups.get(i, kWeightDecay));
+  }
+  return u;
+}
+
+}  // namespace
+
+Tensor select(std::vector<Tensor> grads, std::vector<Tensor> exp_avgs, Tensor hyper, Tensor group,
+              std::optional<Tensor> inv_scale, int64_t upper, int64_t lower, bool rank_inactive,
+              bool approx) {
+  FpMode mode;
+  constexpr int64_t kOne = 1000000000;
+  STD_TORCH_CHECK(0 <= lower && lower < upper && upper <= kOne, "expected 0 <= lower < upper <= ", kOne,
+                  " (units of 1e-9); got lower ", lower, " and upper ", upper);
+  const Segments segments(risk_roles(grads, exp_avgs));
+  const Groups groups(hyper, group, segments.size());
+  const Selection selection =
+      select(risk_source(segments, groups, !exp_avgs.empty(), rank_inactive, inv_scale), upper, lower,
+             approx);
+  Tensor result = torch::stable::empty({8}, ScalarType::Long);
+  std::memcpy(result.mutable_data_ptr(), &selection, sizeof selection);
+  return result;
+}
+
+void capture_(std::vector<Tensor> masks, std::vector<Tensor> grads, std::vector<Tensor> exp_avgs,
+              Tensor hyper, Tensor group, std::optional<Tensor> inv_scale, Tensor selection,
+              bool rank_inactive) {
+  FpMode mode;
+  const Segments segments(risk_roles(grads, exp_avgs));
+  const Groups groups(hyper, group, segments.size());
+  const RiskSource source =
+      risk_source(segments, groups, !exp_avgs.empty(), rank_inactive, inv_scale);
+  const Bounds bounds = read_selection(selection).bounds();
+  STD_TORCH_CHECK(masks.size() == segments.size(), "masks has ", masks.size(),
+                  " tensors; expected one for each of ", segments.size(), " gradients");
+  std::vector<uint8_t*> bits(masks.size());
+  for (size_t i = 0; i < masks.size(); ++i) {
+    check_table(masks[i], ScalarType::Byte, (segments[i].n + 7) / 8, "masks");
+    bits[i] = masks[i].mutable_data_ptr<uint8_t>();
+  }
+  struct State {
+    float values[3 * kTile];
+    uint32_t keys[kTile];
+  };
+  segments.for_each_tile([] { return State(); },
+                         [&](State& state, size_t index, int64_t start, int n) {
+                           source.keys(index, start, n, state.values, state.keys);
+                           tile_kernels().pack(state.keys, n, bounds, bits[index] + start / 8);
+                         },
+                         [](State&) {});
+}
+
+Tensor adamw_(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Tensor> exp_avgs,
+              std::vector<Tensor> exp_avg_sqs, std::vector<Tensor> steps,
+              std::vector<Tensor> first_masks, std::vector<Tensor> second_masks,
+              std::optional<Tensor> selection, Tensor lr, Tensor hyper, Tensor group, Tensor offsets,
+              std::optional<Tensor> inv_scale, std::optional<Tensor> found_inf, double gamma,
+              bool rank_inactive, int64_t seed) {
+  FpMode mode;
+  const Segments segments({{"params", &params, true},
+                           {"grads", &grads, false},
+                           {"exp_avgs", &exp_avgs, true},
+                           {"exp_avg_sqs", &exp_avg_sqs, true}});
+  const size_t count = segments.size();
+  const Groups groups(hyper, group, count);
+  check_table(lr, ScalarType::Double, groups.count(), "lr");
+  check_table(offsets, ScalarType::Long, static_cast<int64_t>(count), "offsets");
+  STD_TORCH_CHECK(steps.size() == count, "steps has ", steps.size(),
+                  " tensors; expected one for each of ", count, " parameters");
+  for (const Tensor& step : steps) check_table(step, ScalarType::Float, 1, "steps");
+  STD_TORCH_CHECK(!selection || second_masks.empty(),
+                  "both selection and second_masks are given; expected one second-order mask");
+  const std::vector<Mask> first = read_masks(first_masks, segments, "first_masks");
+  const std::vector<Mask> second = read_masks(second_masks, segments, "second_masks");
+  const Bounds bounds = selection ? read_selection(*selection).bounds() : Bounds{-1, -1};
+  const bool has_second = selection || !second.empty();
+  const bool fractional = !first.empty() && has_second;
+  const float unscale = scalar_or(inv_scale, 1.0f, "inv_scale");
+  for (size_t i = 0; i < count; ++i) {
+    STD_TORCH_CHECK(groups.get(i, kSelective) == 0 || !first.empty() || has_second, "params[", i,
+                    "] is selective; expected first_masks, second_masks or a selection");
+  }
+
+  Tensor result = torch::stable::empty({2}, ScalarType::Long);
+  int64_t* totals = result.mutable_data_ptr<int64_t>();
+  totals[0] = totals[1] = 0;
+  if (scalar_or(found_inf, 0.0f, "found_inf") != 0) return result;
+
+  const double* lrs = lr.const_data_ptr<double>();
+  const int64_t* offset = offsets.const_data_ptr<int64_t>();
+  std::vector<Update> updates(count);
+  std::vector<uint32_t> random_keys(count);
+  for (size_t i = 0; i < count; ++i) {
+    const float step = *steps[i].mutable_data_ptr<float>() += 1.0f;
+    updates[i] = make_update(groups, i, lrs[groups.row(i)], step, gamma);
+    random_keys[i] = random_key(static_cast<uint32_t>(seed), static_cast<uint32_t>(step));
+  }
+
+  struct State {
+    float p[kTile], g[kTile], m[kTile], v[kTile], scaled[kTile];
+    uint32_t keys[kTile];
+    int32_t kinds[kTile];
+    UpdateCounts counts;
+  };
+  std::mutex mutex;
+  const auto add_kinds = [](const Mask& mask, int weight, int64_t start, int n, int32_t* kinds) {
+    if (mask.bits) return tile_kernels().kinds_from_bits(mask.bits + start / 8, weight, n, kinds);
+    for (int i = 0; i < n; ++i) kinds[i] += mask.all ? weight : 0;
+  };
+  const auto body = [&](State& state, size_t index, int64_t start, int n) {
+    const TileKernels& kernels = tile_kernels();
+    const Segment& segment = segments[index];
+    const std::vector<Operand>& operands = segment.operands;
+    float* p = load(segment, operands[0], start, n, state.p);
+    const float* g = load(segment, operands[1], start, n, state.g);
+    float* m = load(segment, operands[2], start, n, state.m);
+    float* v = load(segment, operands[3], start, n, state.v);
+    const float factor = static_cast<float>(groups.get(index, kSign)) * unscale;
+    if (factor != 1.0f) {
+      kernels.scale(g, factor, n, state.scaled);
+      g = state.scaled;
+    }
+    if (groups.get(index, kSelective) == 0) {
+      kernels.adamw(p, m, v, g, n, updates[index]);
+      state.counts.updated += n;
+    } else {
+      std::memset(state.kinds, 0, sizeof(int32_t) * n);
+      if (!first.empty()) add_kinds(first[index], has_second ? 1 : 3, start, n, state.kinds);
+      if (selection) {
+        kernels.second_order_keys(g, m, groups.alpha(index), rank_inactive, n, state.keys);
+        kernels.kinds_from_keys(state.keys, bounds, fractional ? 2 : 3, n, state.kinds);
+      } else if (has_second) {
+        add_kinds(second[index], fractional ? 2 : 3, start, n, state.kinds);
+      }
+      kernels.mask_nonfinite(g, m, n, state.kinds, state.counts);
+      kernels.masked_adamw(p, m, v, g, state.kinds, fractional, n, updates[index]);
+    }
+    store(segment, operands[0], start, n, p);
+    store(segment, operands[2], start, n, m);
+    if (operands[3].dtype == Dtype::kBFloat16) {
+      store_stochastic(segment, operands[3], start, n, v, random_keys[index], offset[index] + start);
+    } else {
+      store(segment, operands[3], start, n, v);
+    }
+  };
+  segments.for_each_tile([] { return State(); }, body,
+                         [&](State& state) {
+                           std::lock_guard<std::mutex> lock(mutex);
+                           totals[0] += state.counts.updated;
+                           totals[1] += state.counts.nonfinite;
+                         });
+  return result;
+}
+
+Tensor tensor_norms(std::vector<Tensor> tensors, std::optional<Tensor> inv_scale) {
+  FpMode mode;
+  const Segments segments({{"tensors", &tensors, false}});
+  const float factor = scalar_or(inv_scale, 1.0f, "inv_scale");
+  std::vector<double> sums(static_cast<size_t>(segments.tiles()));
+  struct State {
+    float values[2 * kTile];
+  };
+  segments.for_each_tile([] { return State(); },
+                         [&](State& state, size_t index, int64_t start, int n) {
+                           const Segment& segment = segments[index];
+                           const float* x = load(segment, segment.operands[0], start, n, state.values);
+                           if (factor != 1.0f) {
+                             tile_kernels().scale(x, factor, n, state.values + kTile);
+                             x = state.values + kTile;
+                           }
+                           sums[static_cast<size_t>(segment.first_tile + start / kTile)] =
+                               tile_kernels().sum_of_squares(x, n);
+                         },
+                         [](State&) {});
+  const int64_t count = static_cast<int64_t>(segments.size());
+  Tensor result = torch::stable::empty({count}, ScalarType::Float);
+  float* norms = result.mutable_data_ptr<float>();
+  for (int64_t i = 0; i < count; ++i) {
+    const Segment& segment = segments[static_cast<size_t>(i)];
+    double sum = 0;
+    for (int64_t t = 0; t * kTile < segment.n; ++t) {
+      sum += sums[static_cast<size_t>(segment.first_tile + t)];
+    }
+    norms[i] = static_cast<float>(std::sqrt(sum));
+  }
+  return result;
+}
+
+}  // namespace cpu
+}  // namespace rose

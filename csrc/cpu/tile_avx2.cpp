@@ -1,0 +1,22 @@
+#if defined(__x86_64__)
+
+#include "tile.h"
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2")
+#endif
+
+#define ROSE_ISA tile_kernels_avx2
+#define ROSE_ISA_NAME "avx2"
+#include "tile.inl"
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+
+#endif

@@ -1,0 +1,22 @@
+#if defined(__x86_64__)
+
+#include "tile.h"
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512cd"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512cd,prefer-vector-width=512")
+#endif
+
+#define ROSE_ISA tile_kernels_avx512
+#define ROSE_ISA_NAME "avx512"
+#include "tile.inl"
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+
+#endif

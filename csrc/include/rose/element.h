@@ -1,0 +1,189 @@
+// The arithmetic of one element: risk keys, selection, masked AdamW, narrowing. Written once, for the
+// host (C++17) and the device (CUDA). Every product, sum, quotient and root below is one IEEE
+// round-to-nearest operation: build with -ffp-contract=off (host); the device uses the _rn intrinsics.
+#pragma once
+
+#include <stdint.h>
+
+#if defined(__CUDACC__)
+#define ROSE_INLINE static __host__ __device__ __forceinline__
+#else
+#define ROSE_INLINE static inline __attribute__((always_inline))
+#endif
+
+namespace rose {
+// Functions are static: this header is compiled once per instruction set, and a linker that merged the
+// copies could hand AVX-512 code to a CPU without it.
+
+// ---------------------------------------------------------------------------------------------- bits
+
+ROSE_INLINE uint32_t float_bits(float x) {
+#if defined(__CUDA_ARCH__)
+  return __float_as_uint(x);
+#else
+  uint32_t u;
+  __builtin_memcpy(&u, &x, 4);
+  return u;
+#endif
+}
+
+ROSE_INLINE float bits_float(uint32_t u) {
+#if defined(__CUDA_ARCH__)
+  return __uint_as_float(u);
+#else
+  float x;
+  __builtin_memcpy(&x, &u, 4);
+  return x;
+#endif
+}
+
+constexpr uint32_t kInfinityBits = 0x7F800000u;
+
+// Class tests look at bits, so that no floating-point mode can change their answer.
+ROSE_INLINE uint32_t abs_bits(float x) { return float_bits(x) & 0x7FFFFFFFu; }
+
+// ---------------------------------------------------------------------------------------- operations
+
+#if defined(__CUDA_ARCH__)
+ROSE_INLINE float mul(float a, float b) { return __fmul_rn(a, b); }
+ROSE_INLINE float add(float a, float b) { return __fadd_rn(a, b); }
+ROSE_INLINE float sub(float a, float b) { return __fsub_rn(a, b); }
+ROSE_INLINE float div(float a, float b) { return __fdiv_rn(a, b); }
+ROSE_INLINE float root(float a) { return __fsqrt_rn(a); }
+#else
+ROSE_INLINE float mul(float a, float b) { return a * b; }
+ROSE_INLINE float add(float a, float b) { return a + b; }
+ROSE_INLINE float sub(float a, float b) { return a - b; }
+ROSE_INLINE float div(float a, float b) { return a / b; }
+ROSE_INLINE float root(float a) { return __builtin_sqrtf(a); }
+#endif
+
+// --------------------------------------------------------------------------------------------- risks
+
+// A risk is a non-negative float, whose bit pattern orders as its value does: that is its key.
+// Elements outside the ranking have keys above 2^31, which a signed comparison puts below all others.
+constexpr uint32_t kInactiveKey = 0x80000000u;
+constexpr uint32_t kNonfiniteKey = 0x80100000u;
+
+// Eq. 2: r = |g|.
+ROSE_INLINE uint32_t first_order_key(float g, bool rank_inactive) {
+  const uint32_t a = abs_bits(g);
+  const uint32_t key = (a == 0 && !rank_inactive) ? kInactiveKey : a;
+  return a < kInfinityBits ? key : kNonfiniteKey;
+}
+
+// Eq. 4: r = |alpha |g| / |m| - 1|; with rank_inactive, where m == 0: inf, or 1 if g == 0 too.
+ROSE_INLINE uint32_t second_order_key(float g, float m, float alpha, bool rank_inactive) {
+  const uint32_t ag = abs_bits(g), am = abs_bits(m);
+  const float ratio = div(mul(alpha, bits_float(ag)), bits_float(am));
+  const uint32_t ranked = abs_bits(sub(ratio, 1.0f));
+  const uint32_t literal = ag == 0 ? 0x3F800000u : kInfinityBits;
+  const uint32_t inactive = rank_inactive ? literal : kInactiveKey;
+  const uint32_t key = am == 0 ? inactive : ranked;
+  return ((ag < kInfinityBits) & (am < kInfinityBits)) ? key : kNonfiniteKey;
+}
+
+// floor(fraction * n) for a fraction in units of 1e-9 (Eq. 3), without overflow for any int64 n >= 0.
+ROSE_INLINE int64_t rank_of(int64_t fraction, int64_t n) {
+  constexpr int64_t unit = 1000000000;
+  return fraction * (n / unit) + fraction * (n % unit) / unit;
+}
+
+// tau_l < r <= tau_h, or inactive. -1 for `high`: nothing ranked; -1 for `low`: no lower bound.
+struct Bounds {
+  int32_t high, low;
+};
+
+ROSE_INLINE bool is_selected(uint32_t key, Bounds bounds) {
+  const int32_t k = (int32_t)key;
+  return ((k > bounds.low) & (k <= bounds.high)) | (key == kInactiveKey);
+}
+
+// ------------------------------------------------------------------------------------- masked AdamW
+
+// The constants of one update: one tensor (its group's hyperparameters, its step).
+struct Update {
+  float beta1, c1;  // c1 = float32(1.0 - beta1), not 1f - beta1
+  float beta2, c2;
+  float eps;
+  float inv_root_bias2;  // 1 / sqrt(1 - beta2^t)
+  // By kind of mask, M = 0, gamma, 1 - gamma, 1: M, 1 - M, lr*M / (1 - beta1^t), 1 - lr*M*weight_decay
+  float m[4], complement[4], step_size[4], decay[4];
+};
+
+// p, m, v of one element in place; `kind` = first bit + 2 * second bit of its mask for an ensemble, or
+// 0 and 3 for a single mask.
+template <bool kFractional>
+ROSE_INLINE void adamw_element(float& p, float& m, float& v, float g, int kind, const Update& u) {
+  const bool off = kind == 0;
+  float gp = off ? m : g;
+  float step_size = u.step_size[3], decay = u.decay[3];
+  if (kFractional) {
+    // Indexing the tables by `kind` would turn into gathers; these turn into blends.
+    const bool is_gamma = kind == 1, is_rest = kind == 2;
+    const float w = is_gamma ? u.m[1] : u.m[2], c = is_gamma ? u.complement[1] : u.complement[2];
+    const float blend = add(mul(w, g), mul(c, m));
+    gp = (uint32_t)(kind - 1) < 2u ? blend : gp;
+    step_size = is_gamma ? u.step_size[1] : is_rest ? u.step_size[2] : step_size;
+    decay = is_gamma ? u.decay[1] : is_rest ? u.decay[2] : decay;
+  }
+  const float m1 = add(mul(u.beta1, m), mul(u.c1, gp));
+  const float m_new = off ? m : m1;
+  const float v_new = add(mul(u.beta2, v), mul(u.c2, mul(gp, gp)));
+  const float denom = add(mul(root(v_new), u.inv_root_bias2), u.eps);
+  const float p1 = sub(mul(p, decay), mul(step_size, div(m_new, denom)));
+  p = off ? p : p1;
+  m = m_new;
+  v = v_new;
+}
+
+// ----------------------------------------------------------------------------------------- narrowing
+
+ROSE_INLINE float bf16_to_float(uint16_t h) { return bits_float((uint32_t)h << 16); }
+
+// Round to nearest, ties to even, on integers: hardware conversions may flush denormals.
+ROSE_INLINE uint16_t float_to_bf16(float x) {
+  const uint32_t u = float_bits(x);
+  const uint32_t rounded = (u + 0x7FFFu + ((u >> 16) & 1u)) >> 16;
+  return (uint16_t)((u & 0x7FFFFFFFu) > kInfinityBits ? 0x7FC0u : rounded);
+}
+
+// Stochastic rounding: up with the probability that makes the result right on average.
+ROSE_INLINE uint16_t float_to_bf16_stochastic(float x, uint32_t random) {
+  const uint32_t u = float_bits(x);
+  const uint32_t rounded = (u + (random & 0xFFFFu)) >> 16;
+  return abs_bits(x) < kInfinityBits ? (uint16_t)rounded : float_to_bf16(x);
+}
+
+ROSE_INLINE float half_to_float(uint16_t h) {
+  const uint32_t magnitude = h & 0x7FFFu, sign = (uint32_t)(h & 0x8000u) << 16;
+  // Exponent rebias by an exact multiplication, which also normalises the denormals of binary16.
+  const uint32_t finite = float_bits(mul(bits_float(magnitude << 13), 0x1p112f));
+  const uint32_t special = kInfinityBits | (magnitude << 13);
+  return bits_float(sign | (magnitude < 0x7C00u ? finite : special));
+}
+
+ROSE_INLINE uint16_t float_to_half(float x) {
+  const uint32_t u = abs_bits(x), sign = (float_bits(x) >> 16) & 0x8000u;
+  const uint32_t normal = (u - ((127u - 15u) << 23) + 0xFFFu + ((u >> 13) & 1u)) >> 13;
+  // Below 2^-14 an addition aligns the significand: its own rounding is the rounding wanted.
+  const uint32_t denormal = float_bits(add(bits_float(u), 0.5f)) - 0x3F000000u;
+  const uint32_t special = u > kInfinityBits ? 0x7E00u : 0x7C00u;
+  const uint32_t finite = u < 0x38800000u ? denormal : normal;
+  return (uint16_t)(sign | (u < 0x477FF000u ? finite : special));
+}
+
+// 32-bit mixer "lowbias32" (C. Wellons, hash-prospector).
+ROSE_INLINE uint32_t mix(uint32_t x) {
+  x = (x ^ (x >> 16)) * 0x21F0AAADu;
+  x = (x ^ (x >> 15)) * 0xD35A2D97u;
+  return x ^ (x >> 15);
+}
+
+// 32 random bits keyed on (seed, step, global element index): no state, any order, any device.
+ROSE_INLINE uint32_t random_key(uint32_t seed, uint32_t step) { return mix(seed ^ (step * 0x9E3779B9u)); }
+ROSE_INLINE uint32_t random_bits(uint32_t key, uint32_t index_high, uint32_t index_low) {
+  return mix(mix(index_low) + mix(index_high ^ key));
+}
+
+}  // namespace rose

@@ -1,0 +1,342 @@
+"""What ROSE computes, in plain PyTorch: the truth every other backend is compared with.
+
+Source: *ROSE: Robust Selective Fine-tuning for Pre-trained Language Models* (Jiang et al., EMNLP
+2022), equations 1-5 and Algorithm 1.
+
+The functions have the signatures of the operators ``torch.ops.rose_ops.*``, so this module is also
+``backend="reference"``. It favours clarity: it stores every risk, which the kernels never do.
+
+Arguments shared by the functions below (N tensors in G parameter groups):
+
+* ``grads``, ``params``, ...: lists of N tensors of equal shapes, one entry per parameter. The list is
+  one flat index space, each tensor in row-major order.
+* ``hyper``: float64 ``[G, 6]``, see :class:`Hyper`. ``group``: int64 ``[N]``, the row of each tensor.
+* ``inv_scale``: float32 scalar that gradients are multiplied by first (1 / AMP loss scale), or None.
+* ``selection``: int64 ``[8]``, the record that :func:`select` returns, see :class:`Field`.
+
+Masks are bits, 8 elements per byte, lowest bit first; a bool mask of one element speaks for its
+whole tensor, and an empty one selects all of it.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+INFINITY_KEY = 0x7F800000
+INACTIVE_KEY = 1 << 31  # keys of ranked elements have 31 bits
+NONFINITE_KEY = INACTIVE_KEY + (1 << 20)
+APPROX_BITS = 20  # low bits that selection="approx" leaves undecided
+FRACTION_UNIT = 10**9  # the fractions kept are passed as integers of this unit
+
+
+class Hyper(IntEnum):
+    """Columns of the hyperparameter table."""
+
+    BETA1 = 0
+    BETA2 = 1
+    EPS = 2
+    WEIGHT_DECAY = 3
+    SIGN = 4  # -1: maximize
+    SELECTIVE = 5  # 0: plain AdamW
+
+
+class Field(IntEnum):
+    """Entries of a selection record."""
+
+    HIGH = 0  # key of tau_h; -1: nothing ranked is kept
+    LOW = 1  # key of tau_l; -1: no lower bound
+    KEPT = 2  # ranked elements with LOW < key <= HIGH
+    RANKED = 3
+    INACTIVE = 4
+    NONFINITE = 5
+    MISSES = 6  # of selection="bracket"
+    SIZE = 8
+
+
+def float32(x: float) -> float:
+    """``x`` rounded to float32."""
+    return torch.tensor(x, dtype=torch.float64).float().item()
+
+
+def scaled(grad: Tensor, inv_scale: Tensor | None) -> Tensor:
+    """The gradient as float32, unscaled: ``fl(g * inv_scale)``."""
+    g = grad.float()
+    return g if inv_scale is None else g * inv_scale.to(g.device)
+
+
+def risk_key(g: Tensor, m: Tensor | None, alpha: float, rank_inactive: bool) -> Tensor:
+    """Rank key of every element: int64, the bit pattern of its float32 risk.
+
+    First order (``m is None``, Eq. 2): ``r = |g|``. Second order (Eq. 4):
+    ``r = |fl(fl(fl(alpha*|g|) / |m|) - 1)|``. Non-negative floats order as their bit patterns do.
+    Elements with no evidence to rank by (``g == 0`` in first order, ``m == 0`` in second) are
+    ``INACTIVE_KEY``, unless ``rank_inactive``: then their risks are 0, and ``inf`` or (both zero) 1.
+    NaN and inf are ``NONFINITE_KEY``.
+    """
+    g = g.abs()
+    finite = g.isfinite()
+    if m is None:
+        risk, inactive = g, g == 0
+    else:
+        m = m.float().abs()
+        finite = finite & m.isfinite()
+        inactive = m == 0
+        risk = (alpha * g / m - 1).abs()
+        risk = torch.where(inactive, torch.where(g == 0, 1.0, torch.inf), risk)
+    key = risk.contiguous().view(torch.int32).long()
+    if not rank_inactive:
+        key = torch.where(inactive, INACTIVE_KEY, key)
+    return torch.where(finite, key, NONFINITE_KEY)
+
+
+def _keys(
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    hyper: Tensor,
+    group: Tensor,
+    inv_scale: Tensor | None,
+    rank_inactive: bool,
+) -> list[Tensor]:
+    moments = exp_avgs or [None] * len(grads)
+    alphas = [float32(1.0 - beta1) for beta1 in hyper[:, Hyper.BETA1].tolist()]
+    return [
+        risk_key(scaled(g, inv_scale), m, alphas[i], rank_inactive).reshape(-1)
+        for g, m, i in zip(grads, moments, group.tolist(), strict=True)
+    ]
+
+
+def rank_of(fraction: int, n: int) -> int:
+    """``floor(fraction / FRACTION_UNIT * n)``, exactly, in 64-bit integers (Eq. 3)."""
+    return fraction * (n // FRACTION_UNIT) + fraction * (n % FRACTION_UNIT) // FRACTION_UNIT
+
+
+def select(
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    hyper: Tensor,
+    group: Tensor,
+    inv_scale: Tensor | None,
+    upper: int,
+    lower: int,
+    rank_inactive: bool,
+    approx: bool,
+) -> Tensor:
+    """Thresholds of the robust parameters (Eq. 3) and what lies on each side of them.
+
+    First order if ``exp_avgs`` is empty, else second order. ``tau_h`` is the ``k_h``-th smallest
+    ranked risk with ``k_h = floor(upper * ranked)``, ``tau_l`` likewise; ``upper`` and ``lower`` are
+    in units of 1e-9. ``approx`` replaces a threshold by the largest key that shares its leading 11
+    bits.
+
+    Returns:
+        int64 ``[8]``, indexed by :class:`Field`.
+    """
+    keys = torch.cat(
+        [torch.empty(0, dtype=torch.int64)]
+        + _keys(grads, exp_avgs, hyper, group, inv_scale, rank_inactive)
+    )
+    ranked = keys[keys < INACTIVE_KEY].sort().values
+    n = ranked.numel()
+
+    def threshold(fraction: int) -> int:
+        k = rank_of(fraction, n)
+        if k == 0:
+            return -1
+        key = int(ranked[k - 1])
+        return min(key | (1 << APPROX_BITS) - 1, INFINITY_KEY) if approx else key
+
+    high, low = threshold(upper), threshold(lower)
+    record = torch.zeros(Field.SIZE, dtype=torch.int64)
+    record[Field.HIGH], record[Field.LOW] = high, low
+    record[Field.KEPT] = ((ranked > low) & (ranked <= high)).sum()
+    record[Field.RANKED] = n
+    record[Field.INACTIVE] = (keys == INACTIVE_KEY).sum()
+    record[Field.NONFINITE] = (keys == NONFINITE_KEY).sum()
+    return record
+
+
+def is_selected(keys: Tensor, selection: Tensor) -> Tensor:
+    """Bool mask: ``tau_l < r <= tau_h``, or inactive."""
+    inside = (keys > selection[Field.LOW]) & (keys <= selection[Field.HIGH])
+    return inside | (keys == INACTIVE_KEY)
+
+
+def pack(mask: Tensor) -> Tensor:
+    """Bool ``[n]`` to uint8 ``[ceil(n / 8)]``, lowest bit first."""
+    bits = torch.nn.functional.pad(mask.reshape(-1).long(), (0, -mask.numel() % 8)).view(-1, 8)
+    return (bits << torch.arange(8)).sum(1).to(torch.uint8)
+
+
+def unpack(mask: Tensor, n: int) -> Tensor:
+    """A mask of any of the three kinds to bool ``[n]``."""
+    if mask.numel() == 0:
+        return torch.ones(n, dtype=torch.bool)
+    if mask.dtype == torch.bool:
+        return mask.reshape(1).expand(n)
+    return ((mask[:, None] >> torch.arange(8, dtype=torch.uint8)) & 1).bool().reshape(-1)[:n]
+
+
+def capture_(
+    masks: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    hyper: Tensor,
+    group: Tensor,
+    inv_scale: Tensor | None,
+    selection: Tensor,
+    rank_inactive: bool,
+) -> None:
+    """Write the mask of ``selection`` into ``masks``, one bit per element."""
+    keys = _keys(grads, exp_avgs, hyper, group, inv_scale, rank_inactive)
+    for mask, key in zip(masks, keys, strict=True):
+        mask.copy_(pack(is_selected(key, selection)))
+
+
+def hash_u32(index: Tensor, seed: int, step: int) -> Tensor:
+    """32 random bits for each global element index: a counter-based hash of (seed, step, index)."""
+    mask = 0xFFFFFFFF
+
+    def mix(x: Tensor) -> Tensor:  # "lowbias32" (C. Wellons, hash-prospector), mod 2**32
+        x = ((x ^ (x >> 16)) * 0x21F0AAAD) & mask
+        x = ((x ^ (x >> 15)) * 0xD35A2D97) & mask
+        return x ^ (x >> 15)
+
+    key = mix(torch.tensor((seed ^ (step * 0x9E3779B9)) & mask))
+    return mix((mix(index & mask) + mix((index >> 32) ^ key)) & mask)
+
+
+def round_stochastic_bf16(x: Tensor, random: Tensor) -> Tensor:
+    """float32 to bfloat16, up with the probability that makes it right on average.
+
+    The 16 bits that are cut off are compared with 16 random bits. NaN and inf stay as they are.
+    """
+    cut = ((x.view(torch.int32).long() + (random & 0xFFFF)) >> 16 << 16).to(torch.int32)
+    return torch.where(x.isfinite(), cut.view(torch.float32), x).bfloat16()
+
+
+class _Weight(NamedTuple):
+    """M of each element, its complement, and which elements are exactly 0 or 1."""
+
+    m: Tensor
+    complement: Tensor
+
+
+def _weights(first: Tensor | None, second: Tensor | None, gamma: float) -> _Weight:
+    """The mask M (Eq. 5 if both are given): gamma*M_first + (1 - gamma)*M_second, in {0, .., 1}."""
+    if first is None or second is None:
+        mask = first if first is not None else second
+        assert mask is not None
+        return _Weight(mask.double(), 1.0 - mask.double())
+    both, neither = first & second, ~first & ~second
+    m = torch.where(first, gamma, 1.0 - gamma).double()
+    m = m.masked_fill(both, 1.0).masked_fill(neither, 0.0)
+    complement = torch.where(first, 1.0 - gamma, gamma).double()
+    return _Weight(m, complement.masked_fill(both, 0.0).masked_fill(neither, 1.0))
+
+
+def adamw_(
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    steps: list[Tensor],
+    first_masks: list[Tensor],
+    second_masks: list[Tensor],
+    selection: Tensor | None,
+    lr: Tensor,
+    hyper: Tensor,
+    group: Tensor,
+    offsets: Tensor,
+    inv_scale: Tensor | None,
+    found_inf: Tensor | None,
+    gamma: float,
+    rank_inactive: bool,
+    seed: int,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """AdamW under the mask (Algorithm 1, lines 8-13), in place::
+
+        g' = M*g + (1 - M)*m
+        m <- beta1*m + (1 - beta1)*g'          M = 0 leaves m as it is
+        v <- beta2*v + (1 - beta2)*g'^2
+        p <- p - lr*M*( mhat/(sqrt(vhat) + eps) + weight_decay*p )
+
+    with ``mhat = m/(1 - beta1^t)`` and ``vhat = v/(1 - beta2^t)``. M comes from ``first_masks`` and
+    ``second_masks`` (captured), or from ``selection`` for a second-order mask found on the way;
+    tensors of groups that are not selective get plain AdamW. An element whose gradient or first
+    moment is not finite has M = 0.
+
+    Args:
+        steps: N float32 scalars, incremented first.
+        lr: ``[G]``. offsets: int64 ``[N]``, global index of each tensor's first element (keys the
+            stochastic rounding of bfloat16 second moments).
+        found_inf: if it holds a non-zero, nothing changes at all.
+        dtype: precision in which this is evaluated. The rounding of m and v is part of the
+            definition in float32; float64 gives the value that errors are measured against.
+
+    Returns:
+        int64 ``[2]``: elements with M > 0; elements of selective tensors with M = 0 because they
+        are not finite.
+    """
+    counts = torch.zeros(2, dtype=torch.int64)
+    if found_inf is not None and found_inf.item() != 0:
+        return counts
+    for i, (p, grad, m, v, step) in enumerate(
+        zip(params, grads, exp_avgs, exp_avg_sqs, steps, strict=True)
+    ):
+        row = int(group[i])
+        beta1, beta2, eps, weight_decay, sign, selective = hyper[row].tolist()
+        step += 1
+        t = step.item()
+        g = sign * scaled(grad, inv_scale)
+        m0, v0, p0 = m.to(dtype), v.to(dtype), p.to(dtype)
+
+        if selective:
+            first = unpack(first_masks[i], g.numel()).view(g.shape) if first_masks else None
+            second = unpack(second_masks[i], g.numel()).view(g.shape) if second_masks else None
+            if selection is not None:
+                key = risk_key(g, m, float32(1.0 - beta1), rank_inactive)
+                second = is_selected(key, selection)
+            weight = _weights(first, second, gamma)
+            finite = g.isfinite() & m.isfinite()
+            M = weight.m.masked_fill(~finite, 0.0)
+            counts[1] += (~finite).sum()
+        else:
+            weight = _Weight(torch.ones(g.shape).double(), torch.zeros(g.shape).double())
+            M = weight.m
+        counts[0] += (M > 0).sum()
+
+        on, off = M == 1, M == 0
+        g = g.to(dtype)
+        blend = M.to(dtype) * g + weight.complement.to(dtype) * m0
+        g = torch.where(on, g, torch.where(off, m0, blend))
+        c1, c2 = _constant(1.0 - beta1, dtype), _constant(1.0 - beta2, dtype)
+        m1 = torch.where(off, m0, _constant(beta1, dtype) * m0 + c1 * g)
+        v1 = _constant(beta2, dtype) * v0 + c2 * (g * g)
+
+        denom = v1.sqrt() / (1.0 - beta2**t) ** 0.5 + eps
+        step_size = (lr[row].double() * M / (1.0 - beta1**t)).to(dtype)
+        decay = (1.0 - lr[row].double() * M * weight_decay).to(dtype)
+        p.copy_(torch.where(off, p0, p0 * decay - step_size * (m1 / denom)))
+        m.copy_(m1)
+        if v.dtype == torch.bfloat16 and dtype == torch.float32:
+            index = torch.arange(g.numel()).view(g.shape) + int(offsets[i])
+            v.copy_(round_stochastic_bf16(v1, hash_u32(index, seed, int(t))))
+        else:
+            v.copy_(v1)
+    return counts
+
+
+def _constant(x: float, dtype: torch.dtype) -> float:
+    """A coefficient as the arithmetic sees it: rounded to float32 unless evaluated in float64."""
+    return float32(x) if dtype == torch.float32 else x
+
+
+def tensor_norms(tensors: list[Tensor], inv_scale: Tensor | None) -> Tensor:
+    """Frobenius norm of each tensor: float32 ``[N]``, accumulated in float64."""
+    norms = [scaled(t, inv_scale).double().square().sum().sqrt() for t in tensors]
+    return torch.stack(norms).float() if norms else torch.empty(0)
