@@ -1,0 +1,26 @@
+"""ROSE, selective fine-tuning for robust language models, at the cost of AdamW."""
+
+from rose_ops.functional import (
+    Selection,
+    UpdateCounts,
+    capture_mask,
+    rose_adamw_,
+    select_threshold,
+)
+from rose_ops.losses import RoseLosses, rose_backward, symmetric_kl
+from rose_ops.optim import RoseFusedAdamW, rose_param_groups
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "RoseFusedAdamW",
+    "RoseLosses",
+    "Selection",
+    "UpdateCounts",
+    "capture_mask",
+    "rose_adamw_",
+    "rose_backward",
+    "rose_param_groups",
+    "select_threshold",
+    "symmetric_kl",
+]

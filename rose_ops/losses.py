@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rose_ops.optim import RoseFusedAdamW
+
 _DROPOUT = (
     nn.Dropout,
     nn.Dropout1d,
@@ -103,8 +105,8 @@ def rose_backward(
 ) -> RoseLosses:
     """One ROSE training step up to, and not including, `optimizer.step()`.
 
-    Runs the forward passes and backward passes that `optimizer.order` asks for, captures the masks
-    and leaves the gradient of the update in `.grad`:
+    Runs the forward passes and backward passes that the optimizer's `order` asks for, captures the
+    masks and leaves the gradient of the update in `.grad`:
 
         for inputs, labels in batches:
             losses = rose_backward(model, inputs, labels, optimizer)
@@ -125,8 +127,8 @@ def rose_backward(
 
     Where there are two passes, `ce` is the mean of both cross-entropies, as in R-Drop and in the
     authors' code. No copy of the gradients is made; the third backward of the last row is the
-    price of that. An optimizer without an `order` (`torch.optim.AdamW`) gets the gradient and no
-    masks, so baselines run in the same loop.
+    price of that. Any other optimizer gets the gradient and no masks, so baselines run in the same
+    loop.
 
     Source: ROSE (Jiang et al., EMNLP 2022), Algorithm 1 lines 3-7, and section 3.5 for R-Drop,
     whose own paper (Liang et al., 2021, Eq. 4) adds `a / 2` times the kl to the *sum* of both
@@ -169,10 +171,10 @@ def rose_backward(
     """
     if not 0.0 <= r_drop < float("inf"):
         raise ValueError(f"r_drop must be at least 0 and finite, got {r_drop}")
-    order = getattr(optimizer, "order", None)
-    first = order in ("first", "ensemble")
-    # Without R-Drop the update's gradient is that of ce, and step() can take the mask from it.
-    second = order in ("second", "ensemble") and r_drop > 0.0
+    kinds = optimizer.settings.kinds if isinstance(optimizer, RoseFusedAdamW) else ()
+    first = "first" in kinds
+    # Without R-Drop the update's gradient is that of ce, and step() takes the mask from it.
+    second = "second" in kinds and r_drop > 0.0
     parameters = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
     if (first or second) and any(p.grad is not None for p in parameters):
         raise ValueError(
@@ -195,13 +197,15 @@ def rose_backward(
         kl = symmetric_kl(*widened)
         _check_dropout(model, kl)
         loss = ce + r_drop * kl if r_drop > 0.0 else ce
+        # A second-order risk is not the same for scaled gradients, so captures are told the scale.
+        scale = None if scaler is None else scaler.scale(torch.ones_like(kl))
         if first:
             # `inputs` keeps the kl out of parameters that another optimizer holds.
             _scaled(kl, scaler).backward(retain_graph=True, inputs=parameters)
-            _capture(optimizer, "first", parameters, scaler, keep=False)
+            optimizer.capture("first", grad_scale=scale)
         if second:
             _scaled(ce, scaler).backward(retain_graph=True)
-            _capture(optimizer, "second", parameters, scaler, keep=True)
+            optimizer.capture("second", clear=False, grad_scale=scale)
             _scaled(r_drop * kl, scaler).backward()
         else:
             _scaled(loss, scaler).backward()
@@ -248,25 +252,3 @@ def _check_dropout(model: nn.Module, kl: Tensor) -> None:
             f"parameters by. The model {why}. The first order, the ensemble and R-Drop need "
             "dropout (the paper uses 0.1); order='second' does not"
         )
-
-
-def _capture(
-    optimizer: Any,
-    kind: Literal["first", "second"],
-    parameters: list[nn.Parameter],
-    scaler: torch.amp.GradScaler | None,
-    *,
-    keep: bool,
-) -> None:
-    """Capture a mask from `.grad`, unscaled: a second-order risk changes with the loss scale."""
-    if scaler is None or not scaler.is_enabled():
-        optimizer.capture(kind, clear=not keep)
-        return
-    grads = [p.grad for p in parameters if p.grad is not None]
-    scales = {d: scaler.scale(torch.ones((), device=d)) for d in {g.device for g in grads}}
-    for g in grads:
-        g.div_(scales[g.device])
-    optimizer.capture(kind, clear=not keep)
-    if keep:
-        for g in grads:
-            g.mul_(scales[g.device])

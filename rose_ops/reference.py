@@ -340,3 +340,55 @@ def tensor_norms(tensors: list[Tensor], inv_scale: Tensor | None) -> Tensor:
     """Frobenius norm of each tensor: float32 ``[N]``, accumulated in float64."""
     norms = [scaled(t, inv_scale).double().square().sum().sqrt() for t in tensors]
     return torch.stack(norms).float() if norms else torch.empty(0)
+
+
+def select_tensors(
+    grad_norms: Tensor,
+    exp_avg_norms: Tensor | None,
+    alpha: Tensor,
+    upper: int,
+    lower: int,
+    rank_inactive: bool,
+) -> tuple[Tensor, Tensor]:
+    """Selection of whole tensors by their norms (the authors' granularity), on any device.
+
+    The risks are those of :func:`risk_key`, with Frobenius norms for ``|g|`` and ``|m|``. The
+    thresholds are linearly interpolated quantiles of the ranked tensors, as ``torch.quantile`` but
+    with ranks from exact fractions; a tensor is kept if ``tau_l <= r <= tau_h``.
+
+    Args:
+        grad_norms: float32 ``[N]``. exp_avg_norms: likewise, or None for first order.
+        alpha: float32 ``[N]``, ``1 - beta1`` of each tensor.
+        upper, lower: fractions in units of 1e-9.
+
+    Returns:
+        Bool mask ``[N]``, and a selection record that counts tensors.
+    """
+    key = risk_key(grad_norms, exp_avg_norms, alpha, rank_inactive)
+    ranked = key < INACTIVE_KEY
+    n = ranked.sum()
+    risks = key.sort().values.clamp(max=INFINITY_KEY).to(torch.int32).view(torch.float32)
+
+    def quantile(fraction: int) -> Tensor:
+        last = (n - 1).clamp(min=0)
+        product = fraction * (last % FRACTION_UNIT)  # as in rank_of, but the remainder is needed too
+        index = fraction * (last // FRACTION_UNIT) + product // FRACTION_UNIT
+        weight = (product % FRACTION_UNIT).double() / FRACTION_UNIT
+        low, high = risks[index], risks[torch.minimum(index + 1, last)]
+        # The shortcut where nothing is to be interpolated keeps inf - inf out.
+        between = torch.lerp(low, high, weight.float())
+        value = torch.where((weight == 0) | (low == high), low, between)
+        return value.view(torch.int32).long()
+
+    nothing = n == 0
+    record = torch.zeros(Field.SIZE, dtype=torch.int64, device=key.device)
+    if len(key):
+        record[Field.HIGH] = torch.where(nothing, -1, quantile(upper))
+        # From `tau_l <= r` to `tau_l < r`: the largest key below.
+        record[Field.LOW] = torch.where(nothing, -1, quantile(lower) - 1)
+    record[Field.RANKED] = n
+    record[Field.INACTIVE] = (key == INACTIVE_KEY).sum()
+    record[Field.NONFINITE] = (key == NONFINITE_KEY).sum()
+    mask = is_selected(key, record)
+    record[Field.KEPT] = (mask & ranked).sum()
+    return mask, record

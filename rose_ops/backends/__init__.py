@@ -1,0 +1,87 @@
+"""Which implementations of the operators exist, and which can be used for a device and why not."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+
+from rose_ops import _ops, reference
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One implementation of the operators.
+
+    Attributes:
+        name: what users pass as ``backend=``.
+        devices: device types it runs on.
+        ops: namespace with ``select``, ``capture_``, ``adamw_`` and ``tensor_norms``.
+        why_not: returns why it cannot be used on this machine, or None if it can.
+    """
+
+    name: str
+    devices: frozenset[str]
+    ops: Any
+    why_not: Callable[[], str | None]
+
+
+BACKENDS = {
+    backend.name: backend
+    for backend in (
+        Backend("cpu", frozenset({"cpu"}), torch.ops.rose_ops, lambda: _ops.load_error),
+        Backend("reference", frozenset({"cpu"}), reference, lambda: None),
+    )
+}
+"""In the order in which ``"auto"`` tries them."""
+
+PLANNED = ("cuda", "triton")
+NAMES = ("auto", *BACKENDS, *PLANNED)
+
+
+def resolve(name: str, device: torch.device) -> Backend:
+    """The backend to use for tensors on ``device``.
+
+    Raises:
+        ValueError: ``name`` is no backend, or does not run on ``device``.
+        NotImplementedError: there is no backend for ``device`` yet.
+        RuntimeError: the backend was asked for by name and cannot be used on this machine.
+    """
+    if name not in NAMES:
+        raise ValueError(f"backend={name!r}; expected one of {', '.join(map(repr, NAMES))}")
+    if name in PLANNED:
+        raise NotImplementedError(f"backend={name!r} is not there yet; use backend='auto' on the CPU")
+    if name != "auto":
+        backend = BACKENDS[name]
+        if device.type not in backend.devices:
+            raise ValueError(
+                f"backend={name!r} runs on {', '.join(sorted(backend.devices))}, and the parameters "
+                f"are on {device}; move them, or use backend='auto'"
+            )
+        if (reason := backend.why_not()) is not None:
+            raise RuntimeError(f"backend={name!r} cannot be used: {reason}")
+        return backend
+    return _first_usable(device.type)
+
+
+@cache  # so that it is said once what was chosen instead
+def _first_usable(device_type: str) -> Backend:
+    reasons = []
+    for backend in BACKENDS.values():
+        if device_type not in backend.devices:
+            continue
+        if (reason := backend.why_not()) is None:
+            if reasons:
+                warnings.warn(
+                    f"rose_ops uses the slow backend {backend.name!r}: " + "; ".join(reasons),
+                    stacklevel=2,
+                )
+            return backend
+        reasons.append(f"{backend.name!r}: {reason}")
+    raise NotImplementedError(
+        f"rose_ops has no backend for {device_type} parameters yet; move the model to the CPU"
+    )

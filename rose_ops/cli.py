@@ -1,0 +1,160 @@
+"""The command line: `python -m rose_ops finetune` and `python -m rose_ops evaluate`."""
+
+import argparse
+import math
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from rose_ops.finetune import UserError
+from rose_ops.finetune.data import TASKS
+from rose_ops.finetune.run import evaluate, finetune
+from rose_ops.finetune.train import METHODS
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command and return the exit status: 0, 1 for an error, 2 for a wrong call."""
+    args = _parser().parse_args(argv)
+    try:
+        args.run(args)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m rose_ops", description="Robust selective fine-tuning (ROSE)."
+    )
+    commands = parser.add_subparsers(required=True, metavar="command")
+    _add_finetune(commands)
+    _add_evaluate(commands)
+    return parser
+
+
+def _add_finetune(commands: Any) -> None:
+    parser = commands.add_parser(
+        "finetune",
+        help="fine-tune an encoder with AdamW and ROSE, and compare them",
+        description="Fine-tunes the same encoder on the same batches with each method, then "
+        "measures accuracy on the clean test set, on copies with typing errors and with misspelt, "
+        "swapped or missing words, and on AdvGLUE where the task has it. Writes run.json, run.png "
+        "and the models.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.set_defaults(run=finetune)
+    group = parser.add_argument_group("what to train")
+    group.add_argument(
+        "--task",
+        choices=TASKS,
+        default="movies",
+        help="movies: review snippets from a PyPI package; the others: GLUE",
+    )
+    group.add_argument("--model", help="folder or hub name; default: the MiniLM from PyPI")
+    group.add_argument(
+        "--methods",
+        type=_methods,
+        default="adamw,second,ensemble",
+        help=f"comma-separated, from: {', '.join(METHODS)}",
+    )
+    group.add_argument("--seeds", type=int, nargs="+", default=[0], help="one run for each")
+    group.add_argument(
+        "--evaluate-on",
+        choices=("test", "validation"),
+        default="test",
+        help="use validation when choosing hyperparameters",
+    )
+    group = parser.add_argument_group("training")
+    group.add_argument("--steps", type=_positive(int), default=120)
+    group.add_argument("--batch-size", type=_positive(int), default=32)
+    group.add_argument("--max-length", type=_positive(int), default=128, help="in tokens")
+    group.add_argument("--lr", type=_positive(float), default=1e-4)
+    group.add_argument("--weight-decay", type=float, default=0.01)
+    group.add_argument("--warmup", type=_fraction, default=0.1, help="share of the steps")
+    group.add_argument("--max-grad-norm", type=_positive(float), default=1.0)
+    group = parser.add_argument_group("ROSE (see RoseFusedAdamW)")
+    group.add_argument("--upper", type=_pair, default=0.6, help="c_h; a pair first,second too")
+    group.add_argument("--lower", type=_pair, default=0.0, help="c_l; a pair first,second too")
+    group.add_argument("--gamma", type=float, default=0.5)
+    group.add_argument("--granularity", choices=("element", "tensor"), default="element")
+    group.add_argument("--selection", choices=("exact", "bracket", "approx"), default="exact")
+    group.add_argument("--inactive", choices=("update", "rank"), default="update")
+    group.add_argument("--selective", choices=("all", "encoder-weights"), default="all")
+    group.add_argument("--selection-warmup-steps", type=int, default=0)
+    group.add_argument("--backend", default="auto")
+    group.add_argument(
+        "--r-drop", type=_positive(float), default=1.0, help="weight of the KL in rdrop methods"
+    )
+    _add_common(parser)
+    group = parser.add_argument_group("output")
+    group.add_argument("--output", type=Path, help="folder; default: runs/<task>-<time>")
+    group.add_argument("--no-models", action="store_true", help="do not save the models")
+
+
+def _add_evaluate(commands: Any) -> None:
+    parser = commands.add_parser(
+        "evaluate",
+        help="measure a saved run again",
+        description="Measures the models that finetune saved: on the clean and the perturbed test "
+        "set, and on AdvGLUE where the task has it. Writes evaluation.json.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.set_defaults(run=evaluate)
+    parser.add_argument("folder", type=Path, help="the output folder of a finetune run")
+    parser.add_argument(
+        "--perturbation-seed", type=int, default=0, help="another seed draws other errors"
+    )
+    _add_common(parser)
+
+
+def _add_common(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("data and machine")
+    group.add_argument(
+        "--data-dir",
+        type=Path,
+        help="folder with <task>/train.tsv, <task>/dev.tsv and advglue/dev.json; default: the hub",
+    )
+    group.add_argument("--cache-dir", type=Path, help="for downloads; default: the user's cache")
+    group.add_argument("--device", default="auto")
+    group.add_argument("--precision", choices=("auto", "float32", "bfloat16"), default="auto")
+    group.add_argument("--threads", type=_positive(int), help="default: what torch chooses")
+
+
+def _positive(kind: Callable[[str], Any]) -> Callable[[str], Any]:
+    def parse(text: str) -> Any:
+        value = kind(text)
+        if not 0 < value < math.inf:
+            raise argparse.ArgumentTypeError(f"expected a number above 0, got {text}")
+        return value
+
+    parse.__name__ = kind.__name__  # argparse names it when the text is no number at all
+    return parse
+
+
+def _fraction(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"expected a number from 0 to below 1, got {text}")
+    return value
+
+
+def _pair(text: str) -> float | tuple[float, float]:
+    values = [float(x) for x in text.split(",")]
+    if len(values) > 2:
+        raise argparse.ArgumentTypeError(f"expected one number or two, as in 0.6,0.3; got {text}")
+    return values[0] if len(values) == 1 else (values[0], values[1])
+
+
+def _methods(text: str) -> list[str]:
+    names = list(dict.fromkeys(x.strip() for x in text.split(",")))
+    unknown = [x for x in names if x not in METHODS]
+    if unknown:
+        raise argparse.ArgumentTypeError(
+            f"unknown: {', '.join(map(repr, unknown))}; choose from {', '.join(METHODS)}"
+        )
+    return names

@@ -1,0 +1,24 @@
+"""Fine-tuning a real encoder with AdamW and with ROSE, and comparing both: `cli.py` runs it.
+
+`data` reads the tasks, `perturb` makes the noisy copies of the test sentences, `train` trains and
+predicts, `report` turns correct predictions into intervals, a table and a plot. What they need
+beyond torch is an extra, imported where it is used.
+"""
+
+import importlib
+from typing import Any
+
+
+class UserError(Exception):
+    """Something the user can put right; the message says what was wrong and what to do."""
+
+
+def require(module: str, extra: str = "demo") -> Any:
+    """Import an optional dependency, or name the extra that brings it."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise UserError(
+            f"this command needs {module.partition('.')[0]}, which did not import ({error}); "
+            f"install it with: pip install 'rose_ops[{extra}]'"
+        ) from error

@@ -1,0 +1,191 @@
+"""The commands `finetune` and `evaluate`, from parsed arguments to files."""
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, fields
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rose_ops.finetune import UserError, report, require
+from rose_ops.finetune.data import Examples, Task, load_task
+from rose_ops.finetune.perturb import PERTURBATIONS, perturb
+from rose_ops.finetune.train import (
+    METHODS,
+    Encoder,
+    Runtime,
+    Settings,
+    bundled_model,
+    check_settings,
+    choose_runtime,
+    correct,
+    load_model,
+    train,
+)
+
+_RECORD = "run.json"
+
+
+def finetune(args: argparse.Namespace) -> None:
+    """Train with each method and seed, measure, and write the run's folder."""
+    start = time.perf_counter()
+    runtime = _prepare(args)
+    settings = Settings(**{x.name: getattr(args, x.name) for x in fields(Settings)})
+    check_settings(settings, [METHODS[x] for x in args.methods])
+    output = args.output or Path("runs") / f"{args.task}-{datetime.now():%Y%m%d-%H%M%S}"
+    if (output / _RECORD).exists():
+        raise UserError(f"{output} already holds a run; choose another --output")
+    task = load_task(args.task, args.data_dir, args.cache_dir)
+    tests = _test_sets(task, args.evaluate_on)
+    model_name = args.model or bundled_model()
+    print(
+        f"{task.name}: {len(task.train)} training, {len(task.validation)} validation and "
+        f"{len(task.test)} test examples; {runtime.precision} on {runtime.device}, "
+        f"{torch.get_num_threads()} threads"
+    )
+    for name, examples in tests.items():
+        print(f"  {name}: {' | '.join(examples.texts[0])}")
+
+    outcomes: dict[str, dict[int, dict[str, list[bool]]]] = {x: {} for x in args.methods}
+    histories: dict[str, list[list[dict[str, Any]]]] = {x: [] for x in args.methods}
+    runs = []
+    output.mkdir(parents=True, exist_ok=True)
+    for seed in args.seeds:
+        for name in args.methods:
+            # Loaded anew with the same seed: the same initial weights for every method.
+            model, encoder = load_model(model_name, task, args.max_length, seed, runtime)
+            with _progress(f"{name}, seed {seed}", settings.steps) as show:
+                history = train(
+                    model, encoder(task.train), METHODS[name], settings, runtime, seed, show
+                )
+            right = {x: correct(model, encoder(test), runtime) for x, test in tests.items()}
+            outcomes[name][seed] = right
+            histories[name].append(history)
+            runs.append({"method": name, "seed": seed, "history": history})
+            if not args.no_models:
+                _save(model, encoder, _model_folder(output, name, seed))
+    summary = report.summarise(outcomes)
+    record = {
+        "arguments": {x: _plain(y) for x, y in vars(args).items() if x != "run"},
+        "settings": asdict(settings),
+        "precision": runtime.precision,
+        **report.environment(),
+        "task": {
+            "labels": task.labels,
+            "sizes": {x: len(getattr(task, x)) for x in ("train", "validation", "test")},
+            "source": task.source,
+        },
+        "summary": summary,
+        "seconds": time.perf_counter() - start,
+        "runs": runs,
+    }
+    report.write_json(record, output / _RECORD)
+    report.plot(summary, histories, _title(args, task), output / "run.png")
+    report.print_tables(summary)
+    for name, of_seeds in histories.items():
+        times = sorted(x["seconds"] for history in of_seeds for x in history)
+        print(f"{name}: {1000 * times[len(times) // 2]:.0f} ms per step (median)")
+    print(report.reading(summary))
+    print(f"{record['seconds']:.0f} s in all; see {output / 'run.png'} and {output / _RECORD}")
+
+
+def evaluate(args: argparse.Namespace) -> None:
+    """Measure the models of a run's folder again."""
+    path = args.folder / _RECORD
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError) as error:
+        raise UserError(
+            f"could not read {path} ({error}); expected the output folder of a finetune run"
+        ) from error
+    runtime = _prepare(args)
+    trained = record["arguments"]
+    data_dir = args.data_dir or (Path(trained["data_dir"]) if trained["data_dir"] else None)
+    task = load_task(trained["task"], data_dir, args.cache_dir)
+    tests = _test_sets(task, trained["evaluate_on"], args.perturbation_seed)
+    outcomes: dict[str, dict[int, dict[str, list[bool]]]] = {}
+    for run in record["runs"]:
+        folder = _model_folder(args.folder, run["method"], run["seed"])
+        if not folder.is_dir():
+            raise UserError(f"{folder} does not exist: the run was made with --no-models")
+        model, encoder = load_model(str(folder), task, trained["max_length"], run["seed"], runtime)
+        right = {x: correct(model, encoder(test), runtime) for x, test in tests.items()}
+        outcomes.setdefault(run["method"], {})[run["seed"]] = right
+    summary = report.summarise(outcomes)
+    arguments = {x: _plain(y) for x, y in vars(args).items() if x != "run"}
+    report.write_json(
+        {"arguments": arguments, **report.environment(), "summary": summary},
+        args.folder / "evaluation.json",
+    )
+    report.print_tables(summary)
+    print(report.reading(summary))
+
+
+def _prepare(args: argparse.Namespace) -> Runtime:
+    """Threads, numerics and quiet libraries; fails early where an extra is missing."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads would compete with ours
+    for module in ("tqdm", "rich", "matplotlib", "scipy", "nlpaug"):
+        require(module)
+    logging = require("transformers").utils.logging
+    logging.set_verbosity_error()  # it warns of the new classifier, which is the point
+    logging.disable_progress_bar()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    # Activations and gradients underflow here, and denormals cost about as much as the rest. The
+    # optimizer's masks do not depend on this mode. Before any kernel: its threads inherit it.
+    torch.set_flush_denormal(True)
+    return choose_runtime(args.device, args.precision)
+
+
+def _test_sets(task: Task, split: str, seed: int = 0) -> dict[str, Examples]:
+    """The clean examples, their perturbed copies, and AdvGLUE."""
+    clean = getattr(task, split)
+    sets = {"clean": clean}
+    for kind in PERTURBATIONS:
+        sets[kind] = Examples(perturb(clean.texts, kind, seed), clean.labels)
+    return sets | task.adversarial
+
+
+@contextmanager
+def _progress(name: str, steps: int) -> Iterator[Callable[[dict[str, Any]], None]]:
+    """A progress bar, and the function that shows the record of a step in it."""
+    # A log gets a line now and then, a terminal a live bar.
+    interval = 0.1 if sys.stderr.isatty() else 10.0
+    with require("tqdm").tqdm(total=steps, desc=name, unit="step", mininterval=interval) as bar:
+
+        def show(record: dict[str, Any]) -> None:
+            shown = {"loss": f"{record['loss']:.3f}"}
+            for quantity, style in (("kept", ".0%"), ("threshold", ".2g")):
+                values = [x[quantity] for x in record["masks"].values()]
+                if values:
+                    texts = ("-" if x is None else format(x, style) for x in values)
+                    shown[quantity] = "|".join(texts)
+            bar.set_postfix(shown, refresh=False)
+            bar.update()
+
+        yield show
+
+
+def _save(model: Any, encoder: Encoder, folder: Path) -> None:
+    model.save_pretrained(folder)
+    encoder.tokenizer.save_pretrained(folder)
+
+
+def _model_folder(output: Path, method: str, seed: int) -> Path:
+    return output / f"{method}-seed{seed}"
+
+
+def _title(args: argparse.Namespace, task: Task) -> str:
+    model = Path(args.model).name if args.model else "MiniLM-L6"
+    return f"{model} on {task.name}: {args.steps} steps of {args.batch_size}, upper={args.upper}"
+
+
+def _plain(value: Any) -> Any:
+    return str(value) if isinstance(value, Path) else value

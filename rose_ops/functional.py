@@ -1,0 +1,262 @@
+"""ROSE without an optimizer: thresholds, masks and the masked update on lists of tensors.
+
+Formulas, classes of elements and mask formats are those of :mod:`rose_ops.reference`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from fractions import Fraction
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from rose_ops import backends
+from rose_ops.layout import empty_masks
+from rose_ops.reference import FRACTION_UNIT, Field, select_tensors
+
+SELECTIONS = ("exact", "bracket", "approx")
+INACTIVE = ("update", "rank")
+GRANULARITIES = ("element", "tensor")
+
+
+class Selection(NamedTuple):
+    """What a selection found, as 0-dim tensors: reading them is the caller's choice.
+
+    Attributes:
+        threshold: tau_h, the largest risk kept (float32; NaN: nothing ranked was kept).
+        kept: ranked elements that are kept, ``tau_l < r <= tau_h`` (int64, as all below). Ties at
+            tau_h are all kept; 0 if tau_l equals tau_h.
+        ranked: elements in the ranking.
+        inactive: elements without evidence to rank by, which are selected.
+        nonfinite: elements whose gradient or first moment is NaN or inf, which are not.
+        misses: 1 if ``selection="bracket"`` had to settle for an end of its bracket.
+
+    At ``granularity="tensor"`` the counts are of tensors.
+    """
+
+    threshold: Tensor
+    kept: Tensor
+    ranked: Tensor
+    inactive: Tensor
+    nonfinite: Tensor
+    misses: Tensor
+
+    @classmethod
+    def from_record(cls, record: Tensor) -> Selection:
+        """Views of an operator's selection record."""
+        threshold = record[Field.HIGH].to(torch.int32).view(torch.float32)
+        counts = (Field.KEPT, Field.RANKED, Field.INACTIVE, Field.NONFINITE, Field.MISSES)
+        return cls(threshold, *(record[field] for field in counts))
+
+
+class UpdateCounts(NamedTuple):
+    """What an update did, as 0-dim int64 tensors.
+
+    Attributes:
+        updated: elements with M > 0 (all those of plain AdamW).
+        nonfinite: elements left alone because their gradient or first moment is NaN or inf.
+    """
+
+    updated: Tensor
+    nonfinite: Tensor
+
+
+def choice(name: str, value: object, allowed: Sequence[str]) -> None:
+    """Raise ValueError unless ``value`` is one of ``allowed``."""
+    if value not in allowed:
+        expected = ", ".join(map(repr, allowed))
+        raise ValueError(f"{name}={value!r}; expected one of {expected}")
+
+
+def fraction_units(name: str, value: float) -> int:
+    """The decimal that the user wrote, in units of 1e-9: 0.6 is 600000000, exactly.
+
+    Raises:
+        TypeError: not a real number.
+        ValueError: not finite, or more than 9 decimals.
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, not {type(value).__name__}")
+    try:
+        units = Fraction(str(value)) * FRACTION_UNIT
+    except ValueError:
+        raise ValueError(f"{name}={value}; expected a finite number") from None
+    if units.denominator != 1:
+        raise ValueError(f"{name}={value}; expected at most 9 decimals, so that ranks are exact")
+    return int(units)
+
+
+@lru_cache(typed=True)
+def check_fractions(upper: float, lower: float, suffix: str = "") -> tuple[int, int]:
+    """c_h and c_l in units of 1e-9.
+
+    Raises:
+        ValueError: unless ``0 <= lower < upper <= 1``.
+    """
+    high, low = fraction_units("upper" + suffix, upper), fraction_units("lower" + suffix, lower)
+    if not 0 < high <= FRACTION_UNIT:
+        raise ValueError(f"upper{suffix}={upper}; expected 0 < upper <= 1, the fraction to keep")
+    if not 0 <= low < high:
+        raise ValueError(f"lower{suffix}={lower}; expected 0 <= lower < upper ({upper})")
+    return high, low
+
+
+def _one_group(tensors: Sequence[Tensor], *columns: float) -> tuple[Tensor, Tensor]:
+    hyper = torch.tensor([columns], dtype=torch.float64)
+    return hyper, torch.zeros(len(tensors), dtype=torch.int64)
+
+
+def _device(tensors: Sequence[Tensor]) -> torch.device:
+    return tensors[0].device if tensors else torch.device("cpu")
+
+
+def _detached(tensors: Sequence[Tensor] | None) -> list[Tensor]:
+    return [t.detach() for t in tensors or ()]
+
+
+def select_threshold(
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor] | None = None,
+    *,
+    upper: float = 0.6,
+    lower: float = 0.0,
+    beta1: float = 0.9,
+    inactive: str = "update",
+    selection: str = "exact",
+    inv_scale: Tensor | None = None,
+    backend: str = "auto",
+) -> Selection:
+    """Threshold of the robust elements over all tensors at once (Eq. 2-4).
+
+    Args:
+        grads: N gradients (float32, bfloat16 or float16, any strides). First order: of the KL loss.
+        exp_avgs: N first moments before the step, for second order; None for first order.
+        upper, lower: fractions of the ranking, ``0 <= lower < upper <= 1``, at most 9 decimals.
+        beta1: for second order; its scaling is ``1 - beta1``.
+        inactive: ``"update"`` or ``"rank"``, see :class:`rose_ops.RoseFusedAdamW`.
+        selection: ``"exact"`` or ``"approx"``, likewise.
+        inv_scale: float32 scalar that gradients are multiplied by first.
+        backend: see :class:`rose_ops.RoseFusedAdamW`.
+
+    Raises:
+        ValueError: a setting out of its range. RuntimeError: tensors that do not fit together.
+    """
+    return Selection.from_record(
+        _select(grads, exp_avgs, upper, lower, beta1, inactive, selection, inv_scale, backend)
+    )
+
+
+def _select(grads, exp_avgs, upper, lower, beta1, inactive, selection, inv_scale, backend) -> Tensor:
+    choice("inactive", inactive, INACTIVE)
+    choice("selection", selection, SELECTIONS)
+    if selection == "bracket":
+        raise NotImplementedError("selection='bracket' is not there yet; use 'exact'")
+    high, low = check_fractions(upper, lower)
+    ops = backends.resolve(backend, _device(grads)).ops
+    tables = _one_group(grads, beta1, 0.0, 0.0, 0.0, 1.0, 1.0)
+    return ops.select(
+        _detached(grads), _detached(exp_avgs), *tables, inv_scale, high, low,
+        inactive == "rank", selection == "approx",
+    )  # fmt: skip
+
+
+def capture_mask(
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor] | None = None,
+    *,
+    upper: float = 0.6,
+    lower: float = 0.0,
+    beta1: float = 0.9,
+    inactive: str = "update",
+    selection: str = "exact",
+    granularity: str = "element",
+    inv_scale: Tensor | None = None,
+    backend: str = "auto",
+) -> tuple[list[Tensor], Selection]:
+    """Mask of the robust elements, and the selection behind it.
+
+    Arguments are those of :func:`select_threshold`. At ``granularity="tensor"`` whole tensors are
+    ranked, by their Frobenius norms (``selection`` does not matter there).
+
+    Returns:
+        For each tensor, uint8 ``[ceil(n / 8)]``: element i, counted row-major, is bit ``i % 8`` of
+        byte ``i // 8``; at granularity ``"tensor"`` a bool scalar.
+    """
+    choice("granularity", granularity, GRANULARITIES)
+    ops = backends.resolve(backend, _device(grads)).ops
+    if granularity == "tensor":
+        choice("inactive", inactive, INACTIVE)
+        alpha = torch.full((len(grads),), 1.0 - beta1, dtype=torch.float64).float()
+        norms = ops.tensor_norms(_detached(grads), inv_scale)
+        exp_avg_norms = None if exp_avgs is None else ops.tensor_norms(_detached(exp_avgs), None)
+        fractions = check_fractions(upper, lower)
+        mask, record = select_tensors(norms, exp_avg_norms, alpha, *fractions, inactive == "rank")
+        return list(mask.unbind()), Selection.from_record(record)
+    record = _select(grads, exp_avgs, upper, lower, beta1, inactive, selection, inv_scale, backend)
+    masks = empty_masks([g.numel() for g in grads])
+    tables = _one_group(grads, beta1, 0.0, 0.0, 0.0, 1.0, 1.0)
+    ops.capture_(
+        masks, _detached(grads), _detached(exp_avgs), *tables, inv_scale, record, inactive == "rank"
+    )
+    return masks, Selection.from_record(record)
+
+
+def rose_adamw_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    steps: Sequence[Tensor],
+    *,
+    first_masks: Sequence[Tensor] | None = None,
+    second_masks: Sequence[Tensor] | None = None,
+    lr: float | Tensor = 1e-3,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 1e-2,
+    gamma: float = 0.5,
+    maximize: bool = False,
+    inv_scale: Tensor | None = None,
+    seed: int = 0,
+    backend: str = "auto",
+) -> UpdateCounts:
+    """One step of AdamW under captured masks, in place (Algorithm 1, lines 8-13).
+
+    ``M = gamma*M_first + (1 - gamma)*M_second`` if both masks are given, the one given otherwise,
+    and 1 (plain AdamW) without any. The update is that of :func:`rose_ops.reference.adamw_`.
+
+    Args:
+        params, grads: N tensors each (float32, bfloat16 or float16).
+        exp_avgs, exp_avg_sqs: N moments each, float32 or bfloat16 (then ``exp_avg_sqs`` are rounded
+            stochastically, keyed on ``seed``, the step and the element).
+        steps: N float32 scalars, incremented by one.
+        first_masks, second_masks: from :func:`capture_mask`.
+
+    Raises:
+        RuntimeError: tensors or masks that do not fit together; nothing was changed.
+    """
+    selective = first_masks is not None or second_masks is not None
+    hyper, group = _one_group(
+        params, *betas, eps, weight_decay, -1.0 if maximize else 1.0, float(selective)
+    )
+    sizes = torch.tensor([p.numel() for p in params], dtype=torch.int64)
+    with torch.no_grad():
+        counts = backends.resolve(backend, _device(params)).ops.adamw_(
+            _detached(params), _detached(grads), list(exp_avgs), list(exp_avg_sqs), list(steps),
+            list(first_masks or ()), list(second_masks or ()), None,
+            torch.as_tensor(lr, dtype=torch.float64).reshape(1), hyper, group,
+            sizes.cumsum(0) - sizes, inv_scale, None, gamma, False, seed,
+        )  # fmt: skip
+    return UpdateCounts(*counts)
+
+
+__all__ = [
+    "Selection",
+    "UpdateCounts",
+    "capture_mask",
+    "rose_adamw_",
+    "select_threshold",
+]

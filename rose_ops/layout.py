@@ -1,0 +1,31 @@
+"""The flattened index space: which element of which tensor has which index.
+
+The parameters of an optimizer, in order, are one index space. Inside a parameter, elements are counted
+in the order in which they lie in memory, so that a channels-last weight is one run, too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def memory_order(like: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
+    """``tensors`` as views whose row-major order is the memory order of ``like`` (same shape)."""
+    if like.is_contiguous():
+        return list(tensors)
+    dims = sorted(range(like.dim()), key=lambda d: -like.stride(d))
+    return [tensor.permute(dims) for tensor in tensors]
+
+
+def overlaps_itself(tensor: Tensor) -> bool:
+    """Whether elements of an expanded tensor share memory."""
+    return any(s == 0 and n > 1 for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+
+
+def empty_masks(numels: Sequence[int]) -> list[Tensor]:
+    """One bit per element: a uint8 tensor of ``ceil(n / 8)`` for each n, all in one allocation."""
+    sizes = [(n + 7) // 8 for n in numels]
+    return list(torch.empty(sum(sizes), dtype=torch.uint8).split(sizes)) if sizes else []

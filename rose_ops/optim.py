@@ -1,0 +1,743 @@
+"""``RoseFusedAdamW``: parameter groups, state and the order of things. The arithmetic is elsewhere."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from rose_ops import backends
+from rose_ops.functional import (
+    GRANULARITIES,
+    INACTIVE,
+    SELECTIONS,
+    Selection,
+    UpdateCounts,
+    check_fractions,
+    choice,
+)
+from rose_ops.layout import empty_masks, memory_order, overlaps_itself
+from rose_ops.reference import FRACTION_UNIT, Hyper, select_tensors
+
+ORDERS = {"first": ("first",), "second": ("second",), "ensemble": ("first", "second")}
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_STATE_DTYPES = (torch.float32, torch.bfloat16)
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+# Keys of torch.optim.AdamW's groups that mean nothing here, in the only setting that can be honoured.
+_ADAMW_ONLY = {
+    "amsgrad": False,
+    "differentiable": False,
+    "decoupled_weight_decay": True,
+    "foreach": None,
+    "fused": None,
+}
+
+
+def _mask_key(kind: str) -> str:
+    return f"{kind}_mask"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What one ranking over all groups needs to agree on: the selection's settings.
+
+    Raises:
+        ValueError, TypeError: a setting out of its range. NotImplementedError: not there yet.
+    """
+
+    order: str = "second"
+    upper: float | tuple[float, float] = 0.6
+    lower: float | tuple[float, float] = 0.0
+    gamma: float = 0.5
+    granularity: str = "element"
+    selection: str = "exact"
+    inactive: str = "update"
+    selection_warmup_steps: int = 0
+    max_grad_norm: float | None = None
+    state_dtype: torch.dtype | None = None
+    backend: str = "auto"
+    process_group: Any = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        choice("order", self.order, tuple(ORDERS))
+        choice("granularity", self.granularity, GRANULARITIES)
+        choice("selection", self.selection, SELECTIONS)
+        choice("inactive", self.inactive, INACTIVE)
+        choice("backend", self.backend, backends.NAMES)
+        for kind in ("first", "second"):
+            self.fractions(kind)
+        if not 0 < self.gamma < 1:
+            raise ValueError(f"gamma={self.gamma}; expected 0 < gamma < 1, the first-order weight")
+        if not isinstance(self.selection_warmup_steps, int) or self.selection_warmup_steps < 0:
+            raise ValueError(
+                f"selection_warmup_steps={self.selection_warmup_steps}; expected an integer >= 0"
+            )
+        if self.state_dtype not in (None, *_STATE_DTYPES):
+            raise ValueError(
+                f"state_dtype={self.state_dtype}; expected None (float32), torch.float32 or "
+                "torch.bfloat16"
+            )
+        for name, missing in (
+            ("max_grad_norm", "clip with torch.nn.utils.clip_grad_norm_ before step()"),
+            ("process_group", "rankings over several processes are not there"),
+        ):
+            if getattr(self, name) is not None:
+                raise NotImplementedError(f"{name} is not there yet: {missing}")
+        if self.selection == "bracket":
+            raise NotImplementedError("selection='bracket' is not there yet; use 'exact'")
+
+    def fractions(self, kind: str) -> tuple[int, int]:
+        """(c_h, c_l) of the ``"first"`` or ``"second"`` mask, in units of 1e-9."""
+
+        def pick(name: str, value: float | tuple[float, float]) -> float:
+            if not isinstance(value, (tuple, list)):
+                return value
+            if len(value) != 2:
+                raise ValueError(f"{name}={value}; expected a number or a pair (first, second)")
+            return value[kind == "second"]
+
+        suffix = f" ({kind})" if isinstance(self.upper, (tuple, list)) else ""
+        return check_fractions(pick("upper", self.upper), pick("lower", self.lower), suffix)
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The masks that ``order`` needs."""
+        return ORDERS[self.order]
+
+    @cached_property
+    def is_adamw(self) -> bool:
+        """Whether everything is kept, so that there is nothing to select."""
+        return all(self.fractions(kind) == (FRACTION_UNIT, 0) for kind in self.kinds)
+
+    @property
+    def moment_dtype(self) -> torch.dtype:
+        return self.state_dtype or torch.float32
+
+
+@dataclass
+class _Batch:
+    """One step's tensors in index-space order, and the rows of the group table they belong to."""
+
+    params: list[Tensor]  # as given; the lists below are views in memory order
+    views: list[Tensor]
+    grads: list[Tensor]
+    groups: list[int]
+    offsets: list[int]
+
+    def subset(self, keep: list[bool]) -> _Batch:
+        columns = zip(self.params, self.views, self.grads, self.groups, self.offsets, strict=True)
+        rows = [row for row, kept in zip(columns, keep, strict=True) if kept]
+        return _Batch(*map(list, zip(*rows, strict=True))) if rows else _Batch([], [], [], [], [])
+
+
+class _Kept:
+    """Carries a state tensor through ``Optimizer.load_state_dict``, which would cast it."""
+
+    def __init__(self, value: Tensor) -> None:
+        self.value = value
+
+
+class RoseFusedAdamW(Optimizer):
+    r"""AdamW that updates, at every step, only the parameters whose update is robust (ROSE).
+
+    All parameters of the optimizer are ranked together by a risk, and the lowest ``upper`` fraction
+    is updated (the mask M); the rest keeps its values and first moments::
+
+        second order   r = | (1 - beta1) * |g| / |m| - 1 |       m: first moment before the step
+        first order    r = |g_kl|                                 g_kl: gradient of a KL divergence
+        ensemble       M = gamma * M_first + (1 - gamma) * M_second
+
+        g' = M*g + (1 - M)*m
+        m <- beta1*m + (1 - beta1)*g'
+        v <- beta2*v + (1 - beta2)*g'^2
+        p <- p - lr*M*( mhat/(sqrt(vhat) + eps) + weight_decay*p )
+
+    Thresholds are exact and ties are all kept, so masks do not depend on threads, layout or order.
+    An element whose gradient or moment is not finite is left alone. With ``upper=1`` this is
+    ``torch.optim.AdamW``, with whose checkpoints it exchanges state both ways.
+
+    First order and ensemble need the mask of the KL gradient before every step::
+
+        kl.backward()
+        opt.capture("first")
+        ce.backward()
+        opt.step()
+
+    :func:`rose_ops.rose_backward` does that for any classifier.
+
+    Args:
+        params: parameters or groups. Float32, bfloat16 or float16. Groups may set ``lr``,
+            ``betas``, ``eps``, ``weight_decay``, ``maximize`` and ``selective``; ``selective=False``
+            means plain AdamW, outside the ranking. See :func:`rose_param_groups`.
+        lr, betas, eps, weight_decay, maximize: as in ``torch.optim.AdamW``; ``lr`` may be a tensor.
+        order: ``"first"``, ``"second"`` or ``"ensemble"``.
+        upper, lower: fractions of the ranking between which elements are kept, ``0 <= lower < upper
+            <= 1``; a pair (first, second) sets the two masks of an ensemble apart.
+        gamma: weight of the first-order mask in the ensemble, in (0, 1).
+        granularity: ``"element"``, or ``"tensor"``: whole tensors are ranked by their Frobenius
+            norms, as in the authors' code.
+        selection: ``"exact"``: the k-th smallest risk. ``"approx"``: one pass; the threshold is
+            rounded up to 11 leading bits, so up to 12.5% too high in value, and what lies between is
+            kept as well. (``"bracket"`` is not there yet.)
+        inactive: what happens to elements without evidence to rank by (no gradient history in
+            second order, zero gradient in first). ``"update"``: they are selected and stay out of the
+            ranking; ``"rank"``: the formulas are taken literally.
+        selection_warmup_steps: so many first steps are plain AdamW.
+        max_grad_norm: not there yet.
+        capturable: for CUDA graphs; not there yet on the CPU backends.
+        state_dtype: dtype of the moments. None: float32. With bfloat16, second moments are rounded
+            stochastically (else they would never decay), keyed on ``seed``, step and element.
+        backend: ``"auto"``, ``"cpu"`` or ``"reference"`` (plain PyTorch, slow).
+        process_group: not there yet.
+        seed: of the stochastic rounding, the only thing that is random here.
+
+    Raises:
+        ValueError, TypeError: an argument out of its range, said with what was expected.
+        NotImplementedError: what is not there yet.
+
+    Source: Jiang et al., *ROSE: Robust Selective Fine-tuning for Pre-trained Language Models*, EMNLP
+    2022, Algorithm 1.
+    """
+
+    # torch.amp.GradScaler hands over grad_scale and found_inf instead of unscaling in a pass.
+    _step_supports_amp_scaling = True
+
+    def __init__(
+        self,
+        params: Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]],
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        *,
+        order: str = "second",
+        upper: float | tuple[float, float] = 0.6,
+        lower: float | tuple[float, float] = 0.0,
+        gamma: float = 0.5,
+        granularity: str = "element",
+        selection: str = "exact",
+        inactive: str = "update",
+        selection_warmup_steps: int = 0,
+        max_grad_norm: float | None = None,
+        maximize: bool = False,
+        capturable: bool = False,
+        state_dtype: torch.dtype | None = None,
+        backend: str = "auto",
+        process_group: Any = None,
+        seed: int = 0,
+    ) -> None:
+        self.settings = Settings(
+            order, upper, lower, gamma, granularity, selection, inactive, selection_warmup_steps,
+            max_grad_norm, state_dtype, backend, process_group, seed,
+        )  # fmt: skip
+        self._reset()
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "maximize": maximize,
+            "capturable": capturable,
+            "selective": True,
+        }
+        super().__init__(params, defaults)
+
+    def _reset(self) -> None:
+        """What is derived from the state, and statistics."""
+        self._steps_done = 0
+        self._captured: set[str] = set()
+        self._dtypes: dict[Tensor, torch.dtype] = {}
+        self._records: dict[str, Tensor] = {}
+
+    # ------------------------------------------------------------------------------------- groups
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add parameters, for example ones unfrozen later; see ``torch.optim.Optimizer``.
+
+        Raises:
+            ValueError, TypeError: an option or parameter that cannot work; nothing was added.
+        """
+        if isinstance(param_group, dict):
+            params = param_group.get("params", ())
+            if not isinstance(params, (Tensor, set)):
+                params = param_group["params"] = list(params)
+            merged = {**self.defaults, **param_group}
+            _check_group(merged)
+            for item in [params] if isinstance(params, Tensor) else params:
+                param = item[1] if isinstance(item, tuple) else item
+                if isinstance(param, Tensor):
+                    _check_param(param)
+                    self._check_device(param, merged)
+        super().add_param_group(param_group)
+
+    def _check_device(self, param: Tensor, group: dict[str, Any]) -> None:
+        backends.resolve(self.settings.backend, param.device)
+        if group["capturable"] and param.device.type == "cpu":
+            raise ValueError("capturable=True is for CUDA graphs; these parameters are on the CPU")
+        first = next((p for g in self.param_groups for p in g["params"]), param)
+        if first.device != param.device:
+            raise ValueError(
+                f"a parameter is on {param.device} and others are on {first.device}; expected all "
+                "on one device: use one optimizer for each (each with its own ranking)"
+            )
+
+    # --------------------------------------------------------------------------------------- step
+
+    def _collect(self) -> _Batch:
+        """All parameters that have a gradient. Raises before anything is changed."""
+        if torch._C._current_graph_task_id() != -1:
+            raise RuntimeError(
+                "RoseFusedAdamW was called inside a backward pass (optimizer-in-backward); its "
+                "ranking is global and needs all gradients: call it after backward()"
+            )
+        batch = _Batch([], [], [], [], [])
+        offset = 0
+        for row, group in enumerate(self.param_groups):
+            for p in group["params"]:
+                if p.grad is not None:
+                    self._check_ready(p, offset)
+                    view, grad = memory_order(p, (p.detach(), p.grad.detach()))
+                    batch.params.append(p)
+                    batch.views.append(view)
+                    batch.grads.append(grad)
+                    batch.groups.append(row)
+                    batch.offsets.append(offset)
+                offset += p.numel()
+        for p in batch.params:
+            state = self.state[p]
+            if "step" not in state:
+                self._dtypes[p] = p.dtype
+                state["step"] = torch.zeros((), dtype=torch.float32)
+                for moment in _MOMENTS:
+                    state[moment] = torch.zeros_like(
+                        p, dtype=self.settings.moment_dtype, memory_format=torch.preserve_format
+                    )
+        return batch
+
+    def _check_ready(self, p: Tensor, offset: int) -> None:
+        grad = p.grad
+        assert grad is not None
+        what = f"the parameter of shape {tuple(p.shape)} (elements from {offset})"
+        if grad.layout != torch.strided or torch.is_complex(grad):
+            kind = "complex" if torch.is_complex(grad) else "sparse"
+            raise RuntimeError(
+                f"the gradient of {what} is {kind}; RoseFusedAdamW ranks dense real gradients "
+                "(for an embedding, use sparse=False)"
+            )
+        if grad.device != p.device:
+            raise RuntimeError(f"the gradient of {what} is on {grad.device}, expected {p.device}")
+        if grad.shape != p.shape:
+            raise RuntimeError(f"the gradient of {what} has shape {tuple(grad.shape)}")
+        _check_param(p)
+        if grad.dtype not in _DTYPES:
+            raise TypeError(f"the gradient of {what} is {grad.dtype}; expected one of {_DTYPES}")
+        state = self.state.get(p)
+        if state and "exp_avg" in state:
+            if state["exp_avg"].shape != p.shape or state["exp_avg"].device != p.device:
+                raise RuntimeError(
+                    f"{what} has state of shape {tuple(state['exp_avg'].shape)} on "
+                    f"{state['exp_avg'].device}: the parameter changed its shape or device after a "
+                    "step; make a new optimizer for it"
+                )
+            if self._dtypes.setdefault(p, p.dtype) != p.dtype:
+                raise RuntimeError(
+                    f"{what} was {self._dtypes[p]} and is now {p.dtype}; make a new optimizer after "
+                    "a change of dtype, and load the old one's state_dict() into it"
+                )
+
+    def _states(self, batch: _Batch, key: str) -> list[Tensor]:
+        return [
+            memory_order(p, (self.state[p][key],))[0] if key in _MOMENTS else self.state[p][key]
+            for p in batch.params
+        ]
+
+    def _tables(self) -> tuple[Tensor, Tensor]:
+        """Learning rates ``[G]``, and the other hyperparameters ``[G, 6]``."""
+        lrs = [group["lr"] for group in self.param_groups]
+        lr = (
+            torch.stack([torch.as_tensor(x, dtype=torch.float64).reshape(()) for x in lrs])
+            if any(isinstance(x, Tensor) for x in lrs)
+            else torch.tensor(lrs, dtype=torch.float64)
+        )
+        selecting = self._is_selecting()
+        hyper = torch.empty(len(lrs), len(Hyper), dtype=torch.float64)
+        for row, group in zip(hyper, self.param_groups, strict=True):
+            columns = {
+                Hyper.BETA1: group["betas"][0],
+                Hyper.BETA2: group["betas"][1],
+                Hyper.EPS: group["eps"],
+                Hyper.WEIGHT_DECAY: group["weight_decay"],
+                Hyper.SIGN: -1.0 if group["maximize"] else 1.0,
+                Hyper.SELECTIVE: float(group["selective"] and selecting),
+            }
+            row.copy_(torch.tensor([columns[column] for column in Hyper], dtype=torch.float64))
+        return lr, hyper
+
+    def _is_selecting(self) -> bool:
+        """Whether the coming step selects at all."""
+        settings = self.settings
+        return not settings.is_adamw and self._steps_done >= settings.selection_warmup_steps
+
+    def _ops(self, batch: _Batch) -> Any:
+        return backends.resolve(self.settings.backend, batch.views[0].device).ops
+
+    def _selective(self, batch: _Batch) -> _Batch:
+        return batch.subset([self.param_groups[row]["selective"] for row in batch.groups])
+
+    def _record(self, kind: str, batch: _Batch, hyper: Tensor, inv_scale: Tensor | None) -> Tensor:
+        """Rank the elements of ``batch``; also kept for :attr:`selection`."""
+        exp_avgs = self._states(batch, "exp_avg") if kind == "second" else []
+        record = self._ops(batch).select(
+            batch.grads, exp_avgs, hyper, torch.tensor(batch.groups), inv_scale,
+            *self.settings.fractions(kind), self._rank_inactive,
+            self.settings.selection == "approx",
+        )  # fmt: skip
+        self._records[kind] = record
+        return record
+
+    def _tensor_masks(
+        self, kind: str, batch: _Batch, hyper: Tensor, inv_scale: Tensor | None
+    ) -> list[Tensor]:
+        """Rank the tensors of ``batch`` by their norms."""
+        ops = self._ops(batch)
+        norms = ops.tensor_norms(batch.grads, inv_scale)
+        exp_avg_norms = (
+            ops.tensor_norms(self._states(batch, "exp_avg"), None) if kind == "second" else None
+        )
+        alpha = (1.0 - hyper[batch.groups, Hyper.BETA1]).float()
+        mask, self._records[kind] = select_tensors(
+            norms, exp_avg_norms, alpha, *self.settings.fractions(kind), self._rank_inactive
+        )
+        return list(mask.unbind())
+
+    @property
+    def _rank_inactive(self) -> bool:
+        return self.settings.inactive == "rank"
+
+    @torch.no_grad()
+    def capture(
+        self, kind: str = "first", *, clear: bool = True, grad_scale: Tensor | None = None
+    ) -> None:
+        """Make a mask from what ``.grad`` holds now, for the next :meth:`step` to use.
+
+        Nothing is captured where the next step does not select (warm-up, ``upper=1``).
+
+        Args:
+            kind: ``"first"`` (``.grad`` is that of the KL loss) or ``"second"``. Without a captured
+                second-order mask, ``step()`` finds it from the gradient that it updates with.
+            clear: set ``.grad`` to None afterwards, as ``zero_grad()`` does.
+            grad_scale: loss scale of the gradients (``GradScaler.scale``'s), if they are scaled.
+
+        Raises:
+            ValueError: ``order`` does not use such a mask.
+            RuntimeError: no parameter has a gradient, or one that cannot be used.
+        """
+        choice("kind", kind, self.settings.kinds)
+        batch = self._collect()
+        if not batch.params:
+            raise RuntimeError(f"capture({kind!r}): no parameter has a gradient; call backward() first")
+        batch = self._selective(batch)
+        if batch.params and self._is_selecting():
+            _, hyper = self._tables()
+            inv_scale = _reciprocal(grad_scale)
+            if self.settings.granularity == "tensor":
+                masks = self._tensor_masks(kind, batch, hyper, inv_scale)
+            else:
+                record = self._record(kind, batch, hyper, inv_scale)
+                masks = empty_masks([view.numel() for view in batch.views])
+                self._ops(batch).capture_(
+                    masks, batch.grads,
+                    self._states(batch, "exp_avg") if kind == "second" else [],
+                    hyper, torch.tensor(batch.groups), inv_scale, record, self._rank_inactive,
+                )  # fmt: skip
+            self._drop_masks(kind)  # a second capture replaces the first
+            for p, mask in zip(batch.params, masks, strict=True):
+                self.state[p][_mask_key(kind)] = mask
+            self._captured.add(kind)
+        if clear:
+            self.zero_grad(set_to_none=True)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """Select and update; captured masks are consumed.
+
+        Args:
+            closure: reevaluates the model and returns the loss. With a first-order mask to capture,
+                it does that, too.
+
+        Returns:
+            The closure's loss, or None.
+
+        Raises:
+            RuntimeError: a mask that the order needs was not captured, or a gradient cannot be used;
+                parameters and moments stay as they were.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        batch = self._collect()
+        selecting = self._is_selecting()
+        if selecting and "first" in self.settings.kinds and "first" not in self._captured:
+            raise RuntimeError(
+                f"order={self.settings.order!r} needs a first-order mask: call kl.backward() and "
+                'optimizer.capture("first") before step() (rose_ops.rose_backward does both)'
+            )
+        if batch.params:
+            self._update(batch)
+        for kind in tuple(self._captured):
+            self._drop_masks(kind)
+        return loss
+
+    def _drop_masks(self, kind: str) -> None:
+        for state in self.state.values():
+            state.pop(_mask_key(kind), None)
+        self._captured.discard(kind)
+
+    def _update(self, batch: _Batch) -> None:
+        found_inf = getattr(self, "found_inf", None)
+        if found_inf is not None and found_inf.device.type == "cpu" and found_inf.item() != 0:
+            return  # nothing to read back here; on a GPU the kernels look
+        inv_scale = _reciprocal(getattr(self, "grad_scale", None))
+        lr, hyper = self._tables()
+        ops = self._ops(batch)
+        settings = self.settings
+        record = None
+        masks: dict[str, list[Tensor]] = {"first": [], "second": []}
+        selective = self._selective(batch)
+        if self._is_selecting() and selective.params:
+            for kind in settings.kinds:
+                if kind in self._captured:
+                    found = {p: self.state[p].get(_mask_key(kind)) for p in batch.params}
+                elif settings.granularity == "tensor":
+                    bools = self._tensor_masks(kind, selective, hyper, inv_scale)
+                    found = dict(zip(selective.params, bools, strict=True))
+                else:
+                    record = self._record(kind, selective, hyper, inv_scale)
+                    continue
+                # A parameter that had no gradient at the capture is outside that ranking: selected.
+                none = torch.empty(0, dtype=torch.uint8)
+                masks[kind] = [none if (m := found.get(p)) is None else m for p in batch.params]
+        self._records["update"] = ops.adamw_(
+            batch.views, batch.grads, self._states(batch, "exp_avg"),
+            self._states(batch, "exp_avg_sq"), self._states(batch, "step"), masks["first"],
+            masks["second"], record, lr, hyper, torch.tensor(batch.groups),
+            torch.tensor(batch.offsets), inv_scale, found_inf, settings.gamma,
+            self._rank_inactive, settings.seed,
+        )  # fmt: skip
+        self._steps_done += 1
+
+    @property
+    def selection(self) -> dict[str, Selection | UpdateCounts]:
+        """Statistics of the latest step: ``"first"`` and ``"second"`` (a :class:`Selection` each, if
+        that mask was ever made) and ``"update"`` (:class:`UpdateCounts`), as 0-dim tensors."""
+        found: dict[str, Selection | UpdateCounts] = {}
+        for kind, record in self._records.items():
+            found[kind] = (
+                UpdateCounts(*record) if kind == "update" else Selection.from_record(record)
+            )
+        return found
+
+    # -------------------------------------------------------------------------------------- state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what :meth:`state_dict` of this class or of ``torch.optim.AdamW`` returned.
+
+        Moments keep their precision whatever the parameters' dtype (they are cast to
+        ``state_dtype`` only), so training resumes as if it had not stopped.
+
+        Raises:
+            ValueError: the state does not fit the parameters, or needs what is not here (amsgrad);
+                nothing was changed.
+        """
+
+        def check_and_keep(_: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+            return self._checked(state_dict)
+
+        # Registered now, it runs after the user's own hooks, on what they made of the dict.
+        handle = self.register_load_state_dict_pre_hook(check_and_keep)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            handle.remove()
+
+    def _checked(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        for name in ("state", "param_groups"):
+            if name not in state_dict:
+                raise ValueError(f"the state dict has no {name!r}; expected what state_dict() returns")
+        groups = []
+        for group in state_dict["param_groups"]:
+            _check_group({**self.defaults, **group})
+            groups.append({k: v for k, v in group.items() if k not in _ADAMW_ONLY})
+        ids = [i for group in groups for i in group["params"]]
+        params = [p for group in self.param_groups for p in group["params"]]
+        state = dict(state_dict["state"])
+        if len(ids) == len(params):  # if not, Optimizer.load_state_dict says so
+            for i, p in zip(ids, params, strict=True):
+                if state.get(i):
+                    state[i] = self._checked_state(i, p, state[i])
+        return {**state_dict, "state": state, "param_groups": groups}
+
+    def _checked_state(self, i: int, p: Tensor, state: dict[str, Any]) -> dict[str, Any]:
+        def fail(problem: str) -> ValueError:
+            return ValueError(
+                f"state of parameter {i} (shape {tuple(p.shape)}): {problem}; nothing was loaded"
+            )
+
+        kept: dict[str, Any] = {}
+        for key in ("step", *_MOMENTS):
+            if key not in state:
+                raise fail(f"{key!r} is missing; expected step, exp_avg and exp_avg_sq")
+        step = torch.as_tensor(state["step"], dtype=torch.float32)
+        if step.numel() != 1 or not step.isfinite().all() or step < 0:
+            raise fail(f"'step' is {state['step']}; expected a number >= 0")
+        kept["step"] = _Kept(step.reshape(()).clone())
+        for key in _MOMENTS:
+            value = state[key]
+            if not isinstance(value, Tensor) or not value.is_floating_point():
+                raise fail(f"{key!r} is not a floating-point tensor")
+            if value.shape != p.shape:
+                raise fail(f"{key!r} has shape {tuple(value.shape)}; expected the parameter's")
+            kept[key] = _Kept(value.to(device=p.device, dtype=self.settings.moment_dtype))
+        for kind in ("first", "second"):
+            mask = state.get(_mask_key(kind))
+            if mask is None:
+                continue
+            if not isinstance(mask, Tensor) or (mask.dtype, mask.numel()) not in (
+                (torch.bool, 1),
+                (torch.uint8, (p.numel() + 7) // 8),
+            ):
+                raise fail(f"{_mask_key(kind)!r} is not a mask of this parameter")
+            kept[_mask_key(kind)] = _Kept(mask.to(p.device))
+        return kept
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {
+            **super().__getstate__(),
+            "settings": asdict(self.settings),
+            "_steps_done": self._steps_done,
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        state = dict(state)
+        settings = state.pop("settings", None)
+        super().__setstate__(state)
+        if settings is not None or "settings" not in self.__dict__:
+            self.settings = Settings(**(settings or {}))
+        for p, values in self.state.items():
+            self.state[p] = {
+                key: value.value if isinstance(value, _Kept) else value
+                for key, value in values.items()
+            }
+        # An older or an AdamW state lacks some of these.
+        for key, value in {"maximize": False, "capturable": False, "selective": True}.items():
+            self.defaults.setdefault(key, value)
+        for group in self.param_groups:
+            for key, value in self.defaults.items():
+                group.setdefault(key, value)
+        self._reset()
+        steps = [int(values["step"]) for values in self.state.values() if "step" in values]
+        self._steps_done = state.get("_steps_done", max(steps, default=0))
+        self._captured = {
+            kind
+            for kind in ("first", "second")
+            for values in self.state.values()
+            if _mask_key(kind) in values
+        }
+
+    def __repr__(self) -> str:
+        return f"{super().__repr__()[:-1]}\n{self.settings}\n)"
+
+
+def _reciprocal(grad_scale: Tensor | None) -> Tensor | None:
+    """What gradients are multiplied by, as ``GradScaler.unscale_`` rounds it."""
+    if grad_scale is None:
+        return None
+    return grad_scale.double().reciprocal().float().reshape(())
+
+
+def _check_param(p: Tensor) -> None:
+    if torch.is_complex(p):
+        raise TypeError("complex parameters cannot be ranked; expected float32, bfloat16 or float16")
+    if p.dtype not in _DTYPES:
+        raise TypeError(f"parameters of {p.dtype} are not supported; expected one of {_DTYPES}")
+    if p.layout != torch.strided:
+        raise TypeError(f"parameters of layout {p.layout} are not supported; expected dense ones")
+    if hasattr(p, "to_local"):
+        raise NotImplementedError("DTensor parameters (FSDP2) are not there yet")
+    if overlaps_itself(p):
+        raise ValueError(
+            "a parameter is an expanded tensor, whose elements share memory; use .contiguous()"
+        )
+
+
+def _check_group(group: dict[str, Any]) -> None:
+    """Raise unless the options of a group (merged with the defaults) can work."""
+
+    def bad(name: str, expected: str) -> ValueError:
+        return ValueError(f"{name}={group[name]}; expected {expected}")
+
+    def number(x: object) -> bool:
+        return isinstance(x, (int, float)) and not isinstance(x, bool) and math.isfinite(x)
+
+    lr = group["lr"]
+    if isinstance(lr, Tensor):
+        if lr.numel() != 1 or lr.is_complex():
+            raise bad("lr", "a number or a tensor of one element")
+    elif not number(lr) or lr < 0:
+        raise bad("lr", "a number >= 0")
+    betas = group["betas"]
+    if len(betas) != 2 or not all(number(beta) and 0 <= beta < 1 for beta in betas):
+        raise bad("betas", "two numbers in [0, 1)")
+    for name in ("eps", "weight_decay"):
+        if not number(group[name]) or group[name] < 0:
+            raise bad(name, "a number >= 0")
+    for name in Settings.__dataclass_fields__.keys() & group.keys():
+        raise ValueError(
+            f"{name!r} in a parameter group: one ranking spans all groups, so it is an argument of "
+            "RoseFusedAdamW; groups may set lr, betas, eps, weight_decay, maximize and selective"
+        )
+    for name, only in _ADAMW_ONLY.items():
+        if group.get(name, only) != only and only is not None:
+            raise ValueError(f"{name}={group[name]} is not supported; expected {only}")
+
+
+def rose_param_groups(
+    model: nn.Module, weight_decay: float = 1e-2, selective: str = "all"
+) -> list[dict[str, Any]]:
+    """The usual parameter groups of a model: no weight decay for biases and norms.
+
+    Those are taken to be the parameters with fewer than two dimensions. Frozen parameters are left
+    out.
+
+    Args:
+        model: whose parameters to group.
+        weight_decay: of the other parameters.
+        selective: which parameters ROSE ranks; the rest gets plain AdamW. ``"all"``, or
+            ``"encoder-weights"``, the authors' rule: names that contain "layer" and "weight".
+
+    Returns:
+        Up to four groups for :class:`RoseFusedAdamW`; none is empty.
+
+    Raises:
+        ValueError: ``selective`` is neither, or selects nothing in this model.
+    """
+    choice("selective", selective, ("all", "encoder-weights"))
+    groups: dict[tuple[bool, bool], list[Tensor]] = {}
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            chosen = selective == "all" or ("layer" in name and "weight" in name)
+            groups.setdefault((p.dim() >= 2, chosen), []).append(p)
+    if not any(chosen for _, chosen in groups):
+        raise ValueError(f"selective={selective!r} matches no trainable parameter of the model")
+    return [
+        {"params": params, "weight_decay": weight_decay if decays else 0.0, "selective": chosen}
+        for (decays, chosen), params in groups.items()
+    ]
