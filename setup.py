@@ -6,8 +6,8 @@ from glob import glob
 from setuptools import setup
 from torch.utils.cpp_extension import BuildExtension, CppExtension
 
-# -ffp-contract=off: every product and sum is rounded, or masks drift apart between backends. The two
-# -fno flags change no value: they let the compiler turn branches and square roots into vector code.
+# -ffp-contract=off: every product and sum is rounded, or masks drift apart between backends. The
+# two -fno flags change no value: they let the compiler vectorize branches and square roots.
 compile_args = [
     "-O3",
     "-std=c++17",

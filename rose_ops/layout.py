@@ -16,7 +16,8 @@ def memory_order(like: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
     """``tensors`` as views whose row-major order is the memory order of ``like`` (same shape)."""
     if like.is_contiguous():
         return list(tensors)
-    dims = sorted(range(like.dim()), key=lambda d: -like.stride(d))
+    strides = like.stride()
+    dims = sorted(range(like.dim()), key=lambda d: -strides[d])
     return [tensor.permute(dims) for tensor in tensors]
 
 

@@ -171,7 +171,8 @@ def rose_backward(
     """
     if not 0.0 <= r_drop < float("inf"):
         raise ValueError(f"r_drop must be at least 0 and finite, got {r_drop}")
-    kinds = optimizer.settings.kinds if isinstance(optimizer, RoseFusedAdamW) else ()
+    rose = optimizer if isinstance(optimizer, RoseFusedAdamW) else None
+    kinds = rose.settings.kinds if rose else ()
     first = "first" in kinds
     # Without R-Drop the update's gradient is that of ce, and step() takes the mask from it.
     second = "second" in kinds and r_drop > 0.0
@@ -183,32 +184,37 @@ def rose_backward(
             "docstring)"
         )
 
-    passes = 2 if first or r_drop > 0.0 else 1
-    logits = [(forward or _forward)(model, inputs) for _ in range(passes)]
+    def backward(loss: Tensor, **options: Any) -> None:
+        torch.autograd.backward(loss if scaler is None else scaler.scale(loss), **options)
+
+    run = forward or _forward
+    passes = [run(model, inputs)]
+    if first or r_drop > 0.0:
+        passes.append(run(model, inputs))
     # A backward runs in the dtypes its forward chose; under autocast it would choose anew.
-    with torch.autocast(logits[0].device.type, enabled=False):
+    with torch.autocast(passes[0].device.type, enabled=False):
         # Half precision would round the loss, and some criteria have no half-precision kernel.
-        widened = [_at_least_float32(x) for x in logits]
-        ce = torch.stack([criterion(x, labels) for x in widened]).mean()
-        if passes == 1:
-            _scaled(ce, scaler).backward()
+        passes = [x.to(torch.promote_types(x.dtype, torch.float32)) for x in passes]
+        ce = torch.stack([criterion(logits, labels) for logits in passes]).mean()
+        if len(passes) == 1:
+            backward(ce)
             return RoseLosses(ce.detach(), ce.detach(), None)
 
-        kl = symmetric_kl(*widened)
+        kl = symmetric_kl(passes[0], passes[1])
         _check_dropout(model, kl)
         loss = ce + r_drop * kl if r_drop > 0.0 else ce
         # A second-order risk is not the same for scaled gradients, so captures are told the scale.
         scale = None if scaler is None else scaler.scale(torch.ones_like(kl))
-        if first:
+        if rose and first:
             # `inputs` keeps the kl out of parameters that another optimizer holds.
-            _scaled(kl, scaler).backward(retain_graph=True, inputs=parameters)
-            optimizer.capture("first", grad_scale=scale)
-        if second:
-            _scaled(ce, scaler).backward(retain_graph=True)
-            optimizer.capture("second", clear=False, grad_scale=scale)
-            _scaled(r_drop * kl, scaler).backward()
+            backward(kl, retain_graph=True, inputs=parameters)
+            rose.capture("first", grad_scale=scale)
+        if rose and second:
+            backward(ce, retain_graph=True)
+            rose.capture("second", clear=False, grad_scale=scale)
+            backward(r_drop * kl)
         else:
-            _scaled(loss, scaler).backward()
+            backward(loss)
     return RoseLosses(loss.detach(), ce.detach(), kl.detach())
 
 
@@ -227,14 +233,6 @@ def _forward(model: nn.Module, inputs: Any) -> Tensor:
             "with .logits; pass forward=lambda model, inputs: ... that returns the logits"
         )
     return logits
-
-
-def _at_least_float32(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def _scaled(loss: Tensor, scaler: torch.amp.GradScaler | None) -> Tensor:
-    return loss if scaler is None else scaler.scale(loss)
 
 
 def _check_dropout(model: nn.Module, kl: Tensor) -> None:

@@ -465,7 +465,7 @@ class RoseFusedAdamW(Optimizer):
             self.zero_grad(set_to_none=True)
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Select and update; captured masks are consumed.
 
         Args:
@@ -540,9 +540,7 @@ class RoseFusedAdamW(Optimizer):
         that mask was ever made) and ``"update"`` (:class:`UpdateCounts`), as 0-dim tensors."""
         found: dict[str, Selection | UpdateCounts] = {}
         for kind, record in self._records.items():
-            found[kind] = (
-                UpdateCounts(*record) if kind == "update" else Selection.from_record(record)
-            )
+            found[kind] = UpdateCounts(*record) if kind == "update" else Selection.from_record(record)
         return found
 
     # -------------------------------------------------------------------------------------- state
@@ -633,8 +631,7 @@ class RoseFusedAdamW(Optimizer):
             self.settings = Settings(**(settings or {}))
         for p, values in self.state.items():
             self.state[p] = {
-                key: value.value if isinstance(value, _Kept) else value
-                for key, value in values.items()
+                key: value.value if isinstance(value, _Kept) else value for key, value in values.items()
             }
         # An older or an AdamW state lacks some of these.
         for key, value in {"maximize": False, "capturable": False, "selective": True}.items():

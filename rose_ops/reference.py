@@ -20,6 +20,7 @@ whole tensor, and an empty one selects all of it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from enum import IntEnum
 from typing import NamedTuple
 
@@ -68,7 +69,7 @@ def scaled(grad: Tensor, inv_scale: Tensor | None) -> Tensor:
     return g if inv_scale is None else g * inv_scale.to(g.device)
 
 
-def risk_key(g: Tensor, m: Tensor | None, alpha: float, rank_inactive: bool) -> Tensor:
+def risk_key(g: Tensor, m: Tensor | None, alpha: float | Tensor, rank_inactive: bool) -> Tensor:
     """Rank key of every element: int64, the bit pattern of its float32 risk.
 
     First order (``m is None``, Eq. 2): ``r = |g|``. Second order (Eq. 4):
@@ -101,7 +102,7 @@ def _keys(
     inv_scale: Tensor | None,
     rank_inactive: bool,
 ) -> list[Tensor]:
-    moments = exp_avgs or [None] * len(grads)
+    moments: Sequence[Tensor | None] = exp_avgs or [None] * len(grads)
     alphas = [float32(1.0 - beta1) for beta1 in hyper[:, Hyper.BETA1].tolist()]
     return [
         risk_key(scaled(g, inv_scale), m, alphas[i], rank_inactive).reshape(-1)
@@ -136,8 +137,10 @@ def select(
         int64 ``[8]``, indexed by :class:`Field`.
     """
     keys = torch.cat(
-        [torch.empty(0, dtype=torch.int64)]
-        + _keys(grads, exp_avgs, hyper, group, inv_scale, rank_inactive)
+        [
+            torch.empty(0, dtype=torch.int64),
+            *_keys(grads, exp_avgs, hyper, group, inv_scale, rank_inactive),
+        ]
     )
     ranked = keys[keys < INACTIVE_KEY].sort().values
     n = ranked.numel()
@@ -371,7 +374,7 @@ def select_tensors(
 
     def quantile(fraction: int) -> Tensor:
         last = (n - 1).clamp(min=0)
-        product = fraction * (last % FRACTION_UNIT)  # as in rank_of, but the remainder is needed too
+        product = fraction * (last % FRACTION_UNIT)  # as in rank_of, which drops the remainder
         index = fraction * (last // FRACTION_UNIT) + product // FRACTION_UNIT
         weight = (product % FRACTION_UNIT).double() / FRACTION_UNIT
         low, high = risks[index], risks[torch.minimum(index + 1, last)]

@@ -24,8 +24,7 @@ void check_table(const Tensor& tensor, ScalarType dtype, int64_t numel, const ch
 // The group table and each tensor's row in it.
 class Groups {
  public:
-  Groups(const Tensor& hyper, const Tensor& group, size_t tensors)
-      : count_(hyper.numel() / kColumns) {
+  Groups(const Tensor& hyper, const Tensor& group, size_t tensors) : count_(hyper.numel() / kColumns) {
     check_table(hyper, ScalarType::Double, count_ * kColumns, "hyper");
     check_table(group, ScalarType::Long, static_cast<int64_t>(tensors), "group");
     hyper_ = hyper.const_data_ptr<double>();
@@ -115,8 +114,7 @@ Update make_update(const Groups& groups, size_t i, double lr, double step, doubl
     u.m[kind] = static_cast<float>(weights[kind]);
     u.complement[kind] = static_cast<float>(weights[3 - kind]);
     u.step_size[kind] = static_cast<float>(lr * weights[kind] / (1.0 - std::pow(beta1, step)));
-    u.decay[kind] =
-        static_cast<float>(1.0 - lr * weights[kind] * groups.get(i, kWeightDecay));
+    u.decay[kind] = static_cast<float>(1.0 - lr * weights[kind] * groups.get(i, kWeightDecay));
   }
   return u;
 }
@@ -132,9 +130,8 @@ Tensor select(std::vector<Tensor> grads, std::vector<Tensor> exp_avgs, Tensor hy
                   " (units of 1e-9); got lower ", lower, " and upper ", upper);
   const Segments segments(risk_roles(grads, exp_avgs));
   const Groups groups(hyper, group, segments.size());
-  const Selection selection =
-      select(risk_source(segments, groups, !exp_avgs.empty(), rank_inactive, inv_scale), upper, lower,
-             approx);
+  const Selection selection = select(
+      risk_source(segments, groups, !exp_avgs.empty(), rank_inactive, inv_scale), upper, lower, approx);
   Tensor result = torch::stable::empty({8}, ScalarType::Long);
   std::memcpy(result.mutable_data_ptr(), &selection, sizeof selection);
   return result;
@@ -146,8 +143,7 @@ void capture_(std::vector<Tensor> masks, std::vector<Tensor> grads, std::vector<
   FpMode mode;
   const Segments segments(risk_roles(grads, exp_avgs));
   const Groups groups(hyper, group, segments.size());
-  const RiskSource source =
-      risk_source(segments, groups, !exp_avgs.empty(), rank_inactive, inv_scale);
+  const RiskSource source = risk_source(segments, groups, !exp_avgs.empty(), rank_inactive, inv_scale);
   const Bounds bounds = read_selection(selection).bounds();
   STD_TORCH_CHECK(masks.size() == segments.size(), "masks has ", masks.size(),
                   " tensors; expected one for each of ", segments.size(), " gradients");

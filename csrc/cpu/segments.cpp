@@ -101,9 +101,8 @@ Segments::Segments(const std::vector<Role>& roles) {
                       "] is not on the CPU; expected all tensors on one device");
       if (k > 0) check_same_sizes(tensor, *tensors[0], roles[k].name, roles[0].name, i);
       segment.operands[k].dtype = dtype_of(tensor, roles[k].name, i);
-      segment.operands[k].data =
-          static_cast<char*>(roles[k].written ? tensor.mutable_data_ptr()
-                                              : const_cast<void*>(tensor.const_data_ptr()));
+      segment.operands[k].data = static_cast<char*>(
+          roles[k].written ? tensor.mutable_data_ptr() : const_cast<void*>(tensor.const_data_ptr()));
       contiguous = contiguous && tensor.is_contiguous();
     }
     segment.n = tensors[0]->numel();
@@ -147,10 +146,10 @@ void store_stochastic(const Segment& segment, const Operand& operand, int64_t st
       const uint64_t first = static_cast<uint64_t>(index + at + done);
       const uint64_t until_carry = (uint64_t{1} << 32) - (first & 0xFFFFFFFFu);
       const int part = static_cast<int>(std::min<uint64_t>(run - done, until_carry));
-      tile_kernels().narrow_stochastic(
-          values + at + done, stride, part,
-          operand.data + (offset + done * stride) * operand.element_size(), key,
-          static_cast<uint32_t>(first >> 32), static_cast<uint32_t>(first));
+      tile_kernels().narrow_stochastic(values + at + done, stride, part,
+                                       operand.data + (offset + done * stride) * operand.element_size(),
+                                       key, static_cast<uint32_t>(first >> 32),
+                                       static_cast<uint32_t>(first));
       done += part;
     }
   });

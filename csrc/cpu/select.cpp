@@ -1,7 +1,8 @@
-// How: a sample gives, for each threshold, a narrow window of keys that almost surely holds it. One pass
-// over the data counts what is below the window and logs the keys inside, and the answer is found in the
-// log. The counts prove it: if the rank falls outside (or the log overflows), a radix select over the
-// full range, 11 + 10 + 10 bits in three passes, finds the same key. Luck decides the time only.
+// How: a sample gives, for each threshold, a narrow window of keys that almost surely holds it. One
+// pass over the data counts what is below the window and logs the keys inside, and the answer is found
+// in the log. The counts prove it: if the rank falls outside (or the log overflows), a radix select
+// over the full range, 11 + 10 + 10 bits in three passes, finds the same key. Luck decides the time
+// only.
 #include "select.h"
 
 #include <algorithm>
@@ -16,8 +17,8 @@ namespace {
 constexpr uint32_t kMaxKey = kInfinityBits;
 
 struct Threshold {
-  int64_t key = -1;          // -1: rank 0
-  int64_t at_or_below = 0;   // ranked elements with a key <= `key`
+  int64_t key = -1;         // -1: rank 0
+  int64_t at_or_below = 0;  // ranked elements with a key <= `key`
 };
 
 struct Scratch {
@@ -55,15 +56,16 @@ std::vector<int64_t> leading_digits(const RiskSource& source) {
     std::fill(state.counts.begin(), state.counts.end(), 0);
     state.pending = 0;
   };
-  source.segments.for_each_tile(
-      [] { return State(); },
-      [&](State& state, size_t index, int64_t start, int n) {
-        source.keys(index, start, n, state.scratch.values, state.scratch.keys);
-        tile_kernels().histogram(state.scratch.keys, n, state.counts.data());
-        state.pending += n;
-        if (state.pending > int64_t{1} << 31) flush(state);  // 32-bit counters
-      },
-      flush);
+  source.segments.for_each_tile([] { return State(); },
+                                [&](State& state, size_t index, int64_t start, int n) {
+                                  source.keys(index, start, n, state.scratch.values,
+                                              state.scratch.keys);
+                                  tile_kernels().histogram(state.scratch.keys, n, state.counts.data());
+                                  state.pending += n;
+                                  if (state.pending > int64_t{1} << 31)
+                                    flush(state);  // 32-bit counters
+                                },
+                                flush);
   return total.bins;
 }
 
@@ -121,7 +123,7 @@ Threshold radix_select(const RiskSource& source, const std::vector<int64_t>& lea
 // ----------------------------------------------------------------------------------------- window
 
 constexpr int64_t kSampleLines = 8192;
-constexpr int kLine = 16;  // elements: one cache line of float32
+constexpr int kLine = 16;             // elements: one cache line of float32
 constexpr int64_t kLogAll = 1 << 17;  // up to here every key is logged
 // Standard errors on each side of the sampled threshold. A miss (6e-5 if the estimate is normal) costs
 // three more passes, a wider window costs every step.
@@ -214,7 +216,8 @@ ClassCounts scan(const RiskSource& source, std::vector<WindowPass>& passes, int6
     WindowPass& pass = passes[w];
     pass.overflow |= static_cast<int64_t>(pass.log.size() + state.used[w]) > capacity;
     if (!pass.overflow) {
-      pass.log.insert(pass.log.end(), state.pending[w].begin(), state.pending[w].begin() + state.used[w]);
+      pass.log.insert(pass.log.end(), state.pending[w].begin(),
+                      state.pending[w].begin() + state.used[w]);
     }
     state.used[w] = 0;
   };
@@ -286,10 +289,10 @@ bool resolve(WindowPass& pass, int64_t k, Threshold& result) {
   } else {
     result.key = kth_of_log(pass.log, pass.window, inside - pass.counts.at_pivot);
   }
-  result.at_or_below =
-      pass.counts.below + (pivot <= result.key ? pass.counts.at_pivot : 0) +
-      std::count_if(pass.log.begin(), pass.log.end(),
-                    [&](uint32_t key) { return static_cast<int64_t>(key) <= result.key; });
+  result.at_or_below = pass.counts.below + (pivot <= result.key ? pass.counts.at_pivot : 0) +
+                       std::count_if(pass.log.begin(), pass.log.end(), [&](uint32_t key) {
+                         return static_cast<int64_t>(key) <= result.key;
+                       });
   return true;
 }
 
@@ -334,15 +337,13 @@ Selection select(const RiskSource& source, int64_t upper, int64_t lower, bool ap
     leading.resize(leading.size() - 2);
     for (size_t t = 0; t < targets; ++t) {
       if (found[t]) continue;
-      thresholds[t] =
-          radix_select(source, leading, rank_of(fractions[t], classes.ranked), approx);
+      thresholds[t] = radix_select(source, leading, rank_of(fractions[t], classes.ranked), approx);
     }
   }
   Selection selection;
   selection.high = thresholds[0].key;
   selection.low = thresholds[1].key;
-  selection.kept =
-      std::max<int64_t>(0, thresholds[0].at_or_below - thresholds[1].at_or_below);
+  selection.kept = std::max<int64_t>(0, thresholds[0].at_or_below - thresholds[1].at_or_below);
   selection.ranked = classes.ranked;
   selection.inactive = classes.inactive;
   selection.nonfinite = classes.nonfinite;

@@ -61,8 +61,7 @@ void scale(const float* __restrict src, float factor, int n, float* __restrict d
   for (int i = 0; i < n; ++i) dst[i] = mul(src[i], factor);
 }
 
-void first_order_keys(const float* __restrict g, bool rank_inactive, int n,
-                      uint32_t* __restrict keys) {
+void first_order_keys(const float* __restrict g, bool rank_inactive, int n, uint32_t* __restrict keys) {
   for (int i = 0; i < n; ++i) keys[i] = first_order_key(g[i], rank_inactive);
 }
 
@@ -213,9 +212,24 @@ double sum_of_squares(const float* __restrict x, int n) {
 
 extern const TileKernels ROSE_ISA;
 const TileKernels ROSE_ISA = {
-    ROSE_ISA_NAME, widen,        narrow, narrow_stochastic, scale, first_order_keys,
-    second_order_keys, histogram, count_classes, window,    filter, pack,
-    kinds_from_bits, kinds_from_keys, mask_nonfinite, adamw, masked_adamw, sum_of_squares,
+    ROSE_ISA_NAME,
+    widen,
+    narrow,
+    narrow_stochastic,
+    scale,
+    first_order_keys,
+    second_order_keys,
+    histogram,
+    count_classes,
+    window,
+    filter,
+    pack,
+    kinds_from_bits,
+    kinds_from_keys,
+    mask_nonfinite,
+    adamw,
+    masked_adamw,
+    sum_of_squares,
 };
 
 }  // namespace cpu

@@ -70,7 +70,7 @@ def resolve(name: str, device: torch.device) -> Backend:
 
 @cache  # so that it is said once what was chosen instead
 def _first_usable(device_type: str) -> Backend:
-    reasons = []
+    reasons: list[str] = []
     for backend in BACKENDS.values():
         if device_type not in backend.devices:
             continue

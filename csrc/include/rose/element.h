@@ -181,7 +181,9 @@ ROSE_INLINE uint32_t mix(uint32_t x) {
 }
 
 // 32 random bits keyed on (seed, step, global element index): no state, any order, any device.
-ROSE_INLINE uint32_t random_key(uint32_t seed, uint32_t step) { return mix(seed ^ (step * 0x9E3779B9u)); }
+ROSE_INLINE uint32_t random_key(uint32_t seed, uint32_t step) {
+  return mix(seed ^ (step * 0x9E3779B9u));
+}
 ROSE_INLINE uint32_t random_bits(uint32_t key, uint32_t index_high, uint32_t index_low) {
   return mix(mix(index_low) + mix(index_high ^ key));
 }
