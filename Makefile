@@ -11,29 +11,29 @@ SOURCES := setup.py $(shell find csrc -type f)
 .PHONY: demo test lint format bench sanitize clean
 .DELETE_ON_ERROR:
 
-demo: $(VENV)/demo  ## fine-tune a real model with AdamW and ROSE, and compare them
+demo: $(VENV)/ready  ## fine-tune a real model with AdamW and ROSE, and compare them
 	$(BIN)/python -m rose_ops finetune $(ARGS)
 
-test: $(VENV)/test  ## all tests
+test: $(VENV)/ready  ## all tests
 	$(BIN)/python -m pytest $(ARGS)
 
-lint: $(VENV)/lint  ## formatting, style and types
+lint: $(VENV)/ready  ## formatting, style and types
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 	$(BIN)/mypy
 	find csrc -type f | xargs $(BIN)/clang-format --dry-run -Werror
 
-format: $(VENV)/lint  ## rewrite the sources as `make lint` wants them
+format: $(VENV)/ready  ## rewrite the sources as `make lint` wants them
 	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
 	find csrc -type f | xargs $(BIN)/clang-format -i
 
-bench: $(VENV)/bench  ## speed and memory against other optimizers
+bench: $(VENV)/ready  ## speed and memory against other optimizers
 	$(BIN)/python -m benchmarks $(ARGS)
 
 # The operator tests over a build with AddressSanitizer and UndefinedBehaviorSanitizer. The sanitizers'
 # runtimes have to be loaded before Python, which leaks on purpose at exit.
 SANITIZED := build/sanitize
 SANITIZED_TESTS := tests/test_ops.py tests/test_parity.py tests/test_properties.py tests/test_state.py
-sanitize: $(VENV)/test  ## memory errors and undefined behaviour in the C++ code
+sanitize: $(VENV)/ready  ## memory errors and undefined behaviour in the C++ code
 	ROSE_CXXFLAGS="-O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover" \
 	ROSE_LDFLAGS="-fsanitize=address,undefined" \
 	$(BIN)/python setup.py -q build --build-base $(SANITIZED)/base --build-lib $(SANITIZED)/lib
@@ -44,16 +44,10 @@ sanitize: $(VENV)/test  ## memory errors and undefined behaviour in the C++ code
 clean:  ## remove what the build and the tests made
 	rm -rf build dist *.egg-info rose_ops/*.so $(VENV)
 
-$(VENV)/torch:
-	$(PYTHON) -m venv $(VENV)
+# One environment for everything but the benchmarks' peers. Without isolation: a build environment of its
+# own would download a second PyTorch. Rebuilt when a C++ source changes.
+$(VENV)/ready: pyproject.toml Makefile $(SOURCES)
+	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
 	$(PIP) install $(TORCH) "setuptools>=77" wheel ninja
-	touch $@
-
-# Without isolation: a build environment of its own would download a second PyTorch.
-$(VENV)/package: $(VENV)/torch pyproject.toml $(SOURCES)
-	$(PIP) install --no-build-isolation -e .
-	touch $@
-
-$(VENV)/%: $(VENV)/package
-	$(PIP) install --no-build-isolation -e ".[$*]"
+	$(PIP) install --no-build-isolation -e ".[demo,test,lint]"
 	touch $@

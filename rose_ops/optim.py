@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
-from typing import Any
+from numbers import Real
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -73,12 +74,13 @@ class Settings:
         choice("backend", self.backend, backends.NAMES)
         for kind in ("first", "second"):
             self.fractions(kind)
-        if not 0 < self.gamma < 1:
+        if not _is_number(self.gamma) or not 0 < self.gamma < 1:
             raise ValueError(f"gamma={self.gamma}; expected 0 < gamma < 1, the first-order weight")
-        if not isinstance(self.selection_warmup_steps, int) or self.selection_warmup_steps < 0:
-            raise ValueError(
-                f"selection_warmup_steps={self.selection_warmup_steps}; expected an integer >= 0"
-            )
+        for name, limit in (("selection_warmup_steps", math.inf), ("seed", 2**32)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < limit:
+                below = "" if limit == math.inf else f" and < {limit}"
+                raise ValueError(f"{name}={value}; expected an integer >= 0{below}")
         if self.state_dtype not in (None, *_STATE_DTYPES):
             raise ValueError(
                 f"state_dtype={self.state_dtype}; expected None (float32), torch.float32 or "
@@ -125,16 +127,16 @@ class Settings:
 class _Batch:
     """One step's tensors in index-space order, and the rows of the group table they belong to."""
 
-    params: list[Tensor]  # as given; the lists below are views in memory order
-    views: list[Tensor]
-    grads: list[Tensor]
-    groups: list[int]
-    offsets: list[int]
+    params: list[Tensor] = field(default_factory=list)  # as given; views and grads: in memory order
+    views: list[Tensor] = field(default_factory=list)
+    grads: list[Tensor] = field(default_factory=list)
+    groups: list[int] = field(default_factory=list)
+    offsets: list[int] = field(default_factory=list)
 
     def subset(self, keep: list[bool]) -> _Batch:
         columns = zip(self.params, self.views, self.grads, self.groups, self.offsets, strict=True)
         rows = [row for row, kept in zip(columns, keep, strict=True) if kept]
-        return _Batch(*map(list, zip(*rows, strict=True))) if rows else _Batch([], [], [], [], [])
+        return _Batch(*map(list, zip(*rows, strict=True)))
 
 
 class _Kept:
@@ -264,28 +266,38 @@ class RoseFusedAdamW(Optimizer):
         Raises:
             ValueError, TypeError: an option or parameter that cannot work; nothing was added.
         """
-        if isinstance(param_group, dict):
-            params = param_group.get("params", ())
-            if not isinstance(params, (Tensor, set)):
-                params = param_group["params"] = list(params)
+        if isinstance(param_group, dict) and not isinstance(param_group["params"], set):
+            params = param_group["params"]
+            params = param_group["params"] = [params] if isinstance(params, Tensor) else list(params)
             merged = {**self.defaults, **param_group}
             _check_group(merged)
-            for item in [params] if isinstance(params, Tensor) else params:
-                param = item[1] if isinstance(item, tuple) else item
-                if isinstance(param, Tensor):
-                    _check_param(param)
-                    self._check_device(param, merged)
+            tensors = [item[1] if isinstance(item, tuple) else item for item in params]
+            # Sets and what is no tensor are refused below, in PyTorch's words.
+            self._check_params([p for p in tensors if isinstance(p, Tensor)], merged["capturable"])
         super().add_param_group(param_group)
 
-    def _check_device(self, param: Tensor, group: dict[str, Any]) -> None:
-        backends.resolve(self.settings.backend, param.device)
-        if group["capturable"] and param.device.type == "cpu":
-            raise ValueError("capturable=True is for CUDA graphs; these parameters are on the CPU")
-        first = next((p for g in self.param_groups for p in g["params"]), param)
-        if first.device != param.device:
+    def _check_params(self, params: list[Tensor], capturable: bool) -> None:
+        """Raise unless ``params`` can be a group, next to those that are there."""
+        if not params:
+            return
+        if len(set(params)) < len(params):
             raise ValueError(
-                f"a parameter is on {param.device} and others are on {first.device}; expected all "
-                "on one device: use one optimizer for each (each with its own ranking)"
+                "a parameter is more than once in a group; expected once, as one ranking counts "
+                "every element once"
+            )
+        for param in params:
+            _check_param(param)
+        first = next((p for g in self.param_groups for p in g["params"]), params[0])
+        for param in params:
+            if param.device != first.device:
+                raise ValueError(
+                    f"a parameter is on {param.device} and others are on {first.device}; expected "
+                    "all on one device: use one optimizer for each (each with its own ranking)"
+                )
+        backends.resolve(self.settings.backend, first.device)
+        if capturable and first.device.type == "cpu":
+            raise ValueError(
+                "capturable=True is for CUDA graphs; expected False for parameters on the CPU"
             )
 
     # --------------------------------------------------------------------------------------- step
@@ -297,7 +309,7 @@ class RoseFusedAdamW(Optimizer):
                 "RoseFusedAdamW was called inside a backward pass (optimizer-in-backward); its "
                 "ranking is global and needs all gradients: call it after backward()"
             )
-        batch = _Batch([], [], [], [], [])
+        batch = _Batch()
         offset = 0
         for row, group in enumerate(self.param_groups):
             for p in group["params"]:
@@ -310,6 +322,9 @@ class RoseFusedAdamW(Optimizer):
                     batch.groups.append(row)
                     batch.offsets.append(offset)
                 offset += p.numel()
+        return batch
+
+    def _init_state(self, batch: _Batch) -> None:
         for p in batch.params:
             state = self.state[p]
             if "step" not in state:
@@ -319,7 +334,6 @@ class RoseFusedAdamW(Optimizer):
                     state[moment] = torch.zeros_like(
                         p, dtype=self.settings.moment_dtype, memory_format=torch.preserve_format
                     )
-        return batch
 
     def _check_ready(self, p: Tensor, offset: int) -> None:
         grad = p.grad
@@ -334,7 +348,9 @@ class RoseFusedAdamW(Optimizer):
         if grad.device != p.device:
             raise RuntimeError(f"the gradient of {what} is on {grad.device}, expected {p.device}")
         if grad.shape != p.shape:
-            raise RuntimeError(f"the gradient of {what} has shape {tuple(grad.shape)}")
+            raise RuntimeError(
+                f"the gradient of {what} has shape {tuple(grad.shape)}; expected the parameter's"
+            )
         _check_param(p)
         if grad.dtype not in _DTYPES:
             raise TypeError(f"the gradient of {what} is {grad.dtype}; expected one of {_DTYPES}")
@@ -439,30 +455,36 @@ class RoseFusedAdamW(Optimizer):
             ValueError: ``order`` does not use such a mask.
             RuntimeError: no parameter has a gradient, or one that cannot be used.
         """
-        choice("kind", kind, self.settings.kinds)
+        if kind not in self.settings.kinds:
+            raise ValueError(
+                f"capture({kind!r}): order={self.settings.order!r} has no such mask; expected "
+                + " or ".join(map(repr, self.settings.kinds))
+            )
         batch = self._collect()
         if not batch.params:
             raise RuntimeError(f"capture({kind!r}): no parameter has a gradient; call backward() first")
-        batch = self._selective(batch)
-        if batch.params and self._is_selecting():
-            _, hyper = self._tables()
-            inv_scale = _reciprocal(grad_scale)
-            if self.settings.granularity == "tensor":
-                masks = self._tensor_masks(kind, batch, hyper, inv_scale)
-            else:
-                record = self._record(kind, batch, hyper, inv_scale)
-                masks = empty_masks([view.numel() for view in batch.views])
-                self._ops(batch).capture_(
-                    masks, batch.grads,
-                    self._states(batch, "exp_avg") if kind == "second" else [],
-                    hyper, torch.tensor(batch.groups), inv_scale, record, self._rank_inactive,
-                )  # fmt: skip
+        if self._is_selecting():
+            batch = self._selective(batch)
+            masks = self._capture(kind, batch, _reciprocal(grad_scale)) if batch.params else []
             self._drop_masks(kind)  # a second capture replaces the first
             for p, mask in zip(batch.params, masks, strict=True):
                 self.state[p][_mask_key(kind)] = mask
             self._captured.add(kind)
         if clear:
             self.zero_grad(set_to_none=True)
+
+    def _capture(self, kind: str, batch: _Batch, inv_scale: Tensor | None) -> list[Tensor]:
+        self._init_state(batch)
+        _, hyper = self._tables()
+        if self.settings.granularity == "tensor":
+            return self._tensor_masks(kind, batch, hyper, inv_scale)
+        record = self._record(kind, batch, hyper, inv_scale)
+        masks = empty_masks([view.numel() for view in batch.views])
+        self._ops(batch).capture_(
+            masks, batch.grads, self._states(batch, "exp_avg") if kind == "second" else [],
+            hyper, torch.tensor(batch.groups), inv_scale, record, self._rank_inactive,
+        )  # fmt: skip
+        return masks
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -484,14 +506,15 @@ class RoseFusedAdamW(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         batch = self._collect()
-        selecting = self._is_selecting()
-        if selecting and "first" in self.settings.kinds and "first" not in self._captured:
+        selective = self._selective(batch) if self._is_selecting() else _Batch()
+        needs_first = bool(selective.params) and "first" in self.settings.kinds
+        if needs_first and "first" not in self._captured:
             raise RuntimeError(
                 f"order={self.settings.order!r} needs a first-order mask: call kl.backward() and "
                 'optimizer.capture("first") before step() (rose_ops.rose_backward does both)'
             )
         if batch.params:
-            self._update(batch)
+            self._update(batch, selective)
         for kind in tuple(self._captured):
             self._drop_masks(kind)
         return loss
@@ -501,18 +524,18 @@ class RoseFusedAdamW(Optimizer):
             state.pop(_mask_key(kind), None)
         self._captured.discard(kind)
 
-    def _update(self, batch: _Batch) -> None:
+    def _update(self, batch: _Batch, selective: _Batch) -> None:
         found_inf = getattr(self, "found_inf", None)
         if found_inf is not None and found_inf.device.type == "cpu" and found_inf.item() != 0:
             return  # nothing to read back here; on a GPU the kernels look
+        self._init_state(batch)
         inv_scale = _reciprocal(getattr(self, "grad_scale", None))
         lr, hyper = self._tables()
         ops = self._ops(batch)
         settings = self.settings
         record = None
         masks: dict[str, list[Tensor]] = {"first": [], "second": []}
-        selective = self._selective(batch)
-        if self._is_selecting() and selective.params:
+        if selective.params:
             for kind in settings.kinds:
                 if kind in self._captured:
                     found = {p: self.state[p].get(_mask_key(kind)) for p in batch.params}
@@ -556,32 +579,46 @@ class RoseFusedAdamW(Optimizer):
                 nothing was changed.
         """
 
-        def check_and_keep(_: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-            return self._checked(state_dict)
-
         # Registered now, it runs after the user's own hooks, on what they made of the dict.
-        handle = self.register_load_state_dict_pre_hook(check_and_keep)
+        handle = self.register_load_state_dict_pre_hook(lambda _, given: self._checked(given))
         try:
             super().load_state_dict(state_dict)
         finally:
             handle.remove()
 
     def _checked(self, state_dict: dict[str, Any]) -> dict[str, Any]:
-        for name in ("state", "param_groups"):
-            if name not in state_dict:
-                raise ValueError(f"the state dict has no {name!r}; expected what state_dict() returns")
-        groups = []
-        for group in state_dict["param_groups"]:
-            _check_group({**self.defaults, **group})
-            groups.append({k: v for k, v in group.items() if k not in _ADAMW_ONLY})
+        def fail(problem: str) -> ValueError:
+            return ValueError(f"the state dict {problem}; nothing was loaded")
+
+        state, groups = state_dict.get("state"), state_dict.get("param_groups")
+        if not isinstance(state, dict) or not isinstance(groups, (list, tuple)):
+            raise fail("has no 'state' and 'param_groups'; expected what state_dict() returns")
+        if not all(isinstance(group, dict) and "params" in group for group in groups):
+            raise fail("has a parameter group without 'params'")
+        saved = [len(group["params"]) for group in groups]
+        here = [len(group["params"]) for group in self.param_groups]
+        if saved != here:
+            raise fail(f"has groups of {saved} parameters and the optimizer has groups of {here}")
         ids = [i for group in groups for i in group["params"]]
+        if unknown := state.keys() - set(ids):
+            raise fail(f"has state of parameters {sorted(map(str, unknown))} that are in no group")
+        for group in groups:
+            _check_group({**self.defaults, **group})
         params = [p for group in self.param_groups for p in group["params"]]
-        state = dict(state_dict["state"])
-        if len(ids) == len(params):  # if not, Optimizer.load_state_dict says so
-            for i, p in zip(ids, params, strict=True):
-                if state.get(i):
-                    state[i] = self._checked_state(i, p, state[i])
-        return {**state_dict, "state": state, "param_groups": groups}
+        return {
+            **state_dict,
+            "state": {
+                i: self._checked_state(i, p, state[i])
+                for i, p in zip(ids, params, strict=True)
+                if i in state
+            },
+            "param_groups": [
+                # AdamW's groups do not say what is selective: that stays as it is.
+                {"selective": here["selective"]}
+                | {k: v for k, v in group.items() if k not in _ADAMW_ONLY}
+                for here, group in zip(self.param_groups, groups, strict=True)
+            ],
+        }
 
     def _checked_state(self, i: int, p: Tensor, state: dict[str, Any]) -> dict[str, Any]:
         def fail(problem: str) -> ValueError:
@@ -589,14 +626,20 @@ class RoseFusedAdamW(Optimizer):
                 f"state of parameter {i} (shape {tuple(p.shape)}): {problem}; nothing was loaded"
             )
 
-        kept: dict[str, Any] = {}
+        if not isinstance(state, dict):
+            raise fail(f"it is a {type(state).__name__}; expected a dict")
+        if not state:
+            return state
         for key in ("step", *_MOMENTS):
             if key not in state:
                 raise fail(f"{key!r} is missing; expected step, exp_avg and exp_avg_sq")
-        step = torch.as_tensor(state["step"], dtype=torch.float32)
-        if step.numel() != 1 or not step.isfinite().all() or step < 0:
-            raise fail(f"'step' is {state['step']}; expected a number >= 0")
-        kept["step"] = _Kept(step.reshape(()).clone())
+        kept = dict(state)
+        step = state["step"]
+        if isinstance(step, Tensor) and step.numel() == 1:
+            step = step.item()
+        if not _is_number(step) or step < 0:
+            raise fail(f"'step' is {step}; expected a number >= 0")
+        kept["step"] = _Kept(torch.tensor(step, dtype=torch.float32))
         for key in _MOMENTS:
             value = state[key]
             if not isinstance(value, Tensor) or not value.is_floating_point():
@@ -604,16 +647,16 @@ class RoseFusedAdamW(Optimizer):
             if value.shape != p.shape:
                 raise fail(f"{key!r} has shape {tuple(value.shape)}; expected the parameter's")
             kept[key] = _Kept(value.to(device=p.device, dtype=self.settings.moment_dtype))
-        for kind in ("first", "second"):
-            mask = state.get(_mask_key(kind))
-            if mask is None:
+        for key in map(_mask_key, ("first", "second")):
+            if key not in state:
                 continue
+            mask = state[key]
             if not isinstance(mask, Tensor) or (mask.dtype, mask.numel()) not in (
                 (torch.bool, 1),
                 (torch.uint8, (p.numel() + 7) // 8),
             ):
-                raise fail(f"{_mask_key(kind)!r} is not a mask of this parameter")
-            kept[_mask_key(kind)] = _Kept(mask.to(p.device))
+                raise fail(f"{key!r} is not a mask of this parameter")
+            kept[key] = _Kept(mask.to(p.device))
         return kept
 
     def __getstate__(self) -> dict[str, Any]:
@@ -637,8 +680,8 @@ class RoseFusedAdamW(Optimizer):
         for key, value in {"maximize": False, "capturable": False, "selective": True}.items():
             self.defaults.setdefault(key, value)
         for group in self.param_groups:
-            for key, value in self.defaults.items():
-                group.setdefault(key, value)
+            for key in self.defaults.keys() - _ADAMW_ONLY.keys():
+                group.setdefault(key, self.defaults[key])
         self._reset()
         steps = [int(values["step"]) for values in self.state.values() if "step" in values]
         self._steps_done = state.get("_steps_done", max(steps, default=0))
@@ -658,6 +701,10 @@ def _reciprocal(grad_scale: Tensor | None) -> Tensor | None:
     if grad_scale is None:
         return None
     return grad_scale.double().reciprocal().float().reshape(())
+
+
+def _is_number(x: object) -> TypeGuard[float]:
+    return isinstance(x, Real) and not isinstance(x, bool) and math.isfinite(x)
 
 
 def _check_param(p: Tensor) -> None:
@@ -681,21 +728,24 @@ def _check_group(group: dict[str, Any]) -> None:
     def bad(name: str, expected: str) -> ValueError:
         return ValueError(f"{name}={group[name]}; expected {expected}")
 
-    def number(x: object) -> bool:
-        return isinstance(x, (int, float)) and not isinstance(x, bool) and math.isfinite(x)
-
     lr = group["lr"]
     if isinstance(lr, Tensor):
         if lr.numel() != 1 or lr.is_complex():
             raise bad("lr", "a number or a tensor of one element")
-    elif not number(lr) or lr < 0:
+        lr = lr.item()
+    if not _is_number(lr) or lr < 0:
         raise bad("lr", "a number >= 0")
     betas = group["betas"]
-    if len(betas) != 2 or not all(number(beta) and 0 <= beta < 1 for beta in betas):
+    if not isinstance(betas, (tuple, list)) or len(betas) != 2:
+        raise bad("betas", "a pair of numbers")
+    if not all(_is_number(beta) and 0 <= beta < 1 for beta in betas):
         raise bad("betas", "two numbers in [0, 1)")
     for name in ("eps", "weight_decay"):
-        if not number(group[name]) or group[name] < 0:
+        if not _is_number(group[name]) or group[name] < 0:
             raise bad(name, "a number >= 0")
+    for name in ("maximize", "capturable", "selective"):
+        if not isinstance(group[name], bool):
+            raise bad(name, "True or False")
     for name in Settings.__dataclass_fields__.keys() & group.keys():
         raise ValueError(
             f"{name!r} in a parameter group: one ranking spans all groups, so it is an argument of "

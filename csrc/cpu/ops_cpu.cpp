@@ -225,6 +225,7 @@ Tensor adamw_(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector
     const TileKernels& kernels = tile_kernels();
     const Segment& segment = segments[index];
     const std::vector<Operand>& operands = segment.operands;
+    for (const Operand& operand : operands) prefetch(operand, segment.n, start + kTile);
     float* p = load(segment, operands[0], start, n, state.p);
     const float* g = load(segment, operands[1], start, n, state.g);
     float* m = load(segment, operands[2], start, n, state.m);

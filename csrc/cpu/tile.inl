@@ -74,6 +74,55 @@ void second_order_keys(const float* __restrict g, const float* __restrict m, flo
   }
 }
 
+// Sixteen keys at a time, as a mask with one bit per key: what compilers do not find by themselves.
+template <typename Fn>
+ROSE_INLINE void for_each_16(int n, Fn fn) {
+  int i = 0;
+  for (; i + 16 <= n; i += 16) fn(i, 16);
+  if (i < n) fn(i, n - i);
+}
+
+// Bit j: lo <= keys[j] <= lo + span.
+ROSE_INLINE uint32_t lanes_in_range(const uint32_t* keys, int lanes, uint32_t lo, uint32_t span) {
+#if ROSE_VECTOR_BITS == 512
+  const __mmask16 mask = (__mmask16)((1u << lanes) - 1);
+  const __m512i offset =
+      _mm512_sub_epi32(_mm512_maskz_loadu_epi32(mask, keys), _mm512_set1_epi32((int)lo));
+  return _mm512_mask_cmple_epu32_mask(mask, offset, _mm512_set1_epi32((int)span));
+#else
+  uint32_t inside = 0;
+#if ROSE_VECTOR_BITS == 256
+  if (lanes == 16) {
+    const __m256i base = _mm256_set1_epi32((int)lo), bound = _mm256_set1_epi32((int)span);
+    for (int half = 0; half < 2; ++half) {
+      const __m256i key = _mm256_loadu_si256((const __m256i*)(keys + 8 * half));
+      const __m256i offset = _mm256_sub_epi32(key, base);
+      const __m256i within = _mm256_cmpeq_epi32(_mm256_min_epu32(offset, bound), offset);
+      inside |= (uint32_t)_mm256_movemask_ps(_mm256_castsi256_ps(within)) << (8 * half);
+    }
+    return inside;
+  }
+#endif
+  for (int j = 0; j < lanes; ++j) inside |= (uint32_t)(keys[j] - lo <= span) << j;
+  return inside;
+#endif
+}
+
+// Appends the keys whose bits are set, and returns how many; `out` has room for 16.
+ROSE_INLINE int append(const uint32_t* keys, uint32_t set, uint32_t* out) {
+  if (set == 0) return 0;
+#if ROSE_VECTOR_BITS == 512
+  // Compressed in a register: the form that stores to memory is microcoded on some CPUs.
+  _mm512_storeu_si512(
+      out, _mm512_maskz_compress_epi32((__mmask16)set, _mm512_maskz_loadu_epi32((__mmask16)set, keys)));
+  return __builtin_popcount(set);
+#else
+  int count = 0;
+  for (; set != 0; set &= set - 1) out[count++] = keys[__builtin_ctz(set)];
+  return count;
+#endif
+}
+
 void histogram(const uint32_t* __restrict keys, int n, uint32_t* __restrict counts) {
   int i = 0;
   for (; i + kHistogramCopies <= n; i += kHistogramCopies) {
@@ -99,62 +148,64 @@ int window(const uint32_t* __restrict keys, int n, Window w, WindowCounts& count
            uint32_t* __restrict log) {
   const uint32_t span = w.hi - w.lo;
   int32_t below = 0, at_pivot = 0;
-  int logged = 0;
-  for (int start = 0; start < n; start += 16) {
-    const int stop = start + 16 < n ? start + 16 : n;
-    int32_t inside = 0;
-    for (int i = start; i < stop; ++i) {
-      below += keys[i] < w.lo;
-      at_pivot += keys[i] == w.pivot;
-      inside += (keys[i] - w.lo <= span) & (keys[i] != w.pivot);
-    }
-    if (inside == 0) continue;  // the window is narrow: most groups have nothing in it
-    for (int i = start; i < stop; ++i) {
-      log[logged] = keys[i];
-      logged += (keys[i] - w.lo <= span) & (keys[i] != w.pivot);
-    }
+  for (int i = 0; i < n; ++i) {
+    below += keys[i] < w.lo;
+    at_pivot += keys[i] == w.pivot;
   }
   counts.below += below;
   counts.at_pivot += at_pivot;
+  int logged = 0;
+  for_each_16(n, [&](int start, int lanes) {
+    const uint32_t inside = lanes_in_range(keys + start, lanes, w.lo, span) &
+                            ~lanes_in_range(keys + start, lanes, w.pivot, 0);
+    logged += append(keys + start, inside, log + logged);
+  });
   return logged;
 }
 
 int filter(const uint32_t* __restrict keys, int n, uint32_t prefix, int shift,
            uint32_t* __restrict out) {
   int matches = 0;
-  for (int i = 0; i < n; ++i) {
-    out[matches] = keys[i];
-    matches += keys[i] >> shift == prefix;
-  }
+  for_each_16(n, [&](int start, int lanes) {
+    const uint32_t match = lanes_in_range(keys + start, lanes, prefix << shift, (1u << shift) - 1);
+    matches += append(keys + start, match, out + matches);
+  });
   return matches;
 }
 
 void pack(const uint32_t* __restrict keys, int n, Bounds bounds, uint8_t* __restrict bits) {
-  int i = 0;
-  for (; i + 8 <= n; i += 8) {
-    uint32_t byte = 0;
-    for (int j = 0; j < 8; ++j) byte |= (uint32_t)is_selected(keys[i + j], bounds) << j;
-    bits[i >> 3] = (uint8_t)byte;
-  }
-  if (i < n) {
-    uint32_t byte = 0;
-    for (int j = 0; i + j < n; ++j) byte |= (uint32_t)is_selected(keys[i + j], bounds) << j;
-    bits[i >> 3] = (uint8_t)byte;
-  }
+  // low < key <= high as one unsigned range, which is empty if low >= high.
+  const uint32_t first = (uint32_t)(bounds.low + 1), span = (uint32_t)(bounds.high - bounds.low - 1);
+  const uint32_t any = bounds.low < bounds.high ? ~0u : 0u;
+  for_each_16(n, [&](int start, int lanes) {
+    const uint32_t selected = (lanes_in_range(keys + start, lanes, first, span) & any) |
+                              lanes_in_range(keys + start, lanes, kInactiveKey, 0);
+    bits[start >> 3] = (uint8_t)selected;
+    if (lanes > 8) bits[(start >> 3) + 1] = (uint8_t)(selected >> 8);
+  });
 }
 
 void kinds_from_bits(const uint8_t* __restrict bits, int weight, int n, int32_t* __restrict kinds) {
   int i = 0;
+#if ROSE_VECTOR_BITS == 512
+  const __m512i weights = _mm512_set1_epi32(weight);
+  for (; i + 16 <= n; i += 16) {
+    const __mmask16 set = (__mmask16)(bits[i >> 3] | bits[(i >> 3) + 1] << 8);
+    const __m512i old = _mm512_loadu_si512(kinds + i);
+    _mm512_storeu_si512(kinds + i, _mm512_mask_add_epi32(old, set, old, weights));
+  }
+#else
   for (; i + 8 <= n; i += 8) {
     const int32_t byte = bits[i >> 3];
     for (int j = 0; j < 8; ++j) kinds[i + j] += (byte >> j & 1) * weight;
   }
+#endif
   for (; i < n; ++i) kinds[i] += (bits[i >> 3] >> (i & 7) & 1) * weight;
 }
 
 void kinds_from_keys(const uint32_t* __restrict keys, Bounds bounds, int weight, int n,
                      int32_t* __restrict kinds) {
-  for (int i = 0; i < n; ++i) kinds[i] += is_selected(keys[i], bounds) ? weight : 0;
+  for (int i = 0; i < n; ++i) kinds[i] += if_selected(keys[i], bounds, weight);
 }
 
 void adamw(float* __restrict p, float* __restrict m, float* __restrict v, const float* __restrict g,

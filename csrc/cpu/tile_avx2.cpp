@@ -1,5 +1,7 @@
 #if defined(__x86_64__)
 
+#include <immintrin.h>
+
 #include "tile.h"
 
 #if defined(__clang__)
@@ -11,6 +13,7 @@
 
 #define ROSE_ISA tile_kernels_avx2
 #define ROSE_ISA_NAME "avx2"
+#define ROSE_VECTOR_BITS 256
 #include "tile.inl"
 
 #if defined(__clang__)

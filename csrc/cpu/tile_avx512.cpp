@@ -1,5 +1,7 @@
 #if defined(__x86_64__)
 
+#include <immintrin.h>
+
 #include "tile.h"
 
 #if defined(__clang__)
@@ -12,6 +14,7 @@
 
 #define ROSE_ISA tile_kernels_avx512
 #define ROSE_ISA_NAME "avx512"
+#define ROSE_VECTOR_BITS 512
 #include "tile.inl"
 
 #if defined(__clang__)

@@ -209,8 +209,8 @@ def _bar(entries: Sequence[Mapping[str, float]]) -> tuple[float, float, float]:
 
 def environment() -> dict[str, Any]:
     """Versions and machine, for the record of a run."""
-    packages = ("rose_ops", "torch", "transformers", "tokenizers", "nlpaug", "numpy", "scipy")
-    versions = {}
+    packages = ("rose_ops", "torch", "transformers", "tokenizers", "numpy", "scipy")
+    versions: dict[str, str | None] = {}
     for package in packages:
         try:
             versions[package] = importlib.metadata.version(package)
@@ -220,8 +220,7 @@ def environment() -> dict[str, Any]:
         "versions": {"python": platform.python_version(), **versions},
         "machine": {
             "system": platform.platform(),
-            "processor": getattr(torch.cpu, "get_capabilities", dict)().get("cpu_name")
-            or platform.processor(),
+            "processor": platform.processor(),
             "instructions": torch.backends.cpu.get_cpu_capability(),
             "cpus": os.cpu_count(),
             "threads": torch.get_num_threads(),

@@ -131,7 +131,7 @@ def evaluate(args: argparse.Namespace) -> None:
 def _prepare(args: argparse.Namespace) -> Runtime:
     """Threads, numerics and quiet libraries; fails early where an extra is missing."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads would compete with ours
-    for module in ("tqdm", "rich", "matplotlib", "scipy", "nlpaug"):
+    for module in ("tqdm", "rich", "matplotlib", "scipy"):
         require(module)
     logging = require("transformers").utils.logging
     logging.set_verbosity_error()  # it warns of the new classifier, which is the point

@@ -80,7 +80,8 @@ ROSE_INLINE uint32_t second_order_key(float g, float m, float alpha, bool rank_i
   const uint32_t literal = ag == 0 ? 0x3F800000u : kInfinityBits;
   const uint32_t inactive = rank_inactive ? literal : kInactiveKey;
   const uint32_t key = am == 0 ? inactive : ranked;
-  return ((ag < kInfinityBits) & (am < kInfinityBits)) ? key : kNonfiniteKey;
+  const uint32_t larger = ag > am ? ag : am;
+  return larger < kInfinityBits ? key : kNonfiniteKey;
 }
 
 // floor(fraction * n) for a fraction in units of 1e-9 (Eq. 3), without overflow for any int64 n >= 0.
@@ -94,9 +95,12 @@ struct Bounds {
   int32_t high, low;
 };
 
-ROSE_INLINE bool is_selected(uint32_t key, Bounds bounds) {
+// `value` if selected, else 0. Nested conditions rather than && and ||: compilers vectorize these.
+ROSE_INLINE int32_t if_selected(uint32_t key, Bounds bounds, int32_t value) {
   const int32_t k = (int32_t)key;
-  return ((k > bounds.low) & (k <= bounds.high)) | (key == kInactiveKey);
+  const int32_t below = k <= bounds.high ? value : 0;
+  const int32_t inside = k > bounds.low ? below : 0;
+  return key == kInactiveKey ? value : inside;
 }
 
 // ------------------------------------------------------------------------------------- masked AdamW
@@ -148,11 +152,13 @@ ROSE_INLINE uint16_t float_to_bf16(float x) {
   return (uint16_t)((u & 0x7FFFFFFFu) > kInfinityBits ? 0x7FC0u : rounded);
 }
 
-// Stochastic rounding: up with the probability that makes the result right on average.
+// Stochastic rounding: up with the probability that makes the result right on average. Inf stays; a NaN
+// stays a NaN.
 ROSE_INLINE uint16_t float_to_bf16_stochastic(float x, uint32_t random) {
-  const uint32_t u = float_bits(x);
-  const uint32_t rounded = (u + (random & 0xFFFFu)) >> 16;
-  return abs_bits(x) < kInfinityBits ? (uint16_t)rounded : float_to_bf16(x);
+  const uint32_t u = float_bits(x), a = abs_bits(x);
+  const uint32_t added = a < kInfinityBits ? random & 0xFFFFu : 0u;
+  const uint32_t quiet = a > kInfinityBits ? 0x00400000u : 0u;
+  return (uint16_t)((u + added) >> 16 | quiet >> 16);
 }
 
 ROSE_INLINE float half_to_float(uint16_t h) {

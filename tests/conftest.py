@@ -1,0 +1,57 @@
+"""Fixtures of all tests. Data is fresh on every run; the header says how to get the same again."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import sys
+import zlib
+from pathlib import Path
+
+import hypothesis
+import pytest
+import torch
+
+# --import-mode=importlib leaves the path alone, and the tests share support.py.
+sys.path.insert(0, str(Path(__file__).parent))
+
+from rose_ops import backends
+
+SEED = int(os.environ.get("ROSE_TEST_SEED", secrets.randbits(31)))
+
+# print_blob: a failure prints the line that reproduces it.
+hypothesis.settings.register_profile("rose_ops", deadline=None, print_blob=True)
+hypothesis.settings.load_profile("rose_ops")
+
+
+def pytest_report_header() -> list[str]:
+    capability = torch.backends.cpu.get_cpu_capability()
+    return [
+        f"torch {torch.__version__}, {torch.get_num_threads()} threads, {capability}",
+        f"random data from ROSE_TEST_SEED={SEED}",
+    ]
+
+
+@pytest.fixture
+def generator(request: pytest.FixtureRequest) -> torch.Generator:
+    """Random numbers of this test: fresh, unless ROSE_TEST_SEED says which."""
+    return torch.Generator().manual_seed(SEED + zlib.crc32(request.node.name.encode()))
+
+
+def _namespace(name: str):
+    backend = backends.BACKENDS[name]
+    if (reason := backend.why_not()) is not None:
+        pytest.skip(f"backend {name!r} cannot be used: {reason}")
+    return backend.ops
+
+
+@pytest.fixture(scope="session", params=[b for b in backends.BACKENDS if b != "reference"])
+def ops(request: pytest.FixtureRequest):
+    """The operators of each backend that is compared with the reference."""
+    return _namespace(request.param)
+
+
+@pytest.fixture(scope="session", params=list(backends.BACKENDS))
+def any_ops(request: pytest.FixtureRequest):
+    """The operators of each backend, the reference included: for what the definitions imply."""
+    return _namespace(request.param)

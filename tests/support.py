@@ -1,0 +1,460 @@
+"""Builders, layouts and comparisons that the tests of the operators share."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+
+from rose_ops import reference
+from rose_ops.reference import Hyper
+
+FLOAT, BF16, HALF = torch.float32, torch.bfloat16, torch.float16
+ONE = reference.FRACTION_UNIT
+FLT_MAX = torch.finfo(FLOAT).max
+U = 2.0**-24  # unit roundoff of float32
+
+# ------------------------------------------------------------------------------------------ values
+
+_MANTISSA = {FLOAT: 23, BF16: 7, HALF: 10}
+_INTEGER = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def _random_bits(n: int, generator: torch.Generator) -> Tensor:
+    return torch.randint(0, 1 << 32, (n,), generator=generator)
+
+
+def _from_bits(bits: Tensor, dtype: torch.dtype) -> Tensor:
+    width = 16 if dtype != FLOAT else 32
+    sign_extended = ((bits & ((1 << width) - 1)) ^ (1 << (width - 1))) - (1 << (width - 1))
+    return sign_extended.to(_INTEGER[width // 8]).view(dtype)
+
+
+def _of_exponent(kind: str, n: int, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+    """Random sign and mantissa; exponent random (finite), zero (denormals) or the largest."""
+    mantissa = _MANTISSA[dtype]
+    exponents = (1 << (15 - mantissa if dtype != FLOAT else 8)) - 1
+    bits = _random_bits(n, generator)
+    low, sign = bits & ((1 << mantissa) - 1), bits >> 31
+    exponent = {
+        "wide": torch.randint(0, exponents, (n,), generator=generator),
+        "denormal": torch.zeros(n, dtype=torch.int64),
+        "huge": torch.full((n,), exponents - 1),
+        "smallest": torch.zeros(n, dtype=torch.int64),
+    }[kind]
+    if kind == "smallest":  # 1 to 3 units of the denormals
+        low = low % 3 + 1
+    width = 16 if dtype != FLOAT else 32
+    return _from_bits(sign << (width - 1) | exponent << mantissa | low, dtype)
+
+
+def values(n: int, mix: Sequence[str], dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+    """n numbers, each of a kind drawn from ``mix`` (see KINDS)."""
+    out = torch.empty(n, dtype=dtype)
+    which = torch.randint(0, len(mix), (n,), generator=generator)
+    signs = torch.randint(0, 2, (n,), generator=generator) * 2.0 - 1
+    for i, kind in enumerate(mix):
+        if kind in ("wide", "denormal", "huge", "smallest"):
+            new = _of_exponent(kind, n, dtype, generator)
+        elif kind == "underflow":  # alpha times these is denormal or zero in float32
+            new = _from_bits(_random_bits(n, generator) % 64 + (1 << _MANTISSA[dtype]), dtype)
+        elif kind == "normal":
+            new = torch.randn(n, generator=generator).to(dtype)
+        elif kind == "ties":
+            few = torch.tensor([0.25, 0.5, 1.0, 2.0])
+            new = (few[torch.randint(0, 4, (n,), generator=generator)] * signs).to(dtype)
+        else:
+            constant = {"zero": 0.0, "one": 1.0, "nan": torch.nan, "inf": torch.inf}[kind]
+            new = (constant * signs).to(dtype)
+        out = torch.where(which == i, new, out)
+    return out
+
+
+KINDS = (
+    "normal", "wide", "denormal", "smallest", "underflow", "huge", "zero", "one", "ties", "nan",
+    "inf",
+)  # fmt: skip
+
+# ----------------------------------------------------------------------------------------- layouts
+
+LAYOUTS = ("contiguous", "offset", "strided", "transposed", "channels_last", "padded", "size1")
+
+
+def _row_major(shape: Sequence[int], inner: int = 1, pad: int = 0) -> list[int]:
+    strides, step = [], inner
+    for i, size in enumerate(reversed(shape)):
+        strides.append(step)
+        step *= size + (pad if i == 0 else 0)
+    return strides[::-1]
+
+
+def layout_strides(shape: Sequence[int], layout: str) -> list[int]:
+    """Strides of a tensor without overlap."""
+    dims = len(shape)
+    if layout == "transposed":
+        return _row_major(shape[::-1])[::-1]
+    if layout == "channels_last" and dims >= 3:  # the second dimension is the innermost one
+        order = [0, *range(2, dims), 1]
+        strides = _row_major([shape[d] for d in order])
+        return [strides[order.index(d)] for d in range(dims)]
+    if layout == "strided":
+        return _row_major(shape, inner=2)
+    if layout == "padded":
+        return _row_major(shape, pad=3)
+    strides = _row_major(shape)
+    if layout == "size1":  # PyTorch allows any stride there, and kernels trip over it
+        strides = [997 if size == 1 else s for size, s in zip(shape, strides, strict=True)]
+    return strides
+
+
+def place(data: Tensor, layout: str = "contiguous", offset: int = 0) -> Tensor:
+    """``data`` inside a larger poisoned buffer, in a layout and from an odd ``offset`` on."""
+    strides = layout_strides(data.shape, layout)
+    last = sum((size - 1) * s for size, s in zip(data.shape, strides, strict=True) if size > 1)
+    size = offset + (last + 1 if data.numel() else 0) + 5
+    buffer = torch.full((size * data.element_size(),), 0xA5, dtype=torch.uint8).view(data.dtype)
+    view = buffer.as_strided(tuple(data.shape), strides, offset)
+    view.copy_(data)
+    return view
+
+
+def expand(data: Tensor) -> Tensor:
+    """Its first row (or element) for all: a view whose elements share memory."""
+    if data.dim() == 0 or data.numel() == 0:
+        return data
+    return data[:1].clone().expand(data.shape)
+
+
+def surroundings(view: Tensor) -> Tensor:
+    """The bits of a view's storage but for its own elements."""
+    storage = torch.empty(0, dtype=view.dtype).set_(view.untyped_storage()).clone()
+    storage.as_strided(view.shape, view.stride(), view.storage_offset()).zero_()
+    return storage.view(_INTEGER[view.element_size()])
+
+
+# -------------------------------------------------------------------------------------- comparison
+
+
+def bits(x: Tensor) -> Tensor:
+    """The bits of every element, row-major; NaNs are all one, their payload means nothing."""
+    if not x.is_floating_point():
+        return x.contiguous().reshape(-1)
+    x = torch.where(x.isnan(), torch.full((), torch.nan, dtype=x.dtype), x).contiguous()
+    return x.view(_INTEGER[x.element_size()]).reshape(-1)
+
+
+def assert_same_bits(actual: Tensor, expected: Tensor, what: str = "") -> None:
+    assert actual.dtype == expected.dtype, what
+    assert actual.shape == expected.shape, what
+    wrong = (bits(actual) != bits(expected)).nonzero().reshape(-1)
+    if len(wrong):
+        i = wrong[:8]
+        raise AssertionError(
+            f"{what}: {len(wrong)} of {actual.numel()} differ, at {i.tolist()}: "
+            f"{actual.reshape(-1)[i].tolist()} instead of {expected.reshape(-1)[i].tolist()}"
+        )
+
+
+def assert_all_same_bits(actual: Sequence[Tensor], expected: Sequence[Tensor], what: str) -> None:
+    for i, (a, e) in enumerate(zip(actual, expected, strict=True)):
+        assert_same_bits(a, e, f"{what}[{i}]")
+
+
+def ulp(x: Tensor, dtype: torch.dtype = FLOAT) -> Tensor:
+    """Distance of the neighbours of |x| in ``dtype``, as float64: the unit that errors count in."""
+    info = torch.finfo(dtype)
+    _, exponent = torch.frexp(x.double().abs().clamp(min=info.smallest_normal))
+    return torch.ldexp(torch.tensor(info.eps, dtype=torch.float64), exponent - 1)
+
+
+def digest(tensors: Iterable[Tensor]) -> str:
+    sha = hashlib.sha256()
+    for tensor in tensors:
+        sha.update(bits(tensor).numpy().tobytes())
+    return sha.hexdigest()
+
+
+# ---------------------------------------------------------------------------------------- problems
+
+
+def hyper_table(*rows: Sequence[float]) -> Tensor:
+    return torch.tensor(rows, dtype=torch.float64).reshape(-1, len(Hyper))
+
+
+PLAIN = (0.9, 0.999, 1e-8, 1e-2, 1.0, 0.0)  # a group that is not selective
+ROSE = (0.9, 0.999, 1e-8, 1e-2, 1.0, 1.0)
+
+
+def random_masks(numels: Iterable[int]) -> list[Tensor]:
+    """Where masks are to be written, with random bytes in it, so that stale bits show."""
+    return [torch.randint(0, 256, ((n + 7) // 8,), dtype=torch.uint8) for n in numels]
+
+
+@dataclass
+class Problem:
+    """The arguments of the operators, and how to call them."""
+
+    params: list[Tensor]
+    grads: list[Tensor]
+    exp_avgs: list[Tensor]
+    exp_avg_sqs: list[Tensor]
+    steps: list[Tensor]
+    hyper: Tensor
+    group: Tensor
+    lr: Tensor
+    offsets: Tensor
+    inv_scale: Tensor | None = None
+    found_inf: Tensor | None = None
+    gamma: float = 0.5
+    rank_inactive: bool = False
+    seed: int = 0
+
+    @classmethod
+    def of(
+        cls,
+        grads: Sequence[Tensor],
+        exp_avgs: Sequence[Tensor] | None = None,
+        row: Sequence[float] = ROSE,
+        lr: float = 1e-2,
+        **options: Any,
+    ) -> Problem:
+        """One group, parameters of one and moments of zero unless given."""
+        sizes = torch.tensor([g.numel() for g in grads], dtype=torch.int64)
+        rest: dict[str, Any] = {
+            "params": [torch.ones(g.shape) for g in grads],
+            "exp_avgs": list(exp_avgs or [torch.zeros(g.shape) for g in grads]),
+            "exp_avg_sqs": [torch.zeros(g.shape) for g in grads],
+            "steps": [torch.zeros(()) for _ in grads],
+            "hyper": hyper_table(row),
+            "group": torch.zeros(len(grads), dtype=torch.int64),
+            "lr": torch.tensor([lr], dtype=torch.float64),
+            "offsets": sizes.cumsum(0) - sizes,
+        }
+        return cls(grads=list(grads), **{**rest, **options})
+
+    @property
+    def written(self) -> list[Tensor]:
+        return [*self.params, *self.exp_avgs, *self.exp_avg_sqs]
+
+    @property
+    def numels(self) -> list[int]:
+        return [g.numel() for g in self.grads]
+
+    def copy(self, dtype: torch.dtype | None = None) -> Problem:
+        """With contiguous copies of the tensors, in float64 for the truth."""
+
+        def copies(tensors: list[Tensor], cast: bool = True) -> list[Tensor]:
+            return [
+                t.to(dtype if dtype and cast else t.dtype, copy=True).contiguous() for t in tensors
+            ]
+
+        moved = {
+            name: copies(getattr(self, name)) for name in ("params", "exp_avgs", "exp_avg_sqs")
+        }
+        moved["grads"] = copies(self.grads, cast=False)
+        moved["steps"] = copies(self.steps, cast=False)
+        return Problem(**{**vars(self), **moved})
+
+    def select(self, ops, upper, lower=0, *, first=False, approx=False) -> Tensor:
+        return ops.select(
+            self.grads, [] if first else self.exp_avgs, self.hyper, self.group, self.inv_scale,
+            upper, lower, self.rank_inactive, approx,
+        )  # fmt: skip
+
+    def capture(self, ops, record: Tensor, *, first=False) -> list[Tensor]:
+        masks = random_masks(self.numels)
+        ops.capture_(
+            masks, self.grads, [] if first else self.exp_avgs, self.hyper, self.group,
+            self.inv_scale, record, self.rank_inactive,
+        )  # fmt: skip
+        return masks
+
+    def masks(self, ops, upper, lower=0, *, first=False) -> list[Tensor]:
+        return self.capture(ops, self.select(ops, upper, lower, first=first), first=first)
+
+    def update(self, ops, first=(), second=(), selection=None, **options: Any) -> Tensor:
+        return ops.adamw_(
+            self.params, self.grads, self.exp_avgs, self.exp_avg_sqs, self.steps, list(first),
+            list(second), selection, self.lr, self.hyper, self.group, self.offsets, self.inv_scale,
+            self.found_inf, self.gamma, self.rank_inactive, self.seed, **options,
+        )  # fmt: skip
+
+
+def compare_update(ops, problem: Problem, first=(), second=(), selection=None) -> Problem:
+    """Run ``ops.adamw_`` and hold all it does against the reference; returns the problem after it.
+
+    Moments, steps and counts must be equal bit for bit, parameters where M = 0, too. Elsewhere two
+    evaluations of Algorithm 1, line 13, in float32 are at most so far apart, by counting roundings:
+    each has at most 8 in the update term, 2 in the decay and 1 in the result.
+    """
+    expected, update = problem.copy(), problem.copy()
+    counts = expected.update(reference, first, second, selection)
+    # The update term alone: the same with parameters of zero.
+    update.params = [torch.zeros(p.shape) for p in problem.params]
+    update.update(reference, first, second, selection)
+
+    before = problem.copy()
+    around = [surroundings(t) for t in problem.written]
+    inputs = [*problem.grads, *first, *second, problem.hyper, problem.group, problem.lr]
+    inputs_before = [t.clone() for t in inputs]
+    actual_counts = problem.update(ops, first, second, selection)
+
+    assert_same_bits(actual_counts, counts, "counts")
+    assert_all_same_bits(problem.steps, expected.steps, "steps")
+    assert_all_same_bits(problem.exp_avgs, expected.exp_avgs, "exp_avgs")
+    assert_all_same_bits(problem.exp_avg_sqs, expected.exp_avg_sqs, "exp_avg_sqs")
+    for i, (p, p0, e, u) in enumerate(
+        zip(problem.params, before.params, expected.params, update.params, strict=True)
+    ):
+        assert_theta_close(p, p0, e, u, f"params[{i}]")
+    untouched = [surroundings(t) for t in problem.written]
+    assert_all_same_bits(untouched, around, "memory around the tensors written")
+    assert_all_same_bits(inputs, inputs_before, "inputs")
+    return problem
+
+
+def assert_theta_close(p: Tensor, p0: Tensor, expected: Tensor, update: Tensor, what: str) -> None:
+    assert p.dtype == expected.dtype == p0.dtype
+    finite = expected.isfinite()
+    actual, before = p.double(), p0.double().where(finite, torch.zeros(()).double())
+    wanted = expected.double()
+    bound = U * (4 * before.abs() + 2 * wanted.abs() + 16 * update.double().abs()) + 2.0**-140
+    if p.dtype != FLOAT:
+        bound = bound + ulp(wanted, p.dtype)  # the narrowing may tip over to the neighbour
+    close = torch.where(finite, (actual - wanted).abs() <= bound, False)
+    same = (actual == wanted) | (actual.isnan() & wanted.isnan())
+    wrong = (~(close | same)).reshape(-1).nonzero().reshape(-1)
+    if len(wrong):
+        i = wrong[:5]
+        raise AssertionError(
+            f"{what}: {len(wrong)} of {p.numel()} too far off, at {i.tolist()}: "
+            f"{actual.reshape(-1)[i].tolist()} instead of {wanted.reshape(-1)[i].tolist()}, "
+            f"at most {bound.reshape(-1)[i].tolist()} apart"
+        )
+
+
+# ------------------------------------------------------------------------------ hypothesis problems
+
+SIZES = (
+    0, 1, 2, 3, 5, 7, 8, 9, 13, 15, 16, 17, 31, 32, 33, 61, 63, 64, 65, 127, 509, 1023, 1024, 1025,
+    2053,
+)  # fmt: skip
+SHAPES = [
+    (), *((n,) for n in SIZES), (3, 5), (1, 7), (9, 1), (1, 1), (4, 1, 6), (5, 0, 3), (2, 3, 4, 5),
+    (2, 8, 3, 3), (1, 3, 1, 9), (33, 31), (3, 700), (700, 3),
+]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One parameter: its shape, and dtype, layout and storage offset of p, g, m and v."""
+
+    shape: tuple[int, ...]
+    dtypes: tuple[torch.dtype, ...]
+    layouts: tuple[str, ...]
+    offsets: tuple[int, ...]
+    group: int
+
+
+@dataclass(frozen=True)
+class Spec:
+    """All that determines a problem; hypothesis prints it when a test fails."""
+
+    seed: int
+    tensors: tuple[TensorSpec, ...]
+    groups: tuple[tuple[float, ...], ...]
+    gradient: tuple[str, ...]
+    moment: tuple[str, ...]
+    related: bool  # m close to alpha*g, so that risks are 0 or differ in their last bits
+    inv_scale: float | None
+    rank_inactive: bool
+    gamma: float
+    step: int
+    rounding_seed: int
+    lr: tuple[float, ...] = field(default=(1e-3, 1e-2, 0.5))
+
+    def problem(self) -> Problem:
+        generator = torch.Generator().manual_seed(self.seed)
+        columns: dict[str, list[Tensor]] = {"p": [], "g": [], "m": [], "v": []}
+        for spec in self.tensors:
+            n = torch.Size(spec.shape).numel()
+            dp, dg, dm, dv = spec.dtypes
+            p = values(n, ("normal", "wide", "zero", "one", "normal"), dp, generator)
+            g = values(n, self.gradient, dg, generator)
+            m = values(n, self.moment, dm, generator)
+            if self.related:
+                alpha = reference.float32(1.0 - self.groups[spec.group][0])
+                near = torch.randint(0, 2, (n,), generator=generator).bool()
+                m = torch.where(near, (g.float() * alpha).to(dm), m)
+            v = values(n, ("normal", "wide", "zero", *self.moment), dv, generator).abs()
+            for key, data, layout, offset in zip(
+                "pgmv", (p, g, m, v), spec.layouts, spec.offsets, strict=True
+            ):
+                data = data.view(spec.shape)
+                placed = expand(data) if layout == "expanded" else place(data, layout, offset)
+                columns[key].append(placed)
+        sizes = torch.tensor([t.numel() for t in columns["p"]], dtype=torch.int64)
+        scale = self.inv_scale
+        return Problem(
+            columns["p"], columns["g"], columns["m"], columns["v"],
+            [torch.tensor(float(self.step)) for _ in self.tensors],
+            hyper_table(*self.groups),
+            torch.tensor([t.group for t in self.tensors], dtype=torch.int64),
+            torch.tensor(self.lr[: len(self.groups)], dtype=torch.float64),
+            sizes.cumsum(0) - sizes,
+            None if scale is None else torch.tensor(scale),
+            gamma=self.gamma, rank_inactive=self.rank_inactive, seed=self.rounding_seed,
+        )  # fmt: skip
+
+
+@st.composite
+def tensor_specs(draw, groups: int) -> TensorSpec:
+    wide, narrow = (FLOAT, BF16, HALF), (FLOAT, BF16)
+    dtypes = tuple(draw(st.sampled_from(d)) for d in (wide, wide, narrow, narrow))
+    of_grad = (*LAYOUTS, "expanded")
+    layouts = tuple(draw(st.sampled_from(of_grad if i == 1 else LAYOUTS)) for i in range(4))
+    offsets = tuple(draw(st.sampled_from((0, 1, 3, 7))) for _ in range(4))
+    shape = draw(st.sampled_from(SHAPES))
+    return TensorSpec(shape, dtypes, layouts, offsets, draw(st.integers(0, groups - 1)))
+
+
+@st.composite
+def specs(draw, max_tensors: int = 4) -> Spec:
+    row = st.tuples(
+        st.sampled_from((0.9, 0.0, 0.5, 0.95, 0.999)),
+        st.sampled_from((0.999, 0.9, 0.95, 0.0)),
+        st.sampled_from((1e-8, 1e-6, 0.0)),
+        st.sampled_from((1e-2, 0.1, 1e-4)),  # never 0: an error in the decay would hide
+        st.sampled_from((1.0, -1.0)),
+        st.sampled_from((1.0, 1.0, 0.0)),
+    )
+    groups = tuple(draw(st.lists(row, min_size=1, max_size=3)))
+    mix = st.lists(st.sampled_from(KINDS), min_size=1, max_size=5).map(tuple)
+    tensors = st.lists(tensor_specs(len(groups)), max_size=max_tensors).map(tuple)
+    return Spec(
+        seed=draw(st.integers(0, 2**32)),
+        tensors=draw(tensors),
+        groups=groups,
+        gradient=draw(mix),
+        moment=draw(mix),
+        related=draw(st.booleans()),
+        inv_scale=draw(st.sampled_from((None, 1.0, 0.5, 1 / 3, 2.0**-16, 1e-38, 3e38))),
+        rank_inactive=draw(st.booleans()),
+        gamma=draw(st.sampled_from((0.5, 0.3, 0.9, 1e-6))),
+        step=draw(st.sampled_from((0, 1, 9, 100_000))),
+        rounding_seed=draw(st.integers(-(2**33), 2**33)),
+    )
+
+
+@st.composite
+def fractions(draw) -> tuple[int, int]:
+    """upper and lower in units of 1e-9, 0 <= lower < upper <= 1."""
+    usual = st.sampled_from((600_000_000, ONE, 1, 290_000_000, 500_000_000, ONE - 1, 999_000_000))
+    upper = draw(usual | st.integers(1, ONE))
+    lower = draw(st.just(0) | st.integers(0, upper - 1))
+    return upper, lower
