@@ -70,7 +70,7 @@ def _add_finetune(commands: Any) -> None:
         help="use validation when choosing hyperparameters",
     )
     group = parser.add_argument_group("training")
-    group.add_argument("--steps", type=_positive(int), default=120)
+    group.add_argument("--steps", type=_positive(int), default=100)
     group.add_argument("--batch-size", type=_positive(int), default=32)
     group.add_argument("--max-length", type=_positive(int), default=128, help="in tokens")
     group.add_argument("--lr", type=_positive(float), default=1e-4)
@@ -88,7 +88,10 @@ def _add_finetune(commands: Any) -> None:
     group.add_argument("--selection-warmup-steps", type=int, default=0)
     group.add_argument("--backend", default="auto")
     group.add_argument(
-        "--r-drop", type=_positive(float), default=1.0, help="weight of the KL in rdrop methods"
+        "--r-drop",
+        type=_positive(float),
+        default=0.25,
+        help="weight of the KL in rdrop methods; a quarter of the R-Drop paper's alpha",
     )
     _add_common(parser)
     group = parser.add_argument_group("output")

@@ -131,7 +131,7 @@ def rose_backward(
     loop.
 
     Source: ROSE (Jiang et al., EMNLP 2022), Algorithm 1 lines 3-7, and section 3.5 for R-Drop,
-    whose own paper (Liang et al., 2021, Eq. 4) adds `a / 2` times the kl to the *sum* of both
+    whose own paper (Liang et al., 2021) adds `a / 2` times the kl to the *sum* of both
     cross-entropies: its `a` is `4 * r_drop`.
 
     Mixed precision: call this inside `torch.autocast` (the backwards leave it again by
@@ -176,7 +176,8 @@ def rose_backward(
     first = "first" in kinds
     # Without R-Drop the update's gradient is that of ce, and step() takes the mask from it.
     second = "second" in kinds and r_drop > 0.0
-    parameters = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+    own = [p for group in optimizer.param_groups for p in group["params"]]
+    parameters = dict.fromkeys([*model.parameters(), *own])
     if (first or second) and any(p.grad is not None for p in parameters):
         raise ValueError(
             "some parameters already have a .grad, which would leak into the masks; call "
@@ -206,9 +207,10 @@ def rose_backward(
         # A second-order risk is not the same for scaled gradients, so captures are told the scale.
         scale = None if scaler is None else scaler.scale(torch.ones_like(kl))
         if rose and first:
-            # `inputs` keeps the kl out of parameters that another optimizer holds.
-            backward(kl, retain_graph=True, inputs=parameters)
+            backward(kl, retain_graph=True)
             rose.capture("first", grad_scale=scale)
+            for p in parameters:  # those of another optimizer, too
+                p.grad = None
         if rose and second:
             backward(ce, retain_graph=True)
             rose.capture("second", clear=False, grad_scale=scale)

@@ -501,6 +501,16 @@ class RoseFusedAdamW(Optimizer):
             RuntimeError: a mask that the order needs was not captured, or a gradient cannot be used;
                 parameters and moments stay as they were.
         """
+        try:
+            return self._step(closure)
+        except BaseException:
+            # GradScaler takes these back only after a step that went well, and would multiply the
+            # next one's scale by what it finds.
+            for name in ("grad_scale", "found_inf"):
+                self.__dict__.pop(name, None)
+            raise
+
+    def _step(self, closure: Callable[[], Any] | None) -> Any:
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -572,7 +582,8 @@ class RoseFusedAdamW(Optimizer):
         """Load what :meth:`state_dict` of this class or of ``torch.optim.AdamW`` returned.
 
         Moments keep their precision whatever the parameters' dtype (they are cast to
-        ``state_dtype`` only), so training resumes as if it had not stopped.
+        ``state_dtype`` only), so training resumes as if it had not stopped. They are copied: unlike
+        with PyTorch's optimizers, the next steps do not write into the state dict.
 
         Raises:
             ValueError: the state does not fit the parameters, or needs what is not here (amsgrad);
@@ -646,7 +657,7 @@ class RoseFusedAdamW(Optimizer):
                 raise fail(f"{key!r} is not a floating-point tensor")
             if value.shape != p.shape:
                 raise fail(f"{key!r} has shape {tuple(value.shape)}; expected the parameter's")
-            kept[key] = _Kept(value.to(device=p.device, dtype=self.settings.moment_dtype))
+            kept[key] = _Kept(value.to(p.device, self.settings.moment_dtype, copy=True))
         for key in map(_mask_key, ("first", "second")):
             if key not in state:
                 continue
@@ -656,7 +667,7 @@ class RoseFusedAdamW(Optimizer):
                 (torch.uint8, (p.numel() + 7) // 8),
             ):
                 raise fail(f"{key!r} is not a mask of this parameter")
-            kept[key] = _Kept(mask.to(p.device))
+            kept[key] = _Kept(mask.to(p.device, copy=True))
         return kept
 
     def __getstate__(self) -> dict[str, Any]:

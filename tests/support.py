@@ -169,7 +169,7 @@ def ulp(x: Tensor, dtype: torch.dtype = FLOAT) -> Tensor:
     """Distance of the neighbours of |x| in ``dtype``, as float64: the unit that errors count in."""
     info = torch.finfo(dtype)
     _, exponent = torch.frexp(x.double().abs().clamp(min=info.smallest_normal))
-    return torch.ldexp(torch.tensor(info.eps, dtype=torch.float64), exponent - 1)
+    return torch.ldexp(torch.full(x.shape, info.eps, dtype=torch.float64), exponent - 1)
 
 
 def digest(tensors: Iterable[Tensor]) -> str:
@@ -220,7 +220,7 @@ class Problem:
         grads: Sequence[Tensor],
         exp_avgs: Sequence[Tensor] | None = None,
         row: Sequence[float] = ROSE,
-        lr: float = 1e-2,
+        lr: float | Tensor = 1e-2,
         **options: Any,
     ) -> Problem:
         """One group, parameters of one and moments of zero unless given."""
@@ -232,7 +232,7 @@ class Problem:
             "steps": [torch.zeros(()) for _ in grads],
             "hyper": hyper_table(row),
             "group": torch.zeros(len(grads), dtype=torch.int64),
-            "lr": torch.tensor([lr], dtype=torch.float64),
+            "lr": torch.as_tensor(lr, dtype=torch.float64).reshape(-1),
             "offsets": sizes.cumsum(0) - sizes,
         }
         return cls(grads=list(grads), **{**rest, **options})

@@ -73,31 +73,27 @@ RiskSource risk_source(const Segments& segments, const Groups& groups, bool seco
   return source;
 }
 
-// A captured mask of one tensor: bits, one answer for all of it, or none (all selected).
-struct Mask {
-  const uint8_t* bits = nullptr;
-  bool all = true;
-};
-
-std::vector<Mask> read_masks(const std::vector<Tensor>& tensors, const Segments& segments,
-                             const char* name) {
-  std::vector<Mask> masks(tensors.size());
-  STD_TORCH_CHECK(tensors.empty() || tensors.size() == segments.size(), name, " has ", tensors.size(),
+// Adds a captured mask to the masks of each tensor. A mask is bits, one answer for the whole tensor, or
+// empty: all selected.
+void add_masks(const std::vector<Tensor>& tensors, const Segments& segments, const char* name,
+               int32_t weight, const uint8_t* Masks::* bits, std::vector<Masks>& masks) {
+  STD_TORCH_CHECK(tensors.size() == segments.size(), name, " has ", tensors.size(),
                   " tensors; expected none or one for each of ", segments.size(), " parameters");
   for (size_t i = 0; i < tensors.size(); ++i) {
-    const int64_t numel = tensors[i].numel();
-    const bool is_bool = tensors[i].scalar_type() == ScalarType::Bool;
-    if (numel == 0) continue;
-    check_table(tensors[i], is_bool ? ScalarType::Bool : ScalarType::Byte,
-                is_bool ? 1 : (segments[i].n + 7) / 8, name);
+    const bool whole = tensors[i].scalar_type() == ScalarType::Bool;
+    if (tensors[i].numel() == 0) {
+      masks[i].base += weight;
+      continue;
+    }
+    check_table(tensors[i], whole ? ScalarType::Bool : ScalarType::Byte,
+                whole ? 1 : (segments[i].n + 7) / 8, name);
     const auto* data = static_cast<const uint8_t*>(tensors[i].const_data_ptr());
-    if (is_bool) {
-      masks[i].all = *data != 0;
+    if (whole) {
+      masks[i].base += *data != 0 ? weight : 0;
     } else {
-      masks[i].bits = data;
+      masks[i].*bits = data;
     }
   }
-  return masks;
 }
 
 Update make_update(const Groups& groups, size_t i, double lr, double step, double gamma) {
@@ -153,13 +149,12 @@ void capture_(std::vector<Tensor> masks, std::vector<Tensor> grads, std::vector<
     bits[i] = masks[i].mutable_data_ptr<uint8_t>();
   }
   struct State {
-    float values[3 * kTile];
-    uint32_t keys[kTile];
+    float scratch[3 * kTile];
   };
   segments.for_each_tile([] { return State(); },
                          [&](State& state, size_t index, int64_t start, int n) {
-                           source.keys(index, start, n, state.values, state.keys);
-                           tile_kernels().pack(state.keys, n, bounds, bits[index] + start / 8);
+                           const Risk risk = source.risk(index, start, n, state.scratch);
+                           tile_kernels().pack(risk, n, bounds, bits[index] + start / 8);
                          },
                          [](State&) {});
 }
@@ -184,15 +179,26 @@ Tensor adamw_(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector
   for (const Tensor& step : steps) check_table(step, ScalarType::Float, 1, "steps");
   STD_TORCH_CHECK(!selection || second_masks.empty(),
                   "both selection and second_masks are given; expected one second-order mask");
-  const std::vector<Mask> first = read_masks(first_masks, segments, "first_masks");
-  const std::vector<Mask> second = read_masks(second_masks, segments, "second_masks");
-  const Bounds bounds = selection ? read_selection(*selection).bounds() : Bounds{-1, -1};
-  const bool has_second = selection || !second.empty();
-  const bool fractional = !first.empty() && has_second;
+  const bool has_first = !first_masks.empty(), has_second = selection || !second_masks.empty();
+  Masks shared;
+  shared.fractional = has_first && has_second;
+  shared.first_weight = shared.fractional ? 1 : 3;
+  shared.second_weight = shared.fractional ? 2 : 3;
+  shared.rank_inactive = rank_inactive;
+  shared.from_risk = selection.has_value();
+  if (selection) shared.bounds = read_selection(*selection).bounds();
+  std::vector<Masks> masks(count, shared);
+  if (has_first) {
+    add_masks(first_masks, segments, "first_masks", shared.first_weight, &Masks::first_bits, masks);
+  }
+  if (!second_masks.empty()) {
+    add_masks(second_masks, segments, "second_masks", shared.second_weight, &Masks::second_bits, masks);
+  }
   const float unscale = scalar_or(inv_scale, 1.0f, "inv_scale");
   for (size_t i = 0; i < count; ++i) {
-    STD_TORCH_CHECK(groups.get(i, kSelective) == 0 || !first.empty() || has_second, "params[", i,
+    STD_TORCH_CHECK(groups.get(i, kSelective) == 0 || has_first || has_second, "params[", i,
                     "] is selective; expected first_masks, second_masks or a selection");
+    masks[i].alpha = groups.alpha(i);
   }
 
   Tensor result = torch::stable::empty({2}, ScalarType::Long);
@@ -212,20 +218,13 @@ Tensor adamw_(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector
 
   struct State {
     float p[kTile], g[kTile], m[kTile], v[kTile], scaled[kTile];
-    uint32_t keys[kTile];
-    int32_t kinds[kTile];
     UpdateCounts counts;
   };
   std::mutex mutex;
-  const auto add_kinds = [](const Mask& mask, int weight, int64_t start, int n, int32_t* kinds) {
-    if (mask.bits) return tile_kernels().kinds_from_bits(mask.bits + start / 8, weight, n, kinds);
-    for (int i = 0; i < n; ++i) kinds[i] += mask.all ? weight : 0;
-  };
   const auto body = [&](State& state, size_t index, int64_t start, int n) {
     const TileKernels& kernels = tile_kernels();
     const Segment& segment = segments[index];
     const std::vector<Operand>& operands = segment.operands;
-    for (const Operand& operand : operands) prefetch(operand, segment.n, start + kTile);
     float* p = load(segment, operands[0], start, n, state.p);
     const float* g = load(segment, operands[1], start, n, state.g);
     float* m = load(segment, operands[2], start, n, state.m);
@@ -239,16 +238,10 @@ Tensor adamw_(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector
       kernels.adamw(p, m, v, g, n, updates[index]);
       state.counts.updated += n;
     } else {
-      std::memset(state.kinds, 0, sizeof(int32_t) * n);
-      if (!first.empty()) add_kinds(first[index], has_second ? 1 : 3, start, n, state.kinds);
-      if (selection) {
-        kernels.second_order_keys(g, m, groups.alpha(index), rank_inactive, n, state.keys);
-        kernels.kinds_from_keys(state.keys, bounds, fractional ? 2 : 3, n, state.kinds);
-      } else if (has_second) {
-        add_kinds(second[index], fractional ? 2 : 3, start, n, state.kinds);
-      }
-      kernels.mask_nonfinite(g, m, n, state.kinds, state.counts);
-      kernels.masked_adamw(p, m, v, g, state.kinds, fractional, n, updates[index]);
+      Masks here = masks[index];
+      if (here.first_bits) here.first_bits += start / 8;
+      if (here.second_bits) here.second_bits += start / 8;
+      kernels.masked_adamw(p, m, v, g, here, n, updates[index], state.counts);
     }
     store(segment, operands[0], start, n, p);
     store(segment, operands[2], start, n, m);

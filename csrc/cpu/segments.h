@@ -114,15 +114,6 @@ class Segments {
 // into `buffer`.
 float* load(const Segment& segment, const Operand& operand, int64_t start, int n, float* buffer);
 
-// Ask for the tile at `start` if it lies in one piece: the loops over a tile take turns with its operands,
-// which leaves the memory idle where each begins.
-inline void prefetch(const Operand& operand, int64_t elements, int64_t start) {
-  if (!operand.linear) return;
-  const char* begin = operand.data + start * operand.element_size();
-  const char* end = operand.data + std::min<int64_t>(elements, start + kTile) * operand.element_size();
-  for (; begin < end; begin += 64) __builtin_prefetch(begin);
-}
-
 // The reverse, unless `values` is the operand's own memory.
 void store(const Segment& segment, const Operand& operand, int64_t start, int n, const float* values);
 

@@ -21,10 +21,7 @@ struct Threshold {
   int64_t at_or_below = 0;  // ranked elements with a key <= `key`
 };
 
-struct Scratch {
-  float values[3 * kTile];
-  uint32_t keys[kTile];
-};
+using Scratch = float[3 * kTile];
 
 // ------------------------------------------------------------------------------------------ radix
 
@@ -58,9 +55,8 @@ std::vector<int64_t> leading_digits(const RiskSource& source) {
   };
   source.segments.for_each_tile([] { return State(); },
                                 [&](State& state, size_t index, int64_t start, int n) {
-                                  source.keys(index, start, n, state.scratch.values,
-                                              state.scratch.keys);
-                                  tile_kernels().histogram(state.scratch.keys, n, state.counts.data());
+                                  const Risk risk = source.risk(index, start, n, state.scratch);
+                                  tile_kernels().histogram(risk, n, state.counts.data());
                                   state.pending += n;
                                   if (state.pending > int64_t{1} << 31)
                                     flush(state);  // 32-bit counters
@@ -74,7 +70,7 @@ std::vector<int64_t> next_digits(const RiskSource& source, uint32_t prefix, int 
   DigitHistogram total(size_t{1} << bits);
   struct State {
     Scratch scratch;
-    uint32_t matches[kTile + 1];
+    uint32_t matches[kTile + kLine];
     std::vector<int64_t> counts;
   };
   source.segments.for_each_tile(
@@ -84,9 +80,8 @@ std::vector<int64_t> next_digits(const RiskSource& source, uint32_t prefix, int 
         return state;
       },
       [&](State& state, size_t index, int64_t start, int n) {
-        source.keys(index, start, n, state.scratch.values, state.scratch.keys);
-        const int matches =
-            tile_kernels().filter(state.scratch.keys, n, prefix, shift + bits, state.matches);
+        const Risk risk = source.risk(index, start, n, state.scratch);
+        const int matches = tile_kernels().filter(risk, n, prefix, shift + bits, state.matches);
         const uint32_t mask = (1u << bits) - 1;
         for (int i = 0; i < matches; ++i) ++state.counts[(state.matches[i] >> shift) & mask];
       },
@@ -122,15 +117,15 @@ Threshold radix_select(const RiskSource& source, const std::vector<int64_t>& lea
 
 // ----------------------------------------------------------------------------------------- window
 
-constexpr int64_t kSampleLines = 8192;
+constexpr int64_t kMaxSampleLines = 8192;
 constexpr int kLine = 16;             // elements: one cache line of float32
 constexpr int64_t kLogAll = 1 << 17;  // up to here every key is logged
 // Standard errors on each side of the sampled threshold. A miss (6e-5 if the estimate is normal) costs
 // three more passes, a wider window costs every step.
 constexpr double kStandardErrors = 4.0;
 
-// One cache line at a random place in each of kSampleLines equal strata of the index space: a fixed
-// stride would resonate with the lengths of rows.
+// One cache line at a random place in each of many equal strata of the index space: a fixed stride
+// would resonate with the lengths of rows. At most 1/16 of the data.
 struct Sample {
   std::vector<uint32_t> keys;  // ranked only, grouped by line
   std::vector<size_t> line_ends;
@@ -138,13 +133,15 @@ struct Sample {
 
 Sample draw_sample(const RiskSource& source) {
   const Segments& segments = source.segments;
+  const int64_t lines = std::min(kMaxSampleLines, segments.elements() / (16 * kLine));
   Sample sample;
-  sample.keys.reserve(kSampleLines * kLine);
-  sample.line_ends.reserve(kSampleLines);
+  sample.keys.reserve(static_cast<size_t>(lines * kLine));
+  sample.line_ends.reserve(static_cast<size_t>(lines));
   Scratch scratch;
-  for (int64_t line = 0; line < kSampleLines; ++line) {
-    const int64_t first = segments.tiles() * line / kSampleLines;
-    const int64_t last = std::max(first + 1, segments.tiles() * (line + 1) / kSampleLines);
+  uint32_t keys[kLine];
+  for (int64_t line = 0; line < lines; ++line) {
+    const int64_t first = segments.tiles() * line / lines;
+    const int64_t last = std::max(first + 1, segments.tiles() * (line + 1) / lines);
     const uint32_t random = mix(static_cast<uint32_t>(line));
     const int64_t tile = first + static_cast<int64_t>(random >> 8) % (last - first);
     const size_t index = segments.find(tile);
@@ -153,9 +150,9 @@ Sample draw_sample(const RiskSource& source) {
         (tile - segment.first_tile) * kTile + static_cast<int64_t>(random % (kTile / kLine)) * kLine;
     const int n = static_cast<int>(std::min<int64_t>(kLine, segment.n - start));
     if (n <= 0) continue;  // the last tile of a segment may be short
-    source.keys(index, start, n, scratch.values, scratch.keys);
+    tile_kernels().keys(source.risk(index, start, n, scratch), n, keys);
     for (int i = 0; i < n; ++i) {
-      if (scratch.keys[i] < kInactiveKey) sample.keys.push_back(scratch.keys[i]);
+      if (keys[i] < kInactiveKey) sample.keys.push_back(keys[i]);
     }
     sample.line_ends.push_back(sample.keys.size());
   }
@@ -192,66 +189,61 @@ Window window_of(const Sample& sample, double fraction) {
   return window;
 }
 
-// What one pass finds out about one window.
+// What one pass finds out about one window, over all threads.
 struct WindowPass {
   Window window;
-  WindowCounts counts;
+  int64_t below = 0, at_pivot = 0;
   std::vector<uint32_t> log;
-  bool overflow = false;
+  bool overflow = false;  // more than `capacity` keys: the log is not complete
 };
 
 // Counts and logs for all windows at once.
-ClassCounts scan(const RiskSource& source, std::vector<WindowPass>& passes, int64_t capacity) {
+ClassCounts scan(const RiskSource& source, std::vector<WindowPass>& passes, size_t capacity) {
   ClassCounts total;
   std::mutex mutex;
   constexpr size_t kPending = 16 * kTile;
   struct State {
     Scratch scratch;
     ClassCounts classes;
-    std::vector<WindowCounts> counts;
-    std::vector<std::vector<uint32_t>> pending;
-    std::vector<size_t> used;
+    std::vector<WindowLog> windows;
+    std::vector<std::vector<uint32_t>> pending;  // what windows log to
   };
-  const auto flush = [&](State& state, size_t w) {  // with the mutex held
+  const auto flush = [&](State& state, size_t w) {
+    std::lock_guard<std::mutex> lock(mutex);
     WindowPass& pass = passes[w];
-    pass.overflow |= static_cast<int64_t>(pass.log.size() + state.used[w]) > capacity;
-    if (!pass.overflow) {
-      pass.log.insert(pass.log.end(), state.pending[w].begin(),
-                      state.pending[w].begin() + state.used[w]);
-    }
-    state.used[w] = 0;
+    WindowLog& window = state.windows[w];
+    pass.overflow = pass.overflow || pass.log.size() + static_cast<size_t>(window.logged) > capacity;
+    if (!pass.overflow) pass.log.insert(pass.log.end(), window.log, window.log + window.logged);
+    pass.below += window.below;
+    pass.at_pivot += window.at_pivot;
+    window.below = window.at_pivot = window.logged = 0;
   };
   source.segments.for_each_tile(
       [&] {
         State state;
-        state.counts.resize(passes.size());
-        state.pending.assign(passes.size(), std::vector<uint32_t>(kPending + kTile + kLine));
-        state.used.resize(passes.size());
+        for (const WindowPass& pass : passes) {
+          state.pending.emplace_back(kPending + kTile + kLine);
+          WindowLog window;
+          window.window = pass.window;
+          window.log = state.pending.back().data();
+          state.windows.push_back(window);
+        }
         return state;
       },
       [&](State& state, size_t index, int64_t start, int n) {
-        source.keys(index, start, n, state.scratch.values, state.scratch.keys);
-        tile_kernels().count_classes(state.scratch.keys, n, state.classes);
+        const Risk risk = source.risk(index, start, n, state.scratch);
+        tile_kernels().scan(risk, n, state.classes, state.windows.data(),
+                            static_cast<int>(state.windows.size()));
         for (size_t w = 0; w < passes.size(); ++w) {
-          state.used[w] +=
-              tile_kernels().window(state.scratch.keys, n, passes[w].window, state.counts[w],
-                                    state.pending[w].data() + state.used[w]);
-          if (state.used[w] > kPending) {
-            std::lock_guard<std::mutex> lock(mutex);
-            flush(state, w);
-          }
+          if (state.windows[w].logged > static_cast<int64_t>(kPending)) flush(state, w);
         }
       },
       [&](State& state) {
+        for (size_t w = 0; w < passes.size(); ++w) flush(state, w);
         std::lock_guard<std::mutex> lock(mutex);
         total.ranked += state.classes.ranked;
         total.inactive += state.classes.inactive;
         total.nonfinite += state.classes.nonfinite;
-        for (size_t w = 0; w < passes.size(); ++w) {
-          passes[w].counts.below += state.counts[w].below;
-          passes[w].counts.at_pivot += state.counts[w].at_pivot;
-          flush(state, w);
-        }
       });
   return total;
 }
@@ -277,19 +269,19 @@ uint32_t kth_of_log(std::vector<uint32_t>& log, Window window, int64_t k) {
 bool resolve(WindowPass& pass, int64_t k, Threshold& result) {
   if (k == 0) return true;
   const auto logged = static_cast<int64_t>(pass.log.size());
-  const int64_t inside = k - 1 - pass.counts.below;  // rank in the window, from 0
-  if (pass.overflow || inside < 0 || inside >= logged + pass.counts.at_pivot) return false;
+  const int64_t inside = k - 1 - pass.below;  // rank in the window, from 0
+  if (pass.overflow || inside < 0 || inside >= logged + pass.at_pivot) return false;
   const uint32_t pivot = pass.window.pivot;
   const int64_t under_pivot =
       std::count_if(pass.log.begin(), pass.log.end(), [=](uint32_t key) { return key < pivot; });
   if (inside < under_pivot) {
     result.key = kth_of_log(pass.log, pass.window, inside);
-  } else if (inside < under_pivot + pass.counts.at_pivot) {
+  } else if (inside < under_pivot + pass.at_pivot) {
     result.key = pivot;
   } else {
-    result.key = kth_of_log(pass.log, pass.window, inside - pass.counts.at_pivot);
+    result.key = kth_of_log(pass.log, pass.window, inside - pass.at_pivot);
   }
-  result.at_or_below = pass.counts.below + (pivot <= result.key ? pass.counts.at_pivot : 0) +
+  result.at_or_below = pass.below + (pivot <= result.key ? pass.at_pivot : 0) +
                        std::count_if(pass.log.begin(), pass.log.end(), [&](uint32_t key) {
                          return static_cast<int64_t>(key) <= result.key;
                        });
@@ -298,16 +290,16 @@ bool resolve(WindowPass& pass, int64_t k, Threshold& result) {
 
 }  // namespace
 
-void RiskSource::keys(size_t index, int64_t start, int n, float* scratch, uint32_t* out) const {
+Risk RiskSource::risk(size_t index, int64_t start, int n, float* scratch) const {
   const Segment& segment = segments[index];
   const float* g = load(segment, segment.operands[0], start, n, scratch);
   if (inv_scale != 1.0f) {
     tile_kernels().scale(g, inv_scale, n, scratch + kTile);
     g = scratch + kTile;
   }
-  if (!second_order) return tile_kernels().first_order_keys(g, rank_inactive, n, out);
-  const float* m = load(segment, segment.operands[1], start, n, scratch + 2 * kTile);
-  tile_kernels().second_order_keys(g, m, alpha[index], rank_inactive, n, out);
+  const float* m =
+      second_order ? load(segment, segment.operands[1], start, n, scratch + 2 * kTile) : nullptr;
+  return {g, m, alpha[index], rank_inactive};
 }
 
 Selection select(const RiskSource& source, int64_t upper, int64_t lower, bool approx) {
@@ -324,7 +316,8 @@ Selection select(const RiskSource& source, int64_t upper, int64_t lower, bool ap
     for (size_t t = 0; t < targets; ++t) {
       passes[t].window = window_of(sample, static_cast<double>(fractions[t]) * 1e-9);
     }
-    classes = scan(source, passes, std::max(kLogAll, source.segments.elements() / 32));
+    classes =
+        scan(source, passes, static_cast<size_t>(std::max(kLogAll, source.segments.elements() / 32)));
     for (size_t t = 0; t < targets; ++t) {
       found[t] = resolve(passes[t], rank_of(fractions[t], classes.ranked), thresholds[t]);
     }

@@ -18,8 +18,9 @@ struct RiskSource {
   float inv_scale;
   std::vector<float> alpha;  // per segment
 
-  // Keys of elements [start, start + n) of a segment, n <= kTile; `scratch` holds 3 * kTile floats.
-  void keys(size_t index, int64_t start, int n, float* scratch, uint32_t* out) const;
+  // Of elements [start, start + n) of a segment, n <= kTile; `scratch` holds 3 * kTile floats, which
+  // the result may point to.
+  Risk risk(size_t index, int64_t start, int n, float* scratch) const;
 };
 
 // Same fields in the same order as rose_ops/reference.py.

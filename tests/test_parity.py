@@ -1,0 +1,675 @@
+"""The kernels against ``rose_ops.reference``: bit for bit, but for theta (see compare_update)."""
+
+from __future__ import annotations
+
+import functools
+import math
+from fractions import Fraction
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support import (
+    BF16,
+    FLOAT,
+    HALF,
+    KINDS,
+    ONE,
+    PLAIN,
+    ROSE,
+    SIZES,
+    Problem,
+    Spec,
+    assert_all_same_bits,
+    assert_same_bits,
+    bits,
+    compare_update,
+    fractions,
+    hyper_table,
+    place,
+    specs,
+    ulp,
+    values,
+)
+
+from rose_ops import reference
+from rose_ops.reference import Field
+
+# ---------------------------------------------------------------------------------- any mixture
+
+
+def compare_selection(ops, problem: Problem, upper, lower, *, first, approx=False):
+    """Records and masks must be equal; returns them."""
+    expected = problem.select(reference, upper, lower, first=first, approx=approx)
+    record = problem.select(ops, upper, lower, first=first, approx=approx)
+    assert record.tolist() == expected.tolist()
+    masks = problem.capture(ops, record, first=first)
+    assert_all_same_bits(masks, problem.capture(reference, record, first=first), "masks")
+    return record, masks
+
+
+@settings(max_examples=250)
+@given(spec=specs(), kept=fractions(), first=st.booleans(), approx=st.booleans())
+def test_selection_of_any_mixture(ops, spec: Spec, kept, first, approx):
+    compare_selection(ops, spec.problem(), *kept, first=first, approx=approx)
+
+
+MODES = ("none", "first", "second", "selection", "first+second", "first+selection")
+
+
+@settings(max_examples=400)
+@given(
+    spec=specs(), kept=fractions(), kept_first=fractions(), mode=st.sampled_from(MODES),
+    data=st.data(),
+)  # fmt: skip
+def test_update_of_any_mixture(ops, spec: Spec, kept, kept_first, mode, data):
+    problem = spec.problem()
+    if mode == "none":
+        problem.hyper[:, reference.Hyper.SELECTIVE] = 0
+        compare_update(ops, problem)
+        return
+    record = problem.select(reference, *kept)
+
+    def masks(kept, first):
+        # Bits, one bool for the whole tensor, or nothing.
+        found = problem.masks(reference, *kept, first=first)
+        kinds = st.sampled_from(("bits", "bits", "true", "false", "empty"))
+        for i, mask in enumerate(found):
+            kind = data.draw(kinds)
+            if kind == "empty":
+                found[i] = torch.empty(0, dtype=torch.uint8)
+            elif kind != "bits":
+                found[i] = torch.tensor(kind == "true")
+            else:
+                found[i] = place(mask, offset=3)  # masks are views of one allocation
+        return found
+
+    compare_update(
+        ops,
+        problem,
+        masks(kept_first, True) if "first" in mode else (),
+        masks(kept, False) if "second" in mode else (),
+        record if "selection" in mode else None,
+    )
+
+
+@settings(max_examples=50)
+@given(specs())
+def test_nothing_moves_when_an_infinity_was_found(ops, spec: Spec):
+    problem = spec.problem()
+    problem.found_inf = torch.tensor(1.0)
+    before = [bits(t).clone() for t in (*problem.written, *problem.steps)]
+    problem.hyper[:, reference.Hyper.SELECTIVE] = 0
+    assert problem.update(ops).tolist() == [0, 0]
+    for old, t in zip(before, (*problem.written, *problem.steps), strict=True):
+        assert torch.equal(old, bits(t))
+
+
+# -------------------------------------------------------------------------------- every boundary
+
+CLASSES = ("normal", "zero", "nan", "ties", "denormal")
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["first", "second"])
+@pytest.mark.parametrize("n", SIZES, ids=lambda n: f"n{n}")
+def test_every_rank_at_every_boundary(ops, generator, n, first):
+    """k from 0 to n (all of them up to 65), distinct risks and ties."""
+    for mix in (("normal",), CLASSES):
+        g, m = (values(n, mix, FLOAT, generator) for _ in range(2))
+        problem = Problem.of([g], [m])
+        ranks = range(n + 1) if n <= 65 else (0, 1, 2, n // 3, n // 2, n - 2, n - 1, n)
+        for k in ranks:
+            upper = max(1, -(-k * ONE // max(n, 1)))  # the smallest fraction with floor(c*n) >= k
+            lower = 0 if k % 2 else upper // 2
+            compare_selection(ops, problem, upper, lower, first=first)
+
+
+@pytest.mark.parametrize("dtype", [FLOAT, BF16, HALF], ids=str)
+@pytest.mark.parametrize("n", SIZES, ids=lambda n: f"n{n}")
+def test_update_at_every_boundary(ops, generator, n, dtype):
+    """Each dtype's vector body and tail, with a single mask and an ensemble."""
+    moment = FLOAT if dtype == HALF else dtype
+    for mask_count in (1, 2):
+        p, g = (values(n, ("normal", "one"), dtype, generator) for _ in range(2))
+        m, v = (values(n, ("normal", "zero"), moment, generator) for _ in range(2))
+        problem = Problem.of(
+            [place(g, offset=1)], [place(m, offset=3)],
+            params=[place(p, offset=5)], exp_avg_sqs=[place(v.abs(), offset=7)], gamma=0.3,
+        )  # fmt: skip
+        record = problem.select(reference, 600_000_000)
+        first = problem.masks(reference, 400_000_000, first=True) if mask_count == 2 else ()
+        compare_update(ops, problem, first, selection=record)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("moment", KINDS)
+def test_every_pair_of_classes(ops, generator, kind, moment):
+    """Every kind of gradient over every kind of moment, alone and among ordinary elements."""
+    for mix_g, mix_m in (((kind,), (moment,)), ((kind, "normal"), (moment, "normal"))):
+        g, m = values(83, mix_g, FLOAT, generator), values(83, mix_m, FLOAT, generator)
+        for rank_inactive in (False, True):
+            problem = Problem.of([g], [m], rank_inactive=rank_inactive)
+            compare_selection(ops, problem, 290_000_000, 100_000_000, first=True)
+            record, masks = compare_selection(ops, problem, 500_000_000, 0, first=False)
+            compare_update(ops, problem.copy(), selection=record)
+            compare_update(ops, problem.copy(), masks)
+
+
+def test_overflow_and_underflow_of_the_risk(ops):
+    """Finite inputs whose alpha*|g|/|m| overflows, and whose alpha*|g| is denormal or zero."""
+    tiny, largest = 2.0**-149, torch.finfo(FLOAT).max
+    g = torch.tensor([largest, 1.0, largest, tiny, 5 * tiny, 2.0**-126, 9 * tiny, -largest])
+    m = torch.tensor([0.05, tiny, -tiny, tiny, tiny, 2.0**-126, largest, largest])
+    key = reference.risk_key(g, m, reference.float32(1.0 - 0.9), False)
+    infinite = [True, True, True, False, False, False, False, False]
+    assert (key == reference.INFINITY_KEY).tolist() == infinite
+    one = 0x3F800000  # alpha*|g| fell to 0, so the risk is |0 - 1|
+    assert key.tolist()[3] == key.tolist()[6] == one
+    problem = Problem.of([g], [m])
+    for k in range(1, 9):
+        record, _ = compare_selection(ops, problem, k * ONE // 8, 0, first=False)
+        assert record[Field.RANKED] == 8
+        compare_update(ops, problem.copy(), selection=record)
+
+
+def test_groups_with_different_alpha(ops, generator):
+    """A group's risks use its own beta1, in one ranking."""
+    sizes = (1500, 70, 2100)
+    g = [values(n, ("normal",), FLOAT, generator) for n in sizes]
+    m = [values(n, ("normal",), FLOAT, generator) for n in sizes]
+    rows = (ROSE, (0.5, 0.99, 1e-6, 0.1, -1.0, 1.0), PLAIN)
+    problem = Problem.of(
+        g, m, hyper=hyper_table(*rows), group=torch.tensor([1, 0, 1]),
+        lr=torch.tensor([1e-2, 1e-3, 0.1], dtype=torch.float64),
+    )  # fmt: skip
+    record, _ = compare_selection(ops, problem, 600_000_000, 0, first=False)
+    one_alpha = Problem.of(g, m).select(ops, 600_000_000)
+    assert record[Field.HIGH] != one_alpha[Field.HIGH]
+    problem.group[1] = 2
+    compare_update(ops, problem, selection=record)
+
+
+def test_thousands_of_tiny_tensors(ops, generator):
+    """With empty ones among them; the same as one flat tensor."""
+    sizes = torch.randint(0, 24, (3000,), generator=generator).tolist()
+    mix = ("normal", "zero", "ties", "nan", "denormal")
+    g, m = (values(sum(sizes), mix, FLOAT, generator) for _ in range(2))
+    p = values(sum(sizes), ("normal",), FLOAT, generator)
+    scattered = Problem.of(
+        list(g.split(sizes)), [t.clone() for t in m.split(sizes)],
+        params=[t.clone() for t in p.split(sizes)],
+    )  # fmt: skip
+    flat = Problem.of([g], [m], params=[p])
+    for first in (True, False):
+        record = scattered.select(ops, 600_000_000, 100_000_000, first=first)
+        flat_record, flat_mask = compare_selection(
+            ops, flat, 600_000_000, 100_000_000, first=first
+        )
+        assert_same_bits(record, flat_record)
+        masks = scattered.capture(ops, record, first=first)
+        unpacked = [reference.unpack(b, n) for b, n in zip(masks, sizes, strict=True) if n]
+        assert torch.equal(torch.cat(unpacked), reference.unpack(flat_mask[0], sum(sizes)))
+    counts = scattered.update(ops, masks)
+    assert_same_bits(counts, flat.update(ops, flat_mask))
+    for name in ("params", "exp_avgs", "exp_avg_sqs"):
+        assert_same_bits(torch.cat(getattr(scattered, name)), getattr(flat, name)[0], name)
+
+
+def test_no_tensors_at_all(ops):
+    problem = Problem.of([])
+    for approx in (False, True):
+        compare_selection(ops, problem, 600_000_000, 100_000_000, first=False, approx=approx)
+    assert problem.update(ops).tolist() == [0, 0]
+
+
+# -------------------------------------------------------------------------------- sampled window
+
+N = 300_007  # a kernel may take a sample from so many
+
+
+def _data(make):
+    """``make(index, random)`` to risk data; index is 0..N-1."""
+
+    @functools.wraps(make)
+    def built(generator):
+        index = torch.arange(N)
+        data = make(index, torch.rand(N, generator=generator))
+        return data.float()
+
+    return built
+
+
+WINDOW_DATA = {
+    "uniform": lambda i, r: r,
+    "all-equal": lambda i, r: torch.ones(N),
+    "two-values": lambda i, r: 1.0 + (r < 0.6),
+    "99%-ties": lambda i, r: torch.where(r < 0.99, 1.0, 2 * r),
+    "60%-ties-at-rank": lambda i, r: torch.where((r > 0.2) & (r < 0.8), 0.5, r),
+    # A class of ties inside the window that is not its middle: the log overflows.
+    "ties-next-to-threshold": lambda i, r: torch.where((r > 0.601) & (r < 0.7), 0.6011, r),
+    "sorted": lambda i, r: i + 1.0,
+    "reversed": lambda i, r: N - i + 0.0,
+    "period-of-a-line": lambda i, r: i % 16 + 1.0,
+    "period-of-a-line-plus-1": lambda i, r: i % 17 + r,
+    "period-of-a-tile": lambda i, r: i % 1024 + 1.0,
+    "lines-of-one-value": lambda i, r: i // 16 * 7919 % 65536 + 1.0,
+    "tiles-of-one-value": lambda i, r: i // 1024 * 7919 % 65536 + 1.0,
+    "blocks-of-different-scale": lambda i, r: (1 + r) * 2.0 ** (i // 10_000 * 37 % 60),
+    "last-bits": lambda i, r: 1.0 + (r * 64).floor() * 2.0**-23,
+    "one-bit": lambda i, r: 1.0 + (r < 0.5) * 2.0**-23,
+    "at-a-power-of-two": lambda i, r: torch.where(r < 0.6, 2.0 - 2.0**-23, 2.0),
+    "denormal": lambda i, r: (r * 4096).floor() * 2.0**-149,
+    "all-exponents": lambda i, r: 2.0 ** ((r.double() * 270).floor() - 140),
+    "one-huge-line": lambda i, r: torch.where((i > 99_999) & (i < 100_017), 1e38, r),
+    "last-element-alone": lambda i, r: torch.where(i == N - 1, r, 0.0),
+    "inactive": lambda i, r: torch.zeros(N),
+    "infinite": lambda i, r: torch.full((N,), torch.inf),
+    "nan": lambda i, r: torch.full((N,), torch.nan),
+    "half-inactive": lambda i, r: torch.where(r < 0.5, 0.0, r),
+    "inactive-tiles": lambda i, r: torch.where(i // 1024 % 3 > 0, 0.0, r),
+    "nan-lines": lambda i, r: torch.where(i // 16 % 2 > 0, torch.nan, r),
+}  # fmt: skip
+
+WINDOW_FRACTIONS = (
+    (600_000_000, 0),
+    (1, 0),
+    (ONE, 0),
+    (ONE, ONE - 1),
+    (600_000_000, 599_990_000),  # both thresholds in one window
+    (500_000_000, 100_000_000),
+    (20_000, 10_000),
+)
+
+
+@pytest.mark.parametrize("name", WINDOW_DATA)
+def test_first_order_where_a_sample_is_taken(ops, generator, name):
+    problem = Problem.of([_data(WINDOW_DATA[name])(generator)])
+    for kept in WINDOW_FRACTIONS:
+        compare_selection(ops, problem, *kept, first=True)
+    compare_selection(ops, problem, 600_000_000, 0, first=True, approx=True)
+
+
+@pytest.mark.parametrize("name", WINDOW_DATA)
+def test_second_order_where_a_sample_is_taken(ops, generator, name):
+    """The same data as the gradient over moments of one, and as moments under noise."""
+    data = _data(WINDOW_DATA[name])(generator)
+    noise = torch.randn(N, generator=generator)
+    kept = WINDOW_FRACTIONS
+    for problem, chosen in ((Problem.of([data], [torch.ones(N)]), kept[:5]),
+                            (Problem.of([noise], [data]), (kept[0], kept[-1]))):  # fmt: skip
+        for pair in chosen:
+            compare_selection(ops, problem, *pair, first=False)
+
+
+def _sampled_lines(tiles: int) -> torch.Tensor:
+    """First elements of the cache lines that csrc/cpu/select.cpp looks at."""
+    lines, tile, samples = [], 1024, 8192
+    for line in range(samples):
+        first = tiles * line // samples
+        last = max(first + 1, tiles * (line + 1) // samples)
+        random = int(_mix(line))
+        lines.append((first + (random >> 8) % (last - first)) * tile + random % 64 * 16)
+    return torch.tensor(lines)
+
+
+def _mix(x: int) -> int:
+    x = (x ^ x >> 16) * 0x21F0AAAD & 0xFFFFFFFF
+    x = (x ^ x >> 15) * 0xD35A2D97 & 0xFFFFFFFF
+    return x ^ x >> 15
+
+
+@pytest.mark.parametrize("lie", [1e-6, 1e6, 0.0, math.nan], ids=["low", "high", "inactive", "nan"])
+def test_a_sample_that_lies(ops, generator, lie):
+    """What the CPU kernel samples is unlike all the rest, so its window is wrong: the answer is the
+    same, found the slow way. (On other backends, just data.)"""
+    tiles = 9000  # more than lines, so that most tiles are not looked at
+    data = torch.rand(tiles * 1024, generator=generator) + 1
+    where = (_sampled_lines(tiles)[:, None] + torch.arange(16)).reshape(-1)
+    data[where] = lie * torch.rand(len(where), generator=generator)
+    problem = Problem.of([data])
+    key = data.view(torch.int32).long()[(data > 0) & data.isfinite()].sort().values
+    for upper, lower in ((600_000_000, 0), (900_000_000, 20_000_000)):
+        record = problem.select(ops, upper, lower, first=True)
+        high, low = (reference.rank_of(f, len(key)) for f in (upper, lower))
+        assert record[Field.HIGH] == key[high - 1]
+        assert record[Field.LOW] == (key[low - 1] if low else -1)
+        inside = (key > record[Field.LOW]) & (key <= record[Field.HIGH])
+        assert record[Field.KEPT] == inside.sum()
+        assert record[Field.RANKED] == len(key)
+        assert record[Field.NONFINITE] == (len(where) if math.isnan(lie) else 0)
+        assert record[Field.INACTIVE] == (data == 0).sum()
+
+
+@pytest.mark.parametrize("pieces", [3, 400, 9000], ids=lambda n: f"{n}-tensors")
+@pytest.mark.parametrize("dtype", [BF16, HALF], ids=str)
+def test_sample_of_scattered_half_precision(ops, generator, pieces, dtype):
+    """Many tensors (some empty, some odd views), few distinct keys."""
+    cuts = torch.randint(0, N, (pieces - 1,), generator=generator).sort().values
+    g = values(N, ("normal", "zero"), dtype, generator).tensor_split(cuts)
+    m = values(N, ("normal", "ties"), BF16, generator).tensor_split(cuts)
+    layouts = ("contiguous", "strided", "offset")
+    problem = Problem.of(
+        [place(t, layouts[i % 3], offset=i % 5) for i, t in enumerate(g)],
+        [place(t, layouts[i % 2], offset=i % 3) for i, t in enumerate(m)],
+    )
+    for first in (True, False):
+        compare_selection(ops, problem, 600_000_000, 100_000_000, first=first)
+
+
+# --------------------------------------------------------------------------------------- theta
+
+
+def adamw_like(n: int, generator, lr: float, *, well_conditioned: bool):
+    """p, g, m, v as in training. Well conditioned: no sum cancels and no quotient is extreme, so
+    that the largest error says something about the arithmetic. There, parameters go from far below
+    the size of the update to far above it."""
+    p, g, m, v = (torch.randn(n, generator=generator) for _ in range(4))
+    g, m, v = g * 1e-3, m * 3e-4, (v * 1e-3).square()
+    if well_conditioned:
+        m = g * (0.1 + torch.rand(n, generator=generator))
+        v = g.square() * (0.5 + torch.rand(n, generator=generator))
+        p = -lr * torch.exp2(torch.rand(n, generator=generator) * 20 - 10).copysign(g)
+    return p, g, m, v
+
+
+def fused(p, g, m, v, step: int, lr: float, row=ROSE):
+    """What ``torch.optim.AdamW(fused=True)`` makes of p."""
+    beta1, beta2, eps, weight_decay, *_ = row
+    parameter = p.clone().requires_grad_()
+    parameter.grad = g.clone()
+    optimizer = torch.optim.AdamW(
+        [parameter], lr=lr, betas=(beta1, beta2), eps=eps, weight_decay=weight_decay, fused=True
+    )
+    optimizer.state[parameter] = {
+        "step": torch.tensor(float(step)),
+        "exp_avg": m.clone(),
+        "exp_avg_sq": v.clone(),
+    }
+    optimizer.step()
+    return parameter.detach()
+
+
+MANY = 200_003
+QUANTILES = torch.tensor([0.5, 0.9, 0.99], dtype=torch.float64)  # thousands are above the last
+
+
+def assert_within_twice(ours, theirs, truth, *, largest: bool, dtype=FLOAT):
+    """Errors in ulps, ours at most twice theirs: the largest one, or its quantiles.
+
+    Where sums cancel, the largest error is that of the one element with the smallest result, and
+    which of two implementations is luckier there says nothing: a factor of 8 either way was seen.
+    """
+    unit = ulp(truth, dtype)
+    a, b = ((x.double() - truth).abs() / unit for x in (ours, theirs))
+    a, b = (a.max(), b.max()) if largest else (a.quantile(QUANTILES), b.quantile(QUANTILES))
+    assert (a <= 2 * b).all(), f"{a.tolist()} ulps, fused AdamW has {b.tolist()}"
+
+
+def truth_of(problem: Problem, *masks) -> Problem:
+    problem = problem.copy(torch.float64)
+    problem.update(reference, *masks, dtype=torch.float64)
+    return problem
+
+
+CONDITIONS = pytest.mark.parametrize("well", [True, False], ids=["conditioned", "any"])
+
+
+@CONDITIONS
+@pytest.mark.parametrize("lr", [1e-3, 0.1, 1.0], ids=lambda lr: f"lr{lr}")
+@pytest.mark.parametrize("step", [0, 6, 99_999], ids=lambda t: f"step{t + 1}")
+@pytest.mark.parametrize("kind", ["adamw", "masked"])
+def test_error_of_theta_where_everything_is_selected(ops, generator, kind, step, lr, well):
+    """Rule 2: the largest error in ulps against float64 is at most twice fused AdamW's."""
+    p, g, m, v = adamw_like(MANY, generator, lr, well_conditioned=well)
+    if step == 0:
+        m, v = torch.zeros(MANY), torch.zeros(MANY)
+    row = PLAIN if kind == "adamw" else ROSE
+    problem = Problem.of([g], [m.clone()], row, lr, params=[p.clone()], exp_avg_sqs=[v.clone()])
+    problem.steps = [torch.tensor(float(step))]
+    ones = [torch.full(((MANY + 7) // 8,), 255, dtype=torch.uint8)]
+    masks = () if kind == "adamw" else (ones,)
+    truth = truth_of(problem, *masks)
+    assert problem.update(ops, *masks).tolist() == [MANY, 0]
+    theirs = fused(p, g, m, v, step, lr)
+    assert_within_twice(problem.params[0], theirs, truth.params[0], largest=well)
+
+
+def test_all_ways_to_select_everything_are_adamw(ops, generator):
+    """The same bits, whichever loop of the kernel is taken."""
+    n = 5003
+    p, g, m, v = adamw_like(n, generator, 0.1, well_conditioned=False)
+
+    def updated(row, *masks, **options):
+        problem = Problem.of(
+            [g], [m.clone()], row, 0.1, params=[p.clone()], exp_avg_sqs=[v.clone()], gamma=0.3
+        )
+        problem.update(ops, *masks, **options)
+        return problem.written
+
+    expected = updated(PLAIN)
+    ones = [torch.full(((n + 7) // 8,), 255, dtype=torch.uint8)]
+    true, empty = [torch.tensor(True)], [torch.empty(0, dtype=torch.uint8)]
+    record = torch.zeros(Field.SIZE, dtype=torch.int64)
+    record[Field.HIGH], record[Field.LOW] = reference.INFINITY_KEY, -1
+    for masks in ((ones,), (true,), (empty,), ((), ones), (ones, ones), (empty, true)):
+        assert_all_same_bits(updated(ROSE, *masks), expected, "written")
+    for first in ((), ones):
+        assert_all_same_bits(updated(ROSE, first, selection=record), expected, "written")
+
+
+@CONDITIONS
+@pytest.mark.parametrize("gamma", [0.5, 0.3, 0.9], ids=lambda x: f"gamma{x}")
+def test_error_of_theta_in_an_ensemble(ops, generator, gamma, well):
+    """An element with mask M is AdamW with gradient g' and learning rate lr*M, so its error is at
+    most twice that of fused AdamW on those."""
+    lr, step = 0.1, 6
+    p, g, m, v = adamw_like(MANY, generator, lr, well_conditioned=well)
+    first, second = (torch.rand(MANY, generator=generator) < 0.5 for _ in range(2))
+    masks = [reference.pack(first)], [reference.pack(second)]
+    problem = Problem.of(
+        [g], [m.clone()], lr=lr, params=[p.clone()], exp_avg_sqs=[v.clone()], gamma=gamma
+    )
+    problem.steps = [torch.tensor(float(step))]
+    truth = truth_of(problem, *masks).params[0]
+    problem.update(ops, *masks)
+    for weight, chosen in (
+        (1.0, first & second), (gamma, first & ~second), (1.0 - gamma, ~first & second),
+    ):  # fmt: skip
+        at = chosen.nonzero().reshape(-1)
+        w, c = (reference.float32(x) for x in (weight, 1.0 - weight))
+        blend = w * g + c * m
+        theirs = fused(p[at], blend[at], m[at], v[at], step, lr * weight)
+        assert_within_twice(problem.params[0][at], theirs, truth[at], largest=well)
+    neither = ~first & ~second
+    assert_same_bits(problem.params[0][neither], p[neither])
+    assert_same_bits(problem.exp_avgs[0][neither], m[neither])
+
+
+@CONDITIONS
+@pytest.mark.parametrize("dtype", [BF16, HALF], ids=str)
+@pytest.mark.parametrize("moment", [FLOAT, BF16], ids=lambda d: f"moments-{d}")
+def test_error_of_theta_in_half_precision(ops, generator, dtype, moment, well):
+    """In ulps of the parameter's dtype, at most twice that of fused AdamW on parameters widened to
+    float32 and narrowed again: torch has no fused AdamW with moments of another dtype."""
+    lr, step = 0.1, 6
+    p, g, m, v = adamw_like(MANY, generator, lr, well_conditioned=well)
+    p, g, m, v = p.to(dtype), (g * 100).to(dtype), (m * 100).to(moment), (v * 1e4).to(moment)
+    problem = Problem.of([g], [m.clone()], PLAIN, lr, params=[p.clone()], exp_avg_sqs=[v.clone()])
+    problem.steps = [torch.tensor(float(step))]
+    truth = truth_of(problem)
+    problem.update(ops)
+    theirs = fused(*(t.float() for t in (p, g, m, v)), step, lr).to(dtype)
+    assert_within_twice(problem.params[0], theirs, truth.params[0], largest=well, dtype=dtype)
+
+
+# ----------------------------------------------------------------------------------- conversions
+
+NARROW = pytest.mark.parametrize("dtype", [BF16, HALF], ids=str)
+
+
+def all_patterns(dtype: torch.dtype) -> torch.Tensor:
+    return torch.arange(-(1 << 15), 1 << 15, dtype=torch.int16).view(dtype)
+
+
+@NARROW
+@pytest.mark.parametrize("layout", ["contiguous", "strided"])
+def test_every_pattern_widens_exactly(ops, dtype, layout):
+    """With beta1 = 0 and m = -0 the new first moment is the gradient, sign of zero included."""
+    g = all_patterns(dtype)
+    problem = Problem.of(
+        [place(g, layout, offset=1)], [torch.full(g.shape, -0.0)], (0.0, *PLAIN[1:])
+    )
+    problem.update(ops)
+    assert_same_bits(problem.exp_avgs[0], g.float())
+    # First-order keys are the bits of the widened magnitude: one element per selection.
+    finite = g[g.isfinite() & (g != 0)].abs().unique()
+    single = Problem.of(list(finite.split(1))[::97])
+    for i, one in enumerate(single.grads):
+        record = Problem.of([one]).select(ops, ONE, first=True)
+        assert record[Field.HIGH] == one.float().view(torch.int32).item(), i
+
+
+@NARROW
+@pytest.mark.parametrize("layout", ["contiguous", "strided"])
+def test_every_pattern_comes_back(ops, dtype, layout):
+    """lr = 0: parameters are widened, kept and narrowed to what they were."""
+    p = all_patterns(dtype)
+    problem = Problem.of(
+        [torch.ones(p.shape)], None, PLAIN, 0.0, params=[place(p, layout, offset=1)]
+    )
+    problem.update(ops)
+    assert_same_bits(problem.params[0], p)
+
+
+def floats_to_narrow(dtype: torch.dtype, generator) -> torch.Tensor:
+    """Any float32, and all that matters to the rounding: ties and their neighbours between every
+    two numbers of the dtype (denormal ones, overflow), and random ones of their range."""
+    patterns = all_patterns(dtype)
+    exact = patterns[patterns.isfinite()].float()
+    half_ulp = 1 << (22 - {BF16: 7, HALF: 10}[dtype])
+    keys = exact.view(torch.int32).long()
+    near = [keys + d for d in (-1, 1, half_ulp - 1, half_ulp, half_ulp + 1)]
+    anything = torch.randint(-(1 << 31), 1 << 31, (3_000_000,), generator=generator)
+    bits_ = torch.cat([*near, anything])
+    bits_ = bits_.clamp(-(1 << 31), (1 << 31) - 1).to(torch.int32)
+    # Denormals of binary16 lie where float32 has normal numbers: their ties need other bits.
+    smallest = torch.finfo(dtype).smallest_normal
+    denormal = (torch.rand(500_000, generator=generator) * 2 - 1) * smallest * 2
+    steps = torch.arange(-2050, 2051) * (smallest * torch.finfo(dtype).eps / 2)
+    limit = torch.finfo(dtype).max * (1 + torch.rand(10_000, generator=generator) * 2e-2 - 1e-2)
+    special = torch.tensor([0.0, -0.0, torch.inf, -torch.inf, torch.nan, 65519.996, 65520.0])
+    return torch.cat([bits_.view(FLOAT), denormal, steps, limit, special])
+
+
+@NARROW
+@pytest.mark.parametrize("layout", ["contiguous", "strided"])
+def test_narrowing_is_that_of_torch(ops, generator, dtype, layout):
+    """Round to nearest, ties to even, for parameters and first moments."""
+    x = floats_to_narrow(dtype, generator)
+    n = len(x)
+    # First moments: with beta1 = 0 and m = -0 they are the gradients.
+    state = place(torch.full((n,), -0.0, dtype=dtype), layout, offset=1)
+    problem = Problem.of([x], [state], (0.0, *PLAIN[1:]))
+    problem.update(ops)
+    assert_same_bits(problem.exp_avgs[0], x.to(dtype))
+    # Parameters: p = 0 and v = g = 0 leave 0 - lr/(1 - beta1) * (beta1*m / eps) = -2*(m/2).
+    problem = Problem.of(
+        [torch.zeros(n)], [x.clone()], (0.5, 0.5, 1.0, 0.01, 1.0, 0.0), 1.0,
+        params=[place(torch.zeros(n, dtype=dtype), layout, offset=3)],
+    )  # fmt: skip
+    problem.update(ops)
+    assert_same_bits(problem.params[0], (0.0 - 2 * (0.5 * x)).to(dtype))
+
+
+# ----------------------------------------------------------------------------------------- norms
+
+
+def exact_norm(x: torch.Tensor) -> float:
+    return math.sqrt(math.fsum(float(v) ** 2 for v in x.reshape(-1).tolist()))
+
+
+@pytest.mark.parametrize("dtype", [FLOAT, BF16, HALF], ids=str)
+@pytest.mark.parametrize("inv_scale", [None, 2.0**-10], ids=["unscaled", "scaled"])
+def test_tensor_norms(ops, generator, dtype, inv_scale):
+    """The exact norm, rounded to float32; float64 sums leave a doubt of 1e-6 of an ulp."""
+    scale = None if inv_scale is None else torch.tensor(inv_scale)
+    tensors = [
+        place(values(n, ("normal",), dtype, generator), layout, offset=1)
+        for n in SIZES
+        for layout in ("contiguous", "strided")
+    ]
+    tensors.append(place(values(35, ("normal",), dtype, generator).view(5, 7), "transposed"))
+    norms = ops.tensor_norms(tensors, scale)
+    assert norms.dtype == FLOAT
+    for norm, tensor in zip(norms, tensors, strict=True):
+        truth = exact_norm(reference.scaled(tensor, scale))
+        error = abs(norm.item() - truth)
+        assert error <= (0.5 + 1e-6) * ulp(torch.tensor(truth, dtype=torch.float64)).item()
+
+
+def test_tensor_norms_of_extremes(ops):
+    """Squares that float32 could not hold; what is not finite shows."""
+    largest = torch.finfo(FLOAT).max
+    cases = [
+        (torch.full((4,), largest / 2), largest),
+        (torch.full((4,), 2.0**-149), 2.0**-148),
+        (torch.full((5,), largest), math.inf),
+        (torch.tensor([1.0, math.inf]), math.inf),
+        (torch.tensor([math.nan, 1.0]), math.nan),
+        (torch.zeros(3), 0.0),
+        (torch.zeros(0), 0.0),
+    ]
+    norms = ops.tensor_norms([x for x, _ in cases], None)
+    assert_same_bits(norms, torch.tensor([norm for _, norm in cases]))
+
+
+# ----------------------------------------------------------------- selection of whole tensors
+
+
+def quantile(risks: list[Fraction], fraction: Fraction) -> Fraction:
+    position = fraction * (len(risks) - 1)
+    low = math.floor(position)
+    high = min(low + 1, len(risks) - 1)
+    return risks[low] + (position - low) * (risks[high] - risks[low])
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 10, 11, 91, 200], ids=lambda n: f"n{n}")
+@pytest.mark.parametrize("upper", ["0.7", "0.6", "0.333333333", "1.0"])
+@pytest.mark.parametrize("lower", ["0.0", "0.1"])
+def test_selection_of_tensors_by_exact_quantiles(generator, n, upper, lower):
+    """In floating point 0.7 of 91 loses a tensor: 0.7 * 90 is below 63."""
+    g = torch.rand(n, generator=generator) + 0.5
+    fractions_ = [Fraction(upper), Fraction(lower)]
+    mask, record = reference.select_tensors(
+        g, None, torch.full((n,), 0.1), *(int(f * ONE) for f in fractions_), False
+    )
+    risks = sorted(Fraction(x) for x in g.tolist())
+    high, low = (quantile(risks, f) for f in fractions_)
+    for x, kept in zip(g.tolist(), mask.tolist(), strict=True):
+        # Only within the rounding of an interpolated threshold may float32 decide otherwise.
+        doubt = Fraction(2.0**-22)
+        if any(0 < abs(Fraction(x) - t) < doubt for t in (high, low)):
+            continue
+        assert kept == (low <= Fraction(x) <= high)
+    assert record[Field.KEPT] == mask.sum()
+    assert record[Field.RANKED] == n
+
+
+def test_selection_of_tensors_is_that_of_torch_quantile(generator):
+    g, m = (torch.rand(257, generator=generator) + 0.1 for _ in range(2))
+    alpha = torch.full((257,), 0.1)
+    mask, _ = reference.select_tensors(g, m, alpha, 500_000_000, 250_000_000, False)
+    risk = (0.1 * g / m - 1).abs()
+    high, low = risk.quantile(torch.tensor([0.5, 0.25]))
+    assert torch.equal(mask, (risk >= low) & (risk <= high))
+
+
+def test_tensors_without_history_or_finite_norm(generator):
+    g = torch.tensor([1.0, 2.0, math.nan, 4.0, math.inf, 3.0])
+    m = torch.tensor([1.0, 0.0, 1.0, math.inf, 1.0, 1.0])
+    mask, record = reference.select_tensors(g, m, torch.full((6,), 0.1), ONE // 2, 0, False)
+    assert mask.tolist() == [False, True, False, False, False, True]  # risks 0.9 and 0.7
+    assert record[Field.RANKED] == 2
+    assert record[Field.INACTIVE] == 1
+    assert record[Field.NONFINITE] == 3
