@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
+import importlib.util
 import os
+import subprocess
 import sys
 import time
 from abc import ABC, abstractmethod
@@ -146,21 +147,35 @@ class Bandwidth(Contender):
                 torch.add(self._b, self._c, alpha=3.0, out=self._a)
 
 
+_BUILD_TIMEOUT_S = 300
+_LOAD_DEEPSPEED = "from deepspeed.ops.op_builder import CPUAdamBuilder as B; B().load(verbose=False)"
+
+
 @cache
 def _deepspeed_missing() -> str | None:
-    # Its just-in-time build looks for ninja in PATH, and it logs to stdout.
+    # Its just-in-time build looks for ninja in PATH. The first load is in a process of its own, since
+    # it waits for ever if an earlier build was killed.
     os.environ["PATH"] = os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"]))
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    if importlib.util.find_spec("deepspeed") is None:
+        return "not installed, see benchmarks/README.md"
+    print("loading DeepSpeed's cpu_adam (a minute or two at first: it compiles)", file=sys.stderr)
     try:
-        with contextlib.redirect_stdout(sys.stderr):
-            from deepspeed.ops.op_builder import CPUAdamBuilder
-
-            print("loading DeepSpeed's cpu_adam (built at first, a minute)", file=sys.stderr)
-            CPUAdamBuilder().load(verbose=False)
-    except ImportError as error:
-        return f"not installed ({error}); see benchmarks/README.md"
-    except Exception as error:  # whatever a compiler or a newer PyTorch may do to it
-        return f"did not build: {type(error).__name__}: {str(error).strip().splitlines()[0]}"
+        subprocess.run(
+            [sys.executable, "-c", _LOAD_DEEPSPEED],
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=_BUILD_TIMEOUT_S,
+        )
+    except subprocess.TimeoutExpired:
+        return (
+            f"did not build in {_BUILD_TIMEOUT_S} s; if that is because an earlier build was killed, "
+            "delete the folder cpu_adam where TORCH_EXTENSIONS_DIR points (by default in the user's "
+            "cache, under torch_extensions)"
+        )
+    except subprocess.CalledProcessError as error:
+        return f"did not build or load: {(error.stderr.strip().splitlines() or [str(error)])[-1]}"
     return None
 
 

@@ -26,14 +26,17 @@ def measure(spec: Spec, work: Work, threads: int) -> int | str:
     if sys.platform != "linux":
         return "needs Linux's /proc"
     question = json.dumps([spec.name, work.name, [list(s) for s in work.shapes], threads])
-    process = subprocess.run(
-        [sys.executable, "-m", __spec__.name],
-        cwd=Path(__file__).parent.parent,
-        input=question,
-        capture_output=True,
-        text=True,
-        timeout=_TIMEOUT_S,
-    )
+    try:
+        process = subprocess.run(
+            [sys.executable, "-m", __name__],
+            cwd=Path(__file__).parent.parent,
+            input=question,
+            capture_output=True,
+            text=True,
+            timeout=_TIMEOUT_S,
+        )
+    except subprocess.TimeoutExpired:
+        return f"no answer in {_TIMEOUT_S} s"
     if process.returncode:
         last = process.stderr.strip().splitlines()[-1:] or [f"exit status {process.returncode}"]
         return last[0]

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from benchmarks import eager
 from benchmarks.contenders import (
@@ -28,6 +29,7 @@ from rose_ops.functional import Selection
 from rose_ops.reference import APPROX_BITS, unpack
 
 _SMALLEST = 1e-42  # an error of a few of the smallest denormals is none
+_CHUNK = 1 << 15  # in cache, and too small for torch to start threads
 _SAMPLE = 1 << 20  # elements that the reference, which is slow, is asked about
 
 
@@ -95,18 +97,18 @@ class Expected:
         for parts in zip(*(mask.split(sizes) for mask in masks), strict=True):
             yield sum(part.float() * share for part, share in zip(parts, shares, strict=True))
 
-    def update(self, i: int, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """p, m, v of tensor i after the step (Algorithm 1, lines 8-13)."""
-        p, m, v = (tensors[i] for tensors in self.problem.originals)
-        g = self.problem.grads[i]
-        weight = weight.view(p.shape) if weight.numel() == p.numel() else weight
-        (beta1, beta2), t = BETAS, STEP + 1
-        g = torch.where(weight == 1, g, torch.where(weight == 0, m, weight * g + (1 - weight) * m))
-        m = torch.where(weight == 0, m, beta1 * m + (1 - beta1) * g)
-        v = beta2 * v + (1 - beta2) * g * g
-        denom = (v / (1 - beta2**t)).sqrt() + EPS
-        p = p - LR * weight * (m / (1 - beta1**t) / denom + WEIGHT_DECAY * p)
-        return p, m, v
+
+def _update(p: Tensor, g: Tensor, m: Tensor, v: Tensor, weight: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """p, m, v after the step (Algorithm 1, lines 8-13), each with the size of what it was added up
+    from: rounding errors are relative to that, also where the sum cancels."""
+    (beta1, beta2), t = BETAS, STEP + 1
+    g = torch.where(weight == 1, g, torch.where(weight == 0, m, weight * g + (1 - weight) * m))
+    new_m = torch.where(weight == 0, m, beta1 * m + (1 - beta1) * g)
+    size_m = beta1 * m.abs() + (1 - beta1) * g.abs()
+    new_v = beta2 * v + (1 - beta2) * g * g
+    rate = LR * weight / (1 - beta1**t) / ((new_v / (1 - beta2**t)).sqrt() + EPS)
+    new_p = p - rate * new_m - LR * weight * WEIGHT_DECAY * p
+    return [(new_p, p.abs() + rate * size_m), (new_m, size_m), (new_v, new_v)]
 
 
 def _norms(tensors: list[Tensor]) -> Tensor:
@@ -119,7 +121,9 @@ def check(problem: Problem, contenders: dict[str, Contender]) -> None:
     """
     _check_sample(problem)
     expected = Expected(problem)
-    for name, contender in contenders.items():
+    bar = tqdm(contenders.items(), leave=False)
+    for name, contender in bar:
+        bar.set_description_str(f"parity: {name}")
         spec = SPECS[name]
         if spec.settings is None and not spec.adamw and name != EAGER:
             continue  # bandwidth
@@ -206,23 +210,20 @@ def _check_selection(name: str, contender: Rose, expected: Expected) -> None:
 
 def _check_update(name: str, problem: Problem, expected: Expected, settings: dict[str, Any]) -> None:
     """Parameters and moments: unchanged bits where M = 0, the same value to rounding elsewhere."""
+    names = ("parameter", "first moment", "second moment")
     rtol = SPECS[name].rtol
     for i, weight in enumerate(expected.weights(settings)):
         new = (problem.params[i].data, problem.exp_avgs[i], problem.exp_avg_sqs[i])
-        old = tuple(tensors[i] for tensors in problem.originals)
-        off = (weight == 0).view(-1) if weight.numel() == new[0].numel() else weight == 0
-        for what, a, b, before in zip(
-            ("parameter", "first moment", "second moment"),
-            new,
-            expected.update(i, weight),
-            old,
-            strict=True,
-        ):
-            where = f"{what} of tensor {i} (shape {tuple(a.shape)})"
-            # The sum of old and new bounds what was rounded on the way, also where they cancel.
-            scale = b.abs().add_(before.abs()).add_(_SMALLEST / rtol)
-            error = float((a - b).abs_().div_(scale).max())
-            _require(error <= rtol, name, f"{where} is off by a relative {error:.2g}")
-            if what != "second moment":
-                changed = (a.view(torch.int32) != before.view(torch.int32)).view(-1)
-                _require(not bool((changed & off).any()), name, f"{where} changed where M = 0")
+        tensors = (*new, *(moving[i] for moving in problem.originals), problem.grads[i])
+        flat = [t.view(-1) for t in tensors]
+        for chunk in zip(*(t.split(_CHUNK) for t in (*flat, weight.expand_as(flat[0]))), strict=True):
+            after, before, (grad, M) = chunk[:3], chunk[3:6], chunk[6:]
+            for what, a, (b, size), old in zip(
+                names, after, _update(before[0], grad, before[1], before[2], M), before, strict=True
+            ):
+                where = f"{what} in tensor {i} (shape {tuple(new[0].shape)})"
+                error = float((a - b).abs_().div_(size + _SMALLEST / rtol).max())
+                _require(error <= rtol, name, f"{where} is off by a relative {error:.2g}")
+                if what != "second moment":
+                    changed = a.view(torch.int32) != old.view(torch.int32)
+                    _require(not bool((changed & (M == 0)).any()), name, f"{where} moved at M = 0")

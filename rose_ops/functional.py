@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from fractions import Fraction
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -89,7 +88,6 @@ def fraction_units(name: str, value: float) -> int:
     return int(units)
 
 
-@lru_cache(typed=True)
 def check_fractions(upper: float, lower: float, suffix: str = "") -> tuple[int, int]:
     """c_h and c_l in units of 1e-9.
 

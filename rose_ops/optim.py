@@ -105,7 +105,8 @@ class Settings:
                 raise ValueError(f"{name}={value}; expected a number or a pair (first, second)")
             return value[kind == "second"]
 
-        suffix = f" ({kind})" if isinstance(self.upper, (tuple, list)) else ""
+        pairs = isinstance(self.upper, (tuple, list)) or isinstance(self.lower, (tuple, list))
+        suffix = f" ({kind})" if pairs else ""
         return check_fractions(pick("upper", self.upper), pick("lower", self.lower), suffix)
 
     @property

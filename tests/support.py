@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from hypothesis import settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -225,10 +227,16 @@ class Problem:
     ) -> Problem:
         """One group, parameters of one and moments of zero unless given."""
         sizes = torch.tensor([g.numel() for g in grads], dtype=torch.int64)
+
+        def constant(value: float) -> list[Tensor]:
+            return [torch.full(g.shape, value) for g in grads]
+
+        if "params" not in options:
+            options["params"] = constant(1.0)
+        if "exp_avg_sqs" not in options:
+            options["exp_avg_sqs"] = constant(0.0)
         rest: dict[str, Any] = {
-            "params": [torch.ones(g.shape) for g in grads],
-            "exp_avgs": list(exp_avgs or [torch.zeros(g.shape) for g in grads]),
-            "exp_avg_sqs": [torch.zeros(g.shape) for g in grads],
+            "exp_avgs": constant(0.0) if exp_avgs is None else list(exp_avgs),
             "steps": [torch.zeros(()) for _ in grads],
             "hyper": hyper_table(row),
             "group": torch.zeros(len(grads), dtype=torch.int64),
@@ -340,9 +348,16 @@ def assert_theta_close(p: Tensor, p0: Tensor, expected: Tensor, update: Tensor, 
 
 # ------------------------------------------------------------------------------ hypothesis problems
 
+
+def examples(count: int) -> settings:
+    """Settings of a test with so many examples; ROSE_TEST_THOROUGH=20 tries 20 times as many."""
+    return settings(max_examples=count * int(os.environ.get("ROSE_TEST_THOROUGH", "1")))
+
+
+
 SIZES = (
-    0, 1, 2, 3, 5, 7, 8, 9, 13, 15, 16, 17, 31, 32, 33, 61, 63, 64, 65, 127, 509, 1023, 1024, 1025,
-    2053,
+    0, 1, 2, 3, 5, 7, 8, 9, 13, 15, 16, 17, 31, 32, 33, 61, 63, 64, 65, 127, 128, 129, 143, 257,
+    509, 1023, 1024, 1025, 2053,
 )  # fmt: skip
 SHAPES = [
     (), *((n,) for n in SIZES), (3, 5), (1, 7), (9, 1), (1, 1), (4, 1, 6), (5, 0, 3), (2, 3, 4, 5),

@@ -8,7 +8,7 @@ from fractions import Fraction
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from support import (
     BF16,
@@ -25,6 +25,7 @@ from support import (
     assert_same_bits,
     bits,
     compare_update,
+    examples,
     fractions,
     hyper_table,
     place,
@@ -49,7 +50,7 @@ def compare_selection(ops, problem: Problem, upper, lower, *, first, approx=Fals
     return record, masks
 
 
-@settings(max_examples=250)
+@examples(250)
 @given(spec=specs(), kept=fractions(), first=st.booleans(), approx=st.booleans())
 def test_selection_of_any_mixture(ops, spec: Spec, kept, first, approx):
     compare_selection(ops, spec.problem(), *kept, first=first, approx=approx)
@@ -58,7 +59,7 @@ def test_selection_of_any_mixture(ops, spec: Spec, kept, first, approx):
 MODES = ("none", "first", "second", "selection", "first+second", "first+selection")
 
 
-@settings(max_examples=400)
+@examples(400)
 @given(
     spec=specs(), kept=fractions(), kept_first=fractions(), mode=st.sampled_from(MODES),
     data=st.data(),
@@ -94,7 +95,7 @@ def test_update_of_any_mixture(ops, spec: Spec, kept, kept_first, mode, data):
     )
 
 
-@settings(max_examples=50)
+@examples(50)
 @given(specs())
 def test_nothing_moves_when_an_infinity_was_found(ops, spec: Spec):
     problem = spec.problem()

@@ -263,7 +263,7 @@ def train(
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
-        record = {
+        record: dict[str, Any] = {
             "step": step,
             "loss": losses.loss.item(),
             "ce": losses.ce.item(),

@@ -1,0 +1,192 @@
+"""What ``import rose_ops`` does and does not do, each in a process of its own."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import rose_ops
+
+PACKAGE = Path(rose_ops.__file__).parent
+LIBRARY = PACKAGE / "_C.abi3.so"
+
+
+def python(code: str, path: Path = PACKAGE.parent, **variables: str) -> str:
+    """The output of ``code`` in a new interpreter that finds rose_ops in ``path``."""
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    done = subprocess.run(
+        # The path is put in front: an editable install of the package must not win.
+        [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(path)!r})\n{code}"],
+        env={**environment, **variables},
+        cwd=path,  # not the source tree
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+HEAVY = (
+    "transformers",
+    "datasets",
+    "matplotlib",
+    "triton",
+    "pandas",
+    "scipy",
+    "sklearn",
+    "tqdm",
+    "PIL",
+)
+
+
+def test_nothing_heavy_is_imported():
+    loaded = python(
+        "import torch; before = set(sys.modules)\n"
+        "import rose_ops; print(*sorted(set(sys.modules) - before))"
+    ).split()
+    assert "rose_ops.optim" in loaded
+    assert not [name for name in loaded if name.split(".")[0] in HEAVY]
+    # All that comes on top of PyTorch is the package itself and a few modules of Python's own.
+    ours = [name for name in loaded if name.split(".")[0] == "rose_ops"]
+    others = {name.split(".")[0] for name in loaded} - {"rose_ops", "torch"}
+    assert len(ours) < 15
+    assert others <= sys.stdlib_module_names
+
+
+def test_cuda_is_not_initialised():
+    # Nor by a step: a process forked after it must still be able to use CUDA.
+    code = """
+import torch
+calls = []
+for name in ("is_available", "init", "_lazy_init", "device_count", "current_device"):
+    original = getattr(torch.cuda, name)
+    setattr(torch.cuda, name, lambda *a, f=original, n=name: (calls.append(n), f(*a))[1])
+import rose_ops
+p = torch.nn.Parameter(torch.ones(3)); p.grad = torch.ones(3)
+rose_ops.RoseFusedAdamW([p], weight_decay=0.1).step()
+print(torch.cuda.is_initialized(), *calls)
+"""
+    initialized, *calls = python(code).split()
+    assert initialized == "False"
+    # "is_available" is what PyTorch's own Optimizer may ask; it does not initialise.
+    assert set(calls) <= {"is_available", "device_count"}
+
+
+def test_the_import_is_quick():
+    """Beyond PyTorch's own import, in processor time, which other processes do not lengthen."""
+    code = """
+import torch, time
+start = time.process_time()
+import rose_ops
+print(time.process_time() - start)
+"""
+    seconds = min(float(python(code)) for _ in range(3))
+    assert seconds < 0.2
+
+
+def test_every_public_name_is_there():
+    out = python(
+        "import rose_ops\n"
+        "print(*(n for n in rose_ops.__all__ if not hasattr(rose_ops, n)), 'end')\n"
+        "from rose_ops import *\n"
+        "print(RoseFusedAdamW.__name__, rose_param_groups.__name__, symmetric_kl.__name__)"
+    )
+    assert out.split() == ["end", "RoseFusedAdamW", "rose_param_groups", "symmetric_kl"]
+    assert all(getattr(rose_ops, name).__doc__ for name in rose_ops.__all__)
+
+
+# ------------------------------------------------------------------------- without the compiled library
+
+STEP = """
+import warnings
+import torch
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    import rose_ops
+    assert not caught, caught
+    def step(**options):
+        p = torch.nn.Parameter(torch.linspace(-1, 1, 10)); p.grad = torch.linspace(0, 2, 10)
+        optimizer = rose_ops.RoseFusedAdamW([p], weight_decay=0.1, **options)
+        optimizer.step(); p.grad = torch.linspace(2, 0, 10); optimizer.step()
+        return p.tolist()
+    auto = [step(), step()]
+print(len(caught))
+for warning in caught:
+    print(warning.category.__name__, warning.message)
+print(rose_ops.backends.resolve("auto", torch.device("cpu")).name, auto[0] == auto[1])
+try:
+    step(backend="cpu")
+except RuntimeError as error:
+    print("RuntimeError", error)
+"""
+
+
+@pytest.fixture
+def package(tmp_path: Path) -> Path:
+    """A copy of the package without its library."""
+    shutil.copytree(
+        PACKAGE, tmp_path / "rose_ops", ignore=shutil.ignore_patterns("*.so", "__pycache__", "finetune")
+    )
+    return tmp_path
+
+
+def missing(library: Path) -> None:
+    pass
+
+
+def empty(library: Path) -> None:
+    library.touch()
+
+
+def text(library: Path) -> None:
+    library.write_text("not a library\n")
+
+
+def another(library: Path) -> None:
+    """One that loads and has none of the operators, as one left over from another version may."""
+    shutil.copy(Path(torch.__file__).parent / "lib" / "libtorch_global_deps.so", library)
+
+
+@pytest.mark.parametrize(
+    ("damage", "hint"),
+    [
+        pytest.param(missing, "it was not built", id="missing"),
+        pytest.param(empty, "it was built against another PyTorch than", id="empty"),
+        pytest.param(text, "it was built against another PyTorch than", id="text"),
+        pytest.param(
+            another,
+            "rebuild it",
+            id="another",
+            marks=pytest.mark.xfail(reason="the fakes are registered outside of the try", strict=True),
+        ),
+    ],
+)
+def test_without_a_library_the_reference_is_used_and_said_once(damage, hint, package):
+    damage(package / "rose_ops" / LIBRARY.name)
+    count, warning, auto, error = python(STEP, package).strip().splitlines()
+    assert count == "1"
+    assert warning.startswith(
+        "UserWarning rose_ops uses the slow backend 'reference': 'cpu': the compiled"
+    )
+    assert auto == "reference True"
+    assert error.startswith(
+        "RuntimeError backend='cpu' cannot be used: the compiled operators could not be"
+    )
+    for message in (warning, error):
+        assert hint in message
+        assert "pip install --no-build-isolation ." in message
+
+
+def test_with_a_library_there_is_nothing_to_say(package):
+    if not LIBRARY.exists():
+        pytest.skip("the library is not built")
+    shutil.copy(LIBRARY, package / "rose_ops")
+    assert python(STEP, package).split() == ["0", "cpu", "True"]

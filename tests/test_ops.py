@@ -1,0 +1,426 @@
+"""The operators as PyTorch sees them: ``opcheck``, tensor subclasses, and bad input."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from support import (
+    BF16,
+    FLOAT,
+    HALF,
+    ONE,
+    PLAIN,
+    ROSE,
+    Problem,
+    assert_all_same_bits,
+    assert_same_bits,
+    bits,
+    hyper_table,
+    place,
+    random_masks,
+    values,
+)
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from rose_ops import reference
+from rose_ops.reference import Field
+
+rose = torch.ops.rose_ops
+
+# ----------------------------------------------------------------------------------- opcheck
+
+
+def problem_of(generator, dtype=FLOAT, moment=FLOAT, row=ROSE, **options) -> Problem:
+    """Two tensors, one of them a view."""
+    shapes = ((37,), (5, 9))
+
+    def tensors(kind):
+        flat = [values(math.prod(s), ("normal", "zero"), kind, generator) for s in shapes]
+        return [flat[0], place(flat[1].view(5, 9), "transposed", offset=3)]
+
+    p, g, m, v = (tensors(kind) for kind in (dtype, dtype, moment, moment))
+    return Problem.of(g, m, row, params=p, exp_avg_sqs=[t.abs() for t in v], **options)
+
+
+def select_args(p: Problem, first=False, approx=False):
+    moments = [] if first else p.exp_avgs
+    return (p.grads, moments, p.hyper, p.group, p.inv_scale, 600_000_000, 0, False, approx)
+
+
+def capture_args(p: Problem, first=False):
+    moments = [] if first else p.exp_avgs
+    record = p.select(rose, 600_000_000, first=first)
+    masks = random_masks(p.numels)
+    return (masks, p.grads, moments, p.hyper, p.group, p.inv_scale, record, False)
+
+
+def adamw_args(p: Problem, first=(), second=(), selection=None):
+    return (
+        p.params, p.grads, p.exp_avgs, p.exp_avg_sqs, p.steps, list(first), list(second), selection,
+        p.lr, p.hyper, p.group, p.offsets, p.inv_scale, p.found_inf, 0.3, False, 7,
+    )  # fmt: skip
+
+
+def _cases():
+    """(operator, arguments from a generator), by name."""
+    scale = torch.tensor(0.5)
+
+    def masked(g):
+        p = problem_of(g)
+        return adamw_args(p, p.masks(rose, 500_000_000), p.masks(rose, ONE // 3, first=True))
+
+    def found(g):
+        p = problem_of(g, found_inf=torch.tensor(0.0))
+        return adamw_args(p, selection=p.select(rose, 600_000_000))
+
+    return {
+        "select-second": (rose.select, lambda g: select_args(problem_of(g))),
+        "select-first": (rose.select, lambda g: select_args(problem_of(g, inv_scale=scale), True)),
+        "select-approx": (rose.select, lambda g: select_args(problem_of(g, BF16), approx=True)),
+        "capture_-second": (rose.capture_, lambda g: capture_args(problem_of(g))),
+        "capture_-first": (rose.capture_, lambda g: capture_args(problem_of(g, HALF), True)),
+        "adamw_-plain": (rose.adamw_, lambda g: adamw_args(problem_of(g, row=PLAIN))),
+        "adamw_-bf16": (rose.adamw_, lambda g: adamw_args(problem_of(g, BF16, BF16, PLAIN))),
+        "adamw_-masks": (rose.adamw_, masked),
+        "adamw_-selection": (rose.adamw_, found),
+        "tensor_norms": (rose.tensor_norms, lambda g: (problem_of(g).grads, None)),
+        "tensor_norms-scaled": (rose.tensor_norms, lambda g: (problem_of(g, BF16).grads, scale)),
+    }
+
+
+CASES = _cases()
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "check",
+    ["test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"],
+)
+def test_opcheck(generator, name, check):
+    """All four of opcheck's tests apply to all operators."""
+    op, arguments = CASES[name]
+    result = torch.library.opcheck(op.default, arguments(generator), test_utils=check)
+    assert result == {check: "SUCCESS"}
+
+
+def test_what_is_written_is_what_the_schema_says():
+    written = {
+        name: [a.name for a in getattr(rose, name).default._schema.arguments if a.is_write]
+        for name in ("select", "capture_", "adamw_", "tensor_norms")
+    }
+    assert written == {
+        "select": [],
+        "capture_": ["masks"],
+        "adamw_": ["params", "exp_avgs", "exp_avg_sqs", "steps"],
+        "tensor_norms": [],
+    }
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_fakes_have_the_shape_of_the_truth(generator, name):
+    op, arguments = CASES[name]
+    real = arguments(generator)
+    with FakeTensorMode() as mode:
+
+        def fake(x):
+            if isinstance(x, list):
+                return [fake(y) for y in x]
+            return mode.from_tensor(x) if isinstance(x, torch.Tensor) else x
+
+        shown = op(*(fake(x) for x in real))
+    actual = op(*real)
+    if actual is None:
+        assert shown is None
+    else:
+        assert (shown.shape, shown.dtype, shown.device) == (
+            actual.shape, actual.dtype, actual.device,
+        )  # fmt: skip
+
+
+def test_lazily_negated_gradients_are_read_as_what_they_are(ops):
+    """The memory of such a tensor (``imag`` of a conjugate) holds the negated values."""
+    lazy = torch.complex(torch.zeros(5), torch.arange(1.0, 6)).conj().imag
+    assert lazy.is_neg()
+    problem, plain = Problem.of([lazy], None, PLAIN), Problem.of([lazy.clone()], None, PLAIN)
+    problem.update(ops)
+    plain.update(ops)
+    assert_all_same_bits(problem.written, plain.written, "written")
+    assert (problem.exp_avgs[0] < 0).all()
+
+
+# --------------------------------------------------------------------------------- bad input
+
+N = 20
+
+
+def good(**options) -> Problem:
+    generator = torch.Generator().manual_seed(1)
+    p, g, m, v = ([values(N, ("normal",), FLOAT, generator) for _ in range(3)] for _ in range(4))
+    return Problem.of(g, m, params=p, exp_avg_sqs=[t.abs() for t in v], **options)
+
+
+def set_item(name: str, value, index=1):
+    def change(p: Problem) -> None:
+        getattr(p, name)[index] = value
+
+    return change
+
+
+def set_field(name: str, value):
+    def change(p: Problem) -> None:
+        setattr(p, name, value() if callable(value) else value)
+
+    return change
+
+
+def drop(name: str):
+    return lambda p: getattr(p, name).pop()
+
+
+def _meta(*shape, dtype=FLOAT):
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+# What is wrong with the risks' arguments: what to change, and words of the message.
+BAD_RISKS = {
+    "grad-shape": (set_item("exp_avgs", torch.zeros(N + 1)), "exp_avgs[1] and grads[1]"),
+    "grad-dims": (set_item("exp_avgs", torch.zeros(1, N)), "exp_avgs[1] and grads[1]"),
+    "grad-float64": (set_item("grads", torch.zeros(N, dtype=torch.float64)), "grads[1] has dtype"),
+    "grad-int": (set_item("grads", torch.zeros(N, dtype=torch.int32)), "grads[1] has dtype"),
+    "grad-bool": (set_item("grads", torch.zeros(N, dtype=torch.bool)), "grads[1] has dtype"),
+    "grad-complex": (set_item("grads", torch.zeros(N, dtype=torch.cfloat)), "grads[1] has dtype"),
+    "moment-float64": (set_item("exp_avgs", torch.zeros(N).double()), "exp_avgs[1] has dtype"),
+    "fewer-grads": (drop("grads"), "exp_avgs has 3 tensors and grads has 2"),
+    "fewer-moments": (drop("exp_avgs"), "exp_avgs has 2 tensors and grads has 3"),
+    "grad-meta": (set_item("grads", _meta(N)), "grads[1]"),
+    "moment-meta": (set_item("exp_avgs", _meta(N)), "exp_avgs[1]"),
+    "hyper-float32": (set_field("hyper", hyper_table(ROSE).float()), "hyper must be"),
+    "hyper-columns": (set_field("hyper", torch.ones(7).double()), "hyper must be"),
+    "hyper-strided": (set_field("hyper", torch.ones(12).double()[::2]), "hyper must be"),
+    "hyper-meta": (set_field("hyper", _meta(1, 6, dtype=torch.float64)), "hyper"),
+    "group-int32": (set_field("group", torch.zeros(3, dtype=torch.int32)), "group must be"),
+    "group-short": (set_field("group", torch.zeros(2, dtype=torch.int64)), "group must be"),
+    "group-meta": (set_field("group", _meta(3, dtype=torch.int64)), "group"),
+    "group-too-large": (set_field("group", torch.tensor([0, 1, 0])), "group[1] is 1"),
+    "group-negative": (set_field("group", torch.tensor([0, 0, -1])), "group[2] is -1"),
+    "inv_scale-float64": (set_field("inv_scale", torch.ones(()).double()), "inv_scale must be"),
+    "inv_scale-two": (set_field("inv_scale", torch.ones(2)), "inv_scale must be"),
+    "inv_scale-meta": (set_field("inv_scale", _meta()), "inv_scale"),
+}  # fmt: skip
+
+ERRORS = (RuntimeError, NotImplementedError)
+
+
+def tensors_of(problem: Problem) -> list[torch.Tensor]:
+    kept = [*problem.grads, *problem.written, *problem.steps]
+    return [t for t in kept if t.device.type == "cpu" and not t.is_complex()]
+
+
+def assert_refused(problem: Problem, call, words: str, written=()) -> None:
+    """The error names what is wrong, and nothing has changed."""
+    watched = [*tensors_of(problem), *written]
+    before = [bits(t).clone() for t in watched]
+    with pytest.raises(ERRORS) as caught:
+        call()
+    assert words in str(caught.value)
+    for old, new in zip(before, watched, strict=True):
+        assert torch.equal(old, bits(new))
+
+
+@pytest.mark.parametrize("name", BAD_RISKS)
+def test_select_refuses(ops, name):
+    problem = good()
+    change, words = BAD_RISKS[name]
+    change(problem)
+    assert_refused(problem, lambda: problem.select(ops, 600_000_000), words)
+
+
+@pytest.mark.parametrize(
+    ("upper", "lower"),
+    [(0, 0), (-1, 0), (ONE + 1, 0), (500, 500), (500, 501), (500, -1)],
+    ids=str,
+)
+def test_select_refuses_fractions(ops, upper, lower):
+    problem = good()
+    assert_refused(
+        problem, lambda: problem.select(ops, upper, lower), "expected 0 <= lower < upper"
+    )
+
+
+def call_capture(ops, problem, masks, record):
+    ops.capture_(
+        masks, problem.grads, problem.exp_avgs, problem.hyper, problem.group, problem.inv_scale,
+        record, False,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD_RISKS)
+def test_capture_refuses(ops, name):
+    problem = good()
+    record, masks = problem.select(ops, 600_000_000), random_masks([N] * 3)
+    change, words = BAD_RISKS[name]
+    change(problem)
+    assert_refused(problem, lambda: call_capture(ops, problem, masks, record), words, masks)
+
+
+def _record(*, dtype=torch.int64, size=8):
+    return torch.zeros(size, dtype=dtype)
+
+
+BAD_MASKS = {
+    "fewer": (lambda: random_masks([N] * 2), _record(), "masks has 2"),
+    "more": (lambda: random_masks([N] * 4), _record(), "masks has 4"),
+    "short": (lambda: random_masks([N, N, 8]), _record(), "masks must be"),
+    "long": (lambda: random_masks([N, N, 40]), _record(), "masks must be"),
+    "bool": (lambda: [torch.zeros(3, dtype=torch.bool)] * 3, _record(), "masks must be"),
+    "int8": (lambda: [torch.zeros(3, dtype=torch.int8)] * 3, _record(), "masks must be"),
+    "strided": (lambda: [torch.zeros(6, dtype=torch.uint8)[::2]] * 3, _record(), "masks must be"),
+    "meta": (lambda: [*random_masks([N] * 2), _meta(3, dtype=torch.uint8)], _record(), "masks"),
+    "record-int32": (lambda: random_masks([N] * 3), _record(dtype=torch.int32), "selection must"),
+    "record-short": (lambda: random_masks([N] * 3), _record(size=7), "selection must be"),
+    "record-meta": (lambda: random_masks([N] * 3), _meta(8, dtype=torch.int64), "selection"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_MASKS)
+def test_capture_refuses_masks(ops, name):
+    problem = good()
+    masks, record, words = BAD_MASKS[name]
+    masks = masks()
+    watched = [m for m in masks if m.device.type == "cpu"]
+    assert_refused(problem, lambda: call_capture(ops, problem, masks, record), words, watched)
+
+
+def _expanded():
+    return torch.zeros(1).expand(N)
+
+
+BAD_UPDATES = {
+    "params-shape": (set_item("params", torch.zeros(N + 1)), "grads[1] and params[1]"),
+    "params-float64": (set_item("params", torch.zeros(N).double()), "params[1] has dtype"),
+    "params-int": (set_item("params", torch.zeros(N, dtype=torch.int64)), "params[1] has dtype"),
+    "params-expanded": (set_item("params", _expanded()), "params[1] is an expanded tensor"),
+    "params-meta": (set_item("params", _meta(N)), "params[1]"),
+    "moment-expanded": (set_item("exp_avgs", _expanded()), "exp_avgs[1] is an expanded tensor"),
+    "square-expanded": (set_item("exp_avg_sqs", _expanded()), "exp_avg_sqs[1] is an expanded"),
+    "square-shape": (set_item("exp_avg_sqs", torch.zeros(N, 1)), "exp_avg_sqs[1] and params[1]"),
+    "square-float64": (set_item("exp_avg_sqs", torch.ones(N).double()), "exp_avg_sqs[1] has dtype"),
+    "square-meta": (set_item("exp_avg_sqs", _meta(N)), "exp_avg_sqs[1]"),
+    "fewer-params": (drop("params"), "grads has 3 tensors and params has 2"),
+    "fewer-squares": (drop("exp_avg_sqs"), "exp_avg_sqs has 2 tensors and params has 3"),
+    "fewer-steps": (drop("steps"), "steps has 2"),
+    "step-float64": (set_item("steps", torch.zeros(()).double()), "steps must be"),
+    "step-int": (set_item("steps", torch.zeros((), dtype=torch.int64)), "steps must be"),
+    "step-two": (set_item("steps", torch.zeros(2)), "steps must be"),
+    "step-meta": (set_item("steps", _meta()), "steps"),
+    "lr-float32": (set_field("lr", torch.ones(1)), "lr must be"),
+    "lr-two": (set_field("lr", torch.ones(2).double()), "lr must be"),
+    "lr-meta": (set_field("lr", _meta(1, dtype=torch.float64)), "lr"),
+    "offsets-int32": (set_field("offsets", torch.zeros(3, dtype=torch.int32)), "offsets must be"),
+    "offsets-short": (set_field("offsets", torch.zeros(2, dtype=torch.int64)), "offsets must be"),
+    "offsets-meta": (set_field("offsets", _meta(3, dtype=torch.int64)), "offsets"),
+    "found_inf-int": (set_field("found_inf", torch.tensor(0)), "found_inf must be"),
+    "found_inf-two": (set_field("found_inf", torch.zeros(2)), "found_inf must be"),
+    "found_inf-meta": (set_field("found_inf", _meta()), "found_inf"),
+}  # fmt: skip
+for _name in ("grad-float64", "grad-int", "moment-float64", "hyper-float32", "hyper-columns",
+              "hyper-meta", "group-int32", "group-short", "group-too-large", "group-negative",
+              "group-meta", "inv_scale-float64", "inv_scale-two", "inv_scale-meta", "grad-meta",
+              "moment-meta"):  # fmt: skip
+    BAD_UPDATES[_name] = BAD_RISKS[_name]
+
+
+@pytest.mark.parametrize("name", BAD_UPDATES)
+def test_update_refuses(ops, name):
+    problem = good()
+    change, words = BAD_UPDATES[name]
+    change(problem)
+    assert_refused(problem, lambda: problem.update(ops, random_masks([N] * 3)), words)
+
+
+MASKS_OF_UPDATE = {
+    "fewer": ([N, N], torch.uint8, "has 2 tensors"),
+    "more": ([N] * 4, torch.uint8, "has 4 tensors"),
+    "short": ([N, N, 8], torch.uint8, "must be"),
+    "long": ([N, N, 64], torch.uint8, "must be"),
+    "float": ([N, N, N], torch.float32, "must be"),
+    "bool-bits": ([N, N, N], torch.bool, "must be"),
+}
+
+
+@pytest.mark.parametrize("kind", ["first_masks", "second_masks"])
+@pytest.mark.parametrize("name", MASKS_OF_UPDATE)
+def test_update_refuses_masks(ops, kind, name):
+    problem = good()
+    sizes, dtype, words = MASKS_OF_UPDATE[name]
+    masks = [m.to(dtype) for m in random_masks(sizes)]
+    arguments = (masks, ()) if kind == "first_masks" else ((), masks)
+    with pytest.raises(ERRORS, match=kind):
+        problem.update(ops, *arguments)
+    assert_refused(problem, lambda: problem.update(ops, *arguments), words)
+
+
+@pytest.mark.parametrize("kind", ["first_masks", "second_masks"])
+def test_update_refuses_masks_elsewhere(ops, kind):
+    problem = good()
+    masks = [*random_masks([N, N]), _meta(3, dtype=torch.uint8)]
+    arguments = (masks, ()) if kind == "first_masks" else ((), masks)
+    assert_refused(problem, lambda: problem.update(ops, *arguments), kind)
+
+
+@pytest.mark.parametrize(
+    "record", [_record(size=7), _record(dtype=torch.int32), _meta(8, dtype=torch.int64)],
+    ids=["short", "int32", "meta"],
+)  # fmt: skip
+def test_update_refuses_selections(ops, record):
+    problem = good()
+    assert_refused(problem, lambda: problem.update(ops, selection=record), "selection")
+
+
+def test_update_refuses_two_second_order_masks(ops):
+    problem = good()
+    masks = random_masks([N] * 3)
+    assert_refused(
+        problem, lambda: problem.update(ops, (), masks, _record()),
+        "both selection and second_masks are given",
+    )  # fmt: skip
+
+
+def test_update_refuses_a_selective_group_without_a_mask(ops):
+    problem = good(hyper=hyper_table(PLAIN, ROSE), lr=torch.ones(2), group=torch.tensor([0, 0, 1]))
+    assert_refused(problem, lambda: problem.update(ops), "params[2] is selective")
+
+
+@pytest.mark.parametrize("kind", ["float64", "int", "meta"])
+def test_norms_refuse(ops, kind):
+    bad = {
+        "float64": torch.zeros(3).double(), "int": torch.zeros(3, dtype=torch.int64),
+        "meta": _meta(3),
+    }[kind]  # fmt: skip
+    with pytest.raises(ERRORS, match=r"tensors\[1\]"):
+        ops.tensor_norms([torch.zeros(3), bad], None)
+    with pytest.raises(ERRORS, match="inv_scale"):
+        ops.tensor_norms([torch.zeros(3)], torch.ones(2))
+
+
+def test_all_inputs_on_meta_give_fakes_only():
+    """Wholly on the meta device the operators say shapes, as torch's own do."""
+    p = good()
+    args = [[_meta(N)] * 3, [_meta(N)] * 3, p.hyper.to("meta"), p.group.to("meta")]
+    record = rose.select(*args, None, ONE, 0, False, False)
+    assert (record.shape, record.dtype, record.device.type) == ((8,), torch.int64, "meta")
+
+
+def test_a_gradient_may_be_expanded_and_moments_may_not(ops):
+    """Reading is fine however elements share memory."""
+    g = torch.tensor([[2.0], [3.0]]).expand(2, 7)
+    problem = Problem.of([g])
+    record = problem.select(ops, 500_000_000, first=True)
+    assert record[Field.RANKED] == 14
+    (mask,) = problem.capture(ops, record, first=True)
+    expected = torch.tensor([True] * 7 + [False] * 7)
+    assert torch.equal(reference.unpack(mask, 14), expected)
+    problem.update(ops, [mask])
+    assert_same_bits(problem.params[0] != 1, expected.view(2, 7))
