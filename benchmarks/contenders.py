@@ -23,10 +23,10 @@ from rose_ops import RoseFusedAdamW
 
 UPPER = 0.6
 GAMMA = 0.5
-LR = 1e-3
+LR = 1e-2  # large, as is the decay: what the parity check could miss is small
 BETAS = (0.9, 0.999)
 EPS = 1e-8
-WEIGHT_DECAY = 1e-2
+WEIGHT_DECAY = 0.1
 _ADAMW: dict[str, Any] = {"lr": LR, "betas": BETAS, "eps": EPS, "weight_decay": WEIGHT_DECAY}
 
 

@@ -188,9 +188,11 @@ def plot(frame: pd.DataFrame, path: Path) -> None:
             (rows["ratio_p80"] - ratio).clip(lower=0),
         ]
         axis.barh(names, ratio, xerr=whiskers, color=colours, ecolor="black", capsize=2)
-        for y, value in enumerate(ratio):
+        ends = rows[["ratio", "ratio_p80"]].max(axis=1)
+        for y, (value, end) in enumerate(zip(ratio, ends, strict=True)):
             if pd.notna(value):
-                axis.annotate(f" {value:.2f}", (value, y), va="center", fontsize=7)
+                axis.annotate(f"  {value:.2f}", (end, y), va="center", fontsize=7)
+        axis.margins(x=0.2)
         axis.axvline(1, color="black", linewidth=0.8)
         axis.set_xscale("log")
     axes[0, 0].invert_yaxis()

@@ -118,8 +118,9 @@ Threshold radix_select(const RiskSource& source, const std::vector<int64_t>& lea
 // ----------------------------------------------------------------------------------------- window
 
 constexpr int64_t kMaxSampleLines = 8192;
-constexpr int kLine = 16;             // elements: one cache line of float32
-constexpr int64_t kLogAll = 1 << 17;  // up to here every key is logged
+constexpr int kLine = 16;                  // elements: one cache line of float32
+constexpr int64_t kLogAll = 1 << 17;       // up to so many elements, every key is logged
+constexpr int64_t kLogCapacity = 1 << 20;  // keys in a log, or 1 bit per element if that is more
 // Standard errors on each side of the sampled threshold. A miss (6e-5 if the estimate is normal) costs
 // three more passes, a wider window costs every step.
 constexpr double kStandardErrors = 4.0;
@@ -133,7 +134,9 @@ struct Sample {
 
 Sample draw_sample(const RiskSource& source) {
   const Segments& segments = source.segments;
-  const int64_t lines = std::min(kMaxSampleLines, segments.elements() / (16 * kLine));
+  // The window's width falls as 1 / sqrt(lines), so n^(2/3) lines balance its cost and the sample's.
+  const double root = std::cbrt(static_cast<double>(segments.elements()));
+  const int64_t lines = std::min(kMaxSampleLines, static_cast<int64_t>(root * root / 20));
   Sample sample;
   sample.keys.reserve(static_cast<size_t>(lines * kLine));
   sample.line_ends.reserve(static_cast<size_t>(lines));
@@ -316,8 +319,8 @@ Selection select(const RiskSource& source, int64_t upper, int64_t lower, bool ap
     for (size_t t = 0; t < targets; ++t) {
       passes[t].window = window_of(sample, static_cast<double>(fractions[t]) * 1e-9);
     }
-    classes =
-        scan(source, passes, static_cast<size_t>(std::max(kLogAll, source.segments.elements() / 32)));
+    classes = scan(source, passes,
+                   static_cast<size_t>(std::max(kLogCapacity, source.segments.elements() / 32)));
     for (size_t t = 0; t < targets; ++t) {
       found[t] = resolve(passes[t], rank_of(fractions[t], classes.ranked), thresholds[t]);
     }
