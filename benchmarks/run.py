@@ -111,7 +111,7 @@ class _Run:
         if work.elements * _BYTES_NEEDED > free:
             print(f"skipped: needs about {work.elements * _BYTES_NEEDED / 2**30:.0f} GiB of memory")
             return
-        if (others := machine.busy()) > 0.1:
+        if (others := machine.busy()) > report.BUSY:
             print(f"Warning: other processes keep {others:.1f} cores busy; times will be noisy.")
         case["others_busy_cores"] = others
 

@@ -257,13 +257,9 @@ class Problem:
         """With contiguous copies of the tensors, in float64 for the truth."""
 
         def copies(tensors: list[Tensor], cast: bool = True) -> list[Tensor]:
-            return [
-                t.to(dtype if dtype and cast else t.dtype, copy=True).contiguous() for t in tensors
-            ]
+            return [t.to(dtype if dtype and cast else t.dtype, copy=True).contiguous() for t in tensors]
 
-        moved = {
-            name: copies(getattr(self, name)) for name in ("params", "exp_avgs", "exp_avg_sqs")
-        }
+        moved = {name: copies(getattr(self, name)) for name in ("params", "exp_avgs", "exp_avg_sqs")}
         moved["grads"] = copies(self.grads, cast=False)
         moved["steps"] = copies(self.steps, cast=False)
         return Problem(**{**vars(self), **moved})
@@ -352,7 +348,6 @@ def assert_theta_close(p: Tensor, p0: Tensor, expected: Tensor, update: Tensor, 
 def examples(count: int) -> settings:
     """Settings of a test with so many examples; ROSE_TEST_THOROUGH=20 tries 20 times as many."""
     return settings(max_examples=count * int(os.environ.get("ROSE_TEST_THOROUGH", "1")))
-
 
 
 SIZES = (

@@ -255,9 +255,7 @@ def test_flushed_denormals_change_no_mask(any_ops, generator, kind, first):
     v = values(n, (kind, "zero"), FLOAT, generator).abs()
 
     def run(flush: bool):
-        problem = Problem.of(
-            [g], [m.clone()], exp_avg_sqs=[v.clone()], inv_scale=torch.tensor(0.125)
-        )
+        problem = Problem.of([g], [m.clone()], exp_avg_sqs=[v.clone()], inv_scale=torch.tensor(0.125))
         with flushed_denormals(flush):
             record = problem.select(any_ops, 300_000_000, first=first)
             mask = problem.capture(any_ops, record, first=first)
@@ -327,9 +325,7 @@ def run_battery(cases: list[dict]) -> str:
             masks = {}
             for first in (True, False):
                 for approx in (True, False):
-                    record = problem().select(
-                        ops, 600_000_000, 50_000_000, first=first, approx=approx
-                    )
+                    record = problem().select(ops, 600_000_000, 50_000_000, first=first, approx=approx)
                     masks[first] = problem().capture(ops, record, first=first)
                     found += [record, *masks[first]]
             for chosen in ((masks[True],), ((), masks[False]), (masks[True], masks[False])):

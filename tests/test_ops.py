@@ -244,9 +244,7 @@ def test_select_refuses(ops, name):
 )
 def test_select_refuses_fractions(ops, upper, lower):
     problem = good()
-    assert_refused(
-        problem, lambda: problem.select(ops, upper, lower), "expected 0 <= lower < upper"
-    )
+    assert_refused(problem, lambda: problem.select(ops, upper, lower), "expected 0 <= lower < upper")
 
 
 def call_capture(ops, problem, masks, record):

@@ -335,6 +335,25 @@ def test_upper_1_is_the_same_in_every_order_and_granularity(generator):
         assert_same_training(optimizer, params, *runs[0])
 
 
+@pytest.mark.parametrize(
+    ("order", "upper", "lower"),
+    [("first", (1.0, 0.5), (0.0, 0.1)), ("second", (0.5, 1), 0.0), ("ensemble", (1, 1.0), (0, 0.0))],
+)
+def test_of_a_pair_only_what_the_order_uses_counts(order, upper, lower, generator):
+    """So this keeps everything: it is AdamW, and a mask is not asked for."""
+    params = parameters(generator)
+    plain = clones(params)
+    optimizer = RoseFusedAdamW(params, order=order, upper=upper, lower=lower, weight_decay=0.1)
+    adamw = RoseFusedAdamW(plain, upper=1, weight_decay=0.1)
+    for _ in range(3):
+        grads = gradients(params, generator)
+        for optim, own in ((optimizer, params), (adamw, plain)):
+            give(own, grads)
+            optim.step()
+        assert_same_training(optimizer, params, adamw, plain)
+    assert set(optimizer.selection) == {"update"}
+
+
 @each_order
 def test_warm_up_is_adamw_and_ignores_captures(order, generator):
     params = parameters(generator)

@@ -204,9 +204,7 @@ def test_thousands_of_tiny_tensors(ops, generator):
     flat = Problem.of([g], [m], params=[p])
     for first in (True, False):
         record = scattered.select(ops, 600_000_000, 100_000_000, first=first)
-        flat_record, flat_mask = compare_selection(
-            ops, flat, 600_000_000, 100_000_000, first=first
-        )
+        flat_record, flat_mask = compare_selection(ops, flat, 600_000_000, 100_000_000, first=first)
         assert_same_bits(record, flat_record)
         masks = scattered.capture(ops, record, first=first)
         unpacked = [reference.unpack(b, n) for b, n in zip(masks, sizes, strict=True) if n]
@@ -518,9 +516,7 @@ def all_patterns(dtype: torch.dtype) -> torch.Tensor:
 def test_every_pattern_widens_exactly(ops, dtype, layout):
     """With beta1 = 0 and m = -0 the new first moment is the gradient, sign of zero included."""
     g = all_patterns(dtype)
-    problem = Problem.of(
-        [place(g, layout, offset=1)], [torch.full(g.shape, -0.0)], (0.0, *PLAIN[1:])
-    )
+    problem = Problem.of([place(g, layout, offset=1)], [torch.full(g.shape, -0.0)], (0.0, *PLAIN[1:]))
     problem.update(ops)
     assert_same_bits(problem.exp_avgs[0], g.float())
     # First-order keys are the bits of the widened magnitude: one element per selection.
@@ -536,9 +532,7 @@ def test_every_pattern_widens_exactly(ops, dtype, layout):
 def test_every_pattern_comes_back(ops, dtype, layout):
     """lr = 0: parameters are widened, kept and narrowed to what they were."""
     p = all_patterns(dtype)
-    problem = Problem.of(
-        [torch.ones(p.shape)], None, PLAIN, 0.0, params=[place(p, layout, offset=1)]
-    )
+    problem = Problem.of([torch.ones(p.shape)], None, PLAIN, 0.0, params=[place(p, layout, offset=1)])
     problem.update(ops)
     assert_same_bits(problem.params[0], p)
 

@@ -152,9 +152,7 @@ def test_threshold_is_the_kth_smallest(any_ops, fraction, n, tie):
     tau_low = risks[low - 1] if low else None
     assert record[Field.HIGH] == (-1 if tau_high is None else float_bits(tau_high))
     assert record[Field.LOW] == (-1 if tau_low is None else float_bits(tau_low))
-    kept = [
-        tau_high is not None and r <= tau_high and (tau_low is None or r > tau_low) for r in risks
-    ]
+    kept = [tau_high is not None and r <= tau_high and (tau_low is None or r > tau_low) for r in risks]
     assert record[Field.KEPT] == sum(kept)
     mask = reference.unpack(problem.capture(any_ops, record, first=True)[0], n)
     assert mask.tolist() == [kept[i] for i in order.tolist()]
@@ -277,9 +275,7 @@ def test_approximate_threshold_shares_eleven_bits(any_ops, spec: Spec, kept, fir
 
 def training_problem(generator, n=1025, dtype=FLOAT, row=ROSE, **options) -> Problem:
     p, g, m, v = (values(n, ("normal",), FLOAT, generator) for _ in range(4))
-    return Problem.of(
-        [g.to(dtype)], [m], row, params=[p.to(dtype)], exp_avg_sqs=[v.abs()], **options
-    )
+    return Problem.of([g.to(dtype)], [m], row, params=[p.to(dtype)], exp_avg_sqs=[v.abs()], **options)
 
 
 @pytest.mark.parametrize("dtype", [FLOAT, BF16, HALF], ids=str)
