@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 import subprocess
+import time
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -36,9 +37,22 @@ def describe() -> dict[str, object]:
     }
 
 
-def busy() -> float:
-    """Cores that other processes keep busy, over half a second."""
-    return psutil.cpu_percent(interval=0.5) / 100 * (psutil.cpu_count() or 1)
+class Others:
+    """How many cores other processes have kept busy since this was made."""
+
+    def __init__(self) -> None:
+        self._start = self._now()
+
+    @staticmethod
+    def _now() -> tuple[float, float]:
+        total, own = psutil.cpu_times(), psutil.Process().cpu_times()
+        idle = total.idle + getattr(total, "iowait", 0.0)
+        busy = sum(total) - idle - getattr(total, "guest", 0.0) - getattr(total, "guest_nice", 0.0)
+        return time.perf_counter(), busy - own.user - own.system
+
+    def cores(self) -> float:
+        (start, before), (now, after) = self._start, self._now()
+        return max(0.0, after - before) / max(now - start, 1e-9)
 
 
 def _version(package: str) -> str:

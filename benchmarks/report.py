@@ -99,7 +99,7 @@ def table(case: pd.DataFrame) -> str:
 
 
 THREADS = 2
-BUSY = 0.1  # cores that others keep busy; above it, times are noise
+BUSY = 0.1  # cores that other processes keep busy; above it, times mean little
 _EXACT = "rose exact"
 
 

@@ -32,6 +32,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.device != "cpu":
         print(f"device {args.device!r} is not there yet; expected 'cpu'", file=sys.stderr)
         return 2
+    for part in args.only or ():
+        if not any(_matches(name, [part]) for name in SPECS):
+            print(
+                f"--only {part}: no such contender; expected part of one of {', '.join(SPECS)}",
+                file=sys.stderr,
+            )
+            return 2
     works = {"flat": [flat(n) for n in args.sizes], "roberta": [roberta()], "tiny": [tiny()]}
     chosen = [name for name in SPECS if name == BASELINE or _matches(name, args.only)]
     run = _Run(args, [work for kind in args.works for work in works[kind]], chosen)
@@ -82,7 +89,7 @@ class _Run:
         self.machine = machine.describe()
         self.wrong: list[str] = []
         self.frame = pd.DataFrame()
-        self._peaks: dict[tuple[str, str], int | str] = {}
+        self._peaks: dict[tuple[str, str, int], int | str] = {}
         args.output.mkdir(parents=True, exist_ok=True)
         print(*(f"{key}: {value}" for key, value in self.machine.items()), sep="\n")
 
@@ -111,10 +118,6 @@ class _Run:
         if work.elements * _BYTES_NEEDED > free:
             print(f"skipped: needs about {work.elements * _BYTES_NEEDED / 2**30:.0f} GiB of memory")
             return
-        if (others := machine.busy()) > report.BUSY:
-            print(f"Warning: other processes keep {others:.1f} cores busy; times will be noisy.")
-        case["others_busy_cores"] = others
-
         problem = Problem(work, data)
         contenders: dict[str, Contender] = {}
         skipped: dict[str, str] = {}
@@ -129,7 +132,9 @@ class _Run:
             print(f"PARITY FAILED, nothing timed: {error}")
             self.wrong.append(f"{title}: {error}")
             return
+        others = machine.Others()
         seconds = _rounds(contenders, self.args.repeats, title)
+        case["others_busy_cores"] = busy = others.cores()
         elements = {name: contender.elements for name, contender in contenders.items()}
         del problem, contenders
         for name in self.names:
@@ -144,16 +149,18 @@ class _Run:
         self.frame = report.compare(self.rows)
         self.frame.to_csv(self._path("csv"), index=False, float_format="%.6g")
         print(report.table(self.frame.tail(len(self.names))))
+        if busy > report.BUSY:
+            print(f"\nWarning: other processes kept {busy:.1f} cores busy; these times mean little.")
         for name, reason in skipped.items():
             print(f"\nNot run: {name}: {reason}")
 
     def _memory(self, name: str, work: Work, threads: int) -> dict[str, object]:
         if self.args.no_memory or name in report.BANDWIDTH:
             return {}
-        if (name, work.name) not in self._peaks:  # the same for every kind of data
+        if (name, work.name, threads) not in self._peaks:  # the same for every kind of data
             print(f"peak memory: {name}", file=sys.stderr)
-            self._peaks[name, work.name] = memory.measure(SPECS[name], work, threads)
-        peak = self._peaks[name, work.name]
+            self._peaks[name, work.name, threads] = memory.measure(SPECS[name], work, threads)
+        peak = self._peaks[name, work.name, threads]
         if isinstance(peak, str):
             print(f"peak memory of {name} was not measured: {peak}")
             return {}

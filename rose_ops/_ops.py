@@ -26,20 +26,66 @@ except (OSError, RuntimeError) as error:
         f"the compiled operators could not be loaded from {_LIBRARY.name}: {hint} with "
         f"`pip install --no-build-isolation .` in the source tree ({error})"
     )
-else:
+
+
+def _check_devices(**arguments: list[Tensor] | Tensor | None) -> None:
+    """Raise unless all tensors are on one device: one on "meta" would send the others here, too."""
+    places: dict[torch.device, list[str]] = {}
+    for name, value in arguments.items():
+        if isinstance(value, Tensor):
+            places.setdefault(value.device, []).append(name)
+        for i, tensor in enumerate(value if isinstance(value, (list, tuple)) else ()):
+            places.setdefault(tensor.device, []).append(f"{name}[{i}]")
+    if len(places) > 1:
+        device, names = min(places.items(), key=lambda place: (len(place[1]), str(place[0]) != "meta"))
+        raise RuntimeError(
+            f"{names[0]} is on {device} and other tensors are not; expected all tensors on one device"
+        )
+
+
+if load_error is None:
 
     @torch.library.register_fake("rose_ops::select")
-    def _(grads, exp_avgs, hyper, *_rest) -> Tensor:
+    def _(grads, exp_avgs, hyper, group, inv_scale, *_settings) -> Tensor:
+        _check_devices(grads=grads, exp_avgs=exp_avgs, hyper=hyper, group=group, inv_scale=inv_scale)
         return hyper.new_empty(Field.SIZE, dtype=torch.int64)
 
     @torch.library.register_fake("rose_ops::capture_")
-    def _(*_args) -> None:
-        return None
+    def _(masks, grads, exp_avgs, hyper, group, inv_scale, selection, *_settings) -> None:
+        _check_devices(
+            masks=masks,
+            grads=grads,
+            exp_avgs=exp_avgs,
+            hyper=hyper,
+            group=group,
+            inv_scale=inv_scale,
+            selection=selection,
+        )
 
     @torch.library.register_fake("rose_ops::adamw_")
-    def _(params, grads, exp_avgs, exp_avg_sqs, steps, first, second, selection, lr, *_rest) -> Tensor:
+    def _(
+        params, grads, exp_avgs, exp_avg_sqs, steps, first_masks, second_masks, selection, lr, hyper,
+        group, offsets, inv_scale, found_inf, *_settings,
+    ) -> Tensor:  # fmt: skip
+        _check_devices(
+            params=params,
+            grads=grads,
+            exp_avgs=exp_avgs,
+            exp_avg_sqs=exp_avg_sqs,
+            steps=steps,
+            first_masks=first_masks,
+            second_masks=second_masks,
+            selection=selection,
+            lr=lr,
+            hyper=hyper,
+            group=group,
+            offsets=offsets,
+            inv_scale=inv_scale,
+            found_inf=found_inf,
+        )
         return lr.new_empty(2, dtype=torch.int64)
 
     @torch.library.register_fake("rose_ops::tensor_norms")
     def _(tensors, inv_scale) -> Tensor:
+        _check_devices(tensors=tensors, inv_scale=inv_scale)
         return torch.empty(len(tensors), device=tensors[0].device if tensors else None)

@@ -188,8 +188,9 @@ def capture_mask(
     if granularity == "tensor":
         choice("inactive", inactive, INACTIVE)
         alpha = torch.full((len(grads),), 1.0 - beta1, dtype=torch.float64).float()
-        norms = ops.tensor_norms(_detached(grads), inv_scale)
-        exp_avg_norms = None if exp_avgs is None else ops.tensor_norms(_detached(exp_avgs), None)
+        # An operator is found by its tensors; there is none to ask about an empty list.
+        norms = ops.tensor_norms(_detached(grads), inv_scale) if grads else torch.empty(0)
+        exp_avg_norms = ops.tensor_norms(_detached(exp_avgs), None) if exp_avgs else None
         fractions = check_fractions(upper, lower)
         mask, record = select_tensors(norms, exp_avg_norms, alpha, *fractions, inactive == "rank")
         return list(mask.unbind()), Selection.from_record(record)
@@ -248,6 +249,8 @@ def rose_adamw_(
             torch.as_tensor(lr, dtype=torch.float64).reshape(1), hyper, group,
             sizes.cumsum(0) - sizes, inv_scale, None, gamma, False, seed,
         )  # fmt: skip
+        # As after any in-place operation: a backward that still needs the old values is an error.
+        torch.autograd.graph.increment_version(params)
     return UpdateCounts(*counts)
 
 

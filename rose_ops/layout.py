@@ -23,7 +23,9 @@ def memory_order(like: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
 
 def overlaps_itself(tensor: Tensor) -> bool:
     """Whether elements of an expanded tensor share memory."""
-    return any(s == 0 and n > 1 for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+    return not tensor.is_contiguous() and any(
+        s == 0 and n > 1 for n, s in zip(tensor.shape, tensor.stride(), strict=True)
+    )
 
 
 def empty_masks(numels: Sequence[int]) -> list[Tensor]:

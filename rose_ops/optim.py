@@ -566,6 +566,8 @@ class RoseFusedAdamW(Optimizer):
             torch.tensor(batch.offsets), inv_scale, found_inf, settings.gamma,
             self._rank_inactive, settings.seed,
         )  # fmt: skip
+        # As after any in-place operation: a backward that still needs the old values is an error.
+        torch.autograd.graph.increment_version(batch.params)
         self._steps_done += 1
 
     @property

@@ -20,12 +20,16 @@ whole tensor, and an empty one selects all of it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from enum import IntEnum
-from typing import NamedTuple
+from functools import wraps
+from typing import NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 INFINITY_KEY = 0x7F800000
 INACTIVE_KEY = 1 << 31  # keys of ranked elements have 31 bits
@@ -61,6 +65,21 @@ class Field(IntEnum):
 def float32(x: float) -> float:
     """``x`` rounded to float32."""
     return torch.tensor(x, dtype=torch.float64).float().item()
+
+
+def keeps_denormals(function: Callable[P, T]) -> Callable[P, T]:
+    """Run ``function`` with denormals as the numbers they are, whatever this thread is set to."""
+
+    @wraps(function)
+    def wrapper(*args: P.args, **kwargs: P.kwargs) -> T:
+        flushing = (torch.tensor(2.0**-126) * 0.5).item() == 0
+        torch.set_flush_denormal(False)
+        try:
+            return function(*args, **kwargs)
+        finally:
+            torch.set_flush_denormal(flushing)
+
+    return wrapper
 
 
 def scaled(grad: Tensor, inv_scale: Tensor | None) -> Tensor:
@@ -115,6 +134,7 @@ def rank_of(fraction: int, n: int) -> int:
     return fraction * (n // FRACTION_UNIT) + fraction * (n % FRACTION_UNIT) // FRACTION_UNIT
 
 
+@keeps_denormals
 def select(
     grads: list[Tensor],
     exp_avgs: list[Tensor],
@@ -183,6 +203,7 @@ def unpack(mask: Tensor, n: int) -> Tensor:
     return ((mask[:, None] >> torch.arange(8, dtype=torch.uint8)) & 1).bool().reshape(-1)[:n]
 
 
+@keeps_denormals
 def capture_(
     masks: list[Tensor],
     grads: list[Tensor],
@@ -235,12 +256,13 @@ def _weights(first: Tensor | None, second: Tensor | None, gamma: float) -> _Weig
         assert mask is not None
         return _Weight(mask.double(), 1.0 - mask.double())
     both, neither = first & second, ~first & ~second
-    m = torch.where(first, gamma, 1.0 - gamma).double()
-    m = m.masked_fill(both, 1.0).masked_fill(neither, 0.0)
-    complement = torch.where(first, 1.0 - gamma, gamma).double()
+    ours, rest = torch.tensor([gamma, 1.0 - gamma], dtype=torch.float64)
+    m = torch.where(first, ours, rest).masked_fill(both, 1.0).masked_fill(neither, 0.0)
+    complement = torch.where(first, rest, ours)
     return _Weight(m, complement.masked_fill(both, 0.0).masked_fill(neither, 1.0))
 
 
+@keeps_denormals
 def adamw_(
     params: list[Tensor],
     grads: list[Tensor],
@@ -339,12 +361,14 @@ def _constant(x: float, dtype: torch.dtype) -> float:
     return float32(x) if dtype == torch.float32 else x
 
 
+@keeps_denormals
 def tensor_norms(tensors: list[Tensor], inv_scale: Tensor | None) -> Tensor:
     """Frobenius norm of each tensor: float32 ``[N]``, accumulated in float64."""
     norms = [scaled(t, inv_scale).double().square().sum().sqrt() for t in tensors]
     return torch.stack(norms).float() if norms else torch.empty(0)
 
 
+@keeps_denormals
 def select_tensors(
     grad_norms: Tensor,
     exp_avg_norms: Tensor | None,

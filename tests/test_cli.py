@@ -58,14 +58,13 @@ def test_wrong_calls_exit_with_2(arguments, message, capsys):
     assert message in capsys.readouterr().err
 
 
-@pytest.fixture
-def flushes_denormals():
-    """The commands set the mode for their process, and the other tests run in this one."""
-    yield
-    torch.set_flush_denormal(False)
+@pytest.fixture(autouse=True)
+def keeps_denormals(monkeypatch):
+    """The commands flush denormals in their process, but here other tests share it: worker threads
+    that PyTorch starts meanwhile would flush for good."""
+    monkeypatch.setattr(torch, "set_flush_denormal", lambda mode: True)
 
 
-@pytest.mark.usefixtures("flushes_denormals")
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -540,7 +539,6 @@ def test_evaluate_measures_the_same(run):
     assert evaluation["summary"] == strict_json(folder / "first" / "run.json")["summary"]
 
 
-@pytest.mark.usefixtures("flushes_denormals")
 def test_divergence_is_an_error(run, capsys):
     folder, _ = run
     arguments = f"finetune --task sst2 --data-dir {folder} --model {folder / 'tiny'} --lr 1e30 "
@@ -549,14 +547,12 @@ def test_divergence_is_an_error(run, capsys):
     assert "choose a smaller --lr" in capsys.readouterr().err
 
 
-@pytest.mark.usefixtures("flushes_denormals")
 def test_runs_are_not_overwritten(run, capsys):
     folder, _ = run
     assert main(["finetune", "--output", str(folder / "first")]) == 1
     assert "already holds a run" in capsys.readouterr().err
 
 
-@pytest.mark.usefixtures("flushes_denormals")
 def test_evaluate_needs_the_models(run, capsys):
     folder, _ = run
     assert main(["evaluate", str(folder / "again")]) == 1

@@ -144,17 +144,21 @@ class Lockstep:
                 for x in start
             ]
             params[4].data = params[4].data.to(memory_format=torch.channels_last)
+
+            def own(given: dict[str, Any], name: str = name) -> dict[str, Any]:
+                given = copy.deepcopy(given)  # schedulers write to a tensor lr
+                if name == "truth" and "lr" in given:
+                    given["lr"] = float(given["lr"])  # AdamW would compute with it in float32
+                return given
+
             groups = [
-                {"params": params[i :: len(options)], **copy.deepcopy(option)}
-                for i, option in enumerate(options)
+                {"params": params[i :: len(options)], **own(option)} for i, option in enumerate(options)
             ]
-            own = copy.deepcopy(kwargs)  # a tensor lr is written to by schedulers
             if name == "rose":
-                self.optimizers[name] = RoseFusedAdamW(groups, upper=1, **own)
+                self.optimizers[name] = RoseFusedAdamW(groups, upper=1, **own(kwargs))
             else:
-                # With foreach=None PyTorch would refuse a tensor lr.
                 flags = {"fused": True} if name == "fused" else {"foreach": False}
-                self.optimizers[name] = AdamW(groups, **flags, **own)
+                self.optimizers[name] = AdamW(groups, **flags, **own(kwargs))
             self.params[name] = params
         self.largest = {key: [x.double().abs() for x in xs] for key, xs in self.values("truth").items()}
 
@@ -179,6 +183,11 @@ class Lockstep:
     def step(self, grads: list[Tensor | None] | None = None) -> None:
         if grads is None:
             grads = self.random_gradients()
+        # The truth's own schedulers do not round to float32, as they do in a tensor lr.
+        for truth, fused in zip(
+            self.optimizers["truth"].param_groups, self.optimizers["fused"].param_groups, strict=True
+        ):
+            truth["lr"] = float(fused["lr"])
         for name in self.NAMES:
             for p, g in zip(self.params[name], grads, strict=True):
                 # In the parameter's layout: AdamW(fused=True) on the CPU takes no other, silently.
