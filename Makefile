@@ -31,7 +31,7 @@ format: $(VENV)/ready  ## rewrite the sources as `make lint` wants them
 	find csrc -type f | xargs $(BIN)/clang-format -i
 
 bench: $(VENV)/ready-bench  ## speed and memory against other optimizers
-	$(BIN)/python -m benchmarks $(ARGS)
+	$(BIN)/python -m benchmarks --device $(or $(DEVICE),cpu) $(ARGS)
 
 # The operators' tests over a build with AddressSanitizer and UndefinedBehaviorSanitizer, whose runtimes
 # have to be loaded before Python (which itself leaks at exit).
@@ -61,4 +61,5 @@ $(VENV)/ready: pyproject.toml Makefile $(SOURCES)
 
 $(VENV)/ready-bench: $(VENV)/ready
 	$(PIP) install --no-build-isolation -e ".[bench]"
+	-$(PIP) install --no-build-isolation deepspeed==0.19.8  # a peer, where it builds
 	touch $@

@@ -14,19 +14,6 @@ _LIBRARY = Path(__file__).with_name("_C.abi3.so")
 load_error: str | None = None
 """Why ``torch.ops.rose_ops`` is not there; None if it is."""
 
-try:
-    torch.ops.load_library(_LIBRARY)
-except (OSError, RuntimeError) as error:
-    hint = (
-        f"it was built against another PyTorch than {torch.__version__}: rebuild it"
-        if _LIBRARY.exists()
-        else "it was not built"
-    )
-    load_error = (
-        f"the compiled operators could not be loaded from {_LIBRARY.name}: {hint} with "
-        f"`pip install --no-build-isolation .` in the source tree ({error})"
-    )
-
 
 def _check_devices(**arguments: list[Tensor] | Tensor | None) -> None:
     """Raise unless all tensors are on one device: one on "meta" would send the others here, too."""
@@ -43,7 +30,7 @@ def _check_devices(**arguments: list[Tensor] | Tensor | None) -> None:
         )
 
 
-if load_error is None:
+def _register_fakes() -> None:
 
     @torch.library.register_fake("rose_ops::select")
     def _(grads, exp_avgs, hyper, group, inv_scale, *_settings) -> Tensor:
@@ -89,3 +76,18 @@ if load_error is None:
     def _(tensors, inv_scale) -> Tensor:
         _check_devices(tensors=tensors, inv_scale=inv_scale)
         return torch.empty(len(tensors), device=tensors[0].device if tensors else None)
+
+
+try:
+    torch.ops.load_library(_LIBRARY)
+    _register_fakes()  # fails if the library is of another version, and lacks an operator
+except (OSError, RuntimeError) as error:
+    reason = (
+        f"it was built against another PyTorch than {torch.__version__} or from other sources"
+        if _LIBRARY.exists()
+        else "it was not built"
+    )
+    load_error = (
+        f"the compiled operators could not be loaded from {_LIBRARY.name}: {reason}; build it with "
+        f"`pip install --no-build-isolation .` in the source tree ({error})"
+    )

@@ -402,8 +402,8 @@ def select_tensors(
         index = fraction * (last // FRACTION_UNIT) + product // FRACTION_UNIT
         weight = (product % FRACTION_UNIT).double() / FRACTION_UNIT
         low, high = risks[index], risks[torch.minimum(index + 1, last)]
-        # The shortcut where nothing is to be interpolated keeps inf - inf out.
         between = torch.lerp(low, high, weight.float())
+        between = torch.where(high.isinf(), high, between)  # lerp may compute inf - inf
         value = torch.where((weight == 0) | (low == high), low, between)
         return value.view(torch.int32).long()
 
