@@ -63,7 +63,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--data", nargs="+", choices=tuple(DATA), default=list(DATA))
     parser.add_argument("--only", nargs="+", help=f"parts of names, from: {', '.join(SPECS)}")
     parser.add_argument("--threads", nargs="+", type=int, default=[torch.get_num_threads()])
-    parser.add_argument("--repeats", type=int, default=10, help="rounds of each case")
+    parser.add_argument("--repeats", type=int, default=5, help="rounds of each case")
     parser.add_argument("--no-memory", action="store_true")
     parser.add_argument("--name", default="cpu", help="of the files in benchmarks/results")
     parser.add_argument("--output", type=Path, default=_RESULTS, help="folder of the files")
