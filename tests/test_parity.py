@@ -301,43 +301,32 @@ def test_second_order_where_a_sample_is_taken(ops, generator, name):
             compare_selection(ops, problem, *pair, first=False)
 
 
-def _sampled_lines(tiles: int) -> torch.Tensor:
-    """First elements of the cache lines that csrc/cpu/select.cpp looks at."""
-    lines, tile, samples = [], 1024, 8192
-    for line in range(samples):
-        first = tiles * line // samples
-        last = max(first + 1, tiles * (line + 1) // samples)
-        random = int(_mix(line))
-        lines.append((first + (random >> 8) % (last - first)) * tile + random % 64 * 16)
-    return torch.tensor(lines)
+@pytest.mark.parametrize("run", [0.1, 0.9], ids=["low", "high"])
+def test_a_run_that_a_sample_misses(ops, generator, run):
+    """Every line of 16 has 8 elements below the median, so a sample has no variance and its window is
+    as narrow as can be; one run of 512 unlike all the rest moves the median out of it, unless the
+    sample met that run. Then the answer must be found without the window."""
+    index = torch.arange(N)
+    alike = (index % 16 + torch.rand(N, generator=generator)) / 16
+    for start in torch.randint(0, N - 512, (12,), generator=generator).tolist():
+        data = alike.clone()
+        data[start : start + 512] = run + data[start : start + 512] / 1024
+        compare_selection(ops, Problem.of([data]), 500_000_000, 0, first=True)
+        compare_selection(ops, Problem.of([data]), 750_000_000, 250_000_000, first=True)
 
 
-def _mix(x: int) -> int:
-    x = (x ^ x >> 16) * 0x21F0AAAD & 0xFFFFFFFF
-    x = (x ^ x >> 15) * 0xD35A2D97 & 0xFFFFFFFF
-    return x ^ x >> 15
-
-
-@pytest.mark.parametrize("lie", [1e-6, 1e6, 0.0, math.nan], ids=["low", "high", "inactive", "nan"])
-def test_a_sample_that_lies(ops, generator, lie):
-    """What the CPU kernel samples is unlike all the rest, so its window is wrong: the answer is the
-    same, found the slow way. (On other backends, just data.)"""
-    tiles = 9000  # more than lines, so that most tiles are not looked at
-    data = torch.rand(tiles * 1024, generator=generator) + 1
-    where = (_sampled_lines(tiles)[:, None] + torch.arange(16)).reshape(-1)
-    data[where] = lie * torch.rand(len(where), generator=generator)
-    problem = Problem.of([data])
-    key = data.view(torch.int32).long()[(data > 0) & data.isfinite()].sort().values
-    for upper, lower in ((600_000_000, 0), (900_000_000, 20_000_000)):
-        record = problem.select(ops, upper, lower, first=True)
-        high, low = (reference.rank_of(f, len(key)) for f in (upper, lower))
-        assert record[Field.HIGH] == key[high - 1]
-        assert record[Field.LOW] == (key[low - 1] if low else -1)
-        inside = (key > record[Field.LOW]) & (key <= record[Field.HIGH])
-        assert record[Field.KEPT] == inside.sum()
-        assert record[Field.RANKED] == len(key)
-        assert record[Field.NONFINITE] == (len(where) if math.isnan(lie) else 0)
-        assert record[Field.INACTIVE] == (data == 0).sum()
+@pytest.mark.parametrize("above", [0, 1], ids=["last-of-the-lower", "first-of-the-upper"])
+def test_two_large_ties_around_the_rank(ops, generator, above):
+    """Two values only, and the rank is the last of the one or the first of the other: one of them is
+    not where a sample points, and is too many to be put down one by one."""
+    n = 4_000_000
+    k = 2_400_000
+    for _ in range(4):
+        data = torch.where(torch.arange(n) < k - above, 1.0, 2.0)
+        data = data[torch.randperm(n, generator=generator)]
+        record = Problem.of([data], [], params=[], exp_avg_sqs=[]).select(ops, k * 250, first=True)
+        kept = n if above else k
+        assert record.tolist() == [0x40000000 if above else 0x3F800000, -1, kept, n, 0, 0, 0, 0]
 
 
 @pytest.mark.parametrize("pieces", [3, 400, 9000], ids=lambda n: f"{n}-tensors")

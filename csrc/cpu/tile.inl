@@ -168,8 +168,7 @@ void scan(const Risk& risk, int n, ClassCounts& classes, WindowLog* windows, int
       uint32_t* log = windows[w].log + windows[w].logged;
       int below_end = 0, at_pivot = 0, logged = 0;
       for_each_16(n, [&](int start, int lanes) ROSE_ALWAYS_INLINE {
-        // Counting what is below the end and taking off the window is one comparison less than lo >
-        // 0.
+        // Below the end, less what is inside: below `lo` itself has no range if lo is 0.
         below_end += __builtin_popcount(lanes_in_range(keys + start, lanes, 0, window.hi));
         const uint32_t inside = lanes_in_range(keys + start, lanes, window.lo, window.hi - window.lo);
         const uint32_t pivots = lanes_in_range(keys + start, lanes, window.pivot, 0);
