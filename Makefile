@@ -43,7 +43,8 @@ sanitize: $(VENV)/ready  ## memory errors and undefined behaviour in the C++ cod
 	ROSE_CXXFLAGS="-O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover" \
 	ROSE_LDFLAGS="-fsanitize=address,undefined" \
 	$(BIN)/python setup.py -q build --build-base $(SANITIZED)/base --build-lib $(SANITIZED)/lib
-	cd build && PYTHONPATH=sanitize/lib ../$(BIN)/python -c "import rose_ops as r; assert 'sanitize' in r.__file__"
+	cd build && PYTHONPATH=sanitize/lib ../$(BIN)/python -c \
+	"from importlib.util import find_spec; assert 'sanitize' in find_spec('rose_ops').origin"
 	$(SANITIZED_ENV) $(BIN)/pytest -p no:cacheprovider $(SANITIZED_TESTS) $(ARGS)
 
 clean:  ## remove what the build and the tests made
