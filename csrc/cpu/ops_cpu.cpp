@@ -4,47 +4,13 @@
 #include <cstring>
 #include <mutex>
 
-#include "segments.h"
+#include "../arguments.h"
 #include "select.h"
+#include "tiles.h"
 
 namespace rose {
 namespace cpu {
 namespace {
-
-// Columns of the hyperparameter table, as in rose_ops/reference.py.
-enum Column { kBeta1, kBeta2, kEps, kWeightDecay, kSign, kSelective, kColumns };
-
-void check_table(const Tensor& tensor, ScalarType dtype, int64_t numel, const char* name) {
-  STD_TORCH_CHECK(tensor.is_cpu() && tensor.is_contiguous() && tensor.scalar_type() == dtype &&
-                      tensor.numel() == numel,
-                  name, " must be a contiguous CPU tensor of ", torch::headeronly::toString(dtype),
-                  " with ", numel, " elements");
-}
-
-// The group table and each tensor's row in it.
-class Groups {
- public:
-  Groups(const Tensor& hyper, const Tensor& group, size_t tensors) : count_(hyper.numel() / kColumns) {
-    check_table(hyper, ScalarType::Double, count_ * kColumns, "hyper");
-    check_table(group, ScalarType::Long, static_cast<int64_t>(tensors), "group");
-    hyper_ = hyper.const_data_ptr<double>();
-    group_ = group.const_data_ptr<int64_t>();
-    for (size_t i = 0; i < tensors; ++i) {
-      STD_TORCH_CHECK(group_[i] >= 0 && group_[i] < count_, "group[", i, "] is ", group_[i],
-                      "; expected a row of hyper, which has ", count_);
-    }
-  }
-
-  int64_t count() const { return count_; }
-  int64_t row(size_t i) const { return group_[i]; }
-  double get(size_t i, Column column) const { return hyper_[group_[i] * kColumns + column]; }
-  float alpha(size_t i) const { return static_cast<float>(1.0 - get(i, kBeta1)); }
-
- private:
-  int64_t count_;
-  const double* hyper_;
-  const int64_t* group_;
-};
 
 float scalar_or(const std::optional<Tensor>& tensor, float otherwise, const char* name) {
   if (!tensor) return otherwise;
@@ -59,12 +25,6 @@ Selection read_selection(const Tensor& tensor) {
   return selection;
 }
 
-std::vector<Role> risk_roles(const std::vector<Tensor>& grads, const std::vector<Tensor>& exp_avgs) {
-  std::vector<Role> roles{{"grads", &grads, false}};
-  if (!exp_avgs.empty()) roles.push_back({"exp_avgs", &exp_avgs, false});
-  return roles;
-}
-
 RiskSource risk_source(const Segments& segments, const Groups& groups, bool second_order,
                        bool rank_inactive, const std::optional<Tensor>& inv_scale) {
   RiskSource source{segments, second_order, rank_inactive, scalar_or(inv_scale, 1.0f, "inv_scale"), {}};
@@ -73,46 +33,18 @@ RiskSource risk_source(const Segments& segments, const Groups& groups, bool seco
   return source;
 }
 
-// Adds a captured mask to the masks of each tensor. A mask is bits, one answer for the whole tensor, or
-// empty: all selected.
+// Adds a captured mask to the masks of each tensor.
 void add_masks(const std::vector<Tensor>& tensors, const Segments& segments, const char* name,
                int32_t weight, const uint8_t* Masks::* bits, std::vector<Masks>& masks) {
-  STD_TORCH_CHECK(tensors.size() == segments.size(), name, " has ", tensors.size(),
-                  " tensors; expected none or one for each of ", segments.size(), " parameters");
+  const auto kinds = check_masks(tensors, segments, name, torch::headeronly::DeviceType::CPU);
   for (size_t i = 0; i < tensors.size(); ++i) {
-    const bool whole = tensors[i].scalar_type() == ScalarType::Bool;
-    if (tensors[i].numel() == 0) {
-      masks[i].base += weight;
-      continue;
-    }
-    check_table(tensors[i], whole ? ScalarType::Bool : ScalarType::Byte,
-                whole ? 1 : (segments[i].n + 7) / 8, name);
     const auto* data = static_cast<const uint8_t*>(tensors[i].const_data_ptr());
-    if (whole) {
-      masks[i].base += *data != 0 ? weight : 0;
-    } else {
+    if (kinds[i] == MaskKind::kBits) {
       masks[i].*bits = data;
+    } else if (kinds[i] == MaskKind::kAll || *data != 0) {
+      masks[i].base += weight;
     }
   }
-}
-
-Update make_update(const Groups& groups, size_t i, double lr, double step, double gamma) {
-  Update u;
-  const double beta1 = groups.get(i, kBeta1), beta2 = groups.get(i, kBeta2);
-  u.beta1 = static_cast<float>(beta1);
-  u.c1 = static_cast<float>(1.0 - beta1);
-  u.beta2 = static_cast<float>(beta2);
-  u.c2 = static_cast<float>(1.0 - beta2);
-  u.eps = static_cast<float>(groups.get(i, kEps));
-  u.inv_root_bias2 = static_cast<float>(1.0 / std::sqrt(1.0 - std::pow(beta2, step)));
-  const double weights[4] = {0.0, gamma, 1.0 - gamma, 1.0};
-  for (int kind = 0; kind < 4; ++kind) {
-    u.m[kind] = static_cast<float>(weights[kind]);
-    u.complement[kind] = static_cast<float>(weights[3 - kind]);
-    u.step_size[kind] = static_cast<float>(lr * weights[kind] / (1.0 - std::pow(beta1, step)));
-    u.decay[kind] = static_cast<float>(1.0 - lr * weights[kind] * groups.get(i, kWeightDecay));
-  }
-  return u;
 }
 
 }  // namespace
@@ -121,10 +53,8 @@ Tensor select(std::vector<Tensor> grads, std::vector<Tensor> exp_avgs, Tensor hy
               std::optional<Tensor> inv_scale, int64_t upper, int64_t lower, bool rank_inactive,
               bool approx) {
   FpMode mode;
-  constexpr int64_t kOne = 1000000000;
-  STD_TORCH_CHECK(0 <= lower && lower < upper && upper <= kOne, "expected 0 <= lower < upper <= ", kOne,
-                  " (units of 1e-9); got lower ", lower, " and upper ", upper);
-  const Segments segments(risk_roles(grads, exp_avgs));
+  check_fractions(upper, lower);
+  const Segments segments(risk_roles(grads, exp_avgs), kTile);
   const Groups groups(hyper, group, segments.size());
   const Selection selection = select(
       risk_source(segments, groups, !exp_avgs.empty(), rank_inactive, inv_scale), upper, lower, approx);
@@ -137,7 +67,7 @@ void capture_(std::vector<Tensor> masks, std::vector<Tensor> grads, std::vector<
               Tensor hyper, Tensor group, std::optional<Tensor> inv_scale, Tensor selection,
               bool rank_inactive) {
   FpMode mode;
-  const Segments segments(risk_roles(grads, exp_avgs));
+  const Segments segments(risk_roles(grads, exp_avgs), kTile);
   const Groups groups(hyper, group, segments.size());
   const RiskSource source = risk_source(segments, groups, !exp_avgs.empty(), rank_inactive, inv_scale);
   const Bounds bounds = read_selection(selection).bounds();
@@ -151,12 +81,13 @@ void capture_(std::vector<Tensor> masks, std::vector<Tensor> grads, std::vector<
   struct State {
     float scratch[3 * kTile];
   };
-  segments.for_each_tile([] { return State(); },
-                         [&](State& state, size_t index, int64_t start, int n) {
-                           const Risk risk = source.risk(index, start, n, state.scratch);
-                           tile_kernels().pack(risk, n, bounds, bits[index] + start / 8);
-                         },
-                         [](State&) {});
+  for_each_tile(
+      segments, [] { return State(); },
+      [&](State& state, size_t index, int64_t start, int n) {
+        const Risk risk = source.risk(index, start, n, state.scratch);
+        tile_kernels().pack(risk, n, bounds, bits[index] + start / 8);
+      },
+      [](State&) {});
 }
 
 Tensor adamw_(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Tensor> exp_avgs,
@@ -169,7 +100,8 @@ Tensor adamw_(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector
   const Segments segments({{"params", &params, true},
                            {"grads", &grads, false},
                            {"exp_avgs", &exp_avgs, true},
-                           {"exp_avg_sqs", &exp_avg_sqs, true}});
+                           {"exp_avg_sqs", &exp_avg_sqs, true}},
+                          kTile);
   const size_t count = segments.size();
   const Groups groups(hyper, group, count);
   check_table(lr, ScalarType::Double, groups.count(), "lr");
@@ -196,7 +128,7 @@ Tensor adamw_(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector
   }
   const float unscale = scalar_or(inv_scale, 1.0f, "inv_scale");
   for (size_t i = 0; i < count; ++i) {
-    STD_TORCH_CHECK(groups.get(i, kSelective) == 0 || has_first || has_second, "params[", i,
+    STD_TORCH_CHECK(groups[i].selective == 0 || has_first || has_second, "params[", i,
                     "] is selective; expected first_masks, second_masks or a selection");
     masks[i].alpha = groups.alpha(i);
   }
@@ -212,7 +144,7 @@ Tensor adamw_(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector
   std::vector<uint32_t> random_keys(count);
   for (size_t i = 0; i < count; ++i) {
     const float step = *steps[i].mutable_data_ptr<float>() += 1.0f;
-    updates[i] = make_update(groups, i, lrs[groups.row(i)], step, gamma);
+    updates[i] = make_update(groups[i], lrs[groups.row(i)], step, gamma);
     random_keys[i] = random_key(static_cast<uint32_t>(seed), static_cast<uint32_t>(step));
   }
 
@@ -229,12 +161,12 @@ Tensor adamw_(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector
     const float* g = load(segment, operands[1], start, n, state.g);
     float* m = load(segment, operands[2], start, n, state.m);
     float* v = load(segment, operands[3], start, n, state.v);
-    const float factor = static_cast<float>(groups.get(index, kSign)) * unscale;
+    const float factor = static_cast<float>(groups[index].sign) * unscale;
     if (factor != 1.0f) {
       kernels.scale(g, factor, n, state.scaled);
       g = state.scaled;
     }
-    if (groups.get(index, kSelective) == 0) {
+    if (groups[index].selective == 0) {
       kernels.adamw(p, m, v, g, n, updates[index]);
       state.counts.updated += n;
     } else {
@@ -251,35 +183,37 @@ Tensor adamw_(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector
       store(segment, operands[3], start, n, v);
     }
   };
-  segments.for_each_tile([] { return State(); }, body,
-                         [&](State& state) {
-                           std::lock_guard<std::mutex> lock(mutex);
-                           totals[0] += state.counts.updated;
-                           totals[1] += state.counts.nonfinite;
-                         });
+  for_each_tile(
+      segments, [] { return State(); }, body,
+      [&](State& state) {
+        std::lock_guard<std::mutex> lock(mutex);
+        totals[0] += state.counts.updated;
+        totals[1] += state.counts.nonfinite;
+      });
   return result;
 }
 
 Tensor tensor_norms(std::vector<Tensor> tensors, std::optional<Tensor> inv_scale) {
   FpMode mode;
-  const Segments segments({{"tensors", &tensors, false}});
+  const Segments segments({{"tensors", &tensors, false}}, kTile);
   const float factor = scalar_or(inv_scale, 1.0f, "inv_scale");
   std::vector<double> sums(static_cast<size_t>(segments.tiles()));
   struct State {
     float values[2 * kTile];
   };
-  segments.for_each_tile([] { return State(); },
-                         [&](State& state, size_t index, int64_t start, int n) {
-                           const Segment& segment = segments[index];
-                           const float* x = load(segment, segment.operands[0], start, n, state.values);
-                           if (factor != 1.0f) {
-                             tile_kernels().scale(x, factor, n, state.values + kTile);
-                             x = state.values + kTile;
-                           }
-                           sums[static_cast<size_t>(segment.first_tile + start / kTile)] =
-                               tile_kernels().sum_of_squares(x, n);
-                         },
-                         [](State&) {});
+  for_each_tile(
+      segments, [] { return State(); },
+      [&](State& state, size_t index, int64_t start, int n) {
+        const Segment& segment = segments[index];
+        const float* x = load(segment, segment.operands[0], start, n, state.values);
+        if (factor != 1.0f) {
+          tile_kernels().scale(x, factor, n, state.values + kTile);
+          x = state.values + kTile;
+        }
+        sums[static_cast<size_t>(segment.first_tile + start / kTile)] =
+            tile_kernels().sum_of_squares(x, n);
+      },
+      [](State&) {});
   const int64_t count = static_cast<int64_t>(segments.size());
   Tensor result = torch::stable::empty({count}, ScalarType::Float);
   float* norms = result.mutable_data_ptr<float>();

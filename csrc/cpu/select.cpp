@@ -53,15 +53,15 @@ std::vector<int64_t> leading_digits(const RiskSource& source) {
     std::fill(state.counts.begin(), state.counts.end(), 0);
     state.pending = 0;
   };
-  source.segments.for_each_tile([] { return State(); },
-                                [&](State& state, size_t index, int64_t start, int n) {
-                                  const Risk risk = source.risk(index, start, n, state.scratch);
-                                  tile_kernels().histogram(risk, n, state.counts.data());
-                                  state.pending += n;
-                                  if (state.pending > int64_t{1} << 31)
-                                    flush(state);  // 32-bit counters
-                                },
-                                flush);
+  for_each_tile(
+      source.segments, [] { return State(); },
+      [&](State& state, size_t index, int64_t start, int n) {
+        const Risk risk = source.risk(index, start, n, state.scratch);
+        tile_kernels().histogram(risk, n, state.counts.data());
+        state.pending += n;
+        if (state.pending > int64_t{1} << 31) flush(state);  // 32-bit counters
+      },
+      flush);
   return total.bins;
 }
 
@@ -73,7 +73,8 @@ std::vector<int64_t> next_digits(const RiskSource& source, uint32_t prefix, int 
     uint32_t matches[kTile + kLine];
     std::vector<int64_t> counts;
   };
-  source.segments.for_each_tile(
+  for_each_tile(
+      source.segments,
       [&] {
         State state;
         state.counts.resize(size_t{1} << bits);
@@ -221,7 +222,8 @@ ClassCounts scan(const RiskSource& source, std::vector<WindowPass>& passes, size
     pass.at_pivot += window.at_pivot;
     window.below = window.at_pivot = window.logged = 0;
   };
-  source.segments.for_each_tile(
+  for_each_tile(
+      source.segments,
       [&] {
         State state;
         for (const WindowPass& pass : passes) {

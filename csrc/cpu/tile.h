@@ -16,8 +16,6 @@ constexpr int kDigitBins = 2048 + 2;  // leading 11 bits of a 31-bit key; inacti
 constexpr int kDigitShift = 20;
 constexpr int kHistogramCopies = 4;  // equal neighbours would wait for each other's store
 
-enum class Dtype : uint8_t { kFloat32, kBFloat16, kFloat16 };
-
 // What keys are computed from; m is null for first order. g and m point to the tile's first element.
 struct Risk {
   const float* g;

@@ -3,6 +3,7 @@
 // round-to-nearest operation: build with -ffp-contract=off (host); the device uses the _rn intrinsics.
 #pragma once
 
+#include <math.h>
 #include <stdint.h>
 
 #if defined(__CUDACC__)
@@ -104,7 +105,24 @@ ROSE_INLINE int32_t if_selected(uint32_t key, Bounds bounds, int32_t value) {
   return key == kInactiveKey ? value : inside;
 }
 
+// A selection record: the fields of rose_ops/reference.py in the same order.
+struct Selection {
+  int64_t high = -1, low = -1, kept = 0, ranked = 0, inactive = 0, nonfinite = 0, misses = 0;
+  int64_t unused = 0;
+
+  Bounds bounds() const { return {static_cast<int32_t>(high), static_cast<int32_t>(low)}; }
+};
+static_assert(sizeof(Selection) == 8 * sizeof(int64_t), "a selection is an int64 tensor of 8");
+
 // ------------------------------------------------------------------------------------- masked AdamW
+
+// A mask is bits, one answer for the whole tensor, or empty: all selected.
+enum class MaskKind : uint8_t { kNone, kBits, kWhole, kAll };
+
+// A row of the hyperparameter table, as in rose_ops/reference.py.
+struct Hyper {
+  double beta1, beta2, eps, weight_decay, sign, selective;
+};
 
 // The constants of one update: one tensor (its group's hyperparameters, its step).
 struct Update {
@@ -112,9 +130,28 @@ struct Update {
   float beta2, c2;
   float eps;
   float inv_root_bias2;  // 1 / sqrt(1 - beta2^t)
-  // By kind of mask, M = 0, gamma, 1 - gamma, 1: M, 1 - M, lr*M / (1 - beta1^t), 1 - lr*M*weight_decay
-  float m[4], complement[4], step_size[4], decay[4];
+  // By kind of mask, M = 0, gamma, 1 - gamma, 1: M, lr*M / (1 - beta1^t), 1 - lr*M*weight_decay
+  float m[4], step_size[4], decay[4];
 };
+
+// `step` counts from 1.
+ROSE_INLINE Update make_update(const Hyper& h, double lr, double step, double gamma) {
+  Update u;
+  u.beta1 = (float)h.beta1;
+  u.c1 = (float)(1.0 - h.beta1);
+  u.beta2 = (float)h.beta2;
+  u.c2 = (float)(1.0 - h.beta2);
+  u.eps = (float)h.eps;
+  u.inv_root_bias2 = (float)(1.0 / sqrt(1.0 - pow(h.beta2, step)));
+  const double weights[4] = {0.0, gamma, 1.0 - gamma, 1.0};
+  const double bias1 = 1.0 - pow(h.beta1, step);
+  for (int kind = 0; kind < 4; ++kind) {
+    u.m[kind] = (float)weights[kind];
+    u.step_size[kind] = (float)(lr * weights[kind] / bias1);
+    u.decay[kind] = (float)(1.0 - lr * weights[kind] * h.weight_decay);
+  }
+  return u;
+}
 
 // p, m, v of one element in place; `kind` = first bit + 2 * second bit of its mask for an ensemble, or
 // 0 and 3 for a single mask.
@@ -124,13 +161,19 @@ ROSE_INLINE void adamw_element(float& p, float& m, float& v, float g, int kind, 
   float gp = off ? m : g;
   float step_size = u.step_size[3], decay = u.decay[3];
   if (kFractional) {
+#if defined(__CUDA_ARCH__)
+    const float w = u.m[kind], c = u.m[3 - kind];
+    step_size = u.step_size[kind];
+    decay = u.decay[kind];
+#else
     // Indexing the tables by `kind` would turn into gathers; these turn into blends.
     const bool is_gamma = kind == 1, is_rest = kind == 2;
-    const float w = is_gamma ? u.m[1] : u.m[2], c = is_gamma ? u.complement[1] : u.complement[2];
-    const float blend = add(mul(w, g), mul(c, m));
-    gp = (uint32_t)(kind - 1) < 2u ? blend : gp;
+    const float w = is_gamma ? u.m[1] : u.m[2], c = is_gamma ? u.m[2] : u.m[1];
     step_size = is_gamma ? u.step_size[1] : is_rest ? u.step_size[2] : step_size;
     decay = is_gamma ? u.decay[1] : is_rest ? u.decay[2] : decay;
+#endif
+    const float blend = add(mul(w, g), mul(c, m));
+    gp = (uint32_t)(kind - 1) < 2u ? blend : gp;
   }
   const float m1 = add(mul(u.beta1, m), mul(u.c1, gp));
   const float m_new = off ? m : m1;
@@ -143,6 +186,8 @@ ROSE_INLINE void adamw_element(float& p, float& m, float& v, float g, int kind, 
 }
 
 // ----------------------------------------------------------------------------------------- narrowing
+
+enum class Dtype : uint8_t { kFloat32, kBFloat16, kFloat16 };
 
 ROSE_INLINE float bf16_to_float(uint16_t h) { return bits_float((uint32_t)h << 16); }
 

@@ -1,7 +1,6 @@
 #include "segments.h"
 
 namespace rose {
-namespace cpu {
 namespace {
 
 Dtype dtype_of(const Tensor& tensor, const char* role, size_t index) {
@@ -57,32 +56,9 @@ void collapse(const std::vector<const Tensor*>& tensors, Segment& segment) {
   }
 }
 
-// fn(offset of the run's first element, stride within the run, its position, its length) for each run
-// of the innermost dimension inside [start, start + n).
-template <typename Fn>
-void for_each_run(const Segment& segment, const Operand& operand, int64_t start, int n, Fn fn) {
-  if (operand.linear) return fn(start, int64_t{1}, 0, n);
-  const size_t inner = segment.sizes.size() - 1;
-  for (int done = 0; done < n;) {
-    int64_t rest = start + done, offset = 0;
-    int64_t column = 0;
-    for (size_t d = inner + 1; d-- > 0;) {
-      const int64_t coordinate = rest % segment.sizes[d];
-      rest /= segment.sizes[d];
-      offset += coordinate * operand.strides[d];
-      if (d == inner) column = coordinate;
-    }
-    const int run = static_cast<int>(std::min<int64_t>(n - done, segment.sizes[inner] - column));
-    fn(offset, operand.strides[inner], done, run);
-    done += run;
-  }
-}
-
-bool in_place(const Operand& operand) { return operand.linear && operand.dtype == Dtype::kFloat32; }
-
 }  // namespace
 
-Segments::Segments(const std::vector<Role>& roles) {
+Segments::Segments(const std::vector<Role>& roles, int64_t tile) {
   const size_t count = roles[0].tensors->size();
   for (const Role& role : roles) {
     STD_TORCH_CHECK(role.tensors->size() == count, role.name, " has ", role.tensors->size(),
@@ -97,8 +73,8 @@ Segments::Segments(const std::vector<Role>& roles) {
     for (size_t k = 0; k < roles.size(); ++k) {
       const Tensor& tensor = (*roles[k].tensors)[i];
       tensors[k] = &tensor;
-      STD_TORCH_CHECK(tensor.is_cpu(), roles[k].name, "[", i,
-                      "] is not on the CPU; expected all tensors on one device");
+      STD_TORCH_CHECK(tensor.device() == (*roles[0].tensors)[0].device(), roles[k].name, "[", i,
+                      "] is on another device than ", roles[0].name, "[0]; expected all on one");
       if (k > 0) check_same_sizes(tensor, *tensors[0], roles[k].name, roles[0].name, i);
       segment.operands[k].dtype = dtype_of(tensor, roles[k].name, i);
       segment.operands[k].data = static_cast<char*>(
@@ -117,43 +93,9 @@ Segments::Segments(const std::vector<Role>& roles) {
       }
     }
     segment.first_tile = tiles_;
-    tiles_ += (segment.n + kTile - 1) / kTile;
+    tiles_ += (segment.n + tile - 1) / tile;
     elements_ += segment.n;
   }
 }
 
-float* load(const Segment& segment, const Operand& operand, int64_t start, int n, float* buffer) {
-  if (in_place(operand)) return reinterpret_cast<float*>(operand.data) + start;
-  for_each_run(segment, operand, start, n, [&](int64_t offset, int64_t stride, int at, int run) {
-    tile_kernels().widen(operand.data + offset * operand.element_size(), operand.dtype, stride, run,
-                         buffer + at);
-  });
-  return buffer;
-}
-
-void store(const Segment& segment, const Operand& operand, int64_t start, int n, const float* values) {
-  if (in_place(operand)) return;
-  for_each_run(segment, operand, start, n, [&](int64_t offset, int64_t stride, int at, int run) {
-    tile_kernels().narrow(values + at, operand.dtype, stride, run,
-                          operand.data + offset * operand.element_size());
-  });
-}
-
-void store_stochastic(const Segment& segment, const Operand& operand, int64_t start, int n,
-                      const float* values, uint32_t key, int64_t index) {
-  for_each_run(segment, operand, start, n, [&](int64_t offset, int64_t stride, int at, int run) {
-    for (int done = 0; done < run;) {
-      const uint64_t first = static_cast<uint64_t>(index + at + done);
-      const uint64_t until_carry = (uint64_t{1} << 32) - (first & 0xFFFFFFFFu);
-      const int part = static_cast<int>(std::min<uint64_t>(run - done, until_carry));
-      tile_kernels().narrow_stochastic(values + at + done, stride, part,
-                                       operand.data + (offset + done * stride) * operand.element_size(),
-                                       key, static_cast<uint32_t>(first >> 32),
-                                       static_cast<uint32_t>(first));
-      done += part;
-    }
-  });
-}
-
-}  // namespace cpu
 }  // namespace rose

@@ -1,0 +1,43 @@
+// Checks of operator arguments, shared by the backends.
+#pragma once
+
+#include <optional>
+#include <vector>
+
+#include "segments.h"
+
+namespace rose {
+
+constexpr int64_t kFractionUnit = 1000000000;  // fractions are integers of 1e-9
+
+// Raises unless `tensor` is contiguous, of `dtype`, with `numel` elements, and where `place` says.
+void check_table(const Tensor& tensor, ScalarType dtype, int64_t numel, const char* name,
+                 torch::stable::Device device = torch::headeronly::DeviceType::CPU);
+
+void check_fractions(int64_t upper, int64_t lower);
+
+// The group table and each tensor's row in it; both on the CPU, whatever the device of the tensors.
+class Groups {
+ public:
+  Groups(const Tensor& hyper, const Tensor& group, size_t tensors);
+
+  int64_t count() const { return count_; }
+  int64_t row(size_t i) const { return group_[i]; }
+  const Hyper& of_row(int64_t row) const { return hyper_[row]; }
+  const Hyper& operator[](size_t i) const { return hyper_[group_[i]]; }
+  float alpha(size_t i) const { return static_cast<float>(1.0 - (*this)[i].beta1); }
+
+ private:
+  int64_t count_;
+  const Hyper* hyper_;
+  const int64_t* group_;
+};
+
+// Kinds of the masks of each segment.
+std::vector<MaskKind> check_masks(const std::vector<Tensor>& masks, const Segments& segments,
+                                  const char* name, torch::stable::Device device);
+
+// What gradients and, for second order, first moments make up.
+std::vector<Role> risk_roles(const std::vector<Tensor>& grads, const std::vector<Tensor>& exp_avgs);
+
+}  // namespace rose

@@ -1,0 +1,70 @@
+// Risk keys of a tile, recomputed from gradients and moments whenever they are needed.
+#pragma once
+
+#include "access.cuh"
+
+namespace rose {
+namespace cuda {
+
+constexpr uint32_t kNoKey = 0xFFFFFFFFu;  // of a lane without an element
+
+// vector(i, keys) for the elements i.. that are read kVector at a time and single(i, key) for the
+// others, of a tile's `count` elements from `start` on. Always by whole warps.
+template <typename Vector, typename Single>
+ROSE_DEVICE void for_each_key(const Risk& risk, float inv_scale, const Segment& segment, int64_t start,
+                              int count, Vector vector, Single single) {
+  const auto key_of = [&](float g, float m) {
+    g = mul(g, inv_scale);
+    return risk.second_order ? second_order_key(g, m, segment.alpha, risk.rank_inactive)
+                             : first_order_key(g, risk.rank_inactive);
+  };
+  const int vectors = vector_part(segment, count);
+#pragma unroll 1
+  for (int base = warp() * kWarp * kVector; base < vectors; base += kThreads * kVector) {
+    const int i = base + lane() * kVector;
+    uint32_t keys[kVector] = {kNoKey, kNoKey, kNoKey, kNoKey};
+    if (i < vectors) {
+      const Raw raw_g = read_vector(segment.data[0], segment.dtype[0], start + i);
+      Raw raw_m = {};
+      if (risk.second_order) raw_m = read_vector(segment.data[1], segment.dtype[1], start + i);
+      float g[kVector], m[kVector];
+      widen(raw_g, segment.dtype[0], g);
+      widen(raw_m, segment.dtype[1], m);
+#pragma unroll
+      for (int j = 0; j < kVector; ++j) keys[j] = key_of(g[j], m[j]);
+    }
+    vector(i, keys);
+  }
+#pragma unroll 1
+  for (int base = vectors + warp() * kWarp; base < count; base += kThreads) {
+    const int i = base + lane();
+    uint32_t key = kNoKey;
+    if (i < count) {
+      int64_t places[2];
+      locate(risk.table, segment, start + i, places);
+      const float g = read_element(segment.data[0], segment.dtype[0], places[0]);
+      float m = 0.0f;
+      if (risk.second_order) m = read_element(segment.data[1], segment.dtype[1], places[1]);
+      key = key_of(g, m);
+    }
+    single(i, key);
+  }
+}
+
+// body(key) for every element of this block's share, by whole warps.
+template <typename Body>
+ROSE_DEVICE void for_each_key(const Risk& risk, Body body) {
+  const float inv_scale = scalar_or_one(risk.inv_scale);
+  for_each_tile(risk.table, [&](int index, int64_t, int64_t start, int count) {
+    for_each_key(
+        risk, inv_scale, risk.table.segments[index], start, count,
+        [&](int, const uint32_t (&keys)[kVector]) {
+#pragma unroll
+          for (int j = 0; j < kVector; ++j) body(keys[j]);
+        },
+        [&](int, uint32_t key) { body(key); });
+  });
+}
+
+}  // namespace cuda
+}  // namespace rose

@@ -1,0 +1,21 @@
+// Launchers of the kernels, callable from plain C++. Each enqueues a constant number of launches on
+// `stream` and returns null, or what CUDA said went wrong.
+#pragma once
+
+#include "table.h"
+
+namespace rose {
+namespace cuda {
+
+using Stream = void*;  // cudaStream_t
+
+const char* select(SelectArguments arguments, Stream stream);
+const char* capture(CaptureArguments arguments, Stream stream);
+const char* update(UpdateArguments arguments, Stream stream);
+const char* norms(NormArguments arguments, Stream stream);
+
+// Whether `stream` is being captured into a CUDA graph.
+const char* is_capturing(Stream stream, bool& capturing);
+
+}  // namespace cuda
+}  // namespace rose

@@ -1,0 +1,130 @@
+// What a launch reads: a table of segments in device memory and arguments that point to it. Nothing
+// here depends on PyTorch, so that the kernels compile in seconds, and for the host in tests.
+#pragma once
+
+#include "rose/element.h"
+
+namespace rose {
+namespace cuda {
+
+constexpr int kThreads = 256;
+constexpr int kWarp = 32;
+constexpr int kVector = 4;  // elements of a 16-byte access of float32
+constexpr int kTile = 4096;
+constexpr int kOperands = 4;
+
+// One tensor with all that belongs to it. Operands are (gradient, first moment) in a selection, and
+// (parameter, gradient, first moment, second moment) in an update.
+struct Segment {
+  int64_t n, first_tile;
+  int64_t offset;     // global index of element 0
+  int64_t first_dim;  // of its `dims` in Table::dims
+  int32_t dims;       // 0: every operand is linear
+  int32_t group;
+  float alpha, sign;
+  char* data[kOperands];
+  const uint8_t* masks[2];  // first, second order
+  uint8_t* bits;            // of the mask to capture
+  float* step;
+  Dtype dtype[kOperands];
+  MaskKind mask_kinds[2];  // kNone unless selective
+  bool selective;
+  bool vector;  // linear, and aligned for accesses of kVector elements
+};
+
+// One dimension of a segment that is not linear.
+struct Dim {
+  int64_t size;
+  double inverse;  // 1 / size
+  int64_t strides[kOperands];
+};
+
+// In device memory. The order of segments is that of the index space; empty ones have no tile.
+struct Table {
+  const Segment* segments;
+  const Hyper* groups;
+  const Dim* dims;
+  int64_t tiles;
+  int32_t count;
+  int32_t share;  // tiles of a block
+};
+
+// A counter is 64 bits wide wherever elements are counted.
+using Count = unsigned long long;
+
+constexpr int kPasses = 3;
+constexpr int kBins = 2048;
+constexpr int kFirstShift = 20, kSecondShift = 9;  // digits of 11, 11 and 9 bits of a key of 31
+
+// One threshold on its way: the `rank`-th smallest of the keys that start with `prefix`, with `below`
+// smaller keys and `inside` that start so.
+struct Target {
+  Count rank, below, inside;
+  uint32_t prefix;
+  uint32_t first_logged, last_logged;  // second digits whose keys pass 2 logs
+  bool searching;
+  bool logged;  // the log holds every key that starts with `prefix`
+};
+
+// The workspace of a selection; zero at its start.
+struct SelectState {
+  Count histogram[2][kBins];  // of each threshold: upper, lower
+  Count inactive, nonfinite, ranked;
+  Count log_size[2];
+  Target targets[2];
+  uint32_t tickets[kPasses];
+};
+
+// What keys are computed from.
+struct Risk {
+  Table table;
+  const float* inv_scale;  // or null
+  bool second_order, rank_inactive;
+};
+
+struct SelectArguments {
+  Risk risk;
+  SelectState* state;
+  uint32_t* log;  // [2][log_capacity]
+  int64_t log_capacity;
+  int64_t* selection;  // a record
+  int64_t upper, lower;
+  bool approx;
+};
+
+struct CaptureArguments {
+  Risk risk;
+  const int64_t* selection;
+};
+
+// What all elements of a segment have in common in an update.
+struct Prepared {
+  Update update;
+  uint32_t random_key;
+  int32_t base_kind;  // that masks add to
+};
+
+struct UpdateArguments {
+  Table table;
+  const double* lr;
+  const float* inv_scale;    // or null
+  const float* found_inf;    // or null
+  const int64_t* selection;  // or null: no mask is found on the way
+  Prepared* prepared;        // workspace, one for each segment
+  Count* counts;             // updated, nonfinite
+  double gamma;
+  int32_t first_weight, second_weight;  // what a mask adds to an element's kind
+  bool fractional;                      // kinds 1 and 2 may occur
+  bool rank_inactive;
+  uint32_t seed;
+};
+
+struct NormArguments {
+  Table table;
+  const float* inv_scale;
+  double* partial;  // workspace, one for each tile
+  float* norms;
+};
+
+}  // namespace cuda
+}  // namespace rose

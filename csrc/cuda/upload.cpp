@@ -1,0 +1,156 @@
+#include "upload.h"
+
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <cstring>
+#include <list>
+#include <mutex>
+
+#ifndef ROSE_SIMT
+// In PyTorch's CUDA builds only. Weak, so that one library loads with any build of PyTorch.
+extern "C" __attribute__((weak)) int32_t aoti_torch_get_current_cuda_stream(int32_t device_index,
+                                                                            void** stream);
+#endif
+
+namespace rose {
+namespace cuda {
+
+#ifdef ROSE_SIMT  // the host build in tests: the device is the CPU
+struct Context::Guard {};
+Context::Context(torch::stable::Device device) : device_(device), guard_(nullptr) {}
+Context::~Context() = default;
+#else
+struct Context::Guard {
+  torch::stable::accelerator::DeviceGuard guard;
+};
+
+Context::Context(torch::stable::Device device)
+    : device_(device), guard_(new Guard{torch::stable::accelerator::DeviceGuard(device.index())}) {
+  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr &&
+                      aoti_torch_get_current_cuda_stream(device.index(), &stream_) == 0,
+                  "this build of PyTorch gives no CUDA stream; install one with CUDA");
+}
+
+Context::~Context() { delete guard_; }
+#endif
+
+Tensor Context::empty(int64_t numel, ScalarType dtype) const {
+  return torch::stable::empty({numel}, dtype, std::nullopt, device_);
+}
+
+HostTable::HostTable(const Segments& layout, const Groups* table) : tiles(layout.tiles()) {
+  for (int64_t row = 0; table != nullptr && row < table->count(); ++row) {
+    groups.push_back(table->of_row(row));
+  }
+  segments.resize(layout.size());
+  for (size_t i = 0; i < layout.size(); ++i) {
+    const rose::Segment& from = layout[i];
+    // Tables are compared as bytes, padding and all.
+    std::memset(static_cast<void*>(&segments[i]), 0, sizeof(Segment));
+    Segment& to = segments[i];
+    to.n = from.n;
+    to.first_tile = from.first_tile;
+    if (table != nullptr) {
+      to.group = static_cast<int32_t>(table->row(i));
+      to.alpha = table->alpha(i);
+      to.sign = static_cast<float>((*table)[i].sign);
+      to.selective = (*table)[i].selective != 0;
+    }
+    to.vector = true;
+    bool linear = true;
+    for (size_t k = 0; k < from.operands.size(); ++k) {
+      const Operand& operand = from.operands[k];
+      to.data[k] = operand.data;
+      to.dtype[k] = operand.dtype;
+      const auto address = reinterpret_cast<uintptr_t>(operand.data);
+      linear = linear && operand.linear;
+      to.vector = to.vector && address % (kVector * operand.element_size()) == 0;
+    }
+    to.vector = to.vector && linear;
+    if (linear) continue;
+    to.first_dim = static_cast<int64_t>(dims.size());
+    to.dims = static_cast<int32_t>(from.sizes.size());
+    for (size_t d = 0; d < from.sizes.size(); ++d) {
+      Dim dim = {from.sizes[d], 1.0 / static_cast<double>(from.sizes[d]), {}};
+      for (size_t k = 0; k < from.operands.size(); ++k) dim.strides[k] = from.operands[k].strides[d];
+      dims.push_back(dim);
+    }
+  }
+}
+
+namespace {
+
+struct Upload {
+  int32_t device;
+  Stream stream;
+  std::vector<char> bytes;
+  Tensor memory;
+};
+
+// Those uploaded lately, the latest first. Never destroyed: at exit, CUDA may be gone before it.
+struct Uploads {
+  std::mutex mutex;
+  std::list<Upload> recent;
+  std::list<Tensor> of_graphs;  // pinned memory that graphs read when they are replayed
+};
+
+Uploads& uploads() {
+  static Uploads* all = new Uploads;
+  return *all;
+}
+
+Tensor upload(std::vector<char> bytes, const Context& context) {
+  constexpr size_t kKept = 32;
+  bool capturing = false;
+  if (const char* error = is_capturing(context.stream(), capturing)) STD_TORCH_CHECK(false, error);
+  Uploads& all = uploads();
+  std::lock_guard<std::mutex> lock(all.mutex);
+  const int32_t device = context.device().index();
+  for (auto it = all.recent.begin(); it != all.recent.end() && !capturing; ++it) {
+    if (it->device == device && it->stream == context.stream() && it->bytes == bytes) {
+      all.recent.splice(all.recent.begin(), all.recent, it);
+      return it->memory;
+    }
+  }
+  const int64_t size = static_cast<int64_t>(bytes.size());
+  Tensor host = torch::stable::empty({size}, ScalarType::Byte, std::nullopt, std::nullopt,
+                                     !context.device().is_cpu());
+  std::memcpy(host.mutable_data_ptr(), bytes.data(), bytes.size());
+  Tensor memory = context.empty(size, ScalarType::Byte);
+  torch::stable::copy_(memory, host, true);
+  if (capturing) {
+    all.of_graphs.push_back(host);
+  } else {
+    all.recent.push_front({device, context.stream(), std::move(bytes), memory});
+    if (all.recent.size() > kKept) all.recent.pop_back();
+  }
+  return memory;
+}
+
+template <typename T>
+size_t append(std::vector<char>& bytes, const std::vector<T>& values) {
+  static_assert(sizeof(T) % 8 == 0, "the next part must be aligned");
+  const size_t at = bytes.size();
+  bytes.resize(at + values.size() * sizeof(T));
+  if (!values.empty()) std::memcpy(bytes.data() + at, values.data(), values.size() * sizeof(T));
+  return at;
+}
+
+}  // namespace
+
+DeviceTable::DeviceTable(const HostTable& host, const Context& context) {
+  std::vector<char> bytes;
+  const size_t segments = append(bytes, host.segments), groups = append(bytes, host.groups);
+  const size_t dims = append(bytes, host.dims), lrs = append(bytes, host.lr);
+  memory_ = upload(std::move(bytes), context);
+  const char* base = static_cast<const char*>(memory_.const_data_ptr());
+  table = {
+      reinterpret_cast<const Segment*>(base + segments), reinterpret_cast<const Hyper*>(base + groups),
+      reinterpret_cast<const Dim*>(base + dims),         host.tiles,
+      static_cast<int32_t>(host.segments.size()),        0};
+  lr = reinterpret_cast<const double*>(base + lrs);
+}
+
+}  // namespace cuda
+}  // namespace rose

@@ -1,0 +1,54 @@
+// Descriptor tables in device memory.
+#pragma once
+
+#include "../arguments.h"
+#include "launch.h"
+
+namespace rose {
+namespace cuda {
+
+// The current device while it lives, and its current stream.
+class Context {
+ public:
+  explicit Context(torch::stable::Device device);
+  ~Context();
+  Context(const Context&) = delete;
+
+  torch::stable::Device device() const { return device_; }
+  Stream stream() const { return stream_; }
+  Tensor empty(int64_t numel, ScalarType dtype) const;
+
+ private:
+  struct Guard;
+  torch::stable::Device device_;
+  Guard* guard_;
+  Stream stream_ = nullptr;
+};
+
+// A table as it is made on the host.
+struct HostTable {
+  std::vector<Segment> segments;
+  std::vector<Hyper> groups;
+  std::vector<Dim> dims;
+  std::vector<double> lr;  // if it is on the host
+  int64_t tiles = 0;
+
+  // Without groups, tensors are not selective and have no hyperparameters.
+  explicit HostTable(const Segments& layout, const Groups* groups = nullptr);
+};
+
+// A table in device memory. It is uploaded only if it differs from those uploaded lately, and then from
+// pinned memory without waiting. A CUDA graph uploads it again whenever it is replayed.
+class DeviceTable {
+ public:
+  DeviceTable(const HostTable& host, const Context& context);
+
+  Table table;
+  const double* lr;
+
+ private:
+  Tensor memory_;
+};
+
+}  // namespace cuda
+}  // namespace rose

@@ -1,0 +1,168 @@
+// CUDA kernels on the CPU, in place of CUDA's header of this name: a fiber for each CUDA thread of a
+// block, switched at barriers and warp operations only, in an order that tests choose. A race, a
+// barrier that not all threads reach or a warp operation with lanes missing changes results with the
+// order, or is reported. Accesses through read() and write() are counted and checked for alignment.
+#pragma once
+
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <string>
+
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline __attribute__((always_inline))
+#define __launch_bounds__(...)
+#define __shared__ static thread_local
+
+struct dim3 {
+  unsigned x = 1, y = 1, z = 1;
+};
+struct alignas(8) uint2 {
+  unsigned x, y;
+};
+struct alignas(16) uint4 {
+  unsigned x, y, z, w;
+};
+inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
+inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
+
+namespace simt {
+
+constexpr int kWarp = 32;
+
+enum class Order { kForward, kReverse, kRandom };
+
+struct Settings {
+  Order order = Order::kForward;
+  uint64_t seed = 0;
+  int os_threads = 1;  // that run blocks side by side
+  int resident = 3;    // blocks of a grid that walks tiles
+};
+extern Settings settings;
+
+struct Counters {
+  int64_t launches = 0, bytes_read = 0, bytes_written = 0;
+};
+Counters take_counters();  // since the last call
+
+struct Thread {
+  dim3 thread, block, blocks, threads;
+};
+const Thread& self();
+
+void launch(unsigned blocks, unsigned threads, const std::function<void()>& kernel);
+void count_launch();
+const char* take_error();  // of launches since the last call, or null
+
+void barrier();
+// All lanes of `mask` come here with a value each; returns those of all lanes.
+const uint64_t* exchange(unsigned mask, uint64_t value);
+void check_access(const void* pointer, size_t bytes, bool writes);
+
+template <typename T>
+uint64_t to_word(T x) {
+  static_assert(sizeof(T) <= 8, "a warp exchanges words of 64 bits");
+  uint64_t word = 0;
+  std::memcpy(&word, &x, sizeof(T));
+  return word;
+}
+
+template <typename T>
+T shuffle(unsigned mask, T x, int from) {
+  const uint64_t* values = exchange(mask, to_word(x));
+  T result;
+  std::memcpy(&result, &values[from], sizeof(T));
+  return result;
+}
+
+inline int lane() { return static_cast<int>(self().thread.x % kWarp); }
+
+}  // namespace simt
+
+#define threadIdx (simt::self().thread)
+#define blockIdx (simt::self().block)
+#define blockDim (simt::self().threads)
+#define gridDim (simt::self().blocks)
+
+inline void __syncthreads() { simt::barrier(); }
+inline void __threadfence() { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
+
+template <typename T>
+T __shfl_sync(unsigned mask, T x, int from) {
+  return simt::shuffle(mask, x, from % simt::kWarp);
+}
+template <typename T>
+T __shfl_up_sync(unsigned mask, T x, int delta) {
+  const int from = simt::lane() - delta;
+  return simt::shuffle(mask, x, from < 0 ? simt::lane() : from);
+}
+template <typename T>
+T __shfl_down_sync(unsigned mask, T x, int delta) {
+  const int from = simt::lane() + delta;
+  return simt::shuffle(mask, x, from >= simt::kWarp ? simt::lane() : from);
+}
+inline unsigned __ballot_sync(unsigned mask, bool predicate) {
+  const uint64_t* values = simt::exchange(mask, predicate);
+  unsigned votes = 0;
+  for (int i = 0; i < simt::kWarp; ++i) votes |= (mask >> i & 1u) * static_cast<unsigned>(values[i]) << i;
+  return votes;
+}
+inline int __popc(unsigned x) { return __builtin_popcount(x); }
+inline int __ffs(int x) { return __builtin_ffs(x); }
+
+template <typename T>
+T atomicAdd(T* at, T x) {
+  return __atomic_fetch_add(at, x, __ATOMIC_RELAXED);
+}
+template <typename T>
+T __ldcg(const T* at) {
+  return __atomic_load_n(at, __ATOMIC_RELAXED);
+}
+
+#define ROSE_GLOBAL_READ(pointer, bytes) simt::check_access(pointer, bytes, false)
+#define ROSE_GLOBAL_WRITE(pointer, bytes) simt::check_access(pointer, bytes, true)
+#define ROSE_LAUNCH(kernel, blocks, stream, arguments) \
+  simt::launch(static_cast<unsigned>(blocks), kThreads, [&] { kernel(arguments); })
+
+// What launchers call of the runtime.
+using cudaStream_t = void*;
+enum cudaError_t { cudaSuccess, cudaErrorUnknown };
+enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount };
+enum cudaStreamCaptureStatus { cudaStreamCaptureStatusNone };
+
+namespace simt {
+inline std::string last_error;
+}
+inline const char* cudaGetErrorString(cudaError_t) { return simt::last_error.c_str(); }
+inline cudaError_t cudaGetLastError() {
+  const char* error = simt::take_error();
+  if (error == nullptr) return cudaSuccess;
+  simt::last_error = error;
+  return cudaErrorUnknown;
+}
+inline cudaError_t cudaGetDevice(int* device) {
+  *device = 0;
+  return cudaSuccess;
+}
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
+  *value = simt::settings.resident;
+  return cudaSuccess;
+}
+template <typename Kernel>
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, Kernel, int, size_t) {
+  *blocks = 1;
+  return cudaSuccess;
+}
+inline cudaError_t cudaMemsetAsync(void* data, int value, size_t bytes, cudaStream_t) {
+  simt::count_launch();
+  std::memset(data, value, bytes);
+  return cudaSuccess;
+}
+inline cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus* status) {
+  *status = cudaStreamCaptureStatusNone;
+  return cudaSuccess;
+}

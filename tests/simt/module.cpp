@@ -1,0 +1,42 @@
+// The CUDA operators over the simulated device, as torch.ops.rose_simt, and what tests set and read.
+#include <pybind11/pybind11.h>
+#include <torch/csrc/stable/library.h>
+
+#include "cuda/ops_cuda.h"
+#include "cuda_runtime.h"
+#include "schemas.h"
+
+STABLE_TORCH_LIBRARY(rose_simt, m) { rose::define_operators(m); }
+
+STABLE_TORCH_LIBRARY_IMPL(rose_simt, CPU, m) {
+  m.impl("select", TORCH_BOX(&rose::cuda::ops::select));
+  m.impl("capture_", TORCH_BOX(&rose::cuda::ops::capture_));
+  m.impl("adamw_", TORCH_BOX(&rose::cuda::ops::adamw_));
+  m.impl("tensor_norms", TORCH_BOX(&rose::cuda::ops::tensor_norms));
+}
+
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+  m.def(
+      "configure",
+      [](const std::string& order, uint64_t seed, int os_threads, int resident) {
+        using simt::Order;
+        simt::settings = {order == "forward"   ? Order::kForward
+                          : order == "reverse" ? Order::kReverse
+                                               : Order::kRandom,
+                          seed, os_threads, resident};
+      },
+      "Order of threads and blocks (forward, reverse, random), OS threads, and blocks of a grid.",
+      pybind11::arg("order") = "forward", pybind11::arg("seed") = 0, pybind11::arg("os_threads") = 1,
+      pybind11::arg("resident") = 3);
+  m.def(
+      "take_counters",
+      [] {
+        const simt::Counters counters = simt::take_counters();
+        pybind11::dict result;
+        result["launches"] = counters.launches;
+        result["bytes_read"] = counters.bytes_read;
+        result["bytes_written"] = counters.bytes_written;
+        return result;
+      },
+      "Launches and bytes of tensors, masks and logs since the last call.");
+}
