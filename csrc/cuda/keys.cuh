@@ -8,16 +8,26 @@ namespace cuda {
 
 constexpr uint32_t kNoKey = 0xFFFFFFFFu;  // of a lane without an element
 
+ROSE_DEVICE uint32_t key_of(const Risk& risk, float inv_scale, float alpha, float g, float m) {
+  g = mul(g, inv_scale);
+  return risk.second_order ? second_order_key(g, m, alpha, risk.rank_inactive)
+                           : first_order_key(g, risk.rank_inactive);
+}
+
+ROSE_DEVICE uint32_t key_at(const Risk& risk, float inv_scale, const Segment& segment, int64_t i) {
+  int64_t places[2];
+  locate(risk.table, segment, i, places);
+  const float g = read_element(segment.data[0], segment.dtype[0], places[0]);
+  float m = 0.0f;
+  if (risk.second_order) m = read_element(segment.data[1], segment.dtype[1], places[1]);
+  return key_of(risk, inv_scale, segment.alpha, g, m);
+}
+
 // vector(i, keys) for the elements i.. that are read kVector at a time and single(i, key) for the
 // others, of a tile's `count` elements from `start` on. Always by whole warps.
 template <typename Vector, typename Single>
 ROSE_DEVICE void for_each_key(const Risk& risk, float inv_scale, const Segment& segment, int64_t start,
                               int count, Vector vector, Single single) {
-  const auto key_of = [&](float g, float m) {
-    g = mul(g, inv_scale);
-    return risk.second_order ? second_order_key(g, m, segment.alpha, risk.rank_inactive)
-                             : first_order_key(g, risk.rank_inactive);
-  };
   const int vectors = vector_part(segment, count);
 #pragma unroll 1
   for (int base = warp() * kWarp * kVector; base < vectors; base += kThreads * kVector) {
@@ -31,23 +41,14 @@ ROSE_DEVICE void for_each_key(const Risk& risk, float inv_scale, const Segment& 
       widen(raw_g, segment.dtype[0], g);
       widen(raw_m, segment.dtype[1], m);
 #pragma unroll
-      for (int j = 0; j < kVector; ++j) keys[j] = key_of(g[j], m[j]);
+      for (int j = 0; j < kVector; ++j) keys[j] = key_of(risk, inv_scale, segment.alpha, g[j], m[j]);
     }
     vector(i, keys);
   }
 #pragma unroll 1
   for (int base = vectors + warp() * kWarp; base < count; base += kThreads) {
     const int i = base + lane();
-    uint32_t key = kNoKey;
-    if (i < count) {
-      int64_t places[2];
-      locate(risk.table, segment, start + i, places);
-      const float g = read_element(segment.data[0], segment.dtype[0], places[0]);
-      float m = 0.0f;
-      if (risk.second_order) m = read_element(segment.data[1], segment.dtype[1], places[1]);
-      key = key_of(g, m);
-    }
-    single(i, key);
+    single(i, i < count ? key_at(risk, inv_scale, segment, start + i) : kNoKey);
   }
 }
 

@@ -42,14 +42,21 @@ const char* walk(Kernel kernel, Arguments& arguments, Table& table, Stream strea
 }  // namespace
 
 const char* select(SelectArguments arguments, Stream stream) {
-  const cudaError_t error =
-      cudaMemsetAsync(arguments.state, 0, sizeof(SelectState), (cudaStream_t)stream);
-  if (error != cudaSuccess) return text(error);
-  const char* failed = walk(count_kernel, arguments, arguments.risk.table, stream);
-  if (failed == nullptr && !arguments.approx)
-    failed = walk(refine_kernel, arguments, arguments.risk.table, stream);
-  if (failed == nullptr && !arguments.approx)
-    failed = walk(finish_kernel, arguments, arguments.risk.table, stream);
+  // A few lines for each warp; at least one block, which clears the workspace.
+  constexpr int64_t kMostBlocks = 256, kLinesOfBlock = 8 * (kThreads / kWarp);
+  const int64_t blocks = (arguments.lines + kLinesOfBlock - 1) / kLinesOfBlock;
+  ROSE_LAUNCH(sample_kernel,
+              blocks < 1             ? 1
+              : blocks < kMostBlocks ? blocks
+                                     : kMostBlocks,
+              stream, arguments);
+  const char* failed = text(cudaGetLastError());
+  Table& table = arguments.risk.table;
+  if (failed == nullptr) failed = walk(count_kernel, arguments, table, stream);
+  if (failed == nullptr && !arguments.approx) {
+    failed = walk(narrow_kernel<false>, arguments, table, stream);
+    if (failed == nullptr) failed = walk(narrow_kernel<true>, arguments, table, stream);
+  }
   return failed;
 }
 

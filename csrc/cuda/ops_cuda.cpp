@@ -46,14 +46,22 @@ Tensor select(std::vector<Tensor> grads, std::vector<Tensor> exp_avgs, Tensor hy
   const DeviceTable table(HostTable(layout, &groups), context);
   const float* scale = scalar(inv_scale, "inv_scale", context);
   Tensor result = context.empty(8, ScalarType::Long);
-  // Room for 1/256 of all keys: what is logged around a threshold (see plan_log) is half of that.
-  const int64_t capacity = std::clamp<int64_t>(layout.elements() / 256, 1 << 16, 1 << 21);
-  Tensor state = context.empty(sizeof(SelectState) / sizeof(int64_t) + 1, ScalarType::Long);
+  const int64_t n = layout.elements(), positions = layout.tiles() * kTile;
+  // Room for the window around a threshold. Where it holds all keys, there is nothing to sample.
+  const int64_t capacity = std::max(n / 32, std::min<int64_t>(n, 1 << 18));
+  const int64_t most = std::clamp<int64_t>(n / (128 * kWarp), 1 << 11, 1 << 15);
+  const int64_t lines = approx || n <= capacity ? 0 : most;
+  Tensor state = context.empty((sizeof(SelectState) + 7) / 8, ScalarType::Long);
   Tensor log = context.empty(approx ? 0 : capacity * (lower > 0 ? 2 : 1), ScalarType::Int);
+  const Tensor sample = zeros_of_stream(context, (sizeof(Sample) + 7) / 8);
   check(cuda::select({{table.table, scale, !exp_avgs.empty(), rank_inactive},
+                      static_cast<Sample*>(sample.mutable_data_ptr()),
+                      lines,
+                      lines == 0 ? 0 : positions / lines,
                       static_cast<SelectState*>(state.mutable_data_ptr()),
                       static_cast<uint32_t*>(log.mutable_data_ptr()),
                       capacity,
+                      static_cast<double>(capacity) / static_cast<double>(std::max<int64_t>(n, 1)),
                       result.mutable_data_ptr<int64_t>(),
                       upper,
                       lower,

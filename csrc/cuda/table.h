@@ -52,27 +52,42 @@ struct Table {
 // A counter is 64 bits wide wherever elements are counted.
 using Count = unsigned long long;
 
-constexpr int kPasses = 3;
-constexpr int kBins = 2048;
-constexpr int kFirstShift = 20, kSecondShift = 9;  // digits of 11, 11 and 9 bits of a key of 31
+constexpr int kBins = 2048;  // of a pass: an interval of keys shrinks by so much
+constexpr int kSampleBins = 1 << 14;
+constexpr int kKeyBits = 31;
 
-// One threshold on its way: the `rank`-th smallest of the keys that start with `prefix`, with `below`
-// smaller keys and `inside` that start so.
+// One threshold on its way: the `rank`-th smallest key, which is one of the `inside` keys from `low` on
+// that are less than 2^bits above it; `below` keys are less than `low`.
 struct Target {
   Count rank, below, inside;
-  uint32_t prefix;
-  uint32_t first_logged, last_logged;  // second digits whose keys pass 2 logs
+  uint32_t low;
+  int32_t bits;
   bool searching;
-  bool logged;  // the log holds every key that starts with `prefix`
+  bool logged;  // the log holds all keys of the interval
 };
 
-// The workspace of a selection; zero at its start.
+// Keys [low, low + width] around where a sample has the threshold, in bins of 2^shift.
+struct Window {
+  uint32_t low, width;
+  int32_t shift;
+};
+
+// The workspace of a selection. Of two thresholds: upper, lower.
 struct SelectState {
-  Count histogram[2][kBins];  // of each threshold: upper, lower
+  Count histogram[kBins];  // of the leading 11 bits of all keys
+  Count of_windows[2][kBins];
+  Count below_windows[2];
   Count inactive, nonfinite, ranked;
   Count log_size[2];
+  Window windows[2];
   Target targets[2];
-  uint32_t tickets[kPasses];
+  uint32_t tickets[3];
+};
+
+// Zero before and after every selection.
+struct Sample {
+  uint32_t histogram[kSampleBins];
+  uint32_t ticket;
 };
 
 // What keys are computed from.
@@ -84,10 +99,13 @@ struct Risk {
 
 struct SelectArguments {
   Risk risk;
+  Sample* sample;
+  int64_t lines, stratum;  // to sample: one line in each stratum of so many elements
   SelectState* state;
   uint32_t* log;  // [2][log_capacity]
   int64_t log_capacity;
-  int64_t* selection;  // a record
+  double share_of_log;  // capacity over the number of elements
+  int64_t* selection;   // a record
   int64_t upper, lower;
   bool approx;
 };

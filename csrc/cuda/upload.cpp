@@ -5,6 +5,7 @@
 
 #include <cstring>
 #include <list>
+#include <map>
 #include <mutex>
 
 #ifndef ROSE_SIMT
@@ -88,10 +89,11 @@ struct Upload {
   Tensor memory;
 };
 
-// Those uploaded lately, the latest first. Never destroyed: at exit, CUDA may be gone before it.
+// Never destroyed: at exit, CUDA may be gone before it.
 struct Uploads {
   std::mutex mutex;
-  std::list<Upload> recent;
+  std::list<Upload> recent;  // the latest first
+  std::map<std::pair<int32_t, Stream>, Tensor> zeros;
   std::list<Tensor> of_graphs;  // pinned memory that graphs read when they are replayed
 };
 
@@ -100,10 +102,16 @@ Uploads& uploads() {
   return *all;
 }
 
+bool captures_graph(const Context& context) {
+  bool capturing = false;
+  const char* error = is_capturing(context.stream(), capturing);
+  STD_TORCH_CHECK(error == nullptr, "CUDA: ", error);
+  return capturing;
+}
+
 Tensor upload(std::vector<char> bytes, const Context& context) {
   constexpr size_t kKept = 32;
-  bool capturing = false;
-  if (const char* error = is_capturing(context.stream(), capturing)) STD_TORCH_CHECK(false, error);
+  const bool capturing = captures_graph(context);
   Uploads& all = uploads();
   std::lock_guard<std::mutex> lock(all.mutex);
   const int32_t device = context.device().index();
@@ -138,6 +146,18 @@ size_t append(std::vector<char>& bytes, const std::vector<T>& values) {
 }
 
 }  // namespace
+
+Tensor zeros_of_stream(const Context& context, int64_t words) {
+  const auto make = [&] {
+    Tensor zeros = context.empty(words, ScalarType::Long);
+    return torch::stable::zero_(zeros);
+  };
+  if (captures_graph(context)) return make();  // in the graph's own memory, cleared by every replay
+  std::lock_guard<std::mutex> lock(uploads().mutex);
+  Tensor& zeros = uploads().zeros[{context.device().index(), context.stream()}];
+  if (!zeros.defined()) zeros = make();
+  return zeros;
+}
 
 DeviceTable::DeviceTable(const HostTable& host, const Context& context) {
   std::vector<char> bytes;

@@ -25,6 +25,9 @@ class Context {
   Stream stream_ = nullptr;
 };
 
+// `words` zeros of int64, the same for every call on a stream: its users leave zeros behind.
+Tensor zeros_of_stream(const Context& context, int64_t words);
+
 // A table as it is made on the host.
 struct HostTable {
   std::vector<Segment> segments;

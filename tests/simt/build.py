@@ -16,7 +16,7 @@ BINDINGS = [
     CSRC / "segments.cpp", CSRC / "arguments.cpp", CSRC / "cuda" / "upload.cpp",
     CSRC / "cuda" / "ops_cuda.cpp", HERE / "simt.cpp", HERE / "module.cpp",
 ]  # fmt: skip
-FLAGS = ["-O2", "-g1", "-std=c++17", "-ffp-contract=off", "-DROSE_SIMT",
+FLAGS = ["-O2", "-g1", "-fvisibility=hidden", "-std=c++17", "-ffp-contract=off", "-DROSE_SIMT",
          "-DTORCH_TARGET_VERSION=0x020a000000000000"]  # fmt: skip
 
 

@@ -89,7 +89,7 @@ inline int lane() { return static_cast<int>(self().thread.x % kWarp); }
 #define gridDim (simt::self().blocks)
 
 inline void __syncthreads() { simt::barrier(); }
-inline void __threadfence() { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
+inline void __threadfence() {}  // atomics order what is around them
 
 template <typename T>
 T __shfl_sync(unsigned mask, T x, int from) {
@@ -108,7 +108,8 @@ T __shfl_down_sync(unsigned mask, T x, int delta) {
 inline unsigned __ballot_sync(unsigned mask, bool predicate) {
   const uint64_t* values = simt::exchange(mask, predicate);
   unsigned votes = 0;
-  for (int i = 0; i < simt::kWarp; ++i) votes |= (mask >> i & 1u) * static_cast<unsigned>(values[i]) << i;
+  for (int i = 0; i < simt::kWarp; ++i)
+    votes |= (mask >> i & 1u) * static_cast<unsigned>(values[i]) << i;
   return votes;
 }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
@@ -116,7 +117,7 @@ inline int __ffs(int x) { return __builtin_ffs(x); }
 
 template <typename T>
 T atomicAdd(T* at, T x) {
-  return __atomic_fetch_add(at, x, __ATOMIC_RELAXED);
+  return __atomic_fetch_add(at, x, __ATOMIC_ACQ_REL);
 }
 template <typename T>
 T __ldcg(const T* at) {

@@ -18,7 +18,7 @@
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/common_interface_defs.h>
 #endif
-#if defined(__SANITIZE_THREAD__)
+#if defined(ROSE_TSAN)  // this file is not instrumented itself: what it does is no race of a kernel
 #include <sanitizer/tsan_interface.h>
 #endif
 
@@ -86,7 +86,7 @@ struct Fiber {
 #if defined(__SANITIZE_ADDRESS__)
   void* fake_stack = nullptr;
 #endif
-#if defined(__SANITIZE_THREAD__)
+#if defined(ROSE_TSAN)
   void* tsan = nullptr;
 #endif
 };
@@ -111,7 +111,7 @@ struct Worker {
   size_t scheduler_size = 0;
   void* scheduler_fake = nullptr;
 #endif
-#if defined(__SANITIZE_THREAD__)
+#if defined(ROSE_TSAN)
   void* tsan = nullptr;
 #endif
 
@@ -126,7 +126,13 @@ void main_of_fiber() {
 #if defined(__SANITIZE_ADDRESS__)
   __sanitizer_finish_switch_fiber(nullptr, &worker.scheduler_stack, &worker.scheduler_size);
 #endif
+#if defined(ROSE_TSAN)
+  __tsan_acquire(worker.current);
+#endif
   (*worker.kernel)();
+#if defined(ROSE_TSAN)
+  __tsan_release(&worker);
+#endif
   worker.current->state = State::kDone;
   --worker.alive;
   worker.leave(true);
@@ -137,7 +143,7 @@ void Worker::enter(Fiber& fiber) {
 #if defined(__SANITIZE_ADDRESS__)
   __sanitizer_start_switch_fiber(&scheduler_fake, fiber.stack.get(), kStack);
 #endif
-#if defined(__SANITIZE_THREAD__)
+#if defined(ROSE_TSAN)
   __tsan_switch_to_fiber(fiber.tsan, __tsan_switch_to_fiber_no_sync);
 #endif
 #if defined(__x86_64__)
@@ -157,7 +163,7 @@ void Worker::leave(bool for_ever) {
   __sanitizer_start_switch_fiber(for_ever ? nullptr : &fiber.fake_stack, scheduler_stack,
                                  scheduler_size);
 #endif
-#if defined(__SANITIZE_THREAD__)
+#if defined(ROSE_TSAN)
   __tsan_switch_to_fiber(tsan, __tsan_switch_to_fiber_no_sync);
 #endif
 #if defined(__x86_64__)
@@ -174,7 +180,8 @@ void start(Fiber& fiber) {
   if (!fiber.stack) fiber.stack.reset(new char[kStack]);
 #if defined(__x86_64__)
   // As if main_of_fiber had been called: six registers and a return address, then a null one.
-  auto* top = reinterpret_cast<void**>((reinterpret_cast<uintptr_t>(fiber.stack.get()) + kStack) & ~15ull);
+  auto* top =
+      reinterpret_cast<void**>((reinterpret_cast<uintptr_t>(fiber.stack.get()) + kStack) & ~15ull);
   *--top = nullptr;
   *--top = reinterpret_cast<void*>(&main_of_fiber);
   for (int i = 0; i < 6; ++i) *--top = nullptr;
@@ -198,13 +205,13 @@ void Worker::run_block(unsigned block, unsigned blocks, unsigned threads, std::m
   std::vector<unsigned> order(threads);
   std::iota(order.begin(), order.end(), 0u);
   if (settings.order == Order::kReverse) std::reverse(order.begin(), order.end());
-#if defined(__SANITIZE_THREAD__)
+#if defined(ROSE_TSAN)
   tsan = __tsan_get_current_fiber();
 #endif
   for (unsigned i = 0; i < threads; ++i) {
     fibers[i].thread = {{i, 0, 0}, {block, 0, 0}, {blocks, 1, 1}, {threads, 1, 1}};
     start(fibers[i]);
-#if defined(__SANITIZE_THREAD__)
+#if defined(ROSE_TSAN)
     fibers[i].tsan = __tsan_create_fiber(0);
     __tsan_release(&fibers[i]);  // what came before the block happened before its threads
 #endif
@@ -218,11 +225,12 @@ void Worker::run_block(unsigned block, unsigned blocks, unsigned threads, std::m
       moved = true;
     }
     if (!moved && !abandoned) {
-      fail("threads of a block wait for ever: a barrier or a warp operation that not all of them reach");
+      fail(
+          "threads of a block wait for ever: a barrier or a warp operation that not all of them reach");
       abandoned = true;
     }
   }
-#if defined(__SANITIZE_THREAD__)
+#if defined(ROSE_TSAN)
   __tsan_acquire(this);
   for (unsigned i = 0; i < threads; ++i) __tsan_destroy_fiber(fibers[i].tsan);
 #endif
@@ -237,7 +245,7 @@ const Thread& self() { return worker.current->thread; }
 
 void barrier() {
   Worker& w = worker;
-#if defined(__SANITIZE_THREAD__)
+#if defined(ROSE_TSAN)
   __tsan_release(&w.at_barrier);
 #endif
   if (++w.at_barrier == w.fibers.size()) {
@@ -249,7 +257,7 @@ void barrier() {
     w.current->state = State::kAtBarrier;
     w.leave();
   }
-#if defined(__SANITIZE_THREAD__)
+#if defined(ROSE_TSAN)
   __tsan_acquire(&w.at_barrier);
 #endif
 }
@@ -264,7 +272,7 @@ const uint64_t* exchange(unsigned mask, uint64_t value) {
     w.abandoned = true;
     w.leave(true);
   }
-#if defined(__SANITIZE_THREAD__)
+#if defined(ROSE_TSAN)
   __tsan_release(&warp);
 #endif
   warp.mask = mask;
@@ -274,6 +282,9 @@ const uint64_t* exchange(unsigned mask, uint64_t value) {
     // The next exchange cannot end before all lanes have left this one and come again.
     std::copy(warp.values, warp.values + kWarp, warp.results);
     warp.arrived = 0;
+#if defined(ROSE_TSAN)
+    __tsan_release(&warp);
+#endif
     for (int i = 0; i < kWarp; ++i) {
       Fiber& fiber = w.fibers[thread / kWarp * kWarp + static_cast<unsigned>(i)];
       if (fiber.state == State::kInExchange) fiber.state = State::kReady;
@@ -282,7 +293,7 @@ const uint64_t* exchange(unsigned mask, uint64_t value) {
     w.current->state = State::kInExchange;
     w.leave();
   }
-#if defined(__SANITIZE_THREAD__)
+#if defined(ROSE_TSAN)
   __tsan_acquire(&warp);
 #endif
   return warp.results;
@@ -326,7 +337,9 @@ void launch(unsigned blocks, unsigned threads, const std::function<void()>& kern
   for (std::thread& other : others) other.join();
 }
 
-Counters take_counters() { return {launches.exchange(0), bytes_read.exchange(0), bytes_written.exchange(0)}; }
+Counters take_counters() {
+  return {launches.exchange(0), bytes_read.exchange(0), bytes_written.exchange(0)};
+}
 
 const char* take_error() {
   static std::string taken;
