@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import functools
 import os
+import shutil
+import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -12,6 +15,7 @@ import torch
 
 HERE = Path(__file__).parent
 CSRC = HERE.parents[1] / "csrc"
+FOLDER = CSRC.parent / "build" / "simt"
 BINDINGS = [
     CSRC / "segments.cpp", CSRC / "arguments.cpp", CSRC / "cuda" / "upload.cpp",
     CSRC / "cuda" / "ops_cuda.cpp", HERE / "simt.cpp", HERE / "module.cpp",
@@ -20,8 +24,15 @@ FLAGS = ["-O2", "-g1", "-fvisibility=hidden", "-std=c++17", "-ffp-contract=off",
          "-DTORCH_TARGET_VERSION=0x020a000000000000"]  # fmt: skip
 
 
-def include_paths() -> list[Path]:
-    return [HERE, CSRC, CSRC / "include", CSRC / "cuda"]
+def include_paths(csrc: Path = CSRC) -> list[Path]:
+    return [HERE, csrc, csrc / "include", csrc / "cuda"]
+
+
+def _compile(csrc: Path, *arguments: str | Path) -> None:
+    includes = [f"-I{path}" for path in include_paths(csrc)]
+    compiler = os.environ.get("CXX", "g++")
+    found = subprocess.run([compiler, *FLAGS, *includes, *arguments], capture_output=True, text=True)
+    assert found.returncode == 0, found.stderr[-4000:]
 
 
 @functools.cache
@@ -29,15 +40,14 @@ def module() -> ModuleType:
     """The test-only extension: ``configure`` and ``take_counters``; loads ``torch.ops.rose_simt``."""
     from torch.utils.cpp_extension import load
 
-    folder = CSRC.parent / "build" / "simt"
-    folder.mkdir(parents=True, exist_ok=True)
+    FOLDER.mkdir(parents=True, exist_ok=True)
     return load(
         "rose_simt",
         [str(path) for path in (*BINDINGS, HERE / "kernels.cpp")],
         extra_cflags=[*FLAGS, *os.environ.get("ROSE_CXXFLAGS", "").split()],
         extra_ldflags=os.environ.get("ROSE_LDFLAGS", "").split(),
         extra_include_paths=[str(path) for path in include_paths()],
-        build_directory=str(folder),
+        build_directory=str(FOLDER),
     )
 
 
@@ -45,3 +55,33 @@ def load() -> Any:
     """The operators of the simulated device."""
     module()
     return torch.ops.rose_simt
+
+
+def copy_sources(folder: Path) -> Path:
+    """A copy of ``csrc`` to break."""
+    return Path(shutil.copytree(CSRC, folder / "csrc"))
+
+
+def build_mutant(folder: Path, csrc: Path) -> Path:
+    """The extension with the kernels of ``csrc``, and all else as it is."""
+    kernels = folder / "kernels.o"
+    _compile(csrc, "-O1", "-fPIC", "-c", HERE / "kernels.cpp", "-o", kernels)
+    others = [FOLDER / f"{path.stem}.o" for path in BINDINGS]
+    library = folder / "rose_simt.so"
+    lib = Path(torch.__file__).parent / "lib"
+    libraries = [f"-L{lib}", f"-Wl,-rpath,{lib}", "-ltorch_cpu", "-ltorch", "-ltorch_python", "-lc10"]
+    _compile(csrc, "-shared", *others, kernels, *libraries, "-o", library)
+    return library
+
+
+def build_races(
+    folder: Path, csrc: Path, sanitizers: Sequence[str] = ("-fsanitize=thread", "-DROSE_TSAN")
+) -> Path:
+    """The driver ``races.cpp`` over the kernels of ``csrc``, under a sanitizer."""
+    device, binary = folder / "simt.o", folder / "races"
+    # ThreadSanitizer must not see the device itself switch fibers.
+    own = sanitizers if "-DROSE_TSAN" not in sanitizers else ["-DROSE_TSAN"]
+    _compile(csrc, "-O1", *own, "-c", HERE / "simt.cpp", "-o", device)
+    sources = [HERE / "races.cpp", HERE / "kernels.cpp"]
+    _compile(csrc, "-O1", *sanitizers, *sources, device, "-o", binary, "-lpthread")
+    return binary

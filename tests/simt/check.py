@@ -1,0 +1,101 @@
+"""Compares the kernels of an extension, possibly a mutant, with the reference; exits with 1 if they differ.
+
+Data that finds bugs: ties, thresholds at the edges of bins, sizes that do not divide, many tensors,
+keys that differ in their last bits, masks with stale bits around them, every order of threads.
+"""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from importlib.machinery import ExtensionFileLoader
+from importlib.util import module_from_spec, spec_from_loader
+from pathlib import Path
+
+import torch
+
+sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
+
+from support import BF16, FLOAT, HALF, ONE, Problem, compare_update, place, values
+
+from rose_ops import reference
+
+MIXES = (
+    ("normal",), ("ties",), ("normal", "zero", "nan", "inf", "denormal"), ("one",), ("zero", "one"),
+)  # fmt: skip
+KEPT = ((600_000_000, 0), (ONE, 500_000_000), (1, 0), (999_999_999, 999_000_000))
+
+
+def problem_of(n: int, mix, pieces: int, dtype, moment, generator) -> Problem:
+    cuts = torch.randint(0, n, (pieces - 1,), generator=generator).sort().values
+    layouts = ("contiguous", "transposed", "strided", "padded")
+
+    def tensors(dtype, positive=False):
+        split = [
+            t.abs() if positive else t for t in values(n, mix, dtype, generator).tensor_split(cuts)
+        ]
+        if pieces == 1:
+            return [t.view(-1) for t in split]
+        split = [t.view(-1, 3) if t.numel() % 3 == 0 else t for t in split]
+        return [place(t, layouts[i % 4], offset=i % 3) for i, t in enumerate(split)]
+
+    p, g, m = tensors(dtype), tensors(dtype), tensors(moment)
+    return Problem.of(g, m, params=p, exp_avg_sqs=tensors(moment, True), gamma=0.3, seed=3)
+
+
+def check(ops, problem: Problem) -> None:
+    for first in (True, False):
+        for kept in KEPT:
+            record = problem.select(ops, *kept, first=first)
+            assert record.tolist() == problem.select(reference, *kept, first=first).tolist()
+        masks = problem.capture(ops, record, first=first)
+        expected = problem.capture(reference, record, first=first)
+        assert all(torch.equal(a, b) for a, b in zip(masks, expected, strict=True))
+    record = problem.select(reference, 600_000_000)
+    norms = ops.tensor_norms(problem.grads, None).double()
+    truth = torch.stack([t.double().norm() for t in problem.grads])
+    finite = truth.isfinite()
+    assert torch.allclose(norms[finite], truth[finite], rtol=1e-6)
+    around = [place(mask, offset=9) for mask in masks]
+    compare_update(ops, problem, around, selection=record)
+    problem.found_inf = torch.ones(())
+    before = [t.clone() for t in problem.params]
+    problem.update(ops, masks)
+    assert all(
+        torch.equal(a, b) for a, b in zip(before, problem.params, strict=True) if a.isfinite().all()
+    )
+
+
+def main(library: str) -> None:
+    loader = ExtensionFileLoader("rose_simt", library)
+    spec = spec_from_loader("rose_simt", loader)
+    assert spec is not None
+    module = module_from_spec(spec)
+    loader.exec_module(module)
+    ops = torch.ops.rose_simt
+    generator = torch.Generator()
+    generator.seed()
+    for order in ("forward", "reverse", "random"):
+        module.configure(order, seed=torch.seed() % 2**32, resident=3)
+        for i, mix in enumerate(MIXES):
+            for n, pieces in ((9_001, 1), (30_011, 17)):
+                dtype, moment = ((FLOAT, FLOAT), (BF16, BF16), (HALF, FLOAT))[i % 3]
+                check(ops, problem_of(n, mix, pieces, dtype, moment, generator))
+    # Large enough to be sampled: a window, a log that is used, and one that overflows.
+    for mix in (("normal",), ("normal", "ties", "ties"), ("one", "one", "normal")):
+        g, m = (values(300_007, mix, FLOAT, generator) for _ in range(2))
+        problem = Problem.of([g], [m])
+        for kept in KEPT:
+            for first in (True, False):
+                record = problem.select(ops, *kept, first=first)
+                assert record.tolist() == problem.select(reference, *kept, first=first).tolist()
+                again = problem.select(ops, *kept, first=first)
+                assert record.tolist() == again.tolist()
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1])
+    except (AssertionError, RuntimeError):
+        traceback.print_exc()
+        sys.exit(1)

@@ -1,0 +1,322 @@
+"""The CUDA kernels on the simulated device: any order of threads, counted bytes and launches, races.
+
+The parity suite runs on that device, too (``ops`` in conftest.py). Here is what only a simulation shows.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from simt import build
+from support import BF16, FLOAT, ONE, Problem, bits, compare_update, place, values
+
+from rose_ops import reference
+
+MIX = ("normal", "zero", "ties", "nan", "denormal", "inf")
+
+
+@pytest.fixture
+def simt():
+    module = build.module()
+    yield module
+    module.configure()
+
+
+@pytest.fixture
+def ops(simt):
+    return build.load()
+
+
+def problem_of(generator, n: int, mix=("normal",), pieces: int = 1, moment=FLOAT) -> Problem:
+    """``pieces`` tensors of n elements together, every third of them a view that is not contiguous."""
+    cuts = torch.randint(0, n, (pieces - 1,), generator=generator).sort().values
+    layouts = ("contiguous", "offset", "strided")
+
+    def tensors(dtype, sign=1):
+        split = values(n, mix, dtype, generator).tensor_split(cuts)
+        split = [t.abs() if sign == 0 else t for t in split]
+        return [
+            place(t, layouts[i % 3 if pieces > 1 else 0], offset=i % 2) for i, t in enumerate(split)
+        ]
+
+    p, g, m, v = tensors(FLOAT), tensors(FLOAT), tensors(moment), tensors(moment, 0)
+    return Problem.of(g, m, params=p, exp_avg_sqs=v)
+
+
+# ------------------------------------------------------------------------------------------- order
+
+CONFIGURATIONS = {
+    "reverse": {"order": "reverse"},
+    "random": {"order": "random"},
+    "one-block": {"order": "random", "resident": 1},
+    "many-blocks": {"order": "random", "resident": 61},
+    "two-threads": {"order": "random", "os_threads": 2, "resident": 16},
+}
+
+
+@pytest.mark.parametrize("name", CONFIGURATIONS)
+@pytest.mark.parametrize("pieces", [1, 40], ids=["flat", "scattered"])
+def test_any_order_of_threads_and_blocks(simt, ops, generator, name, pieces):
+    for seed, mix in enumerate((("normal",), MIX, ("ties",), ("zero", "one"))):
+        problem = problem_of(generator, 30_011, mix, pieces, (FLOAT, BF16)[seed % 2])
+        simt.configure(**{"seed": seed, **CONFIGURATIONS[name]})
+        for kept in ((600_000_000, 0), (ONE, 1), (500_000_000, 499_000_000)):
+            for first in (True, False):
+                record = problem.select(ops, *kept, first=first)
+                assert record.tolist() == problem.select(reference, *kept, first=first).tolist()
+            masks = problem.capture(ops, record)
+            for mask, expected in zip(masks, problem.capture(reference, record), strict=True):
+                assert torch.equal(mask, expected)
+        norms = ops.tensor_norms(problem.grads, None)
+        simt.configure()
+        assert torch.equal(bits(norms), bits(ops.tensor_norms(problem.grads, None)))
+        simt.configure(**{"seed": seed, **CONFIGURATIONS[name]})
+        compare_update(ops, problem, masks, selection=record)
+
+
+def test_a_barrier_that_not_all_threads_reach_is_an_error(tmp_path):
+    """The simulated device itself: it must not hang, nor let it pass."""
+    source = tmp_path / "bad.cpp"
+    source.write_text("""
+        #include "cuda_runtime.h"
+        #include <cstdio>
+        int main() {
+          simt::launch(1, 64, [] { if (threadIdx.x < 40) __syncthreads(); });
+          const char* barrier = simt::take_error();
+          simt::launch(1, 64, [] { if (threadIdx.x % 2) __ballot_sync(0xFFFFFFFFu, true); });
+          const char* lanes = simt::take_error();
+          simt::launch(1, 64, [] { __ballot_sync(1u, true); });
+          const char* mask = simt::take_error();
+          static char data[32];
+          simt::launch(1, 1, [] { ROSE_GLOBAL_READ(data + 1, 16); });
+          const char* access = simt::take_error();
+          simt::launch(1, 64, [] { __syncthreads(); });
+          return barrier && lanes && mask && access && !simt::take_error() ? 0 : 1;
+        }
+    """)
+    binary = tmp_path / "bad"
+    includes = [f"-I{path}" for path in build.include_paths()]
+    subprocess.run(
+        ["g++", "-std=c++17", *includes, source, build.HERE / "simt.cpp", "-o", binary, "-lpthread"],
+        check=True,
+    )
+    assert subprocess.run([binary], timeout=60).returncode == 0
+
+
+# ---------------------------------------------------------------------------------- bytes and launches
+
+
+def counted(simt, call) -> tuple[int, int, int]:
+    simt.take_counters()
+    call()
+    counters = simt.take_counters()
+    return counters["launches"], counters["bytes_read"], counters["bytes_written"]
+
+
+N = 1 << 22
+
+
+@pytest.mark.parametrize(
+    ("mix", "limit"), [(("normal",), 44.0), (("ties",), 52.2)], ids=["normal", "ties"]
+)
+def test_bytes_of_an_exact_second_order_step(simt, ops, generator, mix, limit):
+    """fp32: AdamW's own 28 bytes per element, and what finding the threshold reads and writes."""
+    problem = problem_of(generator, N, mix)
+    record = problem.select(ops, 600_000_000)
+    _, read, written = counted(simt, lambda: problem.select(ops, 600_000_000))
+    _, *update = counted(simt, lambda: problem.update(ops, selection=record))
+    assert update == [16 * N, 12 * N]
+    assert 36 * N < read + written + sum(update) <= limit * N
+
+
+def test_bytes_of_a_first_order_capture(simt, ops, generator):
+    """The gradient twice, a bit for each element, and the log around the threshold."""
+    problem = problem_of(generator, 2 * N)
+    _, read, written = counted(simt, lambda: problem.masks(ops, 600_000_000, first=True))
+    assert 8 * 2 * N < read <= 8.2 * 2 * N
+    assert 2 * N / 8 <= written <= (1 / 8 + 0.13) * 2 * N
+
+
+def test_bytes_of_bf16_moments(simt, ops, generator):
+    problem = problem_of(generator, N, moment=BF16)
+    problem.hyper[:, reference.Hyper.SELECTIVE] = 0
+    assert counted(simt, lambda: problem.update(ops)) == (2, 12 * N, 8 * N)
+
+
+@pytest.mark.parametrize("pieces", [1, 2, 500])
+def test_launches_of_a_step(simt, ops, generator, pieces):
+    """At most 6, whatever the number of tensors."""
+    problem = problem_of(generator, 40_000, pieces=pieces)
+
+    def step():
+        problem.update(ops, selection=problem.select(ops, 600_000_000))
+
+    assert counted(simt, step)[0] == 6
+    assert counted(simt, lambda: problem.masks(ops, 600_000_000))[0] == 5
+    assert counted(simt, lambda: ops.tensor_norms(problem.grads, None))[0] == 2
+
+
+# -------------------------------------------------------------------------------------------- races
+
+
+def test_no_data_race(tmp_path):
+    """ThreadSanitizer over every kernel, each CUDA thread a fiber of its own, two OS threads."""
+    binary = build.build_races(tmp_path, build.CSRC)
+    digests = set()
+    for seed in ([], ["1"], ["2"]):
+        found = subprocess.run([binary, *seed], capture_output=True, text=True, timeout=600)
+        assert found.returncode == 0, found.stderr[-6000:]
+        digests.add(found.stdout)
+    assert len(digests) == 1
+
+
+# ---------------------------------------------------------------------------------------- sanitizers
+
+
+def test_address_and_undefined_behaviour_sanitizers(tmp_path):
+    """The same driver under AddressSanitizer and UBSan: every access within what the host allocated."""
+    sanitizers = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+    binary = build.build_races(tmp_path, build.CSRC, sanitizers)
+    environment = {**os.environ, "ASAN_OPTIONS": "detect_stack_use_after_return=0"}
+    found = subprocess.run([binary], capture_output=True, text=True, timeout=600, env=environment)
+    assert found.returncode == 0, found.stderr[-6000:]
+
+
+# ------------------------------------------------------------------------------------------- mutants
+
+# What is broken: file, text, replacement, and which occurrence.
+MUTANTS: dict[str, tuple[str, str, str]] = {
+    "barrier after clearing the histogram": (
+        "select.cuh", "  clear<2 * kBins>(of_windows[0]);\n  __syncthreads();",
+        "  clear<2 * kBins>(of_windows[0]);",
+    ),
+    "barrier before flushing the histogram": (
+        "select.cuh", "  __syncthreads();\n  flush<kBins>(histogram, state.histogram);",
+        "  flush<kBins>(histogram, state.histogram);",
+    ),
+    "barrier in the sum of a block": (
+        "access.cuh", "  if (lane() == 0) scratch[warp()] = x;\n  __syncthreads();",
+        "  if (lane() == 0) scratch[warp()] = x;",
+    ),
+    "barrier between two sums of a block": (
+        "access.cuh", "  __syncthreads();  // of the last use of scratch\n", "",
+    ),
+    "barrier of the last block": (
+        "access.cuh", "  __threadfence();\n  __syncthreads();\n  if (threadIdx.x == 0) last",
+        "  __threadfence();\n  if (threadIdx.x == 0) last",
+    ),
+    "barrier after the ticket": (
+        "access.cuh", "== gridDim.x - 1;\n  __syncthreads();", "== gridDim.x - 1;",
+    ),
+    "atomic of the shared histogram": (
+        "select.cuh", "if (key < kInactiveKey) atomicAdd(&histogram[key >> kShift], 1u);",
+        "if (key < kInactiveKey) histogram[key >> kShift] += 1u;",
+    ),
+    "atomic of the global histogram": (
+        "select.cuh", "atomicAdd(all + i, (Count)block[i]);", "all[i] += (Count)block[i];",
+    ),
+    "atomic of a count": (
+        "access.cuh", "if (threadIdx.x == 0 && sum != 0) atomicAdd(total, sum);",
+        "if (threadIdx.x == 0 && sum != 0) *total += sum;",
+    ),
+    "atomic of the log": (
+        "select.cuh", "if (lane() == leader) at = atomicAdd(size, (Count)__popc(takers));",
+        "if (lane() == leader) { at = *size; *size += (Count)__popc(takers); }",
+    ),
+    "atomic of the ticket": (
+        "access.cuh", "last = atomicAdd(ticket, 1u) == gridDim.x - 1;",
+        "last = (*ticket)++ == gridDim.x - 1;",
+    ),
+    "position in the log": (
+        "select.cuh", "((1u << lane()) - 1));", "((2u << lane()) - 1));",
+    ),
+    "leader of a warp": ("select.cuh", "__ffs((int)takers) - 1;", "0;"),
+    "warp mask of the ballot": (
+        "select.cuh", "__ballot_sync(kFullWarp, take);", "__ballot_sync(0xFFFFu, take);",
+    ),
+    "log full by one": ("select.cuh", "at < (Count)capacity) write", "at <= (Count)capacity) write"),
+    "log that overflowed": (
+        "select.cuh", "__ldcg(&state.log_size[t]) <= (Count)a.log_capacity};", "true};",
+    ),
+    "window that missed": (
+        "select.cuh", "if (below_window < rank && rank <= below_window + in_window) {",
+        "if (in_window > 0) {",
+    ),
+    "stale histogram between passes": (
+        "select.cuh", "  __syncthreads();\n  clear<2 * kBins>(state.of_windows[0]);\n}", "}",
+    ),
+    "stale sample": ("select.cuh", "  clear<kSampleBins>(a.sample->histogram);\n", ""),
+    "rank within a bin, by one": (
+        "select.cuh", "if (rank <= below + inside) {", "if (rank < below + inside) {",
+    ),
+    "rank between threads, by one": (
+        "select.cuh", "if (below < rank && rank <= upto) {", "if (below <= rank && rank < upto) {",
+    ),
+    "shift of the last digit": (
+        "select.cuh", "shift[t] = target.bits > 11 ? target.bits - 11 : 0;",
+        "shift[t] = target.bits > 10 ? target.bits - 10 : 0;",
+    ),
+    "tie rule, high": ("../include/rose/element.h", "k <= bounds.high", "k < bounds.high"),
+    "tie rule, low": ("../include/rose/element.h", "k > bounds.low", "k >= bounds.low"),
+    "first element of a share": (
+        "access.cuh", "(tile - table.segments[index].first_tile) * kTile;",
+        "(tile - table.segments[index].first_tile) * (kTile - 1);",
+    ),
+    "next segment": (
+        "access.cuh", "segments[index + 1].first_tile <= tile) ++index;",
+        "segments[index + 1].first_tile < tile) ++index;",
+    ),
+    "last element": ("update.cuh", "i < count; i += kThreads) {", "i < count - 1; i += kThreads) {"),
+    "bits of a mask": ("update.cuh", ">> (i % 8) : 0u", ">> (i % 4) : 0u"),
+    "half of a byte": ("update.cuh", "half, 1) << kVector;", "half, 1) << (kVector - 1);"),
+    "byte beyond the mask": (
+        "update.cuh", "lane() < kWarp / 8 && first < count", "lane() < kWarp / 8",
+    ),
+    "infinity found": (
+        "update.cuh", "  if (a.found_inf != nullptr && *a.found_inf != 0) return;\n", "",
+    ),
+    "non-finite element": ("update.cuh", "kind = 0;\n", "\n"),
+    "stride of a dimension": (
+        "access.cuh", "at[k] += coordinate * dim.strides[k];", "at[k] += coordinate * dim.strides[0];",
+    ),
+    "global index of a tensor": ("update.cuh", "(segment.offset + i);", "i;"),
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MUTANTS)
+def test_every_mutant_is_caught(name, tmp_path):
+    """By wrong results in some order of threads, an error of the device, or the race detector."""
+    build.module()
+    mutated = build.copy_sources(tmp_path)
+    file, text, replacement = MUTANTS[name]
+    path = mutated / "cuda" / file
+    source = path.read_text()
+    assert source.count(text) >= 1, f"{file} has no {text!r}: bring the table of mutants up to date"
+    path.write_text(source.replace(text, replacement))
+    if name.startswith("atomic"):
+        caught = subprocess.run(
+            [build.build_races(tmp_path, mutated)], capture_output=True, text=True, timeout=600
+        )
+        assert caught.returncode != 0
+        assert "data race" in caught.stderr or "wait for ever" in caught.stderr
+        return
+    library = build.build_mutant(tmp_path, mutated)
+    command = [sys.executable, str(Path(__file__).parent / "simt" / "check.py"), str(library)]
+    found = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert found.returncode == 1, f"not caught: {found.stdout[-2000:]}{found.stderr[-2000:]}"
+
+
+@pytest.mark.slow
+def test_the_sources_as_they_are_pass(tmp_path):
+    """What is said of a mutant must not be true of the original."""
+    build.module()
+    library = build.build_mutant(tmp_path, build.copy_sources(tmp_path))
+    command = [sys.executable, str(Path(__file__).parent / "simt" / "check.py"), str(library)]
+    found = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert found.returncode == 0, found.stdout[-2000:] + found.stderr[-2000:]
