@@ -9,26 +9,29 @@ ARGS ?=
 SOURCES := setup.py $(shell find csrc -type f)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format bench sanitize clean
+.PHONY: help demo test verify-gpu lint format bench sanitize clean
 .DELETE_ON_ERROR:
 
 help:  ## this list
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/'
 
 demo: $(VENV)/ready  ## fine-tune a real model with AdamW and ROSE, and compare them
 	$(BIN)/python -m rose_ops finetune $(ARGS)
 
-test: $(VENV)/ready  ## all tests
-	$(BIN)/python -m pytest $(ARGS)
+test: $(VENV)/ready  ## all tests but the slow ones of verify-gpu
+	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+
+verify-gpu: $(VENV)/ready  ## the CUDA kernels without a GPU: mutants of them, and what nvcc makes of them
+	$(BIN)/python -m pytest -m slow $(ARGS)
 
 lint: $(VENV)/ready  ## formatting, style and types
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 	$(BIN)/mypy
-	find csrc -type f | xargs $(BIN)/clang-format --dry-run -Werror
+	find csrc tests/simt -type f ! -name '*.py' | xargs $(BIN)/clang-format --dry-run -Werror
 
 format: $(VENV)/ready  ## rewrite the sources as `make lint` wants them
 	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
-	find csrc -type f | xargs $(BIN)/clang-format -i
+	find csrc tests/simt -type f ! -name '*.py' | xargs $(BIN)/clang-format -i
 
 bench: $(VENV)/ready-bench  ## speed and memory against other optimizers
 	$(BIN)/python -m benchmarks --device $(or $(DEVICE),cpu) $(ARGS)
@@ -40,7 +43,7 @@ SANITIZED_TESTS := tests/test_ops.py tests/test_parity.py
 SANITIZED_ENV := LD_PRELOAD="$$($${CXX:-g++} -print-file-name=libasan.so) $$($${CXX:-g++} \
 	-print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=$(SANITIZED)/lib
 sanitize: $(VENV)/ready  ## memory errors and undefined behaviour in the C++ code
-	ROSE_CXXFLAGS="-O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover" \
+	ROSE_CUDA=0 ROSE_CXXFLAGS="-O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover" \
 	ROSE_LDFLAGS="-fsanitize=address,undefined" \
 	$(BIN)/python setup.py -q build --build-base $(SANITIZED)/base --build-lib $(SANITIZED)/lib
 	cd build && PYTHONPATH=sanitize/lib ../$(BIN)/python -c \

@@ -15,36 +15,49 @@ load_error: str | None = None
 """Why ``torch.ops.rose_ops`` is not there; None if it is."""
 
 
-def _check_devices(**arguments: list[Tensor] | Tensor | None) -> None:
-    """Raise unless all tensors are on one device: one on "meta" would send the others here, too."""
+def _check_devices(
+    tables: dict[str, Tensor], **data: list[Tensor] | Tensor | None
+) -> torch.device | None:
+    """The device of ``data``.
+
+    Raises:
+        RuntimeError: they are not all on one device (a single one on "meta" would send the others
+            here, too), or one of ``tables`` is neither there nor on the CPU.
+    """
     places: dict[torch.device, list[str]] = {}
-    for name, value in arguments.items():
+    for name, value in data.items():
         if isinstance(value, Tensor):
             places.setdefault(value.device, []).append(name)
         for i, tensor in enumerate(value if isinstance(value, (list, tuple)) else ()):
             places.setdefault(tensor.device, []).append(f"{name}[{i}]")
+    for name, table in tables.items():
+        if table.device.type != "cpu" or set(places) <= {table.device}:
+            places.setdefault(table.device, []).append(name)
     if len(places) > 1:
         device, names = min(places.items(), key=lambda place: (len(place[1]), str(place[0]) != "meta"))
         raise RuntimeError(
-            f"{names[0]} is on {device} and other tensors are not; expected all tensors on one device"
+            f"{names[0]} is on {device} and other tensors are not; expected all tensors on one device "
+            "(hyper, group and offsets on the CPU)"
         )
+    return next(iter(places), None)
 
 
 def _register_fakes() -> None:
 
     @torch.library.register_fake("rose_ops::select")
     def _(grads, exp_avgs, hyper, group, inv_scale, *_settings) -> Tensor:
-        _check_devices(grads=grads, exp_avgs=exp_avgs, hyper=hyper, group=group, inv_scale=inv_scale)
-        return hyper.new_empty(Field.SIZE, dtype=torch.int64)
+        device = _check_devices(
+            {"hyper": hyper, "group": group}, grads=grads, exp_avgs=exp_avgs, inv_scale=inv_scale
+        )
+        return torch.empty(Field.SIZE, dtype=torch.int64, device=device)
 
     @torch.library.register_fake("rose_ops::capture_")
     def _(masks, grads, exp_avgs, hyper, group, inv_scale, selection, *_settings) -> None:
         _check_devices(
+            {"hyper": hyper, "group": group},
             masks=masks,
             grads=grads,
             exp_avgs=exp_avgs,
-            hyper=hyper,
-            group=group,
             inv_scale=inv_scale,
             selection=selection,
         )
@@ -54,7 +67,8 @@ def _register_fakes() -> None:
         params, grads, exp_avgs, exp_avg_sqs, steps, first_masks, second_masks, selection, lr, hyper,
         group, offsets, inv_scale, found_inf, *_settings,
     ) -> Tensor:  # fmt: skip
-        _check_devices(
+        device = _check_devices(
+            {"lr": lr, "hyper": hyper, "group": group, "offsets": offsets},
             params=params,
             grads=grads,
             exp_avgs=exp_avgs,
@@ -63,19 +77,15 @@ def _register_fakes() -> None:
             first_masks=first_masks,
             second_masks=second_masks,
             selection=selection,
-            lr=lr,
-            hyper=hyper,
-            group=group,
-            offsets=offsets,
             inv_scale=inv_scale,
             found_inf=found_inf,
         )
-        return lr.new_empty(2, dtype=torch.int64)
+        return torch.empty(2, dtype=torch.int64, device=device)
 
     @torch.library.register_fake("rose_ops::tensor_norms")
     def _(tensors, inv_scale) -> Tensor:
-        _check_devices(tensors=tensors, inv_scale=inv_scale)
-        return torch.empty(len(tensors), device=tensors[0].device if tensors else None)
+        device = _check_devices({}, tensors=tensors, inv_scale=inv_scale)
+        return torch.empty(len(tensors), device=device)
 
 
 try:

@@ -1,4 +1,4 @@
-"""The command line: `python -m rose_ops finetune` and `python -m rose_ops evaluate`."""
+"""The command line: `python -m rose_ops finetune`, `evaluate` and `doctor`."""
 
 import argparse
 import math
@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from rose_ops.doctor import doctor
 from rose_ops.finetune import UserError
 from rose_ops.finetune.data import TASKS
 from rose_ops.finetune.run import evaluate, finetune
@@ -34,6 +35,12 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="command")
     _add_finetune(commands)
     _add_evaluate(commands)
+    commands.add_parser(
+        "doctor",
+        help="say what is installed, and check every usable backend",
+        description="Prints versions, devices and backends, and compares each usable backend with the "
+        "reference on random data. The exit status is not 0 if one is wrong.",
+    ).set_defaults(run=doctor)
     return parser
 
 

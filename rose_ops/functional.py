@@ -14,7 +14,7 @@ from torch import Tensor
 
 from rose_ops import backends
 from rose_ops.layout import empty_masks
-from rose_ops.reference import FRACTION_UNIT, Field, select_tensors
+from rose_ops.reference import FRACTION_UNIT, Field, float32, select_tensors
 
 SELECTIONS = ("exact", "bracket", "approx")
 INACTIVE = ("update", "rank")
@@ -187,7 +187,7 @@ def capture_mask(
     ops = backends.resolve(backend, _device(grads)).ops
     if granularity == "tensor":
         choice("inactive", inactive, INACTIVE)
-        alpha = torch.full((len(grads),), 1.0 - beta1, dtype=torch.float64).float()
+        alpha = torch.full((len(grads),), float32(1.0 - beta1), device=_device(grads))
         # An operator is found by its tensors; there is none to ask about an empty list.
         norms = ops.tensor_norms(_detached(grads), inv_scale) if grads else torch.empty(0)
         exp_avg_norms = ops.tensor_norms(_detached(exp_avgs), None) if exp_avgs else None
@@ -195,7 +195,7 @@ def capture_mask(
         mask, record = select_tensors(norms, exp_avg_norms, alpha, *fractions, inactive == "rank")
         return list(mask.unbind()), Selection.from_record(record)
     record = _select(grads, exp_avgs, upper, lower, beta1, inactive, selection, inv_scale, backend)
-    masks = empty_masks([g.numel() for g in grads])
+    masks = empty_masks([g.numel() for g in grads], _device(grads))
     tables = _one_group(grads, beta1, 0.0, 0.0, 0.0, 1.0, 1.0)
     ops.capture_(
         masks, _detached(grads), _detached(exp_avgs), *tables, inv_scale, record, inactive == "rank"

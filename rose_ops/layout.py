@@ -28,7 +28,9 @@ def overlaps_itself(tensor: Tensor) -> bool:
     )
 
 
-def empty_masks(numels: Sequence[int]) -> list[Tensor]:
+def empty_masks(numels: Sequence[int], device: torch.device | None = None) -> list[Tensor]:
     """One bit per element: a uint8 tensor of ``ceil(n / 8)`` for each n, all in one allocation."""
     sizes = [(n + 7) // 8 for n in numels]
-    return list(torch.empty(sum(sizes), dtype=torch.uint8).split(sizes)) if sizes else []
+    if not sizes:
+        return []
+    return list(torch.empty(sum(sizes), dtype=torch.uint8, device=device).split(sizes))

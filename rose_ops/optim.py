@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
+from itertools import groupby
 from numbers import Real
 from typing import Any, TypeGuard
 
@@ -194,10 +195,12 @@ class RoseFusedAdamW(Optimizer):
             ranking; ``"rank"``: the formulas are taken literally.
         selection_warmup_steps: so many first steps are plain AdamW.
         max_grad_norm: not there yet.
-        capturable: for CUDA graphs; not there yet on the CPU backends.
+        capturable: allows ``step()`` and ``capture()`` inside ``torch.cuda.graph``. As with PyTorch's
+            optimizers, a learning rate that changes between replays must be a tensor on the device.
+            Replays do not count as steps of the selection warm-up: record the graph after it.
         state_dtype: dtype of the moments. None: float32. With bfloat16, second moments are rounded
             stochastically (else they would never decay), keyed on ``seed``, step and element.
-        backend: ``"auto"``, ``"cpu"`` or ``"reference"`` (plain PyTorch, slow).
+        backend: ``"auto"``, ``"cuda"``, ``"cpu"`` or ``"reference"`` (plain PyTorch on the CPU, slow).
         process_group: not there yet.
         seed: of the stochastic rounding, the only thing that is random here.
 
@@ -330,7 +333,7 @@ class RoseFusedAdamW(Optimizer):
             state = self.state[p]
             if "step" not in state:
                 self._dtypes[p] = p.dtype
-                state["step"] = torch.zeros((), dtype=torch.float32)
+                state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
                 for moment in _MOMENTS:
                     state[moment] = torch.zeros_like(
                         p, dtype=self.settings.moment_dtype, memory_format=torch.preserve_format
@@ -376,12 +379,17 @@ class RoseFusedAdamW(Optimizer):
         ]
 
     def _tables(self) -> tuple[Tensor, Tensor]:
-        """Learning rates ``[G]``, and the other hyperparameters ``[G, 6]``."""
+        """Learning rates ``[G]``, where tensors of the user's are, and on the CPU the other
+        hyperparameters ``[G, 6]``."""
         lrs = [group["lr"] for group in self.param_groups]
-        lr = (
-            torch.stack([torch.as_tensor(x, dtype=torch.float64).reshape(()) for x in lrs])
-            if any(isinstance(x, Tensor) for x in lrs)
-            else torch.tensor(lrs, dtype=torch.float64)
+        device = next((x.device for x in lrs if isinstance(x, Tensor) and not x.is_cpu), None)
+        lr = torch.stack(
+            [
+                x.detach().to(device, torch.float64).reshape(())
+                if isinstance(x, Tensor)
+                else torch.full((), x, dtype=torch.float64, device=device)
+                for x in lrs
+            ]
         )
         selecting = self._is_selecting()
         hyper = torch.empty(len(lrs), len(Hyper), dtype=torch.float64)
@@ -428,7 +436,14 @@ class RoseFusedAdamW(Optimizer):
         exp_avg_norms = (
             ops.tensor_norms(self._states(batch, "exp_avg"), None) if kind == "second" else None
         )
-        alpha = (1.0 - hyper[batch.groups, Hyper.BETA1]).float()
+        # Filled where it is needed: a copy from the CPU could not be part of a CUDA graph.
+        alphas = (1.0 - hyper[:, Hyper.BETA1]).float().tolist()
+        alpha = torch.cat(
+            [
+                torch.full((len(list(run)),), alphas[row], device=norms.device)
+                for row, run in groupby(batch.groups)
+            ]
+        )
         mask, self._records[kind] = select_tensors(
             norms, exp_avg_norms, alpha, *self.settings.fractions(kind), self._rank_inactive
         )
@@ -480,7 +495,7 @@ class RoseFusedAdamW(Optimizer):
         if self.settings.granularity == "tensor":
             return self._tensor_masks(kind, batch, hyper, inv_scale)
         record = self._record(kind, batch, hyper, inv_scale)
-        masks = empty_masks([view.numel() for view in batch.views])
+        masks = empty_masks([view.numel() for view in batch.views], batch.views[0].device)
         self._ops(batch).capture_(
             masks, batch.grads, self._states(batch, "exp_avg") if kind == "second" else [],
             hyper, torch.tensor(batch.groups), inv_scale, record, self._rank_inactive,
@@ -517,6 +532,8 @@ class RoseFusedAdamW(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         batch = self._collect()
+        if batch.params and batch.params[0].is_cuda:
+            self._cuda_graph_capture_health_check()
         selective = self._selective(batch) if self._is_selecting() else _Batch()
         needs_first = bool(selective.params) and "first" in self.settings.kinds
         if needs_first and "first" not in self._captured:
@@ -557,7 +574,7 @@ class RoseFusedAdamW(Optimizer):
                     record = self._record(kind, selective, hyper, inv_scale)
                     continue
                 # A parameter that had no gradient at the capture is outside that ranking: selected.
-                none = torch.empty(0, dtype=torch.uint8)
+                none = torch.empty(0, dtype=torch.uint8, device=batch.views[0].device)
                 masks[kind] = [none if (m := found.get(p)) is None else m for p in batch.params]
         self._records["update"] = ops.adamw_(
             batch.views, batch.grads, self._states(batch, "exp_avg"),
@@ -653,7 +670,7 @@ class RoseFusedAdamW(Optimizer):
             step = step.item()
         if not _is_number(step) or step < 0:
             raise fail(f"'step' is {step}; expected a number >= 0")
-        kept["step"] = _Kept(torch.tensor(step, dtype=torch.float32))
+        kept["step"] = _Kept(torch.tensor(step, dtype=torch.float32, device=p.device))
         for key in _MOMENTS:
             value = state[key]
             if not isinstance(value, Tensor) or not value.is_floating_point():

@@ -15,6 +15,8 @@ import torch
 # --import-mode=importlib leaves the path alone, and the tests share support.py.
 sys.path.insert(0, str(Path(__file__).parent))
 
+from support import OnDevice
+
 from rose_ops import backends
 
 SEED = int(os.environ.get("ROSE_TEST_SEED", secrets.randbits(31)))
@@ -39,19 +41,27 @@ def generator(request: pytest.FixtureRequest) -> torch.Generator:
 
 
 def _namespace(name: str):
+    if name == "simt":
+        from simt import build
+
+        return build.load()
     backend = backends.BACKENDS[name]
     if (reason := backend.why_not()) is not None:
         pytest.skip(f"backend {name!r} cannot be used: {reason}")
-    return backend.ops
+    return backend.ops if "cpu" in backend.devices else OnDevice(backend.ops, "cuda")
 
 
-@pytest.fixture(scope="session", params=[b for b in backends.BACKENDS if b != "reference"])
+# The CUDA kernels run twice: on a simulated device ("simt"), and on a GPU where there is one.
+KERNELS = ("cpu", "simt", pytest.param("cuda", marks=pytest.mark.gpu))
+
+
+@pytest.fixture(scope="session", params=KERNELS)
 def ops(request: pytest.FixtureRequest):
     """The operators of each backend that is compared with the reference."""
     return _namespace(request.param)
 
 
-@pytest.fixture(scope="session", params=list(backends.BACKENDS))
+@pytest.fixture(scope="session", params=[*KERNELS, "reference"])
 def any_ops(request: pytest.FixtureRequest):
     """The operators of each backend, the reference included: for what the definitions imply."""
     return _namespace(request.param)

@@ -181,6 +181,49 @@ def digest(tensors: Iterable[Tensor]) -> str:
     return sha.hexdigest()
 
 
+# ------------------------------------------------------------------------------------ other devices
+
+
+class OnDevice:
+    """Operators of a device for tensors on the CPU: storages go there, as they are, and come back."""
+
+    TABLES = ("hyper", "group", "offsets", "lr")  # stay on the CPU
+
+    def __init__(self, ops: Any, device: str) -> None:
+        self._ops, self._device = ops, device
+
+    def __getattr__(self, name: str) -> Any:
+        op = getattr(self._ops, name)
+        arguments = [a.name for a in getattr(torch.ops.rose_ops, name).default._schema.arguments]
+
+        def call(*args: Any) -> Any:
+            storages: dict[int, tuple[torch.UntypedStorage, torch.UntypedStorage]] = {}
+
+            def move(x: Any) -> Any:
+                if isinstance(x, (list, tuple)):
+                    return [move(t) for t in x]
+                if not isinstance(x, Tensor):
+                    return x
+                here = x.untyped_storage()
+                if here.data_ptr() not in storages:
+                    there = torch.UntypedStorage(here.nbytes(), device=self._device)
+                    there.copy_(here)
+                    storages[here.data_ptr()] = here, there
+                there = storages[here.data_ptr()][1]
+                moved = torch.empty(0, dtype=x.dtype, device=self._device).set_(there)
+                return moved.as_strided(x.shape, x.stride(), x.storage_offset())
+
+            moved = [
+                x if key in self.TABLES else move(x) for key, x in zip(arguments, args, strict=True)
+            ]
+            result = op(*moved)
+            for here, there in storages.values():
+                here.copy_(there)
+            return result.cpu() if isinstance(result, Tensor) else result
+
+        return call
+
+
 # ---------------------------------------------------------------------------------------- problems
 
 

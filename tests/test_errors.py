@@ -143,7 +143,7 @@ ARGUMENTS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ),
     ({"max_grad_norm": 0}, NotImplementedError, r"^max_grad_norm is not there yet"),
     ({"process_group": object()}, NotImplementedError, r"^process_group is not there yet"),
-    ({"backend": "cuda"}, NotImplementedError, r"^backend='cuda' is not there yet; use backend='auto'"),
+    ({"backend": "cuda"}, ValueError, r"^backend='cuda' runs on cuda, and the parameters are on cpu"),
     ({"backend": "triton"}, NotImplementedError, r"^backend='triton' is not there yet; use"),
     # AdamW's choice of implementation is not taken in silence.
     ({"fused": True}, TypeError, "unexpected keyword argument 'fused'"),
@@ -657,7 +657,7 @@ def lists(generator: torch.Generator, n: int = 3) -> list[list[Tensor]]:
         ({"selection": "x"}, ValueError, r"^selection='x'; expected one of"),
         ({"selection": "bracket"}, NotImplementedError, "'bracket' is not there yet"),
         ({"backend": "x"}, ValueError, r"^backend='x'; expected one of"),
-        ({"backend": "cuda"}, NotImplementedError, "'cuda' is not there yet"),
+        ({"backend": "cuda"}, ValueError, "'cuda' runs on cuda"),
     ],
     ids=lambda x: str(x) if isinstance(x, dict) else "",
 )

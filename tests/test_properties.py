@@ -637,7 +637,7 @@ def test_functional_api_takes_tensors_that_require_gradients(generator, backend)
         ({"selection": "bracket"}, NotImplementedError, "selection='bracket'"),
         ({"granularity": "row"}, ValueError, "granularity='row'"),
         ({"backend": "magic"}, ValueError, "backend='magic'"),
-        ({"backend": "cuda"}, NotImplementedError, "backend='cuda'"),
+        ({"backend": "cuda"}, ValueError, "backend='cuda'"),
     ],
     ids=lambda x: str(x) if isinstance(x, dict) else "",
 )

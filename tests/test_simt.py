@@ -1,6 +1,6 @@
 """The CUDA kernels on the simulated device: any order of threads, counted bytes and launches, races.
 
-The parity suite runs on that device, too (``ops`` in conftest.py). Here is what only a simulation shows.
+The parity suite runs on that device, too (``ops`` in conftest.py); here is what only it can show.
 """
 
 from __future__ import annotations
@@ -121,13 +121,13 @@ def counted(simt, call) -> tuple[int, int, int]:
 N = 1 << 22
 
 
-@pytest.mark.parametrize(
-    ("mix", "limit"), [(("normal",), 44.0), (("ties",), 52.2)], ids=["normal", "ties"]
-)
+@pytest.mark.parametrize(("mix", "limit"), [("normal", 44.0), ("ties", 52.2)])
 def test_bytes_of_an_exact_second_order_step(simt, ops, generator, mix, limit):
     """fp32: AdamW's own 28 bytes per element, and what finding the threshold reads and writes."""
-    problem = problem_of(generator, N, mix)
+    problem = problem_of(generator, N, (mix,))
     record = problem.select(ops, 600_000_000)
+    # A sample must leave nothing behind that would mislead the next one.
+    Problem.of([g * 1e-20 for g in problem.grads], problem.exp_avgs).select(ops, 600_000_000)
     _, read, written = counted(simt, lambda: problem.select(ops, 600_000_000))
     _, *update = counted(simt, lambda: problem.update(ops, selection=record))
     assert update == [16 * N, 12 * N]
@@ -235,7 +235,11 @@ MUTANTS: dict[str, tuple[str, str, str]] = {
     "position in the log": (
         "select.cuh", "((1u << lane()) - 1));", "((2u << lane()) - 1));",
     ),
-    "leader of a warp": ("select.cuh", "__ffs((int)takers) - 1;", "0;"),
+    "leader of a warp": (
+        "select.cuh",
+        "__shfl_sync(kFullWarp, at, leader);",
+        "__shfl_sync(kFullWarp, at, 0);",
+    ),
     "warp mask of the ballot": (
         "select.cuh", "__ballot_sync(kFullWarp, take);", "__ballot_sync(0xFFFFu, take);",
     ),
@@ -250,7 +254,6 @@ MUTANTS: dict[str, tuple[str, str, str]] = {
     "stale histogram between passes": (
         "select.cuh", "  __syncthreads();\n  clear<2 * kBins>(state.of_windows[0]);\n}", "}",
     ),
-    "stale sample": ("select.cuh", "  clear<kSampleBins>(a.sample->histogram);\n", ""),
     "rank within a bin, by one": (
         "select.cuh", "if (rank <= below + inside) {", "if (rank < below + inside) {",
     ),
@@ -288,35 +291,36 @@ MUTANTS: dict[str, tuple[str, str, str]] = {
 }  # fmt: skip
 
 
+def failures(folder: Path, csrc: Path) -> list[str]:
+    """Which checks the kernels in ``csrc`` fail: results, races, addresses."""
+    build.module()
+    sanitized = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+    checks = {
+        "results": lambda: [sys.executable, build.HERE / "check.py", build.build_mutant(folder, csrc)],
+        "races": lambda: [build.build_races(folder, csrc)],
+        "addresses": lambda: [build.build_races(folder, csrc, sanitized)],
+    }
+    failed = []
+    for name, command in checks.items():
+        if subprocess.run(command(), capture_output=True, timeout=600).returncode != 0:
+            failed.append(name)
+            break  # one is enough
+    return failed
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MUTANTS)
 def test_every_mutant_is_caught(name, tmp_path):
-    """By wrong results in some order of threads, an error of the device, or the race detector."""
-    build.module()
-    mutated = build.copy_sources(tmp_path)
+    csrc = build.copy_sources(tmp_path)
     file, text, replacement = MUTANTS[name]
-    path = mutated / "cuda" / file
+    path = csrc / "cuda" / file
     source = path.read_text()
-    assert source.count(text) >= 1, f"{file} has no {text!r}: bring the table of mutants up to date"
+    assert text in source, f"{file} has no {text!r}: bring the table of mutants up to date"
     path.write_text(source.replace(text, replacement))
-    if name.startswith("atomic"):
-        caught = subprocess.run(
-            [build.build_races(tmp_path, mutated)], capture_output=True, text=True, timeout=600
-        )
-        assert caught.returncode != 0
-        assert "data race" in caught.stderr or "wait for ever" in caught.stderr
-        return
-    library = build.build_mutant(tmp_path, mutated)
-    command = [sys.executable, str(Path(__file__).parent / "simt" / "check.py"), str(library)]
-    found = subprocess.run(command, capture_output=True, text=True, timeout=600)
-    assert found.returncode == 1, f"not caught: {found.stdout[-2000:]}{found.stderr[-2000:]}"
+    assert failures(tmp_path, csrc)
 
 
 @pytest.mark.slow
 def test_the_sources_as_they_are_pass(tmp_path):
-    """What is said of a mutant must not be true of the original."""
-    build.module()
-    library = build.build_mutant(tmp_path, build.copy_sources(tmp_path))
-    command = [sys.executable, str(Path(__file__).parent / "simt" / "check.py"), str(library)]
-    found = subprocess.run(command, capture_output=True, text=True, timeout=600)
-    assert found.returncode == 0, found.stdout[-2000:] + found.stderr[-2000:]
+    """What is said of mutants must not be true of the original."""
+    assert failures(tmp_path, build.copy_sources(tmp_path)) == []

@@ -19,9 +19,18 @@ constexpr unsigned kFullWarp = 0xFFFFFFFFu;
 ROSE_DEVICE int lane() { return (int)threadIdx.x % kWarp; }
 ROSE_DEVICE int warp() { return (int)threadIdx.x / kWarp; }
 
+// A pointer that was itself read from memory could point anywhere: without the assumptions, accesses
+// would be of the slower generic kind.
+#if !defined(__CUDA_ARCH__)
+#define ROSE_ASSUME_GLOBAL(pointer)
+#else
+#define ROSE_ASSUME_GLOBAL(pointer) __builtin_assume(__isGlobal(pointer))
+#endif
+
 template <typename T>
 ROSE_DEVICE T read(const void* pointer, int64_t index) {
   const T* at = (const T*)pointer + index;
+  ROSE_ASSUME_GLOBAL(at);
   ROSE_GLOBAL_READ(at, sizeof(T));
   return *at;
 }
@@ -29,6 +38,7 @@ ROSE_DEVICE T read(const void* pointer, int64_t index) {
 template <typename T>
 ROSE_DEVICE void write(void* pointer, int64_t index, T value) {
   T* at = (T*)pointer + index;
+  ROSE_ASSUME_GLOBAL(at);
   ROSE_GLOBAL_WRITE(at, sizeof(T));
   *at = value;
 }

@@ -26,6 +26,7 @@ ROSE_DEVICE Count find_bin(const T* histogram, Count rank, Bin& bin) {
   __shared__ Count of_warps[kThreads / kWarp];
   __shared__ Bin found;
   Count own = 0;
+#pragma unroll 4
   for (int i = 0; i < kOwn; ++i) own += __ldcg(histogram + threadIdx.x * kOwn + i);
   Count upto = own;  // inclusive sum over the threads of the warp, then of the block
   for (int d = 1; d < kWarp; d *= 2) {
@@ -42,6 +43,7 @@ ROSE_DEVICE Count find_bin(const T* histogram, Count rank, Bin& bin) {
   }
   Count below = upto - own;
   if (below < rank && rank <= upto) {
+#pragma unroll 1
     for (uint32_t i = threadIdx.x * kOwn;; ++i) {
       const Count inside = __ldcg(histogram + i);
       if (rank <= below + inside) {
@@ -114,6 +116,7 @@ ROSE_DEVICE Window plan_window(const Sample& sample, int64_t fraction, double sh
     if (has_high) high -= (uint32_t)((below_high - upto) / (double)last.inside * (kWidth - 1.0));
   }
   Window window = {low, high > low ? high - low : 0, 0};
+#pragma unroll 1
   while (window.width >> window.shift >= kBins) ++window.shift;
   return window;
 }

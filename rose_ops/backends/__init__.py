@@ -30,16 +30,30 @@ class Backend:
     why_not: Callable[[], str | None]
 
 
+def _why_not_cuda() -> str | None:
+    if _ops.load_error is not None:
+        return _ops.load_error
+    if not torch._C._dispatch_has_kernel_for_dispatch_key("rose_ops::select", "CUDA"):
+        return (
+            "the library was built without CUDA kernels; reinstall it from the source tree where there "
+            "is an nvcc, with `ROSE_CUDA=1 pip install --no-build-isolation .`"
+        )
+    if torch.version.cuda is None or not torch.cuda.is_available():
+        return "PyTorch finds no CUDA device here (no driver, or a PyTorch built without CUDA)"
+    return None
+
+
 BACKENDS = {
     backend.name: backend
     for backend in (
+        Backend("cuda", frozenset({"cuda"}), torch.ops.rose_ops, _why_not_cuda),
         Backend("cpu", frozenset({"cpu"}), torch.ops.rose_ops, lambda: _ops.load_error),
         Backend("reference", frozenset({"cpu"}), reference, lambda: None),
     )
 }
 """In the order in which ``"auto"`` tries them."""
 
-PLANNED = ("cuda", "triton")
+PLANNED = ("triton",)
 NAMES = ("auto", *BACKENDS, *PLANNED)
 
 
@@ -49,12 +63,12 @@ def resolve(name: str, device: torch.device) -> Backend:
     Raises:
         ValueError: ``name`` is no backend, or does not run on ``device``.
         NotImplementedError: there is no backend for ``device`` yet.
-        RuntimeError: the backend was asked for by name and cannot be used on this machine.
+        RuntimeError: the backend asked for, or every one for ``device``, cannot be used here.
     """
     if name not in NAMES:
         raise ValueError(f"backend={name!r}; expected one of {', '.join(map(repr, NAMES))}")
     if name in PLANNED:
-        raise NotImplementedError(f"backend={name!r} is not there yet; use backend='auto' on the CPU")
+        raise NotImplementedError(f"backend={name!r} is not there yet; use backend='auto'")
     if name != "auto":
         backend = BACKENDS[name]
         if device.type not in backend.devices:
@@ -82,6 +96,12 @@ def _first_usable(device_type: str) -> Backend:
                 )
             return backend
         reasons.append(f"{backend.name!r}: {reason}")
+    if reasons:
+        raise RuntimeError(
+            f"rose_ops has no usable backend for {device_type} parameters: " + "; ".join(reasons)
+        )
+    known = sorted(set().union(*(backend.devices for backend in BACKENDS.values())))
     raise NotImplementedError(
-        f"rose_ops has no backend for {device_type} parameters yet; move the model to the CPU"
+        f"rose_ops has no backend for {device_type} parameters; move the model to one of: "
+        + ", ".join(known)
     )

@@ -6,6 +6,7 @@ import functools
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
@@ -41,6 +42,8 @@ def module() -> ModuleType:
     from torch.utils.cpp_extension import load
 
     FOLDER.mkdir(parents=True, exist_ok=True)
+    # ninja is where Python is, in a virtual environment that need not be active.
+    os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     return load(
         "rose_simt",
         [str(path) for path in (*BINDINGS, HERE / "kernels.cpp")],

@@ -1,0 +1,71 @@
+"""``python -m rose_ops doctor``."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from rose_ops import backends, cli, reference
+from rose_ops.backends import Backend
+from rose_ops.doctor import check
+
+
+def test_a_sound_installation(capsys):
+    assert cli.main(["doctor"]) == 0
+    lines = dict(line.split(None, 1) for line in capsys.readouterr().out.splitlines() if line)
+    assert lines["torch"] == torch.__version__
+    assert lines["cpu"] == "equals the reference"
+    assert lines["cuda"] == "equals the reference" or "not available: " in lines["cuda"]
+
+
+def test_it_runs_as_a_command():
+    done = subprocess.run([sys.executable, "-m", "rose_ops", "doctor"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "equals the reference" in done.stdout
+
+
+@pytest.mark.parametrize("broken", ["select", "capture_", "adamw_"])
+def test_a_wrong_backend_is_reported(monkeypatch, capsys, broken):
+    def off_by_one(*args):
+        result = getattr(reference, broken)(*args)
+        changed = args[0][0] if result is None or broken == "adamw_" else result
+        changed.view(torch.uint8).reshape(-1)[0] += 1
+        return result
+
+    functions = {name: getattr(reference, name) for name in ("select", "capture_", "adamw_")}
+    ops = SimpleNamespace(**{**functions, broken: off_by_one})
+    if broken == "adamw_":  # parameters are compared with a tolerance, moments are not
+
+        def off_by_one_moment(*args):
+            result = reference.adamw_(*args)
+            args[2][0].view(torch.uint8)[-1] += 1
+            return result
+
+        ops.adamw_ = off_by_one_moment
+    wrong = Backend("wrong", frozenset({"cpu"}), ops, lambda: None)
+    assert check(ops, "cpu")
+    monkeypatch.setitem(backends.BACKENDS, "wrong", wrong)
+    assert cli.main(["doctor"]) == 1
+    captured = capsys.readouterr()
+    assert "wrong: " in captured.out
+    assert "do not train with it" in captured.err
+
+
+def test_why_cuda_cannot_be_used(monkeypatch):
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for built, reason in ((True, "finds no CUDA device"), (False, "built without CUDA kernels")):
+        monkeypatch.setattr(
+            torch._C,
+            "_dispatch_has_kernel_for_dispatch_key",
+            lambda name, key, built=built: built if key == "CUDA" else has_kernel(name, key),
+        )
+        assert reason in backends.BACKENDS["cuda"].why_not()
+        backends._first_usable.cache_clear()
+        with pytest.raises(RuntimeError, match=f"no usable backend for cuda.*{reason}"):
+            backends.resolve("auto", torch.device("cuda"))
+    backends._first_usable.cache_clear()
