@@ -22,16 +22,18 @@ test: $(VENV)/ready  ## all tests but the slow ones of verify-gpu
 	$(BIN)/python -m pytest -m "not slow" $(ARGS)
 
 verify-gpu: $(VENV)/ready  ## the CUDA kernels without a GPU: mutants of them, and what nvcc makes of them
-	$(BIN)/python -m pytest -m slow $(ARGS)
+	$(BIN)/python -m pytest -m slow tests/test_simt.py tests/test_gpu_binaries.py tests/test_triton.py $(ARGS)
+	ROSE_TEST_THOROUGH=0.1 $(BIN)/python -m pytest -m slow tests/test_parity.py \
+		-k "not tensors and not sample_is_taken and not large_ties" $(ARGS)
 
 lint: $(VENV)/ready  ## formatting, style and types
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 	$(BIN)/mypy
-	find csrc tests/simt -type f ! -name '*.py' | xargs $(BIN)/clang-format --dry-run -Werror
+	find csrc tests/simt -type f ! -name '*.py*' | xargs $(BIN)/clang-format --dry-run -Werror
 
 format: $(VENV)/ready  ## rewrite the sources as `make lint` wants them
 	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
-	find csrc tests/simt -type f ! -name '*.py' | xargs $(BIN)/clang-format -i
+	find csrc tests/simt -type f ! -name '*.py*' | xargs $(BIN)/clang-format -i
 
 bench: $(VENV)/ready-bench  ## speed and memory against other optimizers
 	$(BIN)/python -m benchmarks --device $(or $(DEVICE),cpu) $(ARGS)

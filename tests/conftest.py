@@ -12,12 +12,17 @@ import hypothesis
 import pytest
 import torch
 
+# Without a GPU, Triton's kernels are interpreted, on the CPU: to be said before they are imported.
+HAS_GPU = torch.cuda.is_available()
+if not HAS_GPU:
+    os.environ["TRITON_INTERPRET"] = "1"
+
 # --import-mode=importlib leaves the path alone, and the tests share support.py.
 sys.path.insert(0, str(Path(__file__).parent))
 
-from support import OnDevice
+from support import OnDevice  # noqa: E402
 
-from rose_ops import backends
+from rose_ops import backends  # noqa: E402
 
 SEED = int(os.environ.get("ROSE_TEST_SEED", secrets.randbits(31)))
 
@@ -51,17 +56,25 @@ def _namespace(name: str):
     return backend.ops if "cpu" in backend.devices else OnDevice(backend.ops, "cuda")
 
 
-# The CUDA kernels run twice: on a simulated device ("simt"), and on a GPU where there is one.
-KERNELS = ("cpu", "simt", pytest.param("cuda", marks=pytest.mark.gpu))
+# The CUDA kernels run on a simulated device ("simt"), and on a GPU where there is one. Triton's do so,
+# too, or are interpreted, which is slow: `make verify-gpu` runs a part.
+GPU = pytest.param("cuda", marks=pytest.mark.gpu)
+TRITON = pytest.param("triton", marks=pytest.mark.gpu if HAS_GPU else pytest.mark.slow)
 
 
-@pytest.fixture(scope="session", params=KERNELS)
+@pytest.fixture(scope="session", params=["cpu", "simt", GPU, TRITON])
 def ops(request: pytest.FixtureRequest):
     """The operators of each backend that is compared with the reference."""
     return _namespace(request.param)
 
 
-@pytest.fixture(scope="session", params=[*KERNELS, "reference"])
+@pytest.fixture(scope="session", params=["cpu", "simt", GPU, "reference"])
 def any_ops(request: pytest.FixtureRequest):
     """The operators of each backend, the reference included: for what the definitions imply."""
+    return _namespace(request.param)
+
+
+@pytest.fixture(scope="session", params=["cpu", GPU])
+def real_ops(request: pytest.FixtureRequest):
+    """The operators of real devices: for what would take a simulated one too long."""
     return _namespace(request.param)

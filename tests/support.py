@@ -390,7 +390,7 @@ def assert_theta_close(p: Tensor, p0: Tensor, expected: Tensor, update: Tensor, 
 
 def examples(count: int) -> settings:
     """Settings of a test with so many examples; ROSE_TEST_THOROUGH=20 tries 20 times as many."""
-    return settings(max_examples=count * int(os.environ.get("ROSE_TEST_THOROUGH", "1")))
+    return settings(max_examples=max(1, int(count * float(os.environ.get("ROSE_TEST_THOROUGH", "1")))))
 
 
 SIZES = (

@@ -144,7 +144,6 @@ ARGUMENTS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"max_grad_norm": 0}, NotImplementedError, r"^max_grad_norm is not there yet"),
     ({"process_group": object()}, NotImplementedError, r"^process_group is not there yet"),
     ({"backend": "cuda"}, ValueError, r"^backend='cuda' runs on cuda, and the parameters are on cpu"),
-    ({"backend": "triton"}, NotImplementedError, r"^backend='triton' is not there yet; use"),
     # AdamW's choice of implementation is not taken in silence.
     ({"fused": True}, TypeError, "unexpected keyword argument 'fused'"),
     ({"amsgrad": False}, TypeError, "unexpected keyword argument 'amsgrad'"),

@@ -76,7 +76,7 @@ def counts_of_keys(g: torch.Tensor, pattern: torch.Tensor, special) -> torch.Ten
     [(600_000_000, 0, False), (900_000_000, 100_000_001, False), (600_000_000, 0, True)],
     ids=["upper", "between", "approx"],
 )
-def test_one_tensor_beyond_2_31(ops, huge, upper, lower, approx):
+def test_one_tensor_beyond_2_31(real_ops, huge, upper, lower, approx):
     """Record from the counts of bit patterns, masks from the pattern's mask, bit for bit."""
     g, pattern, special = huge
     counts = counts_of_keys(g, pattern, special)
@@ -98,7 +98,7 @@ def test_one_tensor_beyond_2_31(ops, huge, upper, lower, approx):
         return exact | 0xFFFFF if approx else exact
 
     problem = Problem.of([g], [], params=[], exp_avg_sqs=[])
-    record = problem.select(ops, upper, lower, first=True, approx=approx)
+    record = problem.select(real_ops, upper, lower, first=True, approx=approx)
     high, low = threshold(upper), threshold(lower)
     inside = ranked & (key > low) & (key <= high)
     assert record.tolist() == [
@@ -109,7 +109,7 @@ def test_one_tensor_beyond_2_31(ops, huge, upper, lower, approx):
     if approx:
         return
 
-    (mask,) = problem.capture(ops, record, first=True)
+    (mask,) = problem.capture(real_ops, record, first=True)
     (expected,) = Problem.of([pattern]).capture(reference, record, first=True)
     values_ = torch.tensor(list(special.values()), dtype=BF16).float()
     key = reference.risk_key(values_, None, 0.0, False)
@@ -134,7 +134,7 @@ def test_one_tensor_beyond_2_31(ops, huge, upper, lower, approx):
 
 
 @pytest.mark.parametrize("dtype", [BF16, FLOAT], ids=str)
-def test_views_that_reach_beyond_2_31(ops, generator, dtype):
+def test_views_that_reach_beyond_2_31(real_ops, generator, dtype):
     """Few elements, far apart: every offset, in elements and in bytes, needs 64 bits. Only pages
     that are touched exist."""
     shape, strides, offset = (3, 35), (2**30 + 1, 3), 5
@@ -149,11 +149,11 @@ def test_views_that_reach_beyond_2_31(ops, generator, dtype):
     problem = Problem.of([far(g)], [far(m)], params=[far(p)], exp_avg_sqs=[far(m.abs())], lr=0.1)
     near = problem.copy()
     for first in (True, False):
-        record = problem.select(ops, 600_000_000, first=first)
-        assert_same_bits(record, near.select(ops, 600_000_000, first=first))
-        masks = problem.capture(ops, record, first=first)
-        assert_all_same_bits(masks, near.capture(ops, record, first=first), "masks")
-    assert_same_bits(problem.update(ops, masks), near.update(ops, masks))
+        record = problem.select(real_ops, 600_000_000, first=first)
+        assert_same_bits(record, near.select(real_ops, 600_000_000, first=first))
+        masks = problem.capture(real_ops, record, first=first)
+        assert_all_same_bits(masks, near.capture(real_ops, record, first=first), "masks")
+    assert_same_bits(problem.update(real_ops, masks), near.update(real_ops, masks))
     assert_all_same_bits(problem.written, near.written, "written")
 
 
@@ -174,7 +174,7 @@ PIECE = 2_000_003
     ],
     ids=["distinct", "classes", "ties", "all"],
 )
-def test_index_space_beyond_2_31(ops, generator, mix, upper, lower, first):
+def test_index_space_beyond_2_31(real_ops, generator, mix, upper, lower, first):
     """One tensor REPEATS times: counts multiply, and rank k is rank ceil(k / REPEATS) of one."""
     assert REPEATS * PIECE > 2**31
     g, m = (values(PIECE, mix, FLOAT, generator) for _ in range(2))
@@ -187,7 +187,7 @@ def test_index_space_beyond_2_31(ops, generator, mix, upper, lower, first):
         return int(ranked[-(-k // REPEATS) - 1]) if k else -1
 
     high, low = threshold(upper), threshold(lower)
-    record = ops.select(
+    record = real_ops.select(
         [g] * REPEATS, [] if first else [m] * REPEATS, hyper_table((0.9, 0.999, 1e-8, 0.1, 1, 1)),
         torch.zeros(REPEATS, dtype=torch.int64), None, upper, lower, False, False,
     )  # fmt: skip
@@ -198,14 +198,14 @@ def test_index_space_beyond_2_31(ops, generator, mix, upper, lower, first):
     ]  # fmt: skip
 
 
-def test_histogram_of_one_bin_beyond_2_31(ops):
+def test_histogram_of_one_bin_beyond_2_31(real_ops):
     """All keys in one bin, on one thread: 32-bit counters, even four in turn, would wrap."""
     repeats = 8600
     g = torch.ones(PIECE)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        record = ops.select(
+        record = real_ops.select(
             [g] * repeats, [], hyper_table((0.9, 0.999, 1e-8, 0.1, 1, 1)),
             torch.zeros(repeats, dtype=torch.int64), None, 600_000_000, 0, False, True,
         )  # fmt: skip

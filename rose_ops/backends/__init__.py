@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
+import os
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,14 +23,44 @@ class Backend:
     Attributes:
         name: what users pass as ``backend=``.
         devices: device types it runs on.
-        ops: namespace with ``select``, ``capture_``, ``adamw_`` and ``tensor_norms``.
+        load: returns its ``ops``, a namespace with ``select``, ``capture_``, ``adamw_`` and
+            ``tensor_norms``.
         why_not: returns why it cannot be used on this machine, or None if it can.
     """
 
     name: str
     devices: frozenset[str]
-    ops: Any
+    load: Callable[[], Any]
     why_not: Callable[[], str | None]
+
+    @property
+    def ops(self) -> Any:
+        return self.load()
+
+
+def _compiled() -> Any:
+    return torch.ops.rose_ops
+
+
+# Interpreted, Triton's kernels run on the CPU, and nowhere else.
+_INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
+_TRITON_DEVICES = frozenset({"cpu"} if _INTERPRETED else {"cuda", "xpu"})
+
+
+def _load_triton() -> Any:
+    return importlib.import_module("rose_ops.backends.triton")
+
+
+def _why_not_triton() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed; install it with `pip install triton`"
+    if not _INTERPRETED and not torch.cuda.is_available() and not torch.xpu.is_available():
+        return "PyTorch finds no GPU here (no driver, or a PyTorch built without one)"
+    try:
+        _load_triton()
+    except Exception as error:  # whatever a broken installation raises is the reason
+        return f"Triton's kernels could not be imported: {error}"
+    return None
 
 
 def _why_not_cuda() -> str | None:
@@ -46,15 +79,15 @@ def _why_not_cuda() -> str | None:
 BACKENDS = {
     backend.name: backend
     for backend in (
-        Backend("cuda", frozenset({"cuda"}), torch.ops.rose_ops, _why_not_cuda),
-        Backend("cpu", frozenset({"cpu"}), torch.ops.rose_ops, lambda: _ops.load_error),
-        Backend("reference", frozenset({"cpu"}), reference, lambda: None),
+        Backend("cuda", frozenset({"cuda"}), _compiled, _why_not_cuda),
+        Backend("triton", _TRITON_DEVICES, _load_triton, _why_not_triton),
+        Backend("cpu", frozenset({"cpu"}), _compiled, lambda: _ops.load_error),
+        Backend("reference", frozenset({"cpu"}), lambda: reference, lambda: None),
     )
 }
 """In the order in which ``"auto"`` tries them."""
 
-PLANNED = ("triton",)
-NAMES = ("auto", *BACKENDS, *PLANNED)
+NAMES = ("auto", *BACKENDS)
 
 
 def resolve(name: str, device: torch.device) -> Backend:
@@ -67,8 +100,6 @@ def resolve(name: str, device: torch.device) -> Backend:
     """
     if name not in NAMES:
         raise ValueError(f"backend={name!r}; expected one of {', '.join(map(repr, NAMES))}")
-    if name in PLANNED:
-        raise NotImplementedError(f"backend={name!r} is not there yet; use backend='auto'")
     if name != "auto":
         backend = BACKENDS[name]
         if device.type not in backend.devices:
@@ -86,12 +117,12 @@ def resolve(name: str, device: torch.device) -> Backend:
 def _first_usable(device_type: str) -> Backend:
     reasons: list[str] = []
     for backend in BACKENDS.values():
-        if device_type not in backend.devices:
+        if device_type not in backend.devices or (backend.name == "triton" and device_type == "cpu"):
             continue
         if (reason := backend.why_not()) is None:
             if reasons:
                 warnings.warn(
-                    f"rose_ops uses the slow backend {backend.name!r}: " + "; ".join(reasons),
+                    f"rose_ops uses the slower backend {backend.name!r}: " + "; ".join(reasons),
                     stacklevel=2,
                 )
             return backend

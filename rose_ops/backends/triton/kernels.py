@@ -1,0 +1,472 @@
+"""The Triton kernels; their arithmetic is that of ``csrc/include/rose/element.h``, one by one.
+
+A launch walks the tiles of the segments (tensors) of one class: equal dtypes, aligned or not. Rows of
+int64 describe segments, see :class:`rose_ops.backends.triton.table.Column`. Launch with
+``enable_fp_fusion=False``: every product and sum is rounded.
+"""
+
+# Kernels are compiled, not run: their annotations are Triton's.
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+INACTIVE: tl.constexpr = tl.constexpr(-(1 << 31))  # keys as int32: below every ranked one
+NONFINITE: tl.constexpr = tl.constexpr(-(1 << 31) + (1 << 20))
+INFINITY: tl.constexpr = tl.constexpr(0x7F800000)
+ONE: tl.constexpr = tl.constexpr(0x3F800000)
+BINS: tl.constexpr = tl.constexpr(2048)
+
+# Columns of a row, and words of the state of a selection; the same as in table.py.
+N: tl.constexpr = tl.constexpr(0)
+FIRST_TILE: tl.constexpr = tl.constexpr(1)
+OFFSET: tl.constexpr = tl.constexpr(2)
+DATA: tl.constexpr = tl.constexpr(3)
+MASK: tl.constexpr = tl.constexpr(7)
+MASK_KIND: tl.constexpr = tl.constexpr(9)
+BITS: tl.constexpr = tl.constexpr(11)
+STEP: tl.constexpr = tl.constexpr(12)
+GROUP: tl.constexpr = tl.constexpr(13)
+DIMS: tl.constexpr = tl.constexpr(14)
+FIRST_DIM: tl.constexpr = tl.constexpr(15)
+INDEX: tl.constexpr = tl.constexpr(16)
+COLUMNS: tl.constexpr = tl.constexpr(17)
+
+RANKED: tl.constexpr = tl.constexpr(0)
+STATE_INACTIVE: tl.constexpr = tl.constexpr(1)
+STATE_NONFINITE: tl.constexpr = tl.constexpr(2)
+TICKETS: tl.constexpr = tl.constexpr(3)
+TARGETS: tl.constexpr = tl.constexpr(8)  # 4 words each: rank (0: none), below, prefix, inside
+HISTOGRAMS: tl.constexpr = tl.constexpr(16)
+
+PREPARED: tl.constexpr = tl.constexpr(16)  # float32 for each segment
+
+
+@triton.jit
+def _bits(x):
+    return x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+
+
+@triton.jit
+def _float(bits):
+    return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _load(address, at, valid, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
+    """float32 of any of the dtypes; bfloat16 widens on integers."""
+    if DTYPE == 0:
+        pointer = address.to(tl.pointer_type(tl.float32))
+        if ALIGNED:
+            pointer = tl.multiple_of(pointer, 16)
+        x = tl.load(pointer + at, mask=valid, other=0.0)
+    elif DTYPE == 1:
+        pointer = address.to(tl.pointer_type(tl.int16))
+        if ALIGNED:
+            pointer = tl.multiple_of(pointer, 16)
+        x = _float(tl.load(pointer + at, mask=valid, other=0).to(tl.int32) << 16)
+    else:
+        pointer = address.to(tl.pointer_type(tl.float16))
+        if ALIGNED:
+            pointer = tl.multiple_of(pointer, 16)
+        x = tl.load(pointer + at, mask=valid, other=0.0).to(tl.float32)
+    return x
+
+
+@triton.jit
+def _store(address, at, x, valid, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
+    """To nearest, ties to even; bfloat16 on integers."""
+    if DTYPE == 0:
+        pointer = address.to(tl.pointer_type(tl.float32))
+        if ALIGNED:
+            pointer = tl.multiple_of(pointer, 16)
+        tl.store(pointer + at, x, mask=valid)
+    elif DTYPE == 1:
+        u = x.to(tl.uint32, bitcast=True)
+        rounded = (u + 0x7FFF + ((u >> 16) & 1)) >> 16
+        _store_bits(address, at, tl.where(_bits(x) > INFINITY, 0x7FC0, rounded), valid, ALIGNED)
+    else:
+        pointer = address.to(tl.pointer_type(tl.float16))
+        if ALIGNED:
+            pointer = tl.multiple_of(pointer, 16)
+        tl.store(pointer + at, x.to(tl.float16), mask=valid)
+
+
+@triton.jit
+def _store_bits(address, at, bits, valid, ALIGNED: tl.constexpr):
+    pointer = address.to(tl.pointer_type(tl.int16))
+    if ALIGNED:
+        pointer = tl.multiple_of(pointer, 16)
+    tl.store(pointer + at, bits.to(tl.int16), mask=valid)
+
+
+@triton.jit
+def _mix(x):
+    x = (x ^ (x >> 16)) * 0x21F0AAAD
+    x = (x ^ (x >> 15)) * 0xD35A2D97
+    return x ^ (x >> 15)
+
+
+@triton.jit
+def _locate(row, dims, index, OPERAND: tl.constexpr, LINEAR: tl.constexpr):
+    """Where the elements ``index`` (row-major) of one operand are in its memory."""
+    if LINEAR:
+        return index
+    at = tl.zeros_like(index)
+    first = tl.load(row + FIRST_DIM)
+    count = tl.load(row + DIMS)
+    for k in range(0, count):
+        dim = dims + (first + count - 1 - k) * 5  # size, strides
+        size = tl.load(dim)
+        rest = index // size
+        at += (index - rest * size) * tl.load(dim + 1 + OPERAND)
+        index = rest
+    return tl.where(count == 0, index, at)
+
+
+@triton.jit
+def _tile(rows, tile_rows, tile, ALIGNED: tl.constexpr, BLOCK: tl.constexpr):
+    """Row of a tile's segment, and the elements of the tile."""
+    row = rows + tl.load(tile_rows + tile).to(tl.int64) * COLUMNS
+    start = (tile - tl.load(row + FIRST_TILE)) * BLOCK
+    index = start + tl.arange(0, BLOCK).to(tl.int64)
+    n = tl.load(row + N)
+    if ALIGNED:  # else the mask would make accesses scalar
+        n = tl.multiple_of(n, 16)
+    return row, index, index < n
+
+
+@triton.jit
+def _key(g, m, alpha, SECOND: tl.constexpr, RANK_INACTIVE: tl.constexpr):
+    ag = _bits(g)
+    if SECOND:
+        am = _bits(m)
+        ratio = tl.div_rn(alpha * _float(ag), _float(am))
+        ranked = _bits(ratio - 1.0)
+        if RANK_INACTIVE:
+            inactive = tl.where(ag == 0, ONE, INFINITY)
+        else:
+            inactive = tl.full(ag.shape, INACTIVE, tl.int32)
+        key = tl.where(am == 0, inactive, ranked)
+        finite = (ag < INFINITY) & (am < INFINITY)
+    else:
+        key = ag
+        if not RANK_INACTIVE:
+            key = tl.where(ag == 0, INACTIVE, key)
+        finite = ag < INFINITY
+    return tl.where(finite, key, NONFINITE)
+
+
+@triton.jit
+def _is_selected(key, selection):
+    high = tl.load(selection).to(tl.int32)
+    low = tl.load(selection + 1).to(tl.int32)
+    return ((key <= high) & (key > low)) | (key == INACTIVE)
+
+
+@triton.jit
+def _keys_of_tile(
+    row, dims, index, valid, hyper, inv_scale,
+    D0: tl.constexpr, D1: tl.constexpr, LINEAR: tl.constexpr, ALIGNED: tl.constexpr,
+    SECOND: tl.constexpr, RANK_INACTIVE: tl.constexpr, SCALED: tl.constexpr,
+):  # fmt: skip
+    g = _load(tl.load(row + DATA), _locate(row, dims, index, 0, LINEAR), valid, D0, ALIGNED)
+    m = g
+    alpha = 1.0
+    if SECOND:
+        at = _locate(row, dims, index, 1, LINEAR)
+        m = _load(tl.load(row + DATA + 1), at, valid, D1, ALIGNED)
+        alpha = (1.0 - tl.load(hyper + tl.load(row + GROUP) * 6)).to(tl.float32)
+    if SCALED:
+        g = g * tl.load(inv_scale)
+    return _key(g, m, alpha, SECOND, RANK_INACTIVE)
+
+
+@triton.jit
+def _rank_of(fraction, n):
+    return fraction * (n // 1000000000) + fraction * (n % 1000000000) // 1000000000
+
+
+@triton.jit
+def _select_kernel(
+    rows, tile_rows, tiles, dims, hyper, inv_scale, state, selection, upper, lower, programs,
+    PASS: tl.constexpr, LAST: tl.constexpr, APPROX: tl.constexpr,
+    D0: tl.constexpr, D1: tl.constexpr, LINEAR: tl.constexpr, ALIGNED: tl.constexpr,
+    SECOND: tl.constexpr, RANK_INACTIVE: tl.constexpr, SCALED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One digit of both thresholds: 11, 11 and 9 bits. The last program of a pass scans."""
+    SHIFT: tl.constexpr = 20 if PASS == 0 else (9 if PASS == 1 else 0)
+    DIGIT: tl.constexpr = 9 if PASS == 2 else 11
+    bins = tl.arange(0, BINS)
+    upper_counts = tl.zeros([BINS], tl.int32)
+    lower_counts = tl.zeros([BINS], tl.int32)
+    inactive = tl.zeros([BLOCK], tl.int32)
+    nonfinite = tl.zeros([BLOCK], tl.int32)
+    high = tl.load(state + TARGETS)
+    low = tl.load(state + TARGETS + 4)
+    upper_prefix = tl.load(state + TARGETS + 2).to(tl.int32)
+    lower_prefix = tl.load(state + TARGETS + 6).to(tl.int32)
+    first = tl.program_id(0).to(tl.int64)
+    if PASS == 0 or high + low > 0:  # else there is nothing to look for
+        for tile in range(first, tiles, tl.num_programs(0)):
+            row, index, valid = _tile(rows, tile_rows, tile, ALIGNED, BLOCK)
+            key = _keys_of_tile(
+                row, dims, index, valid, hyper, inv_scale, D0, D1, LINEAR, ALIGNED, SECOND,
+                RANK_INACTIVE, SCALED,
+            )  # fmt: skip
+            digit = (key >> SHIFT) & ((1 << DIGIT) - 1)
+            ranked = valid & (key >= 0)
+            if PASS == 0:
+                upper_counts += tl.histogram(tl.where(ranked, digit, 0), BINS, mask=ranked)
+                inactive += (valid & (key == INACTIVE)).to(tl.int32)
+                nonfinite += (valid & (key == NONFINITE)).to(tl.int32)
+            else:
+                prefix = key >> (SHIFT + DIGIT)
+                inside = ranked & (high > 0) & (prefix == upper_prefix)
+                upper_counts += tl.histogram(tl.where(inside, digit, 0), BINS, mask=inside)
+                if low > 0:
+                    inside = ranked & (prefix == lower_prefix)
+                    lower_counts += tl.histogram(tl.where(inside, digit, 0), BINS, mask=inside)
+    histogram = state + HISTOGRAMS + bins
+    tl.atomic_add(histogram, upper_counts.to(tl.int64), mask=upper_counts > 0)
+    tl.atomic_add(histogram + BINS, lower_counts.to(tl.int64), mask=lower_counts > 0)
+    if PASS == 0:
+        tl.atomic_add(state + STATE_INACTIVE, tl.sum(inactive.to(tl.int64)))
+        tl.atomic_add(state + STATE_NONFINITE, tl.sum(nonfinite.to(tl.int64)))
+    tl.debug_barrier()
+    if tl.atomic_add(state + TICKETS + PASS, 1) == programs - 1:
+        if PASS == 0:
+            counts = tl.load(histogram, cache_modifier=".cg")
+            n = tl.sum(counts)
+            tl.store(state + RANKED, n)
+            high = _rank_of(upper, n)
+            low = _rank_of(lower, n)
+        for t in tl.static_range(2):
+            rank = high if t == 0 else low
+            target = state + TARGETS + 4 * t
+            source = histogram + (0 if PASS == 0 else t * BINS)
+            counts = tl.load(source, cache_modifier=".cg")
+            upto = tl.cumsum(counts, 0)
+            below = tl.load(target + 1)
+            wanted = rank - below
+            here = (upto >= wanted) & (upto - counts < wanted) & (rank > 0)
+            digit = tl.sum(tl.where(here, bins.to(tl.int64), 0))
+            tl.store(target, rank)
+            tl.store(target + 1, below + tl.sum(tl.where(here, upto - counts, 0)))
+            tl.store(target + 2, (tl.load(target + 2) << DIGIT) + digit)
+            tl.store(target + 3, tl.sum(tl.where(here, counts, 0)))
+        tl.debug_barrier()
+        tl.store(histogram, tl.zeros([BINS], tl.int64))
+        tl.store(histogram + BINS, tl.zeros([BINS], tl.int64))
+        if LAST:
+            for t in tl.static_range(2):
+                target = state + TARGETS + 4 * t
+                edge = tl.load(target + 2)
+                if APPROX:
+                    edge = tl.minimum((edge << 20) + ((1 << 20) - 1), INFINITY)
+                tl.store(selection + t, tl.where(tl.load(target) > 0, edge, -1))
+            upto_high = tl.load(state + TARGETS + 1) + tl.load(state + TARGETS + 3)
+            upto_low = tl.load(state + TARGETS + 5) + tl.load(state + TARGETS + 7)
+            tl.store(selection + 2, tl.maximum(upto_high - upto_low, 0))
+            tl.store(selection + 3, tl.load(state + RANKED))
+            tl.store(selection + 4, tl.load(state + STATE_INACTIVE, cache_modifier=".cg"))
+            tl.store(selection + 5, tl.load(state + STATE_NONFINITE, cache_modifier=".cg"))
+
+
+@triton.jit
+def _capture_kernel(
+    rows, tile_rows, tiles, dims, hyper, inv_scale, selection,
+    D0: tl.constexpr, D1: tl.constexpr, LINEAR: tl.constexpr, ALIGNED: tl.constexpr,
+    SECOND: tl.constexpr, RANK_INACTIVE: tl.constexpr, SCALED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One bit for each element, 8 to a byte, the lowest first."""
+    first = tl.program_id(0).to(tl.int64)
+    for tile in range(first, tiles, tl.num_programs(0)):
+        row, index, valid = _tile(rows, tile_rows, tile, ALIGNED, BLOCK)
+        key = _keys_of_tile(
+            row, dims, index, valid, hyper, inv_scale, D0, D1, LINEAR, ALIGNED, SECOND, RANK_INACTIVE,
+            SCALED,
+        )  # fmt: skip
+        bit = (_is_selected(key, selection) & valid).to(tl.int32).reshape([BLOCK // 8, 8])
+        byte = tl.sum(bit << tl.arange(0, 8)[None, :], axis=1)
+        start = (tile - tl.load(row + FIRST_TILE)) * (BLOCK // 8)
+        at = start + tl.arange(0, BLOCK // 8).to(tl.int64)
+        pointer = tl.load(row + BITS).to(tl.pointer_type(tl.uint8))
+        tl.store(pointer + at, byte.to(tl.uint8), mask=at * 8 < tl.load(row + N))
+
+
+@triton.jit
+def _prepare_kernel(
+    rows, count, hyper, lr, found_inf, prepared, keys, counts, gamma, seed, first_weight, second_weight,
+    FOUND: tl.constexpr,
+):  # fmt: skip
+    """What all elements of a segment have in common in an update, and its step. A program each."""
+    i = tl.program_id(0).to(tl.int64)
+    if i == 0:
+        tl.store(counts, 0)
+        tl.store(counts + 1, 0)
+    runs = i < count
+    if FOUND:
+        runs = runs & (tl.load(found_inf) == 0)
+    if runs:
+        row = rows + i * COLUMNS
+        group = hyper + tl.load(row + GROUP) * 6
+        beta1 = tl.load(group)
+        beta2 = tl.load(group + 1)
+        step_pointer = tl.load(row + STEP).to(tl.pointer_type(tl.float32))
+        step = tl.load(step_pointer) + 1.0
+        tl.store(step_pointer, step)
+        t = step.to(tl.float64)
+        bias1 = 1.0 - tl.exp(t * tl.log(beta1))
+        bias2 = 1.0 - tl.exp(t * tl.log(beta2))
+        rate = tl.load(lr + tl.load(row + GROUP))
+        decay = tl.load(group + 3)
+        out = prepared + tl.load(row + INDEX) * PREPARED
+        tl.store(out, beta1.to(tl.float32))
+        tl.store(out + 1, (1.0 - beta1).to(tl.float32))
+        tl.store(out + 2, beta2.to(tl.float32))
+        tl.store(out + 3, (1.0 - beta2).to(tl.float32))
+        tl.store(out + 4, tl.load(group + 2).to(tl.float32))
+        tl.store(out + 5, (1.0 / tl.sqrt(bias2)).to(tl.float32))
+        weight = tl.load(gamma)
+        tl.store(out + 6, weight.to(tl.float32))
+        tl.store(out + 7, (1.0 - weight).to(tl.float32))
+        tl.store(out + 8, (rate * weight / bias1).to(tl.float32))
+        tl.store(out + 9, (rate * (1.0 - weight) / bias1).to(tl.float32))
+        tl.store(out + 10, (rate / bias1).to(tl.float32))
+        tl.store(out + 11, (1.0 - rate * weight * decay).to(tl.float32))
+        tl.store(out + 12, (1.0 - rate * (1.0 - weight) * decay).to(tl.float32))
+        tl.store(out + 13, (1.0 - rate * decay).to(tl.float32))
+        kind = tl.where(tl.load(group + 5) != 0, 0, 3)
+        for k in tl.static_range(2):
+            given = tl.load(row + MASK_KIND + k)
+            added = first_weight if k == 0 else second_weight
+            whole = given == 3
+            if given == 2:
+                whole = tl.load(tl.load(row + MASK + k).to(tl.pointer_type(tl.uint8))) != 0
+            kind += tl.where(whole, added, 0)
+        pair = keys + tl.load(row + INDEX) * 2
+        scrambled = step.to(tl.int64).to(tl.uint32) * 0x9E3779B9
+        tl.store(
+            pair, _mix(tl.load(seed).to(tl.int64).to(tl.uint32) ^ scrambled).to(tl.int32, bitcast=True)
+        )
+        tl.store(pair + 1, kind)
+
+
+@triton.jit
+def _update_kernel(
+    rows, tile_rows, tiles, dims, hyper, inv_scale, found_inf, selection, prepared, keys, counts,
+    first_weight, second_weight,
+    D0: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, D3: tl.constexpr,
+    LINEAR: tl.constexpr, ALIGNED: tl.constexpr, FRACTIONAL: tl.constexpr, FROM_RISK: tl.constexpr,
+    HAS_FIRST: tl.constexpr, HAS_SECOND: tl.constexpr,
+    RANK_INACTIVE: tl.constexpr, SCALED: tl.constexpr, FOUND: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """AdamW under the mask, in place. A program for each tile: a loop would take registers."""
+    runs = tiles > 0
+    if FOUND:
+        runs = runs & (tl.load(found_inf) == 0)
+    if runs:
+        tile = tl.program_id(0).to(tl.int64)
+        row, index, valid = _tile(rows, tile_rows, tile, ALIGNED, BLOCK)
+        group = hyper + tl.load(row + GROUP) * 6
+        at_p = _locate(row, dims, index, 0, LINEAR)
+        at_m = _locate(row, dims, index, 2, LINEAR)
+        at_v = _locate(row, dims, index, 3, LINEAR)
+        p_data = tl.load(row + DATA)
+        m_data = tl.load(row + DATA + 2)
+        v_data = tl.load(row + DATA + 3)
+        p = _load(p_data, at_p, valid, D0, ALIGNED)
+        g_data = tl.load(row + DATA + 1)
+        g = _load(g_data, _locate(row, dims, index, 1, LINEAR), valid, D1, ALIGNED)
+        m = _load(m_data, at_m, valid, D2, ALIGNED)
+        v = _load(v_data, at_v, valid, D3, ALIGNED)
+        factor = tl.load(group + 4).to(tl.float32)
+        if SCALED:
+            factor = factor * tl.load(inv_scale)
+        g = g * factor
+        selective = tl.zeros([BLOCK], tl.int32) + tl.load(group + 5).to(tl.int32) != 0
+        segment = tl.load(row + INDEX)
+        kind = tl.zeros([BLOCK], tl.int32) + tl.load(keys + segment * 2 + 1)
+        if HAS_FIRST:
+            some = valid & (index * 0 + tl.load(row + MASK_KIND) == 1)
+            pointer = tl.load(row + MASK).to(tl.pointer_type(tl.uint8))
+            byte = tl.load(pointer + index // 8, mask=some, other=0).to(tl.int32)
+            kind += ((byte >> (index % 8).to(tl.int32)) & 1) * first_weight
+        if HAS_SECOND:
+            some = valid & (index * 0 + tl.load(row + MASK_KIND + 1) == 1)
+            pointer = tl.load(row + MASK + 1).to(tl.pointer_type(tl.uint8))
+            byte = tl.load(pointer + index // 8, mask=some, other=0).to(tl.int32)
+            kind += ((byte >> (index % 8).to(tl.int32)) & 1) * second_weight
+        if FROM_RISK:
+            alpha = (1.0 - tl.load(group)).to(tl.float32)
+            key = _key(g, m, alpha, True, RANK_INACTIVE)
+            kind += (selective & _is_selected(key, selection)).to(tl.int32) * second_weight
+        bad = selective & ((_bits(g) >= INFINITY) | (_bits(m) >= INFINITY))
+        kind = tl.where(bad, 0, kind)
+        tl.atomic_add(counts, tl.sum((valid & (kind != 0)).to(tl.int64)))
+        tl.atomic_add(counts + 1, tl.sum((valid & bad).to(tl.int64)))
+
+        u = prepared + segment * PREPARED
+        off = kind == 0
+        gp = tl.where(off, m, g)
+        step_size = tl.load(u + 10)
+        decay = tl.load(u + 13)
+        if FRACTIONAL:
+            is_gamma = kind == 1
+            is_rest = kind == 2
+            w = tl.where(is_gamma, tl.load(u + 6), tl.load(u + 7))
+            c = tl.where(is_gamma, tl.load(u + 7), tl.load(u + 6))
+            gp = tl.where(is_gamma | is_rest, w * g + c * m, gp)
+            rest_size = tl.where(is_rest, tl.load(u + 9), step_size)
+            rest_decay = tl.where(is_rest, tl.load(u + 12), decay)
+            step_size = tl.where(is_gamma, tl.load(u + 8), rest_size)
+            decay = tl.where(is_gamma, tl.load(u + 11), rest_decay)
+        m_new = tl.where(off, m, tl.load(u) * m + tl.load(u + 1) * gp)
+        v_new = tl.load(u + 2) * v + tl.load(u + 3) * (gp * gp)
+        denominator = tl.sqrt_rn(v_new) * tl.load(u + 5) + tl.load(u + 4)
+        p_new = tl.where(off, p, p * decay - step_size * tl.div_rn(m_new, denominator))
+        _store(p_data, at_p, p_new, valid, D0, ALIGNED)
+        _store(m_data, at_m, m_new, valid, D2, ALIGNED)
+        if D3 == 0:
+            _store(v_data, at_v, v_new, valid, D3, ALIGNED)
+        else:  # stochastic rounding
+            position = index + tl.load(row + OFFSET)
+            low = position.to(tl.uint32)
+            key = tl.load(keys + segment * 2).to(tl.uint32, bitcast=True)
+            random = _mix(_mix(low) + _mix((position >> 32).to(tl.uint32) ^ key))
+            a = _bits(v_new)
+            added = tl.where(a < INFINITY, random & 0xFFFF, 0)
+            quiet = tl.where(a > INFINITY, 0x40, 0).to(tl.uint32)
+            rounded = ((v_new.to(tl.uint32, bitcast=True) + added) >> 16) | quiet
+            _store_bits(v_data, at_v, rounded, valid, ALIGNED)
+
+
+@triton.jit
+def _squares_kernel(
+    rows, tile_rows, tiles, dims, inv_scale, partial, base,
+    D0: tl.constexpr, LINEAR: tl.constexpr, ALIGNED: tl.constexpr, SCALED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Sum of squares of each tile, in a fixed order."""
+    first = tl.program_id(0).to(tl.int64)
+    for tile in range(first, tiles, tl.num_programs(0)):
+        row, index, valid = _tile(rows, tile_rows, tile, ALIGNED, BLOCK)
+        x = _load(tl.load(row + DATA), _locate(row, dims, index, 0, LINEAR), valid, D0, ALIGNED)
+        if SCALED:
+            x = x * tl.load(inv_scale)
+        x = tl.where(valid, x.to(tl.float64), 0.0)
+        tl.store(partial + base + tile, tl.sum(x * x))
+
+
+@triton.jit
+def _norms_kernel(rows, partial, base, norms, BLOCK: tl.constexpr, PARTS: tl.constexpr):
+    """The norm of each segment from its tiles. A program each."""
+    row = rows + tl.program_id(0).to(tl.int64) * COLUMNS
+    tiles = (tl.load(row + N) + BLOCK - 1) // BLOCK
+    tile = partial + base + tl.load(row + FIRST_TILE)
+    sums = tl.zeros([PARTS], tl.float64)
+    for start in range(0, tiles, PARTS):
+        part = start + tl.arange(0, PARTS)
+        sums += tl.load(tile + part, mask=part < tiles, other=0.0)
+    tl.store(norms + tl.load(row + INDEX), tl.sqrt(tl.sum(sums)).to(tl.float32))
