@@ -121,8 +121,9 @@ def _first_usable(device_type: str) -> Backend:
             continue
         if (reason := backend.why_not()) is None:
             if reasons:
+                slow = "slow " if backend.name == "reference" else ""
                 warnings.warn(
-                    f"rose_ops uses the slower backend {backend.name!r}: " + "; ".join(reasons),
+                    f"rose_ops uses the {slow}backend {backend.name!r}: " + "; ".join(reasons),
                     stacklevel=2,
                 )
             return backend

@@ -136,7 +136,11 @@ def make(
                 raise RuntimeError(
                     f"{what} and {first.name}[{i}] have different shapes; expected the same"
                 )
-            if role.written and any(s == 0 and n > 1 for s, n in zip(t.stride(), t.shape, strict=True)):
+            if (
+                role.written
+                and t.numel()
+                and any(s == 0 and n > 1 for s, n in zip(t.stride(), t.shape, strict=True))
+            ):
                 raise RuntimeError(
                     f"{what} is an expanded tensor, whose elements share memory; it cannot be updated "
                     "in place (use .contiguous())"
