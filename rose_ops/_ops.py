@@ -42,16 +42,17 @@ def _check_devices(
     return next(iter(places), None)
 
 
-def _register_fakes() -> None:
+def register_fakes(namespace: str = "rose_ops") -> None:
+    """For the operators of a library with the schemas of csrc/schemas.h."""
 
-    @torch.library.register_fake("rose_ops::select")
+    @torch.library.register_fake(f"{namespace}::select")
     def _(grads, exp_avgs, hyper, group, inv_scale, *_settings) -> Tensor:
         device = _check_devices(
             {"hyper": hyper, "group": group}, grads=grads, exp_avgs=exp_avgs, inv_scale=inv_scale
         )
         return torch.empty(Field.SIZE, dtype=torch.int64, device=device)
 
-    @torch.library.register_fake("rose_ops::capture_")
+    @torch.library.register_fake(f"{namespace}::capture_")
     def _(masks, grads, exp_avgs, hyper, group, inv_scale, selection, *_settings) -> None:
         _check_devices(
             {"hyper": hyper, "group": group},
@@ -62,7 +63,7 @@ def _register_fakes() -> None:
             selection=selection,
         )
 
-    @torch.library.register_fake("rose_ops::adamw_")
+    @torch.library.register_fake(f"{namespace}::adamw_")
     def _(
         params, grads, exp_avgs, exp_avg_sqs, steps, first_masks, second_masks, selection, lr, hyper,
         group, offsets, inv_scale, found_inf, *_settings,
@@ -82,7 +83,7 @@ def _register_fakes() -> None:
         )
         return torch.empty(2, dtype=torch.int64, device=device)
 
-    @torch.library.register_fake("rose_ops::tensor_norms")
+    @torch.library.register_fake(f"{namespace}::tensor_norms")
     def _(tensors, inv_scale) -> Tensor:
         device = _check_devices({}, tensors=tensors, inv_scale=inv_scale)
         return torch.empty(len(tensors), device=device)
@@ -90,7 +91,7 @@ def _register_fakes() -> None:
 
 try:
     torch.ops.load_library(_LIBRARY)
-    _register_fakes()  # fails if the library is of another version, and lacks an operator
+    register_fakes()  # fails if the library is of another version, and lacks an operator
 except (OSError, RuntimeError) as error:
     reason = (
         f"it was built against another PyTorch than {torch.__version__} or from other sources"

@@ -54,9 +54,13 @@ def module() -> ModuleType:
     )
 
 
+@functools.cache
 def load() -> Any:
     """The operators of the simulated device."""
+    from rose_ops import _ops
+
     module()
+    _ops.register_fakes("rose_simt")
     return torch.ops.rose_simt
 
 

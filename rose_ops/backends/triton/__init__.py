@@ -17,7 +17,19 @@ from torch import Tensor
 from triton import knobs
 
 from rose_ops.backends.triton import kernels
-from rose_ops.backends.triton.table import ALL, BITS, NO_MASK, WHOLE, Class, Role, Table, check, make
+from rose_ops.backends.triton.table import (
+    ALL,
+    BITS,
+    NO_MASK,
+    WHOLE,
+    Class,
+    Role,
+    Table,
+    check,
+    check_counts,
+    check_groups,
+    make,
+)
 from rose_ops.reference import FRACTION_UNIT, Field, keeps_denormals
 
 INTERPRETED = bool(knobs.runtime.interpret)
@@ -69,6 +81,11 @@ def _risk_constants(c: Class, second: bool, rank_inactive: bool, scaled: bool) -
     }
 
 
+def _resolved(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Lazy negation carried out: the kernels read memory."""
+    return [t.resolve_neg() for t in tensors]
+
+
 def _risk_roles(grads: Sequence[Tensor], exp_avgs: Sequence[Tensor]) -> list[Role]:
     return [Role("grads", grads), *([Role("exp_avgs", exp_avgs)] if exp_avgs else [])]
 
@@ -93,6 +110,7 @@ def select(
             f"expected 0 <= lower < upper <= {FRACTION_UNIT} (units of 1e-9); got lower {lower} and "
             f"upper {upper}"
         )
+    grads = _resolved(grads)
     table = make(_risk_roles(grads, exp_avgs), hyper, group, SELECT_BLOCK)
     device = _device(grads)
     _check_scalar("inv_scale", inv_scale, device)
@@ -120,6 +138,7 @@ def capture_(
 ) -> None:  # fmt: skip
     """See :func:`rose_ops.reference.capture_`."""
     device = _device(grads)
+    check_counts(_risk_roles(grads, exp_avgs))
     if len(masks) != len(grads):
         raise RuntimeError(
             f"masks has {len(masks)} tensors; expected one for each of {len(grads)} gradients"
@@ -128,6 +147,7 @@ def capture_(
         check("masks", mask, torch.uint8, (g.numel() + 7) // 8, device)
     check("selection", selection, torch.int64, Field.SIZE, device)
     _check_scalar("inv_scale", inv_scale, device)
+    grads = _resolved(grads)
     columns = {11: [mask.data_ptr() for mask in masks]}
     table = make(_risk_roles(grads, exp_avgs), hyper, group, BLOCK, columns=columns)
     with _on(device):
@@ -154,9 +174,9 @@ def _mask_columns(
     for mask, p, counts in zip(masks, params, selective, strict=True):
         kind = ALL if mask.numel() == 0 else WHOLE if mask.dtype == torch.bool else BITS
         if kind == WHOLE:
-            check(name, mask, torch.bool, 1, p.device)
+            check(name, mask, torch.bool, 1, params[0].device)
         elif kind == BITS:
-            check(name, mask, torch.uint8, (p.numel() + 7) // 8, p.device)
+            check(name, mask, torch.uint8, (p.numel() + 7) // 8, params[0].device)
         kinds.append(kind if counts else NO_MASK)
     return [mask.data_ptr() for mask in masks], kinds
 
@@ -171,6 +191,13 @@ def adamw_(
     """See :func:`rose_ops.reference.adamw_`."""
     device = _device(params)
     cpu = torch.device("cpu")
+    grads = _resolved(grads)
+    roles = [
+        Role("params", params, True), Role("grads", grads), Role("exp_avgs", exp_avgs, True),
+        Role("exp_avg_sqs", exp_avg_sqs, True),
+    ]  # fmt: skip
+    check_counts(roles)
+    check_groups(hyper, group, len(grads))
     check("offsets", offsets, torch.int64, len(params), cpu)
     check("lr", lr, torch.float64, hyper.numel() // 6, cpu if lr.is_cpu else device)
     if len(steps) != len(params):
@@ -201,10 +228,6 @@ def adamw_(
         2: offsets.tolist(), 7: firsts, 8: seconds, 9: first_kinds, 10: second_kinds,
         12: [step.data_ptr() for step in steps],
     }  # fmt: skip
-    roles = [
-        Role("params", params, True), Role("grads", grads), Role("exp_avgs", exp_avgs, True),
-        Role("exp_avg_sqs", exp_avg_sqs, True),
-    ]  # fmt: skip
     rates = lr.tolist() if lr.is_cpu else []
     extra = [gamma, float(seed % 2**32), *rates]
     table = make(roles, hyper, group, BLOCK, extra, columns)
@@ -241,6 +264,7 @@ def tensor_norms(tensors: list[Tensor], inv_scale: Tensor | None) -> Tensor:
     device = _device(tensors)
     _check_scalar("inv_scale", inv_scale, device)
     hyper, group = torch.zeros(1, 6, dtype=torch.float64), torch.zeros(len(tensors), dtype=torch.int64)
+    tensors = _resolved(tensors)
     table: Table = make([Role("tensors", tensors)], hyper, group, BLOCK)
     norms = torch.empty(len(tensors), device=device)
     if not tensors:

@@ -69,6 +69,24 @@ def check(name: str, tensor: Tensor, dtype: torch.dtype, numel: int, device: tor
         )
 
 
+def check_counts(roles: Sequence[Role]) -> None:
+    """Raise RuntimeError unless all lists are equally long."""
+    first, count = roles[0], len(roles[0].tensors)
+    for role in roles:
+        if len(role.tensors) != count:
+            raise RuntimeError(
+                f"{role.name} has {len(role.tensors)} tensors and {first.name} has {count}; expected "
+                "one for each"
+            )
+
+
+def check_groups(hyper: Tensor, group: Tensor, count: int) -> None:
+    """Raise RuntimeError unless these are the hyperparameters of ``count`` tensors."""
+    cpu = torch.device("cpu")
+    check("hyper", hyper, torch.float64, hyper.numel() // 6 * 6, cpu)
+    check("group", group, torch.int64, count, cpu)
+
+
 def _dims(tensors: Sequence[Tensor]) -> list[list[int]]:
     """Sizes and strides, with neighbours merged that every operand walks as one; none: linear."""
     if all(t.is_contiguous() for t in tensors):
@@ -112,14 +130,8 @@ def make(
     first = roles[0]
     count = len(first.tensors)
     device = first.tensors[0].device if count else torch.device("cpu")
-    check("hyper", hyper, torch.float64, hyper.numel() // 6 * 6, torch.device("cpu"))
-    check("group", group, torch.int64, count, torch.device("cpu"))
-    for role in roles:
-        if len(role.tensors) != count:
-            raise RuntimeError(
-                f"{role.name} has {len(role.tensors)} tensors and {first.name} has {count}; expected "
-                "one for each"
-            )
+    check_counts(roles)
+    check_groups(hyper, group, count)
     groups = group.tolist()
     members: dict[tuple[tuple[int, ...], bool, bool], list[list[int]]] = {}
     pool: list[list[int]] = []
