@@ -86,7 +86,7 @@ def register_fakes(namespace: str = "rose_ops") -> None:
     @torch.library.register_fake(f"{namespace}::tensor_norms")
     def _(tensors, inv_scale) -> Tensor:
         device = _check_devices({}, tensors=tensors, inv_scale=inv_scale)
-        return torch.empty(len(tensors), device=device)
+        return torch.empty(len(tensors), dtype=torch.float32, device=device)
 
 
 try:

@@ -46,9 +46,10 @@ class Selection(NamedTuple):
     @classmethod
     def from_record(cls, record: Tensor) -> Selection:
         """Views of an operator's selection record."""
-        threshold = record[Field.HIGH].to(torch.int32).view(torch.float32)
+        fields = record.unbind()
+        threshold = fields[Field.HIGH].to(torch.int32).view(torch.float32)
         counts = (Field.KEPT, Field.RANKED, Field.INACTIVE, Field.NONFINITE, Field.MISSES)
-        return cls(threshold, *(record[field] for field in counts))
+        return cls(threshold, *(fields[field] for field in counts))
 
 
 class UpdateCounts(NamedTuple):
@@ -187,9 +188,11 @@ def capture_mask(
     ops = backends.resolve(backend, _device(grads)).ops
     if granularity == "tensor":
         choice("inactive", inactive, INACTIVE)
-        alpha = torch.full((len(grads),), float32(1.0 - beta1), device=_device(grads))
+        alpha = torch.full(
+            (len(grads),), float32(1.0 - beta1), dtype=torch.float32, device=_device(grads)
+        )
         # An operator is found by its tensors; there is none to ask about an empty list.
-        norms = ops.tensor_norms(_detached(grads), inv_scale) if grads else torch.empty(0)
+        norms = ops.tensor_norms(_detached(grads), inv_scale) if grads else alpha
         exp_avg_norms = ops.tensor_norms(_detached(exp_avgs), None) if exp_avgs else None
         fractions = check_fractions(upper, lower)
         mask, record = select_tensors(norms, exp_avg_norms, alpha, *fractions, inactive == "rank")
@@ -251,7 +254,7 @@ def rose_adamw_(
         )  # fmt: skip
         # As after any in-place operation: a backward that still needs the old values is an error.
         torch.autograd.graph.increment_version(params)
-    return UpdateCounts(*counts)
+    return UpdateCounts(*counts.unbind())
 
 
 __all__ = [

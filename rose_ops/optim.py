@@ -25,7 +25,7 @@ from rose_ops.functional import (
     choice,
 )
 from rose_ops.layout import empty_masks, memory_order, overlaps_itself
-from rose_ops.reference import FRACTION_UNIT, Hyper, select_tensors
+from rose_ops.reference import FRACTION_UNIT, Hyper, float32, select_tensors
 
 ORDERS = {"first": ("first",), "second": ("second",), "ensemble": ("first", "second")}
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -193,14 +193,17 @@ class RoseFusedAdamW(Optimizer):
         inactive: what happens to elements without evidence to rank by (no gradient history in
             second order, zero gradient in first). ``"update"``: they are selected and stay out of the
             ranking; ``"rank"``: the formulas are taken literally.
-        selection_warmup_steps: so many first steps are plain AdamW.
+        selection_warmup_steps: so many first steps are plain AdamW. (On a GPU a step that
+            ``GradScaler`` skips counts, too: whether it does is not read back.)
         max_grad_norm: not there yet.
         capturable: allows ``step()`` and ``capture()`` inside ``torch.cuda.graph``. As with PyTorch's
             optimizers, a learning rate that changes between replays must be a tensor on the device.
-            Replays do not count as steps of the selection warm-up: record the graph after it.
+            Only calls of ``step()`` count for the selection warm-up, not replays: record the graph
+            after the warm-up, and after a first step, which makes the state.
         state_dtype: dtype of the moments. None: float32. With bfloat16, second moments are rounded
             stochastically (else they would never decay), keyed on ``seed``, step and element.
-        backend: ``"auto"``, ``"cuda"``, ``"cpu"`` or ``"reference"`` (plain PyTorch on the CPU, slow).
+        backend: ``"auto"``, ``"cuda"``, ``"triton"``, ``"cpu"`` or ``"reference"`` (plain PyTorch on
+            the CPU, slow). ``"auto"`` is ``"cuda"`` or else ``"triton"`` on a GPU.
         process_group: not there yet.
         seed: of the stochastic rounding, the only thing that is random here.
 
@@ -326,6 +329,8 @@ class RoseFusedAdamW(Optimizer):
                     batch.groups.append(row)
                     batch.offsets.append(offset)
                 offset += p.numel()
+        if batch.params and not batch.params[0].is_cpu:
+            _check_graph(self, any("step" not in self.state.get(p, {}) for p in batch.params))
         return batch
 
     def _init_state(self, batch: _Batch) -> None:
@@ -386,8 +391,9 @@ class RoseFusedAdamW(Optimizer):
         lr = torch.stack(
             [
                 x.detach().to(device, torch.float64).reshape(())
-                if isinstance(x, Tensor)
-                else torch.full((), x, dtype=torch.float64, device=device)
+                if isinstance(x, Tensor) and x.device == device
+                # Filled where it is needed: a copy from the CPU would wait for the device.
+                else torch.full((), float(x), dtype=torch.float64, device=device)
                 for x in lrs
             ]
         )
@@ -427,9 +433,7 @@ class RoseFusedAdamW(Optimizer):
         self._records[kind] = record
         return record
 
-    def _tensor_masks(
-        self, kind: str, batch: _Batch, hyper: Tensor, inv_scale: Tensor | None
-    ) -> list[Tensor]:
+    def _tensor_masks(self, kind: str, batch: _Batch, inv_scale: Tensor | None) -> list[Tensor]:
         """Rank the tensors of ``batch`` by their norms."""
         ops = self._ops(batch)
         norms = ops.tensor_norms(batch.grads, inv_scale)
@@ -437,10 +441,10 @@ class RoseFusedAdamW(Optimizer):
             ops.tensor_norms(self._states(batch, "exp_avg"), None) if kind == "second" else None
         )
         # Filled where it is needed: a copy from the CPU could not be part of a CUDA graph.
-        alphas = (1.0 - hyper[:, Hyper.BETA1]).float().tolist()
+        alphas = [float32(1.0 - group["betas"][0]) for group in self.param_groups]
         alpha = torch.cat(
             [
-                torch.full((len(list(run)),), alphas[row], device=norms.device)
+                torch.full((len(list(run)),), alphas[row], dtype=torch.float32, device=norms.device)
                 for row, run in groupby(batch.groups)
             ]
         )
@@ -491,9 +495,9 @@ class RoseFusedAdamW(Optimizer):
 
     def _capture(self, kind: str, batch: _Batch, inv_scale: Tensor | None) -> list[Tensor]:
         self._init_state(batch)
-        _, hyper = self._tables()
         if self.settings.granularity == "tensor":
-            return self._tensor_masks(kind, batch, hyper, inv_scale)
+            return self._tensor_masks(kind, batch, inv_scale)
+        _, hyper = self._tables()
         record = self._record(kind, batch, hyper, inv_scale)
         masks = empty_masks([view.numel() for view in batch.views], batch.views[0].device)
         self._ops(batch).capture_(
@@ -532,8 +536,6 @@ class RoseFusedAdamW(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         batch = self._collect()
-        if batch.params and batch.params[0].is_cuda:
-            self._cuda_graph_capture_health_check()
         selective = self._selective(batch) if self._is_selecting() else _Batch()
         needs_first = bool(selective.params) and "first" in self.settings.kinds
         if needs_first and "first" not in self._captured:
@@ -568,7 +570,7 @@ class RoseFusedAdamW(Optimizer):
                 if kind in self._captured:
                     found = {p: self.state[p].get(_mask_key(kind)) for p in batch.params}
                 elif settings.granularity == "tensor":
-                    bools = self._tensor_masks(kind, selective, hyper, inv_scale)
+                    bools = self._tensor_masks(kind, selective, inv_scale)
                     found = dict(zip(selective.params, bools, strict=True))
                 else:
                     record = self._record(kind, selective, hyper, inv_scale)
@@ -593,7 +595,9 @@ class RoseFusedAdamW(Optimizer):
         that mask was ever made) and ``"update"`` (:class:`UpdateCounts`), as 0-dim tensors."""
         found: dict[str, Selection | UpdateCounts] = {}
         for kind, record in self._records.items():
-            found[kind] = UpdateCounts(*record) if kind == "update" else Selection.from_record(record)
+            found[kind] = (
+                UpdateCounts(*record.unbind()) if kind == "update" else Selection.from_record(record)
+            )
         return found
 
     # -------------------------------------------------------------------------------------- state
@@ -725,6 +729,20 @@ class RoseFusedAdamW(Optimizer):
 
     def __repr__(self) -> str:
         return f"{super().__repr__()[:-1]}\n{self.settings}\n)"
+
+
+def _check_graph(optimizer: Optimizer, lacks_state: bool) -> None:
+    """Raise if a graph is being recorded that would not do what it should."""
+    # Where there are both names, the older one warns.
+    for name in ("_accelerator_graph_capture_health_check", "_cuda_graph_capture_health_check"):
+        if check := getattr(optimizer, name, None):
+            check()  # that capturable is set
+            break
+    if lacks_state and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "a CUDA graph is being recorded and some parameters have no state yet; every replay would "
+            "start from zero again: call step() once before recording"
+        )
 
 
 def _reciprocal(grad_scale: Tensor | None) -> Tensor | None:

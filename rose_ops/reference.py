@@ -72,7 +72,7 @@ def keeps_denormals(function: Callable[P, T]) -> Callable[P, T]:
 
     @wraps(function)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> T:
-        flushing = (torch.tensor(2.0**-126) * 0.5).item() == 0
+        flushing = (torch.tensor(2.0**-126, dtype=torch.float32) * 0.5).item() == 0
         torch.set_flush_denormal(False)
         try:
             return function(*args, **kwargs)
@@ -106,7 +106,7 @@ def risk_key(g: Tensor, m: Tensor | None, alpha: float | Tensor, rank_inactive: 
         finite = finite & m.isfinite()
         inactive = m == 0
         risk = (alpha * g / m - 1).abs()
-        risk = torch.where(inactive, torch.where(g == 0, 1.0, torch.inf), risk)
+        risk = torch.where(inactive, torch.where(g == 0, 1.0, torch.inf).float(), risk)
     key = risk.contiguous().view(torch.int32).long()
     if not rank_inactive:
         key = torch.where(inactive, INACTIVE_KEY, key)
@@ -184,7 +184,8 @@ def select(
 
 def is_selected(keys: Tensor, selection: Tensor) -> Tensor:
     """Bool mask: ``tau_l < r <= tau_h``, or inactive."""
-    inside = (keys > selection[Field.LOW]) & (keys <= selection[Field.HIGH])
+    low, high = selection.select(0, Field.LOW), selection.select(0, Field.HIGH)
+    inside = (keys > low) & (keys <= high)
     return inside | (keys == INACTIVE_KEY)
 
 
@@ -365,7 +366,7 @@ def _constant(x: float, dtype: torch.dtype) -> float:
 def tensor_norms(tensors: list[Tensor], inv_scale: Tensor | None) -> Tensor:
     """Frobenius norm of each tensor: float32 ``[N]``, accumulated in float64."""
     norms = [scaled(t, inv_scale).double().square().sum().sqrt() for t in tensors]
-    return torch.stack(norms).float() if norms else torch.empty(0)
+    return torch.stack(norms).float() if norms else torch.empty(0, dtype=torch.float32)
 
 
 @keeps_denormals
@@ -401,21 +402,24 @@ def select_tensors(
         product = fraction * (last % FRACTION_UNIT)  # as in rank_of, which drops the remainder
         index = fraction * (last // FRACTION_UNIT) + product // FRACTION_UNIT
         weight = (product % FRACTION_UNIT).double() / FRACTION_UNIT
-        low, high = risks[index], risks[torch.minimum(index + 1, last)]
-        between = torch.lerp(low, high, weight.float())
-        between = torch.where(high.isinf(), high, between)  # lerp may compute inf - inf
+        # take: an index in brackets would be read by the host. Products and sums one by one, in
+        # float64: lerp is fused on some devices and not on others.
+        low, high = risks.take(index), risks.take(torch.minimum(index + 1, last))
+        between = (low.double() + weight * (high.double() - low.double())).float()
+        between = torch.where(high.isinf(), high, between)  # that may have been inf - inf
         value = torch.where((weight == 0) | (low == high), low, between)
         return value.view(torch.int32).long()
 
-    nothing = n == 0
-    record = torch.zeros(Field.SIZE, dtype=torch.int64, device=key.device)
+    zero = torch.zeros((), dtype=torch.int64, device=key.device)
+    fields = dict.fromkeys(range(Field.SIZE), zero)
     if len(key):
-        record[Field.HIGH] = torch.where(nothing, -1, quantile(upper))
+        nothing = n == 0
+        fields[Field.HIGH] = torch.where(nothing, -1, quantile(upper))
         # From `tau_l <= r` to `tau_l < r`: the largest key below.
-        record[Field.LOW] = torch.where(nothing, -1, quantile(lower) - 1)
-    record[Field.RANKED] = n
-    record[Field.INACTIVE] = (key == INACTIVE_KEY).sum()
-    record[Field.NONFINITE] = (key == NONFINITE_KEY).sum()
-    mask = is_selected(key, record)
-    record[Field.KEPT] = (mask & ranked).sum()
-    return mask, record
+        fields[Field.LOW] = torch.where(nothing, -1, quantile(lower) - 1)
+    fields[Field.RANKED] = n
+    fields[Field.INACTIVE] = (key == INACTIVE_KEY).sum()
+    fields[Field.NONFINITE] = (key == NONFINITE_KEY).sum()
+    mask = is_selected(key, torch.stack([*fields.values()]))
+    fields[Field.KEPT] = (mask & ranked).sum()
+    return mask, torch.stack([*fields.values()])

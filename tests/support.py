@@ -202,7 +202,7 @@ class OnDevice:
             def move(x: Any) -> Any:
                 if isinstance(x, (list, tuple)):
                     return [move(t) for t in x]
-                if not isinstance(x, Tensor):
+                if not isinstance(x, Tensor) or x.is_meta:
                     return x
                 here = x.untyped_storage()
                 if here.data_ptr() not in storages:
@@ -211,14 +211,17 @@ class OnDevice:
                     storages[here.data_ptr()] = here, there
                 there = storages[here.data_ptr()][1]
                 moved = torch.empty(0, dtype=x.dtype, device=self._device).set_(there)
-                return moved.as_strided(x.shape, x.stride(), x.storage_offset())
+                moved = moved.as_strided(x.shape, x.stride(), x.storage_offset())
+                return moved._neg_view() if x.is_neg() else moved
 
             moved = [
                 x if key in self.TABLES else move(x) for key, x in zip(arguments, args, strict=True)
             ]
-            result = op(*moved)
-            for here, there in storages.values():
-                here.copy_(there)
+            try:
+                result = op(*moved)
+            finally:  # what a failed call has written is to be seen, too
+                for here, there in storages.values():
+                    here.copy_(there)
             return result.cpu() if isinstance(result, Tensor) else result
 
         return call

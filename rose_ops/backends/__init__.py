@@ -66,12 +66,14 @@ def _why_not_triton() -> str | None:
 def _why_not_cuda() -> str | None:
     if _ops.load_error is not None:
         return _ops.load_error
+    if torch.version.hip is not None:
+        return "its kernels are for NVIDIA's GPUs, and this PyTorch is for ROCm"
     if not torch._C._dispatch_has_kernel_for_dispatch_key("rose_ops::select", "CUDA"):
         return (
             "the library was built without CUDA kernels; reinstall it from the source tree where there "
             "is an nvcc, with `ROSE_CUDA=1 pip install --no-build-isolation .`"
         )
-    if torch.version.cuda is None or not torch.cuda.is_available():
+    if not torch.cuda.is_available():
         return "PyTorch finds no CUDA device here (no driver, or a PyTorch built without CUDA)"
     return None
 
