@@ -257,10 +257,12 @@ class Problem:
     lr: Tensor
     offsets: Tensor
     inv_scale: Tensor | None = None
+    clip: Tensor | None = None
     found_inf: Tensor | None = None
     gamma: float = 0.5
     rank_inactive: bool = False
     seed: int = 0
+    stochastic: bool = False
 
     @classmethod
     def of(
@@ -313,14 +315,14 @@ class Problem:
     def select(self, ops, upper, lower=0, *, first=False, approx=False) -> Tensor:
         return ops.select(
             self.grads, [] if first else self.exp_avgs, self.hyper, self.group, self.inv_scale,
-            upper, lower, self.rank_inactive, approx,
+            self.clip, upper, lower, self.rank_inactive, approx,
         )  # fmt: skip
 
     def capture(self, ops, record: Tensor, *, first=False) -> list[Tensor]:
         masks = random_masks(self.numels)
         ops.capture_(
             masks, self.grads, [] if first else self.exp_avgs, self.hyper, self.group,
-            self.inv_scale, record, self.rank_inactive,
+            self.inv_scale, self.clip, record, self.rank_inactive,
         )  # fmt: skip
         return masks
 
@@ -331,8 +333,13 @@ class Problem:
         return ops.adamw_(
             self.params, self.grads, self.exp_avgs, self.exp_avg_sqs, self.steps, list(first),
             list(second), selection, self.lr, self.hyper, self.group, self.offsets, self.inv_scale,
-            self.found_inf, self.gamma, self.rank_inactive, self.seed, **options,
+            self.clip, self.found_inf, self.gamma, self.rank_inactive, self.seed, self.stochastic,
+            **options,
         )  # fmt: skip
+
+
+def tensor_norms(ops, tensors: list[Tensor], inv_scale: Tensor | None) -> Tensor:
+    return reference.norm_of(ops.sums_of_squares(tensors, inv_scale))
 
 
 def compare_update(ops, problem: Problem, first=(), second=(), selection=None) -> Problem:
