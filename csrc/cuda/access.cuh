@@ -15,6 +15,7 @@ namespace cuda {
 constexpr unsigned kFullWarp = 0xFFFFFFFFu;
 
 #define ROSE_DEVICE static __device__ __forceinline__
+#define ROSE_METHOD __device__ __forceinline__
 
 ROSE_DEVICE int lane() { return (int)threadIdx.x % kWarp; }
 ROSE_DEVICE int warp() { return (int)threadIdx.x / kWarp; }

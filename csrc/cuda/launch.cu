@@ -72,12 +72,12 @@ const char* update(UpdateArguments arguments, Stream stream) {
                               : walk(update_kernel<false>, arguments, arguments.table, stream);
 }
 
-const char* norms(NormArguments arguments, Stream stream) {
+const char* sums_of_squares(SquaresArguments arguments, Stream stream) {
   if (arguments.table.count == 0) return nullptr;
   if (const char* failed = walk(squares_kernel, arguments, arguments.table, stream)) return failed;
   constexpr int64_t kMostBlocks = 65535;
   const int64_t count = arguments.table.count;
-  ROSE_LAUNCH(norms_kernel, count < kMostBlocks ? count : kMostBlocks, stream, arguments);
+  ROSE_LAUNCH(sums_kernel, count < kMostBlocks ? count : kMostBlocks, stream, arguments);
   return text(cudaGetLastError());
 }
 

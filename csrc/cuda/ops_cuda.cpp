@@ -23,9 +23,11 @@ torch::stable::Device device_of(const std::vector<Tensor>& tensors) {
 #endif
 }
 
-const float* scalar(const std::optional<Tensor>& tensor, const char* name, const Context& context) {
+// Data of an optional float32 tensor on the device.
+const float* floats(const std::optional<Tensor>& tensor, int64_t numel, const char* name,
+                    const Context& context) {
   if (!tensor) return nullptr;
-  check_table(*tensor, ScalarType::Float, 1, name, context.device());
+  check_table(*tensor, ScalarType::Float, numel, name, context.device());
   return tensor->const_data_ptr<float>();
 }
 
@@ -37,14 +39,15 @@ const int64_t* record(const Tensor& selection, const Context& context) {
 }  // namespace
 
 Tensor select(std::vector<Tensor> grads, std::vector<Tensor> exp_avgs, Tensor hyper, Tensor group,
-              std::optional<Tensor> inv_scale, int64_t upper, int64_t lower, bool rank_inactive,
-              bool approx) {
+              std::optional<Tensor> inv_scale, std::optional<Tensor> clip, int64_t upper, int64_t lower,
+              bool rank_inactive, bool approx) {
   check_fractions(upper, lower);
   const Context context(device_of(grads));
   const Segments layout(risk_roles(grads, exp_avgs), kTile);
   const Groups groups(hyper, group, layout.size());
   const DeviceTable table(HostTable(layout, &groups), context);
-  const float* scale = scalar(inv_scale, "inv_scale", context);
+  const float* scale = floats(inv_scale, 1, "inv_scale", context);
+  const float* clips = floats(clip, 2, "clip", context);
   Tensor result = context.empty(8, ScalarType::Long);
   const int64_t n = layout.elements(), positions = layout.tiles() * kTile;
   // Room for the window around a threshold. Where it holds all keys, there is nothing to sample.
@@ -54,7 +57,7 @@ Tensor select(std::vector<Tensor> grads, std::vector<Tensor> exp_avgs, Tensor hy
   Tensor state = context.empty((sizeof(SelectState) + 7) / 8, ScalarType::Long);
   Tensor log = context.empty(approx ? 0 : capacity * (lower > 0 ? 2 : 1), ScalarType::Int);
   const Tensor sample = zeros_of_stream(context, (sizeof(Sample) + 7) / 8);
-  check(cuda::select({{table.table, scale, !exp_avgs.empty(), rank_inactive},
+  check(cuda::select({{table.table, scale, clips, !exp_avgs.empty(), rank_inactive},
                       static_cast<Sample*>(sample.mutable_data_ptr()),
                       lines,
                       lines == 0 ? 0 : positions / lines,
@@ -71,8 +74,8 @@ Tensor select(std::vector<Tensor> grads, std::vector<Tensor> exp_avgs, Tensor hy
 }
 
 void capture_(std::vector<Tensor> masks, std::vector<Tensor> grads, std::vector<Tensor> exp_avgs,
-              Tensor hyper, Tensor group, std::optional<Tensor> inv_scale, Tensor selection,
-              bool rank_inactive) {
+              Tensor hyper, Tensor group, std::optional<Tensor> inv_scale,
+              std::optional<Tensor> clip, Tensor selection, bool rank_inactive) {
   const Context context(device_of(grads));
   const Segments layout(risk_roles(grads, exp_avgs), kTile);
   const Groups groups(hyper, group, layout.size());
@@ -85,7 +88,8 @@ void capture_(std::vector<Tensor> masks, std::vector<Tensor> grads, std::vector<
   }
   const DeviceTable table(host, context);
   check(cuda::capture(
-      {{table.table, scalar(inv_scale, "inv_scale", context), !exp_avgs.empty(), rank_inactive},
+      {{table.table, floats(inv_scale, 1, "inv_scale", context), floats(clip, 2, "clip", context),
+        !exp_avgs.empty(), rank_inactive},
        record(selection, context)},
       context.stream()));
 }
@@ -94,8 +98,9 @@ Tensor adamw_(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector
               std::vector<Tensor> exp_avg_sqs, std::vector<Tensor> steps,
               std::vector<Tensor> first_masks, std::vector<Tensor> second_masks,
               std::optional<Tensor> selection, Tensor lr, Tensor hyper, Tensor group, Tensor offsets,
-              std::optional<Tensor> inv_scale, std::optional<Tensor> found_inf, double gamma,
-              bool rank_inactive, int64_t seed) {
+              std::optional<Tensor> inv_scale, std::optional<Tensor> clip,
+              std::optional<Tensor> found_inf, double gamma, bool rank_inactive, int64_t seed,
+              bool stochastic) {
   const Context context(device_of(params));
   const Segments layout({{"params", &params, true},
                          {"grads", &grads, false},
@@ -138,9 +143,11 @@ Tensor adamw_(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector
   UpdateArguments arguments;
   arguments.table = table.table;
   arguments.lr = lr.is_cpu() ? table.lr : lrs;
-  arguments.inv_scale = scalar(inv_scale, "inv_scale", context);
-  arguments.found_inf = scalar(found_inf, "found_inf", context);
+  arguments.inv_scale = floats(inv_scale, 1, "inv_scale", context);
+  arguments.clip = floats(clip, 2, "clip", context);
+  arguments.found_inf = floats(found_inf, 1, "found_inf", context);
   arguments.selection = selection ? record(*selection, context) : nullptr;
+  arguments.from_risk = selection.has_value();
   Tensor prepared = context.empty(static_cast<int64_t>(count * sizeof(Prepared)), ScalarType::Byte);
   arguments.prepared = static_cast<Prepared*>(prepared.mutable_data_ptr());
   Tensor counts = context.empty(2, ScalarType::Long);
@@ -150,21 +157,23 @@ Tensor adamw_(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector
   arguments.first_weight = arguments.fractional ? 1 : 3;
   arguments.second_weight = arguments.fractional ? 2 : 3;
   arguments.rank_inactive = rank_inactive;
+  arguments.stochastic = stochastic;
   arguments.seed = static_cast<uint32_t>(seed);
   check(cuda::update(arguments, context.stream()));
   return counts;
 }
 
-Tensor tensor_norms(std::vector<Tensor> tensors, std::optional<Tensor> inv_scale) {
+Tensor sums_of_squares(std::vector<Tensor> tensors, std::optional<Tensor> inv_scale) {
   const Context context(device_of(tensors));
   const Segments layout({{"tensors", &tensors, false}}, kTile);
   const int64_t count = static_cast<int64_t>(layout.size());
   const DeviceTable table(HostTable(layout), context);
   Tensor partial = context.empty(layout.tiles(), ScalarType::Double);
-  Tensor result = context.empty(count, ScalarType::Float);
-  check(cuda::norms({table.table, scalar(inv_scale, "inv_scale", context),
-                     partial.mutable_data_ptr<double>(), result.mutable_data_ptr<float>()},
-                    context.stream()));
+  Tensor result = context.empty(count, ScalarType::Double);
+  check(cuda::sums_of_squares(
+      {table.table, floats(inv_scale, 1, "inv_scale", context), partial.mutable_data_ptr<double>(),
+       result.mutable_data_ptr<double>()},
+      context.stream()));
   return result;
 }
 

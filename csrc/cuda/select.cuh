@@ -128,6 +128,7 @@ static __global__ void __launch_bounds__(kThreads, 4) sample_kernel(SelectArgume
     ((uint32_t*)a.state)[i] = 0;
   }
   const Table& table = a.risk.table;
+  const Factors factors = factors_of(a.risk);
   for (int64_t line = thread / kWarp; line < a.lines; line += threads / kWarp) {
     // Positions are counted in whole tiles; a line beyond the end of its segment is not there.
     const uint64_t random = random_bits(0, (uint32_t)(line >> 32), (uint32_t)line);
@@ -136,7 +137,7 @@ static __global__ void __launch_bounds__(kThreads, 4) sample_kernel(SelectArgume
     const Segment& segment = table.segments[find_segment(table, tile)];
     const int64_t i = (tile - segment.first_tile) * kTile + at % kTile / kWarp * kWarp + lane();
     if (i >= segment.n) continue;
-    const uint32_t key = key_at(a.risk, scalar_or_one(a.risk.inv_scale), segment, i);
+    const uint32_t key = key_at(a.risk, factors, segment, i);
     if (key < kInactiveKey) atomicAdd(&a.sample->histogram[key >> (kKeyBits - 14)], 1u);
   }
   if (!is_last_block(&a.sample->ticket)) return;

@@ -94,6 +94,7 @@ struct Sample {
 struct Risk {
   Table table;
   const float* inv_scale;  // or null
+  const float* clip;       // or null
   bool second_order, rank_inactive;
 };
 
@@ -118,30 +119,35 @@ struct CaptureArguments {
 // What all elements of a segment have in common in an update.
 struct Prepared {
   Update update;
+  float scale, clip;  // that gradients are multiplied by
   uint32_t random_key;
   int32_t base_kind;  // that masks add to
+  bool ruled_out;     // nothing of the segment is selected, whatever its gradient
 };
 
 struct UpdateArguments {
   Table table;
   const double* lr;
   const float* inv_scale;    // or null
+  const float* clip;         // or null: of selective segments, and of others
   const float* found_inf;    // or null
-  const int64_t* selection;  // or null: no mask is found on the way
+  const int64_t* selection;  // if from_risk
+  bool from_risk;            // the second-order mask is found on the way
   Prepared* prepared;        // workspace, one for each segment
   Count* counts;             // updated, nonfinite
   double gamma;
   int32_t first_weight, second_weight;  // what a mask adds to an element's kind
   bool fractional;                      // kinds 1 and 2 may occur
   bool rank_inactive;
+  bool stochastic;  // rounding of bfloat16 parameters
   uint32_t seed;
 };
 
-struct NormArguments {
+struct SquaresArguments {
   Table table;
   const float* inv_scale;
   double* partial;  // workspace, one for each tile
-  float* norms;
+  double* sums;
 };
 
 }  // namespace cuda
