@@ -10,33 +10,64 @@ ROSE_DEVICE Bounds read_bounds(const int64_t* selection) {
   return {(int32_t)selection[0], (int32_t)selection[1]};
 }
 
+// Of the elements that a lane has at a time: which of them are to be logged, and with what.
+struct Note {
+  unsigned inside;
+  uint32_t keys[kVector];
+};
+
+// What a pass over the elements does with their keys besides treating them: nothing.
+struct NoNotes {
+  // Of element j of a lane; kNoKey if there is none.
+  ROSE_METHOD void look(uint32_t key, bool selected, Note& note, int j) {}
+  // By whole warps, before the elements from `place` on are updated.
+  template <int kCount>
+  ROSE_METHOD void append(const Note& note, int64_t place, const float* p, const float* m,
+                          const float* v) {}
+};
+
 // --------------------------------------------------------------------------------------------- capture
 
-static __global__ void __launch_bounds__(kThreads) capture_kernel(CaptureArguments a) {
-  const Bounds bounds = read_bounds(a.selection);
-  const Factors factors = factors_of(a.risk);
-  for_each_tile(a.risk.table, [&](int index, int64_t, int64_t start, int count) {
-    uint8_t* const bits = a.risk.table.segments[index].bits;
+template <typename Notes>
+ROSE_DEVICE void capture_tiles(const Risk& risk, Bounds bounds, Notes& notes) {
+  const Factors factors = factors_of(risk);
+  for_each_tile(risk.table, [&](int index, int64_t tile, int64_t start, int count) {
+    uint8_t* const bits = risk.table.segments[index].bits;
     for_each_key(
-        a.risk, factors, a.risk.table.segments[index], start, count,
+        risk, factors, risk.table.segments[index], start, count,
         [&](int i, const uint32_t (&keys)[kVector]) {
           unsigned half = 0;
+          Note note = {};
 #pragma unroll
-          for (int j = 0; j < kVector; ++j) half |= (unsigned)if_selected(keys[j], bounds, 1) << j;
+          for (int j = 0; j < kVector; ++j) {
+            const bool selected = if_selected(keys[j], bounds, 1) != 0;
+            half |= (unsigned)selected << j;
+            notes.look(keys[j], selected, note, j);
+          }
           // Two lanes have a byte between them.
           const unsigned byte = half | __shfl_down_sync(kFullWarp, half, 1) << kVector;
           if (keys[0] != kNoKey && lane() % 2 == 0) {
             write<uint8_t>(bits, (start + i) / 8, (uint8_t)byte);
           }
+          notes.template append<kVector>(note, tile * kTile + i, nullptr, nullptr, nullptr);
         },
         [&](int i, uint32_t key) {
-          const unsigned word = __ballot_sync(kFullWarp, if_selected(key, bounds, 1) != 0);
+          const bool selected = if_selected(key, bounds, 1) != 0;
+          const unsigned word = __ballot_sync(kFullWarp, selected);
           const int first = i - lane() + lane() * 8;  // of the byte that this lane writes
           if (lane() < kWarp / 8 && first < count) {
             write<uint8_t>(bits, (start + first) / 8, (uint8_t)(word >> (lane() * 8)));
           }
+          Note note = {};
+          notes.look(key, selected, note, 0);
+          notes.template append<1>(note, tile * kTile + i, nullptr, nullptr, nullptr);
         });
   });
+}
+
+static __global__ void __launch_bounds__(kThreads) capture_kernel(CaptureArguments a) {
+  NoNotes notes;
+  capture_tiles(a.risk, read_bounds(a.selection), notes);
 }
 
 // ---------------------------------------------------------------------------------------------- update
@@ -148,13 +179,12 @@ ROSE_DEVICE void decay_tile(const Updated& u, int64_t start, int count) {
   }
 }
 
-template <bool kFractional>
-static __global__ void __launch_bounds__(kThreads, 4) update_kernel(UpdateArguments a) {
-  __shared__ Count scratch[kThreads / kWarp];
-  if (is_set(a.found_inf)) return;
-  const Bounds bounds = a.from_risk ? read_bounds(a.selection) : Bounds{-1, -1};
+// The elements of this block's share, treated by `bounds` where they are ranked on the way; see NoNotes
+// for what else is done with those.
+template <bool kFractional, typename Notes>
+ROSE_DEVICE void update_tiles(const UpdateArguments& a, Bounds bounds, Notes& notes, Count* scratch) {
   unsigned updated = 0, nonfinite = 0;  // of one thread
-  for_each_tile(a.table, [&](int index, int64_t, int64_t start, int count) {
+  for_each_tile(a.table, [&](int index, int64_t tile, int64_t start, int count) {
     const Updated u = {a, a.table.segments[index], a.prepared[index]};
     const Segment& segment = u.segment;
     if (u.prepared.ruled_out) {
@@ -162,13 +192,15 @@ static __global__ void __launch_bounds__(kThreads, 4) update_kernel(UpdateArgume
       return;
     }
     // Scales g; kind of the mask of one element, from the lowest bits of its masks.
-    const auto kind_of = [&](float& g, float m, unsigned first, unsigned second) {
+    const auto kind_of = [&](float& g, float m, unsigned first, unsigned second, Note& note, int j) {
       g = u.gradient(g);
       int kind = u.captured_kind(first, second);
       if (segment.selective) {
         if (a.from_risk) {
           const uint32_t key = second_order_key(g, m, segment.alpha, a.rank_inactive);
-          kind += if_selected(key, bounds, a.second_weight);
+          const int32_t selected = if_selected(key, bounds, a.second_weight);
+          kind += selected;
+          notes.look(key, selected != 0, note, j);
         }
         if (abs_bits(g) >= kInfinityBits || abs_bits(m) >= kInfinityBits) {
           kind = 0;
@@ -181,21 +213,30 @@ static __global__ void __launch_bounds__(kThreads, 4) update_kernel(UpdateArgume
 
     const int vector = vector_part(segment, count);
 #pragma unroll 1
-    for (int i = threadIdx.x * kVector; i < vector; i += kThreads * kVector) {
+    for (int base = warp() * kWarp * kVector; base < vector; base += kThreads * kVector) {
+      const int i = base + lane() * kVector;
       const int64_t at = start + i;
-      const Raw raw_p = read_vector(segment.data[0], segment.dtype[0], at);
-      const Raw raw_g = read_vector(segment.data[1], segment.dtype[1], at);
-      const Raw raw_m = read_vector(segment.data[2], segment.dtype[2], at);
-      const Raw raw_v = read_vector(segment.data[3], segment.dtype[3], at);
-      const unsigned first = u.mask_bits(0, at), second = u.mask_bits(1, at);
+      const bool is_there = i < vector;
       float p[kVector], g[kVector], m[kVector], v[kVector];
-      widen(raw_p, segment.dtype[0], p);
-      widen(raw_g, segment.dtype[1], g);
-      widen(raw_m, segment.dtype[2], m);
-      widen(raw_v, segment.dtype[3], v);
       unsigned kinds = 0;
+      Note note = {};
+      if (is_there) {
+        const Raw raw_p = read_vector(segment.data[0], segment.dtype[0], at);
+        const Raw raw_g = read_vector(segment.data[1], segment.dtype[1], at);
+        const Raw raw_m = read_vector(segment.data[2], segment.dtype[2], at);
+        const Raw raw_v = read_vector(segment.data[3], segment.dtype[3], at);
+        const unsigned first = u.mask_bits(0, at), second = u.mask_bits(1, at);
+        widen(raw_p, segment.dtype[0], p);
+        widen(raw_g, segment.dtype[1], g);
+        widen(raw_m, segment.dtype[2], m);
+        widen(raw_v, segment.dtype[3], v);
 #pragma unroll
-      for (int j = 0; j < kVector; ++j) kinds |= kind_of(g[j], m[j], first >> j, second >> j) << 2 * j;
+        for (int j = 0; j < kVector; ++j) {
+          kinds |= kind_of(g[j], m[j], first >> j, second >> j, note, j) << 2 * j;
+        }
+      }
+      notes.template append<kVector>(note, tile * kTile + i, p, m, v);
+      if (!is_there) continue;
 #pragma unroll
       for (int j = 0; j < kVector; ++j) {
         adamw_element<kFractional>(p[j], m[j], v[j], g[j], kinds >> 2 * j & 3, u.prepared.update);
@@ -205,13 +246,22 @@ static __global__ void __launch_bounds__(kThreads, 4) update_kernel(UpdateArgume
       u.store(3, at, v);
     }
 #pragma unroll 1
-    for (int i = vector + threadIdx.x; i < count; i += kThreads) {
+    for (int base = vector + warp() * kWarp; base < count; base += kThreads) {
+      const int i = base + lane();
       const int64_t at = start + i;
+      const bool is_there = i < count;
       int64_t places[kOperands];
-      locate(a.table, segment, at, places);
-      float p = u.load(0, places[0]), g = u.load(1, places[1]);
-      float m = u.load(2, places[2]), v = u.load(3, places[3]);
-      const unsigned kind = kind_of(g, m, u.mask_bits(0, at), u.mask_bits(1, at));
+      float p = 0.0f, g = 0.0f, m = 0.0f, v = 0.0f;
+      unsigned kind = 0;
+      Note note = {};
+      if (is_there) {
+        locate(a.table, segment, at, places);
+        p = u.load(0, places[0]), g = u.load(1, places[1]);
+        m = u.load(2, places[2]), v = u.load(3, places[3]);
+        kind = kind_of(g, m, u.mask_bits(0, at), u.mask_bits(1, at), note, 0);
+      }
+      notes.template append<1>(note, tile * kTile + i, &p, &m, &v);
+      if (!is_there) continue;
       adamw_element<kFractional>(p, m, v, g, kind, u.prepared.update);
       u.store(0, at, places[0], p);
       u.store(2, at, places[2], m);
@@ -220,6 +270,14 @@ static __global__ void __launch_bounds__(kThreads, 4) update_kernel(UpdateArgume
   });
   add_to(&a.counts[0], updated, scratch);
   add_to(&a.counts[1], nonfinite, scratch);
+}
+
+template <bool kFractional>
+static __global__ void __launch_bounds__(kThreads, 4) update_kernel(UpdateArguments a) {
+  __shared__ Count scratch[kThreads / kWarp];
+  if (is_set(a.found_inf)) return;
+  NoNotes notes;
+  update_tiles<kFractional>(a, a.from_risk ? read_bounds(a.selection) : Bounds{-1, -1}, notes, scratch);
 }
 
 // ----------------------------------------------------------------------------------------------- sums

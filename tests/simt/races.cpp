@@ -91,22 +91,9 @@ void run(bool sampled) {
     segments[i].mask_kinds[0] = MaskKind::kBits;
     segments[i].masks[0] = masks[i].data();
   }
-  UpdateArguments a = {table_of({0, 1, 2, 3}),
-                       &lr,
-                       nullptr,
-                       clip,
-                       nullptr,
-                       record.data(),
-                       true,
-                       prepared.data(),
-                       counts.data(),
-                       0.3,
-                       1,
-                       2,
-                       true,
-                       false,
-                       true,
-                       5};
+  UpdateArguments a = {
+      table_of({0, 1, 2, 3}), &lr, nullptr, clip, nullptr, record.data(), true, prepared.data(),
+      counts.data(),          0.3, 1,       2,    true,    false,         true, 5};
   check(update(a, nullptr));
   add_to_digest(record);
   add_to_digest(sums);
