@@ -18,6 +18,24 @@ constexpr unsigned kFullWarp = 0xFFFFFFFFu;
 #define ROSE_METHOD __device__ __forceinline__
 
 ROSE_DEVICE int lane() { return (int)threadIdx.x % kWarp; }
+
+// The same as threadIdx.x, and the lanes before this one, read where they are used: the compiler would
+// keep them in registers.
+#if defined(__CUDA_ARCH__)
+ROSE_DEVICE unsigned this_thread() {
+  unsigned x;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(x));
+  return x;
+}
+ROSE_DEVICE unsigned lanes_below() {
+  unsigned mask;
+  asm volatile("mov.u32 %0, %%lanemask_lt;" : "=r"(mask));
+  return mask;
+}
+#else
+ROSE_DEVICE unsigned this_thread() { return threadIdx.x; }
+ROSE_DEVICE unsigned lanes_below() { return (1u << lane()) - 1; }
+#endif
 ROSE_DEVICE int warp() { return (int)threadIdx.x / kWarp; }
 
 // A pointer that was itself read from memory could point anywhere: without the assumptions, accesses
@@ -65,7 +83,7 @@ ROSE_DEVICE int find_segment(const Table& table, int64_t tile) {
 // share of the tiles, which is one run.
 template <typename Body>
 ROSE_DEVICE void for_each_tile(const Table& table, Body body) {
-  int64_t tile = table.share * blockIdx.x;
+  int64_t tile = (int64_t)table.share * blockIdx.x;
   if (tile >= table.tiles) return;
   const int64_t after = table.tiles - tile;
   int left = after < table.share ? (int)after : table.share;

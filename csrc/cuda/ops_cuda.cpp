@@ -85,11 +85,13 @@ class Selecting {
     arguments.draw = random_key(static_cast<uint32_t>(draw), 0x5A3Bu);
     const int64_t words = updates ? 6 : 3;  // key, place; p, m, v
     const int64_t most = (n_ / 8 + (14 << 20)) / (4 * words);
-    const int64_t capacity = std::min(n_, most) / 2 * 2;  // places are of 8 bytes
+    const int64_t capacity =  // even, since places are of 8 bytes
+        std::min({n_, most, int64_t{1} << 30}) / 2 * 2;
     allocate_log(words * capacity);
     uint32_t* const places = arguments.log + capacity;
     float* const old = updates ? reinterpret_cast<float*>(places + 2 * capacity) : nullptr;
-    arguments.brackets = {capacity, reinterpret_cast<int64_t*>(places), old, n_, width};
+    arguments.brackets = {static_cast<int32_t>(capacity), reinterpret_cast<int64_t*>(places), old, n_,
+                          width};
   }
 
  private:

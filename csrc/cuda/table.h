@@ -84,8 +84,8 @@ enum class Mode : int32_t {
 struct SelectState {
   Count histogram[kBins];  // of the leading 11 bits of all keys
   Count of_windows[2][kBins];
-  Count below_windows[2];
-  Count inactive, nonfinite, ranked;
+  Count nonfinite, inactive, below_windows[2];
+  Count ranked;
   Count log_size[2];
   Window windows[2];
   Target targets[2];
@@ -121,7 +121,7 @@ struct Risk {
 
 // What is logged of the elements of a bracket, besides their keys.
 struct Brackets {
-  int64_t capacity;  // 0: there are no brackets
+  int32_t capacity;  // 0: there are no brackets
   int64_t* places;   // tile * kTile + position in it
   float* old;        // p, m, v before the update, or null
   int64_t elements;  // of the ranking
