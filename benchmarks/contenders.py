@@ -274,20 +274,28 @@ def share_of_tensors(problem: Problem, share: float) -> tuple[float, float]:
     which the time of a step depends, and what it keeps of them.
 
     Raises:
-        Unavailable: there is one tensor only.
+        Unavailable: there are not two tensors to rank.
     """
-    sizes = torch.tensor(problem.work.sizes)
-    if len(sizes) == 1:
+    risk, inactive = tensor_risks(problem)
+    if (~inactive).sum() < 2:
         raise Unavailable("one tensor: nothing to rank")
-    norms = [
-        torch.stack([t.float().norm() for t in tensors]).cpu()
-        for tensors in (problem.grads, problem.moments(problem.work.dtype)[0])
-    ]
-    order = eager.second_order_risk(*norms, BETAS[0]).argsort()
-    shares = sizes[order].cumsum(0) / sizes.sum()
-    last = min(int((shares - share).abs().argmin()), len(sizes) - 2)
+    sizes = torch.tensor(problem.work.sizes) / problem.work.elements
+    order = risk.masked_fill(inactive, torch.inf).argsort()[: int((~inactive).sum())]
+    shares = sizes[order.cpu()].cumsum(0) + sizes[inactive.cpu()].sum()
+    last = min(int((shares - share).abs().argmin()), len(shares) - 2)
     # Half way to the next risk, so that nobody's rounding of norms and quantiles matters.
-    return round((last + 0.5) / (len(sizes) - 1), 9), float(shares[last])
+    return round((last + 0.5) / (len(shares) - 1), 9), float(shares[last])
+
+
+def tensor_risks(problem: Problem) -> tuple[Tensor, Tensor]:
+    """Eq. 4 of whole tensors, by their norms, and which of them have no history."""
+    exp_avgs = problem.moments(problem.work.dtype)[0]
+    problem.numbers.fill("exp_avgs", exp_avgs)
+    g, m = (
+        torch.stack([torch.linalg.vector_norm(t, dtype=torch.float64) for t in tensors]).float()
+        for tensors in (problem.grads, exp_avgs)
+    )
+    return eager.second_order_risk(g, m, BETAS[0]), m == 0
 
 
 class RoseFlat(Rose):
@@ -313,13 +321,11 @@ class RoseFlat(Rose):
         (flat,) = optimizer.param_groups[0]["params"]
         state = {key: torch.empty_like(flat) for key in ("exp_avg", "exp_avg_sq")}
         optimizer.state[flat] = {"step": step.clone(), **state}
-        self.exp_avgs, self.exp_avg_sqs = (
-            [
-                part.view(shape)
-                for part, shape in zip(t.split(self.problem.work.sizes), self.problem.work.shapes)
-            ]
-            for t in state.values()
-        )
+        self.exp_avgs, self.exp_avg_sqs = (self._parts(t) for t in state.values())
+
+    def _parts(self, flat: Tensor) -> list[Tensor]:
+        parts = flat.split(self.problem.work.sizes)
+        return [t.view(shape) for t, shape in zip(parts, self.problem.work.shapes, strict=True)]
 
 
 class Eager(Contender):

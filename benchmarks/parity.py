@@ -25,6 +25,7 @@ from benchmarks.contenders import (
     Rule,
     Select,
     TorchAdamW,
+    tensor_risks,
 )
 from benchmarks.device import Clock, Device
 from benchmarks.work import STEP, Problem
@@ -32,8 +33,9 @@ from rose_ops import capture_mask, select_threshold
 from rose_ops.functional import Selection
 from rose_ops.reference import APPROX_BITS, unpack
 
-_SMALLEST = 1e-42  # an error of a few of the smallest denormals is none
-_EVERY = 4  # so many chunks: masks are checked whole, values only for who does something else
+# An error of a few of the smallest denormals is none.
+_SMALLEST = {torch.float32: 1e-42, torch.bfloat16: 1e-40}
+_EVERY = 8  # so many chunks: masks are checked whole, values only for who does something else
 _SAMPLE = 1 << 20  # elements that the reference, which is slow, is asked about
 # Relative error of what is kept in bfloat16: torch's foreach rounds several intermediate results.
 _RTOL_BF16 = 2.0**-6
@@ -139,16 +141,12 @@ class Expected:
         near = (risk - tau).abs() <= _NEAR * tau
         return (risk <= tau) | inactive, near & ~inactive
 
-    def tensors(self, rule: Rule) -> Tensor:
-        """Which tensors are selected."""
-        first = rule.kinds == ("first",)
-        grads = self.problem.kl_grads if first else self.problem.grads
-        risk = _norms(grads)
-        if not first:
-            exp_avgs = self.problem.moments(self.problem.work.dtype)[0]
-            self.problem.numbers.fill("exp_avgs", exp_avgs)
-            risk = eager.second_order_risk(risk, _norms(exp_avgs), BETAS[0])
-        return risk <= torch.quantile(risk.double(), rule.upper).float()
+    def tensors(self, rule: Rule) -> tuple[Tensor, int]:
+        """Which tensors are selected, in second order, and how many of them by their rank."""
+        risk, inactive = tensor_risks(self.problem)
+        tau = torch.quantile(risk[~inactive].double(), rule.upper).float()
+        ranked = (risk <= tau) & ~inactive
+        return ranked | inactive, int(ranked.sum())
 
     def updated(
         self, rule: Rule, moments: torch.dtype, part: Part, tensors: Tensor | None
@@ -189,10 +187,6 @@ def _update(p: Tensor, g: Tensor, m: Tensor, v: Tensor, weight: Tensor) -> list[
     rate = LR * weight / (1 - beta1**t) / ((new_v / (1 - beta2**t)).sqrt() + EPS)
     new_p = p - rate * new_m - LR * weight * WEIGHT_DECAY * p
     return [(new_p, p.abs() + rate * size_m), (new_m, size_m), (new_v, new_v)]
-
-
-def _norms(tensors: list[Tensor]) -> Tensor:
-    return torch.stack([torch.linalg.vector_norm(t, dtype=torch.float64) for t in tensors]).float()
 
 
 # ---------------------------------------------------------------------------------------- contenders
@@ -240,10 +234,10 @@ def check(name: str, rtol: float, contender: Contender, expected: Expected) -> N
         ParityError: naming who differs, and in what.
     """
     rule = contender.rule
-    tensors = None
+    tensors, kept = None, 0
     # Before the step: the kernels are asked about the moments as they were.
     if rule is not None and rule.granularity == "tensor":
-        tensors = expected.tensors(rule)
+        tensors, kept = expected.tensors(rule)
     for kind in rule.kinds if rule is not None and tensors is None else ():
         expected.threshold(kind, rule, contender.exp_avgs[0].dtype)
     contender.restore()
@@ -256,7 +250,7 @@ def check(name: str, rtol: float, contender: Contender, expected: Expected) -> N
                 _check_masks(name, rose, expected)
             contender.step(Clock())
             if rose:
-                _check_selection(name, rose, expected, tensors)
+                _check_selection(name, rose, expected, None if tensors is None else kept)
             _check_update(name, rtol, contender, expected, tensors)
     finally:
         contender.restore()
@@ -313,27 +307,26 @@ def _check_masks(name: str, contender: Rose, expected: Expected) -> None:
         _require(bool(same), name, f"{kind}-order mask differs from the eager one")
 
 
-def _check_selection(name: str, contender: Rose, expected: Expected, tensors: Tensor | None) -> None:
-    """What the step itself selected by: threshold and count, which together fix its mask."""
+def _check_selection(name: str, contender: Rose, expected: Expected, kept: int | None) -> None:
+    """What the step itself selected by: threshold and count, which together fix its mask. Of tensors
+    (``kept`` is given) the count: norms are sums, whose last bit is nobody's promise."""
     rule = contender.rule
     assert rule is not None
     for kind in rule.kinds:
         found = contender.optimizer.selection[kind]
         assert isinstance(found, Selection)
-        if tensors is None:
-            tau, kept = expected.threshold(kind, rule, contender.exp_avgs[0].dtype)
+        count = kept
+        if count is None:
+            tau, count = expected.threshold(kind, rule, contender.exp_avgs[0].dtype)
             if rule.approx:
-                tau = last_alike(tau)
-                kept = _count(kind, rule, contender, expected)
+                tau, count = last_alike(tau), _count(kind, rule, contender, expected)
             _require(
                 _same_bits(found.threshold, tau),
                 name,
                 f"{kind}-order threshold is {found.threshold.item()}, expected {tau.item()}",
             )
-        else:  # norms are sums, whose last bit is nobody's promise
-            kept = int(tensors.sum())
         _require(
-            int(found.kept) == kept, name, f"{kind} order keeps {int(found.kept)}, expected {kept}"
+            int(found.kept) == count, name, f"{kind} order keeps {int(found.kept)}, expected {count}"
         )
 
 
@@ -371,7 +364,7 @@ def _check_update(
         for (what, (role, now)), (b, size) in zip(columns.items(), values, strict=True):
             after = now[i].view(-1)[start:stop]
             allowed = rtol if after.dtype == torch.float32 else max(rtol, _RTOL_BF16)
-            error = (after.float() - b).abs_().div_(size + _SMALLEST / allowed)
+            error = (after.float() - b).abs_().div_(size + _SMALLEST[after.dtype] / allowed)
             before = expected.part(role, part, after.dtype)
             changed = (_bits(after) != _bits(before)) & (weight == 0)
             if near is not None:

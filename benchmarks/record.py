@@ -23,8 +23,8 @@ from torch.nn import functional as F
 
 from rose_ops import rose_backward, symmetric_kl
 
-PATH = Path(__file__).parent / "recorded" / "minilm.pt"
 STEPS = 30
+PATH = Path(__file__).parent / "recorded" / f"minilm-{STEPS}.pt"
 _LR = 1e-4
 _BATCH = 32
 _MAX_LENGTH = 128

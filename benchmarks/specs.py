@@ -34,6 +34,7 @@ from benchmarks.contenders import (
     TorchAdamW,
     Traffic,
     share_of_tensors,
+    tensor_risks,
 )
 from benchmarks.device import Device
 from benchmarks.work import Problem
@@ -44,7 +45,7 @@ BASELINE_SELECT = "kthvalue"
 CLIPPED = "AdamW fused, clip"
 EAGER = "eager ROSE"
 _FOLD = 1 << 27  # elements beyond which nobody has the patience for the slow ones
-_TENSORS = 1000
+_MOST_TENSORS = 1000
 
 
 @dataclass(frozen=True)
@@ -165,14 +166,22 @@ def _eager() -> Iterator[Spec]:
     yield Spec(f"{EAGER}, compiled", compiled, None, slow=True, needs=24, why_not=_compiled)
     yield Spec(
         f"{EAGER}, tensors", tensors, None, slow=True, needs=8,
-        why_not=_float32(lambda: None, "it would compute in bfloat16"),
+        why_not=_tensors,
     )  # fmt: skip
 
 
 def _compiled(problem: Problem) -> str | None:
-    if len(problem.work.shapes) > _TENSORS:
-        return f"compiling takes too long for more than {_TENSORS} tensors"
+    if len(problem.work.shapes) > _MOST_TENSORS:
+        return f"compiling takes too long for more than {_MOST_TENSORS} tensors"
     return _plain(problem)
+
+
+def _tensors(problem: Problem) -> str | None:
+    if problem.work.dtype != torch.float32:
+        return "it would compute in bfloat16"
+    if bool(tensor_risks(problem)[1].any()):
+        return "there are tensors with m = 0, which it does not know about"
+    return None
 
 
 def _plain(problem: Problem) -> str | None:

@@ -192,6 +192,7 @@ class Numbers:
 
     def parts(self, chunk: int) -> Iterator[tuple[int, int, int]]:
         """The whole work in pieces: tensor, start, stop."""
+        chunk = min(chunk, _MAX_CHUNK)
         for i, size in enumerate(self.work.sizes):
             for start in range(0, size, chunk):
                 yield i, start, min(start + chunk, size)
