@@ -9,9 +9,11 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from collections import OrderedDict
 from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("triton")
 
@@ -113,6 +115,50 @@ def test_kernels_as_compiled(name, arch, monkeypatch, tmp_path):
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert [line for line in done.stdout.splitlines() if not line.startswith("#")] == []
+
+
+def test_tables_of_cuda_graphs(monkeypatch):
+    """On a device without memory: what is uploaded, what is kept, and what a capture may not do."""
+    from rose_ops.backends.triton import table
+
+    stream = (1, False)
+    monkeypatch.setattr(table, "_stream", lambda device: stream)
+    allocated = []
+    monkeypatch.setattr(
+        table, "_pinned", lambda words: allocated.append(words) or torch.full((words,), -1)
+    )
+    for name, fresh in (
+        ("_uploads", OrderedDict()), ("_of_graphs", []), ("_ahead", torch.empty(0, dtype=torch.int64)),
+    ):  # fmt: skip
+        monkeypatch.setattr(table, name, fresh)
+
+    def upload(*values: int):
+        blob, tiles = torch.tensor(values), torch.arange(5, dtype=torch.int32)
+        return table._upload([blob, tiles], torch.device("meta"))
+
+    stream = (9, True)
+    with pytest.raises(RuntimeError, match="run it once, as it is captured, before each capture"):
+        upload(1, 2, 3)
+    stream = (1, False)
+    first = upload(1, 2, 3)
+    assert [(t.dtype, len(t)) for t in first] == [(torch.int64, 3), (torch.int32, 5)]
+    assert upload(1, 2, 3) is first
+    assert upload(1, 2, 4) is not first
+    stream = (2, False)
+    assert upload(1, 2, 3) is not first  # which may not be there yet
+    count = len(allocated)
+    stream = (9, True)
+    for i in range(table._TABLES_AHEAD):
+        upload(7, 8, i)
+    assert len(allocated) == count
+    staged = list(table._of_graphs)
+    assert [t[:3].tolist() for t in staged] == [[7, 8, i] for i in range(table._TABLES_AHEAD)]
+    assert all(t[3:].view(torch.int32)[:5].tolist() == [0, 1, 2, 3, 4] for t in staged)
+    kept = upload(1, 2, 4)
+    assert all(a is b for a, b in zip(table._of_graphs[-2:], kept, strict=True))
+    stream = (1, False)
+    upload(5, 6, 7)
+    assert [t[2].item() for t in staged] == list(range(table._TABLES_AHEAD))
 
 
 if __name__ == "__main__":
