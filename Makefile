@@ -11,7 +11,7 @@ VERIFY := verify-binaries verify-mutants verify-triton sanitize
 SOURCES := setup.py $(shell find csrc -type f)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test verify-gpu $(VERIFY) lint format bench clean
+.PHONY: help demo test verify-gpu $(VERIFY) verify-abi lint format bench clean
 .DELETE_ON_ERROR:
 
 help:  ## this list
@@ -64,6 +64,22 @@ sanitize: $(VENV)/ready  ## memory errors and undefined behaviour in the C++ cod
 	"from importlib.util import find_spec; assert 'sanitize' in find_spec('rose_ops').origin"
 	$(SANITIZED_ENV) $(SANITIZERS) $(BIN)/pytest -p no:cacheprovider --capture=sys \
 		-m "not slow" $(SANITIZED_TESTS) $(ARGS)
+
+# The wheel that this PyTorch and Python build, with CUDA kernels where there is an nvcc, in an environment
+# with others. Left there if something fails.
+OTHER_TORCH ?= torch==2.10.0
+OTHER_PYTHON ?= $(PYTHON)
+ABI := build/abi
+ABI_TESTS := $(addprefix ../../tests/test_,import.py doctor.py ops.py parity.py optimizer.py)
+verify-abi: $(VENV)/ready  ## the wheel under OTHER_TORCH (torch==2.10.0) and OTHER_PYTHON
+	rm -rf $(ABI)
+	$(PIP) wheel --no-build-isolation --no-deps -w $(ABI) .
+	$(OTHER_PYTHON) -m venv $(ABI)/venv
+	$(ABI)/venv/bin/pip --disable-pip-version-check -q install $(OTHER_TORCH) "$$(echo $(ABI)/*.whl)[test]"
+	cd $(ABI) && venv/bin/python -m rose_ops doctor
+	cd $(ABI) && venv/bin/pytest -c ../../pyproject.toml -p no:cacheprovider \
+		-m "not slow" -k "not simt" $(ABI_TESTS) $(ARGS)
+	rm -rf $(ABI)
 
 clean:  ## remove what the build and the tests made
 	rm -rf build dist *.egg-info rose_ops/*.so $(VENV)
