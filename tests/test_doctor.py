@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+import rose_ops
 from rose_ops import backends, cli, reference
 from rose_ops.backends import Backend
 from rose_ops.doctor import check
@@ -53,6 +56,21 @@ def test_a_wrong_backend_is_reported(monkeypatch, capsys, broken):
     captured = capsys.readouterr()
     assert "wrong: " in captured.out
     assert "do not train with it" in captured.err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("backend", ["auto", "cuda", "triton"])
+def test_cuda_parameters_without_a_gpu(monkeypatch, backend):
+    """As the optimizer would see them; real ones cannot be made here."""
+    monkeypatch.setattr(backends, "_INTERPRETED", False)
+    triton = dataclasses.replace(backends.BACKENDS["triton"], devices=frozenset({"cuda"}))
+    monkeypatch.setitem(backends.BACKENDS, "triton", triton)
+    with FakeTensorMode():
+        p = torch.nn.Parameter(torch.ones(3, device="cuda"))
+    reason = "no driver, or a PyTorch built without|built without CUDA kernels|not installed"
+    with pytest.raises(RuntimeError, match=reason) as caught:
+        rose_ops.RoseFusedAdamW([p], backend=backend)
+    assert ("no usable backend for cuda parameters" in str(caught.value)) == (backend == "auto")
 
 
 def test_why_cuda_cannot_be_used(monkeypatch):
