@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from rose_ops import backends
+from rose_ops.flat import FlatParameter, members
 from rose_ops.functional import (
     GRANULARITIES,
     INACTIVE,
@@ -294,6 +295,11 @@ class RoseFusedAdamW(Optimizer):
             )
         for param in params:
             _check_param(param)
+            if self.settings.granularity == "tensor" and isinstance(param, FlatParameter):
+                raise ValueError(
+                    "granularity='tensor' ranks whole tensors, and a flat parameter has none; expected "
+                    "the parameters as they were before flatten_parameters()"
+                )
         first = next((p for g in self.param_groups for p in g["params"]), params[0])
         for param in params:
             if param.device != first.device:
@@ -586,7 +592,7 @@ class RoseFusedAdamW(Optimizer):
             self._rank_inactive, settings.seed,
         )  # fmt: skip
         # As after any in-place operation: a backward that still needs the old values is an error.
-        torch.autograd.graph.increment_version(batch.params)
+        torch.autograd.graph.increment_version([m for p in batch.params for m in members(p)])
         self._steps_done += 1
 
     @property
