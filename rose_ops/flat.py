@@ -175,8 +175,7 @@ def _into_buffer(flat_reference: weakref.ref[FlatParameter], i: int, p: Tensor) 
         return
     # What does not fit is refused by the next step; and double backward needs the gradient's graph.
     grad = p.grad
-    at_home = p.data_ptr() - flat.data_ptr() == flat._bytes[i]
-    if grad is not None and at_home and not grad.requires_grad and not flat._misfit(grad, i):
+    if grad is not None and not grad.requires_grad and not flat._misfit(grad, i):
         flat._take_over(grad, i)
 
 

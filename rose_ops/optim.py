@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from rose_ops import backends
+from rose_ops import backends, memory
 from rose_ops.flat import FlatParameter, members
 from rose_ops.functional import (
     GRANULARITIES,
@@ -340,15 +340,13 @@ class RoseFusedAdamW(Optimizer):
         return batch
 
     def _init_state(self, batch: _Batch) -> None:
-        for p in batch.params:
-            state = self.state[p]
-            if "step" not in state:
-                self._dtypes[p] = p.dtype
-                state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
-                for moment in _MOMENTS:
-                    state[moment] = torch.zeros_like(
-                        p, dtype=self.settings.moment_dtype, memory_format=torch.preserve_format
-                    )
+        new = [p for p in batch.params if "step" not in self.state[p]]
+        for p in new:
+            self._dtypes[p] = p.dtype
+            self.state[p]["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
+        for moment in _MOMENTS:
+            for p, zeros in zip(new, memory.zeros_like(new, self.settings.moment_dtype), strict=True):
+                self.state[p][moment] = zeros
 
     def _check_ready(self, p: Tensor, offset: int) -> None:
         grad = p.grad
@@ -626,6 +624,17 @@ class RoseFusedAdamW(Optimizer):
             super().load_state_dict(state_dict)
         finally:
             handle.remove()
+        self._gather_moments()
+
+    def _gather_moments(self) -> None:
+        """Put loaded moments where :meth:`_init_state` would have put them."""
+        loaded = [state for state in self.state.values() if "exp_avg" in state]
+        if not loaded or not loaded[0]["exp_avg"].is_cpu:
+            return
+        for moment in _MOMENTS:
+            places = memory.zeros_like([s[moment] for s in loaded], self.settings.moment_dtype)
+            for state, place in zip(loaded, places, strict=True):
+                state[moment] = place.copy_(state[moment])
 
     def _checked(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         def fail(problem: str) -> ValueError:
