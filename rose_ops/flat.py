@@ -40,7 +40,7 @@ class FlatParameter(nn.Parameter):
     members: tuple[Tensor, ...]
     _labels: tuple[str, ...]  # the members' names in messages
     _windows: list[tuple[torch.Size, tuple[int, ...], int]]  # their shapes, strides and first elements
-    _bytes: list[int | None]  # how many bytes after the start of the vector each begins
+    _bytes: list[int]  # how many bytes after the start of the vector each begins
     _gradient: Tensor
 
     def __new__(cls, members: Sequence[Tensor], labels: Sequence[str]) -> FlatParameter:
@@ -91,9 +91,9 @@ class FlatParameter(nn.Parameter):
                 "them out of flatten_parameters(), freeze nothing after it, or let them count as "
                 "zero: p.grad = torch.zeros_like(p). (model.zero_grad() discards all gradients.)"
             )
-        if self._places(grads, self._gradient) != self._bytes:
-            for i, grad in enumerate(grads):
-                assert grad is not None
+        found = [grad for grad in grads if grad is not None]
+        if not self._are_views(found, self._gradient):
+            for i, grad in enumerate(found):
                 if problem := self._misfit(grad, i):
                     raise RuntimeError(f"the gradient of {self._labels[i]} {problem}")
                 self._take_over(grad, i)
@@ -116,20 +116,21 @@ class FlatParameter(nn.Parameter):
         for p, view in zip(self.members, self.views(self._gradient), strict=True):
             p.grad = view
 
-    @staticmethod
-    def _places(tensors: Iterable[Tensor | None], buffer: Tensor) -> list[int | None]:
-        """How many bytes after the start of ``buffer`` each tensor begins."""
-        start = buffer.data_ptr()
-        return [
-            t.data_ptr() - start if t is not None and t.layout == torch.strided else None
-            for t in tensors
-        ]
+    def _are_views(self, tensors: Iterable[Tensor], vector: Tensor) -> bool:
+        """Whether each tensor begins in ``vector`` where its member does."""
+        start = vector.data_ptr()
+        try:
+            addresses = list(map(Tensor.data_ptr, tensors))
+        except RuntimeError:  # a sparse tensor has none
+            return False
+        return addresses == [start + begin for begin in self._bytes]
 
     def _check_members(self) -> None:
-        places = self._places(self.members, self.detach())
-        if places == self._bytes:
+        vector = self.detach()
+        if self._are_views(self.members, vector):
             return
-        i = next(i for i, (a, b) in enumerate(zip(places, self._bytes, strict=True)) if a != b)
+        views = zip(self.members, self.views(vector), strict=True)
+        i = next(i for i, (p, view) in enumerate(views) if p.data_ptr() != view.data_ptr())
         p = self.members[i]
         raise RuntimeError(
             f"{self._labels[i]} is no longer a view of its flat parameter ({self.dtype} on "

@@ -326,9 +326,9 @@ class RoseFusedAdamW(Optimizer):
         offset = 0
         for row, group in enumerate(self.param_groups):
             for p in group["params"]:
-                if p.grad is not None:
-                    self._check_ready(p, offset)
-                    view, grad = memory_order(p, (p.detach(), p.grad.detach()))
+                if (grad := p.grad) is not None:  # once: a flat parameter looks at all its members
+                    self._check_ready(p, grad, offset)
+                    view, grad = memory_order(p, (p.detach(), grad.detach()))
                     batch.params.append(p)
                     batch.views.append(view)
                     batch.grads.append(grad)
@@ -348,9 +348,7 @@ class RoseFusedAdamW(Optimizer):
             for p, zeros in zip(new, memory.zeros_like(new, self.settings.moment_dtype), strict=True):
                 self.state[p][moment] = zeros
 
-    def _check_ready(self, p: Tensor, offset: int) -> None:
-        grad = p.grad
-        assert grad is not None
+    def _check_ready(self, p: Tensor, grad: Tensor, offset: int) -> None:
         what = f"the parameter of shape {tuple(p.shape)} (elements from {offset})"
         if grad.layout != torch.strided or torch.is_complex(grad):
             kind = "complex" if torch.is_complex(grad) else "sparse"
