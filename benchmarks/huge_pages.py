@@ -18,6 +18,7 @@ from torch import nn
 
 from benchmarks import machine
 from rose_ops import RoseFusedAdamW, flatten_parameters, memory
+from rose_ops.finetune.report import environment
 
 VARIANTS = {"small": False, "small again": False, "huge": True}
 
@@ -46,7 +47,7 @@ def main() -> None:
     parser.add_argument("--elements", type=int, default=64 << 20)
     parser.add_argument("--rounds", type=int, default=25)
     args = parser.parse_args()
-    print({k: v for k, v in machine.describe().items() if v}, f"{torch.get_num_threads()} threads")
+    print(environment())
     others = machine.Others()
     rows = []
     for upper in (1.0, 0.6):
