@@ -9,8 +9,8 @@ from __future__ import annotations
 import argparse
 import random
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
+from unittest.mock import patch
 
 import pandas as pd
 import torch
@@ -23,14 +23,8 @@ from rose_ops.finetune.report import environment
 VARIANTS = {"small": False, "small again": False, "huge": True}
 
 
-@contextmanager
-def _huge_pages(granted: bool) -> Iterator[None]:
-    advice = memory._MADV_HUGEPAGE
-    memory._MADV_HUGEPAGE = advice if granted else None
-    try:
-        yield
-    finally:
-        memory._MADV_HUGEPAGE = advice
+def _huge_pages(granted: bool) -> AbstractContextManager[object]:
+    return nullcontext() if granted else patch.object(memory, "MIN_BYTES", 1 << 62)
 
 
 def _optimizer(n: int, upper: float) -> RoseFusedAdamW:

@@ -203,8 +203,9 @@ def flatten_parameters(
         optimizer = RoseFusedAdamW(flatten_parameters(rose_param_groups(model)), lr=1e-3)
 
     A step then has one segment per group and dtype, whatever the number of tensors, and computes the
-    same bits: elements keep their order (those of a group that has several dtypes are sorted by
-    dtype, which stochastic rounding sees), there is no padding, and frozen parameters are left out.
+    same bits as over the trainable parameters one by one: elements keep their order (those of a group
+    with several dtypes are sorted by dtype, which stochastic rounding sees) and there is no padding.
+    Frozen parameters are left out. (Norms for clipping are sums in another order.)
 
     What changes:
 

@@ -2,45 +2,33 @@
 
 from __future__ import annotations
 
-import ctypes
 import mmap
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-# From here on glibc gives every allocation a mapping of its own: its pages are untouched, so that the
-# advice still matters, and the advice ends with it. (M_MMAP_THRESHOLD is dynamic below.)
-MIN_BYTES = 32 << 20
+MIN_BYTES = 8 << 20  # four huge pages; below, the system's usual pages do
 _CACHE_LINE = 64
-_MADV_HUGEPAGE: int | None = getattr(mmap, "MADV_HUGEPAGE", None)  # Linux
-
-
-def advise_huge_pages(buffer: Tensor) -> bool:
-    """Ask for huge pages under a contiguous tensor on the CPU, which nothing should have touched yet.
-
-    Returns:
-        Whether the system took the advice. Whether it follows is its business, see
-        ``AnonHugePages`` in ``/proc/self/smaps``.
-    """
-    if _MADV_HUGEPAGE is None or not buffer.is_cpu:
-        return False
-    page = mmap.PAGESIZE
-    begin = -(-buffer.data_ptr() // page) * page
-    end = (buffer.data_ptr() + buffer.nbytes) // page * page
-    if begin >= end:
-        return False
-    madvise = ctypes.CDLL(None).madvise
-    madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
-    return madvise(begin, end - begin, _MADV_HUGEPAGE) == 0
 
 
 def empty(numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """``torch.empty``, with huge pages under large buffers on the CPU."""
-    buffer = torch.empty(numel, dtype=dtype, device=device)
-    if buffer.is_cpu and buffer.nbytes >= MIN_BYTES:
-        advise_huge_pages(buffer)
-    return buffer
+    """``torch.empty``; on Linux, a large buffer on the CPU asks for huge pages.
+
+    It is a mapping of its own: the allocator may hand out memory that was touched before, and for
+    that the advice comes too late. Whether the system follows is its business (``AnonHugePages`` in
+    ``/proc/self/smaps``); where it will not hear of it, this is ``torch.empty``.
+    """
+    nbytes = numel * dtype.itemsize
+    if device.type == "cpu" and nbytes >= MIN_BYTES and hasattr(mmap, "MADV_HUGEPAGE"):
+        try:
+            # Private, as the heap is: a forked process writes into a copy.
+            mapping = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            mapping.madvise(mmap.MADV_HUGEPAGE)
+            return torch.frombuffer(mapping, dtype=dtype, count=numel)
+        except OSError:
+            pass
+    return torch.empty(numel, dtype=dtype, device=device)
 
 
 def zeros_like(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:

@@ -94,17 +94,33 @@ def channels_last(generator: torch.Generator) -> nn.Parameter:
     return nn.Parameter(data.to(memory_format=torch.channels_last))
 
 
+STORED = {  # parameters, their rounding, moments
+    "float32": (FLOAT, "nearest", FLOAT),
+    "bf16 states": (FLOAT, "nearest", BF16),
+    "bf16 parameters": (BF16, "nearest", FLOAT),
+    "bf16, stochastic": (BF16, "stochastic", BF16),
+}
+
+
+@pytest.mark.parametrize("selection", ["exact", "bracket"])
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
-@pytest.mark.parametrize("state_dtype", [FLOAT, BF16], ids=str)
-@pytest.mark.parametrize("dtype", [FLOAT, BF16], ids=str)
+@pytest.mark.parametrize(("dtype", "rounding", "state_dtype"), STORED.values(), ids=STORED)
 @each_order
-def test_same_bits_as_scattered(order, dtype, state_dtype, backend, generator):
+def test_same_bits_as_scattered(order, dtype, rounding, state_dtype, backend, selection, generator):
     # No empty tensor among them: a flat parameter has no place for one.
     scattered = [p for p in parameters(generator, dtype) if p.numel()]
     scattered.append(nn.Parameter(channels_last(generator).to(dtype)))
     members = clones(scattered)
-    options = {"order": order, "state_dtype": state_dtype, "backend": backend, "seed": 3}
-    options |= {"lr": 1e-2, "weight_decay": 0.1}
+    options = {
+        "order": order,
+        "param_rounding": rounding,
+        "state_dtype": state_dtype,
+        "backend": backend,
+        "selection": selection,
+        "lr": 1e-2,
+        "weight_decay": 0.1,
+        "seed": 3,
+    }
     flat = RoseFusedAdamW(flatten_parameters(members), **options)
     other = RoseFusedAdamW(scattered, **options)
     for step in range(4):
@@ -280,6 +296,19 @@ def test_clipping(where):
             torch.testing.assert_close(p, q)
 
 
+def test_clipping_inside_the_step():
+    pair = twins(max_grad_norm=0.1)
+    for step in range(3):
+        for model, optimizer in pair:
+            backward(model, step)
+            optimizer.step()
+            optimizer.zero_grad()
+        (_, one), (_, other) = pair
+        torch.testing.assert_close(one.grad_norm, other.grad_norm)
+    for p, q in zip(pair[0][0].parameters(), pair[1][0].parameters(), strict=True):
+        torch.testing.assert_close(p, q)  # the norm's sum is in another order
+
+
 def test_gradients_put_there_by_hand():
     pair = twins()
     for step in range(3):
@@ -308,6 +337,7 @@ def test_gradients_that_were_there_before():
     assert_all_same_bits(flat.views(flat.grad), grads, "gradients")
 
 
+@pytest.mark.filterwarnings("ignore:Using backward.. with create_graph:UserWarning")
 def test_double_backward():
     (flat, optimizer), (scattered, _) = twins(lambda: nn.Sequential(nn.Linear(6, 7), nn.Tanh()))
     for model in (flat, scattered):

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
+import mmap
+import os
 import sys
 from pathlib import Path
 
@@ -42,6 +45,11 @@ def huge_bytes(tensor: torch.Tensor) -> int:
     return found
 
 
+def is_mapped(address: int) -> bool:
+    ranges = [line.split()[0].split("-") for line in Path("/proc/self/maps").read_text().splitlines()]
+    return any(int(low, 16) <= address < int(high, 16) for low, high in ranges)
+
+
 @needs_huge_pages
 def test_large_buffers_are_on_huge_pages():
     buffer = memory.empty(16 * MIB, torch.float32, torch.device("cpu"))
@@ -75,21 +83,62 @@ def test_flat_parameters_are_on_huge_pages():
     assert huge_bytes(flat.grad) > 32 * MIB
 
 
+@needs_huge_pages
+def test_memory_that_was_touched_before_is_not_used_again():
+    for _ in range(3):
+        touched = [torch.ones(MIB // 4) for _ in range(64)]  # in the heap, which keeps it
+        del touched
+        buffer = memory.empty(12 * MIB, torch.float32, torch.device("cpu")).zero_()
+        assert huge_bytes(buffer) > 32 * MIB
+
+
 def test_small_buffers_are_left_alone(monkeypatch):
     advised = []
-    monkeypatch.setattr(memory, "advise_huge_pages", lambda buffer: advised.append(buffer.nbytes))
+
+    class Mapping(mmap.mmap):
+        def madvise(self, *args):
+            advised.append(len(self))
+
+    monkeypatch.setattr(mmap, "mmap", Mapping)
     for nbytes in (0, 4, memory.MIN_BYTES - 4, memory.MIN_BYTES):
         memory.empty(nbytes // 4, torch.float32, torch.device("cpu"))
     memory.empty(memory.MIN_BYTES, torch.float32, torch.device("meta"))
-    assert advised == [memory.MIN_BYTES]
+    assert advised == ([memory.MIN_BYTES] if hasattr(mmap, "MADV_HUGEPAGE") else [])
 
 
 @pytest.mark.parametrize("advice", [None, 9999], ids=["no such advice", "refused"])
 def test_without_huge_pages(advice, monkeypatch):
-    monkeypatch.setattr(memory, "_MADV_HUGEPAGE", advice)
+    if advice is None:
+        monkeypatch.delattr(mmap, "MADV_HUGEPAGE", raising=False)
+    else:
+        monkeypatch.setattr(mmap, "MADV_HUGEPAGE", advice, raising=False)
     buffer = memory.empty(16 * MIB, torch.float32, torch.device("cpu"))
-    assert memory.advise_huge_pages(buffer) is False
     assert not buffer.zero_().any()
+    assert buffer.numel() == 16 * MIB
+
+
+def test_memory_is_given_back():
+    buffer = memory.empty(16 * MIB, torch.float32, torch.device("cpu")).zero_()
+    view = buffer[5:7]
+    del buffer
+    assert view.tolist() == [0.0, 0.0]  # a view keeps it
+    if sys.platform == "linux":
+        address = view.data_ptr()
+        assert is_mapped(address)
+        del view
+        gc.collect()
+        assert not is_mapped(address)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_forked_process_has_a_copy():
+    buffer = memory.empty(4 * MIB, torch.float32, torch.device("cpu")).zero_()
+    if (child := os.fork()) == 0:
+        memoryview(buffer[:1].numpy())[0] = 1.0
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+    assert buffer[0] == 0
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
