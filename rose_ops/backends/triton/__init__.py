@@ -69,7 +69,29 @@ def _launch(kernel: Any, programs: int, *args: Any, num_warps: int = 4, **consta
     kernel[(programs,)](*args, **constants, num_warps=num_warps, enable_fp_fusion=False)
 
 
-def _risk_constants(c: Class, second: bool, rank_inactive: bool, scaled: bool) -> dict[str, Any]:
+def _check(name: str, tensor: Tensor | None, numel: int, device: torch.device) -> None:
+    if tensor is not None:
+        check(name, tensor, torch.float32, numel, device)
+
+
+class _Factors:
+    """What gradients are multiplied by, on the device; None is checked, and costs nothing."""
+
+    def __init__(self, inv_scale: Tensor | None, clip: Tensor | None, device: torch.device) -> None:
+        _check("inv_scale", inv_scale, 1, device)
+        _check("clip", clip, 2, device)
+        self.inv_scale, self.clip = inv_scale, clip
+
+    def pointers(self, table: Table) -> tuple[Tensor, Tensor]:
+        return tuple(table.hyper if t is None else t for t in (self.inv_scale, self.clip))
+
+    def constants(self) -> dict[str, Any]:
+        return {"SCALED": self.inv_scale is not None, "CLIPPED": self.clip is not None}
+
+
+def _risk_constants(
+    c: Class, second: bool, rank_inactive: bool, factors: _Factors
+) -> dict[str, Any]:
     return {
         "D0": c.dtypes[0],
         "D1": c.dtypes[-1],
@@ -77,7 +99,7 @@ def _risk_constants(c: Class, second: bool, rank_inactive: bool, scaled: bool) -
         "ALIGNED": c.aligned,
         "SECOND": second,
         "RANK_INACTIVE": rank_inactive,
-        "SCALED": scaled,
+        **factors.constants(),
     }
 
 
@@ -94,15 +116,10 @@ def _device(tensors: Sequence[Tensor]) -> torch.device:
     return tensors[0].device if tensors else torch.device("cpu")
 
 
-def _check_scalar(name: str, tensor: Tensor | None, device: torch.device) -> None:
-    if tensor is not None:
-        check(name, tensor, torch.float32, 1, device)
-
-
 @keeps_denormals
 def select(
     grads: list[Tensor], exp_avgs: list[Tensor], hyper: Tensor, group: Tensor, inv_scale: Tensor | None,
-    upper: int, lower: int, rank_inactive: bool, approx: bool,
+    clip: Tensor | None, upper: int, lower: int, rank_inactive: bool, approx: bool,
 ) -> Tensor:  # fmt: skip
     """See :func:`rose_ops.reference.select`."""
     if not 0 <= lower < upper <= FRACTION_UNIT:
@@ -113,7 +130,7 @@ def select(
     grads = _resolved(grads)
     table = make(_risk_roles(grads, exp_avgs), hyper, group, SELECT_BLOCK)
     device = _device(grads)
-    _check_scalar("inv_scale", inv_scale, device)
+    factors = _Factors(inv_scale, clip, device)
     state = torch.zeros(_STATE + Field.SIZE, dtype=torch.int64, device=device)
     record = state[_STATE:]
     programs = [_programs(c.tiles, device) for c in table.classes]
@@ -123,10 +140,9 @@ def select(
             for c, own in zip(table.classes, programs, strict=True):
                 _launch(
                     kernels._select_kernel, own, c.rows, c.tile_rows, c.tiles, table.dims, table.hyper,
-                    table.hyper if inv_scale is None else inv_scale, state, record, upper, lower,
-                    sum(programs), PASS=i, LAST=i == passes - 1, APPROX=approx, BLOCK=SELECT_BLOCK,
-                    num_warps=8,
-                    **_risk_constants(c, bool(exp_avgs), rank_inactive, inv_scale is not None),
+                    *factors.pointers(table), state, record, upper, lower, sum(programs), PASS=i,
+                    LAST=i == passes - 1, APPROX=approx, BLOCK=SELECT_BLOCK, num_warps=8,
+                    **_risk_constants(c, bool(exp_avgs), rank_inactive, factors),
                 )  # fmt: skip
     return record
 
@@ -134,7 +150,7 @@ def select(
 @keeps_denormals
 def capture_(
     masks: list[Tensor], grads: list[Tensor], exp_avgs: list[Tensor], hyper: Tensor, group: Tensor,
-    inv_scale: Tensor | None, selection: Tensor, rank_inactive: bool,
+    inv_scale: Tensor | None, clip: Tensor | None, selection: Tensor, rank_inactive: bool,
 ) -> None:  # fmt: skip
     """See :func:`rose_ops.reference.capture_`."""
     device = _device(grads)
@@ -146,7 +162,7 @@ def capture_(
     for mask, g in zip(masks, grads, strict=True):
         check("masks", mask, torch.uint8, (g.numel() + 7) // 8, device)
     check("selection", selection, torch.int64, Field.SIZE, device)
-    _check_scalar("inv_scale", inv_scale, device)
+    factors = _Factors(inv_scale, clip, device)
     grads = _resolved(grads)
     columns = {11: [mask.data_ptr() for mask in masks]}
     table = make(_risk_roles(grads, exp_avgs), hyper, group, BLOCK, columns=columns)
@@ -154,8 +170,8 @@ def capture_(
         for c in table.classes:
             _launch(
                 kernels._capture_kernel, _programs(c.tiles, device), c.rows, c.tile_rows, c.tiles,
-                table.dims, table.hyper, table.hyper if inv_scale is None else inv_scale, selection,
-                BLOCK=BLOCK, **_risk_constants(c, bool(exp_avgs), rank_inactive, inv_scale is not None),
+                table.dims, table.hyper, *factors.pointers(table), selection, BLOCK=BLOCK,
+                **_risk_constants(c, bool(exp_avgs), rank_inactive, factors),
             )  # fmt: skip
 
 
@@ -186,7 +202,8 @@ def adamw_(
     params: list[Tensor], grads: list[Tensor], exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor],
     steps: list[Tensor], first_masks: list[Tensor], second_masks: list[Tensor],
     selection: Tensor | None, lr: Tensor, hyper: Tensor, group: Tensor, offsets: Tensor,
-    inv_scale: Tensor | None, found_inf: Tensor | None, gamma: float, rank_inactive: bool, seed: int,
+    inv_scale: Tensor | None, clip: Tensor | None, found_inf: Tensor | None, gamma: float,
+    rank_inactive: bool, seed: int, stochastic: bool,
 ) -> Tensor:  # fmt: skip
     """See :func:`rose_ops.reference.adamw_`."""
     device = _device(params)
@@ -212,8 +229,8 @@ def adamw_(
                 "both selection and second_masks are given; expected one second-order mask"
             )
         check("selection", selection, torch.int64, Field.SIZE, device)
-    _check_scalar("inv_scale", inv_scale, device)
-    _check_scalar("found_inf", found_inf, device)
+    factors = _Factors(inv_scale, clip, device)
+    _check("found_inf", found_inf, 1, device)
     has_second = selection is not None or bool(second_masks)
     flags = hyper.reshape(-1, 6)[:, 5].tolist()
     selective = [0 <= row < len(flags) and flags[row] != 0 for row in group.tolist()]
@@ -233,6 +250,7 @@ def adamw_(
     table = make(roles, hyper, group, BLOCK, extra, columns)
     fractional = bool(first_masks) and has_second
     weights = (1, 2) if fractional else (3, 3)
+    rules_out = selection is None and WHOLE in first_kinds + second_kinds
     found = table.hyper if found_inf is None else found_inf
     with _on(device):
         # Workspaces are written by the first kernel before the second reads them.
@@ -243,43 +261,42 @@ def adamw_(
         _launch(
             kernels._prepare_kernel, count, table.rows, len(params), table.hyper,
             table.extra[2:] if lr.is_cpu else lr, found, prepared, keys, counts, table.extra,
-            table.extra[1:], *weights, FOUND=found_inf is not None,
+            table.extra[1:], *weights, RULES_OUT=rules_out, FOUND=found_inf is not None,
         )  # fmt: skip
         for c in table.classes:
             _launch(
                 kernels._update_kernel, max(c.tiles, 1), c.rows, c.tile_rows, c.tiles,
-                table.dims, table.hyper, table.hyper if inv_scale is None else inv_scale, found,
+                table.dims, table.hyper, *factors.pointers(table), found,
                 counts if selection is None else selection, prepared, keys, counts, *weights,
                 D0=c.dtypes[0], D1=c.dtypes[1], D2=c.dtypes[2], D3=c.dtypes[3], LINEAR=c.linear,
                 ALIGNED=c.aligned, FRACTIONAL=fractional, FROM_RISK=selection is not None,
-                HAS_FIRST=bool(first_masks), HAS_SECOND=bool(second_masks), RANK_INACTIVE=rank_inactive,
-                SCALED=inv_scale is not None, FOUND=found_inf is not None, BLOCK=BLOCK,
+                HAS_FIRST=bool(first_masks), HAS_SECOND=bool(second_masks), RULES_OUT=rules_out,
+                RANK_INACTIVE=rank_inactive, STOCHASTIC=stochastic, FOUND=found_inf is not None,
+                BLOCK=BLOCK, **factors.constants(),
             )  # fmt: skip
     return counts
 
 
 @keeps_denormals
-def tensor_norms(tensors: list[Tensor], inv_scale: Tensor | None) -> Tensor:
-    """See :func:`rose_ops.reference.tensor_norms`."""
+def sums_of_squares(tensors: list[Tensor], inv_scale: Tensor | None) -> Tensor:
+    """See :func:`rose_ops.reference.sums_of_squares`."""
     device = _device(tensors)
-    _check_scalar("inv_scale", inv_scale, device)
+    factors = _Factors(inv_scale, None, device)
     hyper, group = torch.zeros(1, 6, dtype=torch.float64), torch.zeros(len(tensors), dtype=torch.int64)
     tensors = _resolved(tensors)
     table: Table = make([Role("tensors", tensors)], hyper, group, BLOCK)
-    norms = torch.empty(len(tensors), device=device)
+    sums = torch.empty(len(tensors), dtype=torch.float64, device=device)
     if not tensors:
-        return norms
+        return sums
     partial = torch.empty(table.tiles + 1, dtype=torch.float64, device=device)
     with _on(device):
         for c in table.classes:
             _launch(
                 kernels._squares_kernel, _programs(c.tiles, device), c.rows, c.tile_rows, c.tiles,
-                table.dims, table.hyper if inv_scale is None else inv_scale, partial, c.base,
-                D0=c.dtypes[0], LINEAR=c.linear, ALIGNED=c.aligned, SCALED=inv_scale is not None,
-                BLOCK=BLOCK,
+                table.dims, factors.pointers(table)[0], partial, c.base, D0=c.dtypes[0],
+                LINEAR=c.linear, ALIGNED=c.aligned, SCALED=inv_scale is not None, BLOCK=BLOCK,
             )  # fmt: skip
             _launch(
-                kernels._norms_kernel, len(c.rows), c.rows, partial, c.base, norms, BLOCK=BLOCK,
-                PARTS=256,
-            )  # fmt: skip
-    return norms
+                kernels._sums_kernel, len(c.rows), c.rows, partial, c.base, sums, BLOCK=BLOCK, PARTS=256
+            )
+    return sums
