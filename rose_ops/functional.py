@@ -177,8 +177,9 @@ def capture_mask(
 ) -> tuple[list[Tensor], Selection]:
     """Mask of the robust elements, and the selection behind it.
 
-    Arguments are those of :func:`select_threshold`, with ``selection="bracket"`` in one pass. At ``granularity="tensor"`` whole tensors are
-    ranked, by their Frobenius norms (``selection`` does not matter there).
+    Arguments are those of :func:`select_threshold`; ``selection="bracket"`` takes one pass over the
+    tensors. At ``granularity="tensor"`` whole tensors are ranked, by their Frobenius norms
+    (``selection`` does not matter there).
 
     Returns:
         For each tensor, uint8 ``[ceil(n / 8)]``: element i, counted row-major, is bit ``i % 8`` of

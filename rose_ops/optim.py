@@ -270,7 +270,8 @@ class RoseFusedAdamW(Optimizer):
     ) -> None:
         self.settings = Settings(
             order, upper, lower, gamma, granularity, selection, inactive, selection_warmup_steps,
-            max_grad_norm, error_if_nonfinite, state_dtype, param_rounding, backend, process_group, seed,
+            max_grad_norm, error_if_nonfinite, state_dtype, param_rounding, backend, process_group,
+            seed,
         )  # fmt: skip
         self._reset()
         defaults = {

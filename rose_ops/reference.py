@@ -377,12 +377,14 @@ def adamw_(
         step_size = (lr[row].double() * M / (1.0 - beta1**t)).to(dtype)
         decay = (1.0 - lr[row].double() * M * weight_decay).to(dtype)
         p1 = torch.where(off, p0, p0 * decay - step_size * (m1 / denom))
-        if dtype == torch.float32:
+        rounds_v = v.dtype == torch.bfloat16 and dtype == torch.float32
+        rounds_p = p.dtype == torch.bfloat16 and dtype == torch.float32 and stochastic
+        if rounds_v or rounds_p:
             random = hash_u32(torch.arange(g.numel()).view(g.shape) + int(offsets[i]), seed, int(t))
-            if v.dtype == torch.bfloat16:
-                v1 = round_stochastic_bf16(v1, random)
-            if p.dtype == torch.bfloat16 and stochastic:
-                p1 = round_stochastic_bf16(p1, random >> 16)
+        if rounds_v:
+            v1 = round_stochastic_bf16(v1, random)
+        if rounds_p:
+            p1 = round_stochastic_bf16(p1, random >> 16)
         p.copy_(p1)
         m.copy_(m1)
         v.copy_(v1)
@@ -430,11 +432,12 @@ def bracket_adamw_(
     drawn independently, and L times the sum of the y_j has the expectation that the definition of the
     threshold makes 0 (within 1). |y_j - E y_j| <= 16, the elements of a line, so by Bernstein's
     inequality ``|sum of (y_j - E y_j)| <= sqrt(2*V*l) + (2/3)*16*l`` but for a probability of
-    ``2*exp(-l)``, with V the variance of the sum. V is estimated by U, the sum of the squared differences
-    of neighbours (y_1 - y_2, y_3 - y_4, ...): E U >= V, and sums of non-negative independent terms are
-    rarely too small: ``sqrt(V) <= sqrt(U) + 16*sqrt(2*l)`` but for a probability of ``exp(-l)`` (Maurer
-    and Pontil, 2009). Together ``sqrt(2*U*l) + (8/3)*16*l``, which is the bracket's half-width in
-    elements of the sample. With l = 25 and at most 16 brackets in a step, each narrower than the last,
+    ``2*exp(-l)``, with V the variance of the sum. V is estimated by U, the sum of the squared
+    differences of neighbours (y_1 - y_2, y_3 - y_4, ...): E U >= V, and sums of non-negative
+    independent terms are rarely too small: ``sqrt(V) <= sqrt(U) + 16*sqrt(2*l)`` but for a probability
+    of ``exp(-l)`` (Maurer and Pontil, 2009). Together ``sqrt(2*U*l) + (8/3)*16*l``, which is the
+    bracket's half-width in elements of the sample. (U is taken at a first estimate of the threshold.)
+    With l = 25 and at most 16 brackets in a step, each narrower than the last,
     a miss has a probability below 16 * 3 * exp(-25) < 1e-9.
 
     Args:
@@ -449,8 +452,8 @@ def bracket_adamw_(
         return torch.tensor([-1, -1] + [0] * (Field.SIZE))
     chosen = [i for i, row in enumerate(group.tolist()) if hyper[row, Hyper.SELECTIVE] != 0]
     record = select(
-        [grads[i] for i in chosen], [exp_avgs[i] for i in chosen], hyper, group[chosen], inv_scale, clip,
-        upper, lower, rank_inactive, False,
+        [grads[i] for i in chosen], [exp_avgs[i] for i in chosen], hyper, group[chosen], inv_scale,
+        clip, upper, lower, rank_inactive, False,
     )  # fmt: skip
     counts = adamw_(
         params, grads, exp_avgs, exp_avg_sqs, steps, first_masks, [], record, lr, hyper, group, offsets,

@@ -132,17 +132,15 @@ OPERATORS = (
 )  # fmt: skip
 
 
+OPERATORS = (
+    "select", "capture_", "adamw_", "bracket_adamw_", "bracket_capture_", "sums_of_squares",
+)  # fmt: skip
+
+
 def test_what_is_written_is_what_the_schema_says():
     written = {
         name: [a.name for a in getattr(rose, name).default._schema.arguments if a.is_write]
-        for name in (
-            "select",
-            "capture_",
-            "adamw_",
-            "bracket_adamw_",
-            "bracket_capture_",
-            "sums_of_squares",
-        )  # fmt: skip
+        for name in OPERATORS
     }
     assert written == {
         "select": [],
