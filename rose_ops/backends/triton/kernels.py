@@ -108,18 +108,24 @@ def _mix(x):
 
 
 @triton.jit
-def _locate(row, dims, index, OPERAND: tl.constexpr, LINEAR: tl.constexpr):
-    """Where the elements ``index`` (row-major) of one operand are in its memory."""
+def _locate(
+    row, dims, index, OPERAND: tl.constexpr, LINEAR: tl.constexpr, ROWS: tl.constexpr = False
+):  # fmt: skip
+    """Where the elements ``index`` (row-major) of one operand are in its memory. ROWS: a row each."""
     if LINEAR:
         return index
     at = tl.zeros_like(index)
     first = tl.load(row + FIRST_DIM)
     count = tl.load(row + DIMS)
-    for k in range(0, count):
+    most = count
+    if ROWS:
+        most = tl.max(count)
+    for k in range(0, most):
+        used = k < count
         dim = dims + (first + count - 1 - k) * 5  # size, strides
-        size = tl.load(dim)
+        size = tl.load(dim, mask=used, other=1)
         rest = index // size
-        at += (index - rest * size) * tl.load(dim + 1 + OPERAND)
+        at += (index - rest * size) * tl.load(dim + 1 + OPERAND, mask=used, other=0)
         index = rest
     return tl.where(count == 0, index, at)
 
@@ -169,13 +175,16 @@ def _keys_of_tile(
     row, dims, index, valid, hyper, inv_scale, clip,
     D0: tl.constexpr, D1: tl.constexpr, LINEAR: tl.constexpr, ALIGNED: tl.constexpr,
     SECOND: tl.constexpr, RANK_INACTIVE: tl.constexpr, SCALED: tl.constexpr, CLIPPED: tl.constexpr,
+    GRAD: tl.constexpr = 0, ROWS: tl.constexpr = False,
 ):  # fmt: skip
-    g = _load(tl.load(row + DATA), _locate(row, dims, index, 0, LINEAR), valid, D0, ALIGNED)
+    """Keys of gradients (operand GRAD, of dtype D0) and first moments (the next, D1)."""
+    at = _locate(row, dims, index, GRAD, LINEAR, ROWS)
+    g = _load(tl.load(row + DATA + GRAD), at, valid, D0, ALIGNED)
     m = g
     alpha = 1.0
     if SECOND:
-        at = _locate(row, dims, index, 1, LINEAR)
-        m = _load(tl.load(row + DATA + 1), at, valid, D1, ALIGNED)
+        at = _locate(row, dims, index, GRAD + 1, LINEAR, ROWS)
+        m = _load(tl.load(row + DATA + GRAD + 1), at, valid, D1, ALIGNED)
         alpha = (1.0 - tl.load(hyper + tl.load(row + GROUP) * 6)).to(tl.float32)
     if SCALED:
         g = g * tl.load(inv_scale)
@@ -277,13 +286,23 @@ def _select_kernel(
 
 
 @triton.jit
+def _store_mask_bits(row, tile, selected, BLOCK: tl.constexpr):
+    """One bit for each element, 8 to a byte, the lowest first."""
+    bit = selected.to(tl.int32).reshape([BLOCK // 8, 8])
+    byte = tl.sum(bit << tl.arange(0, 8)[None, :], axis=1)
+    start = (tile - tl.load(row + FIRST_TILE)) * (BLOCK // 8)
+    at = start + tl.arange(0, BLOCK // 8).to(tl.int64)
+    pointer = tl.load(row + BITS).to(tl.pointer_type(tl.uint8))
+    tl.store(pointer + at, byte.to(tl.uint8), mask=at * 8 < tl.load(row + N))
+
+
+@triton.jit
 def _capture_kernel(
     rows, tile_rows, tiles, dims, hyper, inv_scale, clip, selection,
     D0: tl.constexpr, D1: tl.constexpr, LINEAR: tl.constexpr, ALIGNED: tl.constexpr,
     SECOND: tl.constexpr, RANK_INACTIVE: tl.constexpr, SCALED: tl.constexpr, CLIPPED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One bit for each element, 8 to a byte, the lowest first."""
     first = tl.program_id(0).to(tl.int64)
     for tile in range(first, tiles, tl.num_programs(0)):
         row, index, valid = _tile(rows, tile_rows, tile, ALIGNED, BLOCK)
@@ -291,12 +310,7 @@ def _capture_kernel(
             row, dims, index, valid, hyper, inv_scale, clip, D0, D1, LINEAR, ALIGNED, SECOND,
             RANK_INACTIVE, SCALED, CLIPPED,
         )  # fmt: skip
-        bit = (_is_selected(key, selection) & valid).to(tl.int32).reshape([BLOCK // 8, 8])
-        byte = tl.sum(bit << tl.arange(0, 8)[None, :], axis=1)
-        start = (tile - tl.load(row + FIRST_TILE)) * (BLOCK // 8)
-        at = start + tl.arange(0, BLOCK // 8).to(tl.int64)
-        pointer = tl.load(row + BITS).to(tl.pointer_type(tl.uint8))
-        tl.store(pointer + at, byte.to(tl.uint8), mask=at * 8 < tl.load(row + N))
+        _store_mask_bits(row, tile, _is_selected(key, selection) & valid, BLOCK)
 
 
 @triton.jit
@@ -304,11 +318,23 @@ def _prepare_kernel(
     rows, count, hyper, lr, found_inf, prepared, keys, counts, gamma, seed, first_weight, second_weight,
     RULES_OUT: tl.constexpr, FOUND: tl.constexpr,
 ):  # fmt: skip
-    """What all elements of a segment have in common in an update, and its step. A program each."""
-    i = tl.program_id(0).to(tl.int64)
-    if i == 0:
+    """A program for each segment."""
+    if tl.program_id(0) == 0:
         tl.store(counts, 0)
         tl.store(counts + 1, 0)
+    _prepare(
+        rows, count, hyper, lr, found_inf, prepared, keys, gamma, seed, first_weight, second_weight,
+        RULES_OUT, FOUND,
+    )  # fmt: skip
+
+
+@triton.jit
+def _prepare(
+    rows, count, hyper, lr, found_inf, prepared, keys, gamma, seed, first_weight, second_weight,
+    RULES_OUT: tl.constexpr, FOUND: tl.constexpr,
+):  # fmt: skip
+    """What all elements of a segment have in common in an update, and its step."""
+    i = tl.program_id(0).to(tl.int64)
     runs = i < count
     if FOUND:
         runs = runs & (tl.load(found_inf) == 0)
@@ -431,6 +457,33 @@ def _store_stochastic(address, at, x, random, valid, ALIGNED: tl.constexpr):
 
 
 @triton.jit
+def _store_parameter(
+    row, dims, index, x, random, valid, D0: tl.constexpr, LINEAR: tl.constexpr, ALIGNED: tl.constexpr,
+    STOCHASTIC: tl.constexpr, ROWS: tl.constexpr = False,
+):  # fmt: skip
+    at = _locate(row, dims, index, 0, LINEAR, ROWS)
+    if STOCHASTIC and D0 == 1:
+        _store_stochastic(tl.load(row + DATA), at, x, random >> 16, valid, ALIGNED)
+    else:
+        _store(tl.load(row + DATA), at, x, valid, D0, ALIGNED)
+
+
+@triton.jit
+def _store_moments(
+    row, dims, index, m, v, random, valid, D2: tl.constexpr, D3: tl.constexpr, LINEAR: tl.constexpr,
+    ALIGNED: tl.constexpr, BOTH: tl.constexpr, ROWS: tl.constexpr = False,
+):  # fmt: skip
+    if BOTH:
+        at = _locate(row, dims, index, 2, LINEAR, ROWS)
+        _store(tl.load(row + DATA + 2), at, m, valid, D2, ALIGNED)
+    at = _locate(row, dims, index, 3, LINEAR, ROWS)
+    if D3 == 1:
+        _store_stochastic(tl.load(row + DATA + 3), at, v, random, valid, ALIGNED)
+    else:
+        _store(tl.load(row + DATA + 3), at, v, valid, D3, ALIGNED)
+
+
+@triton.jit
 def _update_kernel(
     rows, tile_rows, tiles, dims, hyper, inv_scale, clip, found_inf, selection, prepared, keys, counts,
     first_weight, second_weight,
@@ -450,26 +503,23 @@ def _update_kernel(
         segment = tl.load(row + INDEX)
         key = keys + segment * 2
         u = prepared + segment * PREPARED
-        at_p = _locate(row, dims, index, 0, LINEAR)
-        at_m = _locate(row, dims, index, 2, LINEAR)
-        at_v = _locate(row, dims, index, 3, LINEAR)
-        p_data = tl.load(row + DATA)
-        m_data = tl.load(row + DATA + 2)
-        v_data = tl.load(row + DATA + 3)
-        m = _load(m_data, at_m, valid, D2, ALIGNED)
-        v = _load(v_data, at_v, valid, D3, ALIGNED)
-        base = tl.load(key + 1)
+        random = _random(row, index, key)
+        at = _locate(row, dims, index, 2, LINEAR)
+        m = _load(tl.load(row + DATA + 2), at, valid, D2, ALIGNED)
+        at = _locate(row, dims, index, 3, LINEAR)
+        v = _load(tl.load(row + DATA + 3), at, valid, D3, ALIGNED)
         live = True
         if RULES_OUT:
-            live = base >= 0
+            live = tl.load(key + 1) >= 0
         if live:
-            p = _load(p_data, at_p, valid, D0, ALIGNED)
-            at_g = _locate(row, dims, index, 1, LINEAR)
-            g = _load(tl.load(row + DATA + 1), at_g, valid, D1, ALIGNED)
+            at = _locate(row, dims, index, 0, LINEAR)
+            p = _load(tl.load(row + DATA), at, valid, D0, ALIGNED)
+            at = _locate(row, dims, index, 1, LINEAR)
+            g = _load(tl.load(row + DATA + 1), at, valid, D1, ALIGNED)
             g = _gradient(g, row, hyper, inv_scale, clip, SCALED, CLIPPED)
             group = hyper + tl.load(row + GROUP) * 6
             selective = tl.zeros([BLOCK], tl.int32) + tl.load(group + 5).to(tl.int32) != 0
-            kind = tl.zeros([BLOCK], tl.int32) + base
+            kind = tl.zeros([BLOCK], tl.int32) + tl.load(key + 1)
             if HAS_FIRST:
                 kind += _mask_bit(row, index, valid, 0) * first_weight
             if HAS_SECOND:
@@ -480,21 +530,14 @@ def _update_kernel(
                 kind += (selective & _is_selected(risk, selection)).to(tl.int32) * second_weight
             bad = selective & ((_bits(g) >= INFINITY) | (_bits(m) >= INFINITY))
             kind = tl.where(bad, 0, kind)
-            tl.atomic_add(counts, tl.sum((valid & (kind != 0)).to(tl.int64)))
-            tl.atomic_add(counts + 1, tl.sum((valid & bad).to(tl.int64)))
-            p, m_new, v_new = _adamw(p, g, m, v, kind, u, FRACTIONAL)
-            if STOCHASTIC and D0 == 1:
-                random = _random(row, index, key) >> 16
-                _store_stochastic(p_data, at_p, p, random, valid, ALIGNED)
-            else:
-                _store(p_data, at_p, p, valid, D0, ALIGNED)
-            _store(m_data, at_m, m_new, valid, D2, ALIGNED)
+            tl.atomic_add(counts, tl.sum((valid & (kind != 0)).to(tl.int64)), sem="relaxed")
+            tl.atomic_add(counts + 1, tl.sum((valid & bad).to(tl.int64)), sem="relaxed")
+            p, m, v = _adamw(p, g, m, v, kind, u, FRACTIONAL)
+            _store_parameter(row, dims, index, p, random, valid, D0, LINEAR, ALIGNED, STOCHASTIC)
+            _store_moments(row, dims, index, m, v, random, valid, D2, D3, LINEAR, ALIGNED, True)
         else:  # nothing of the tensor is selected
-            v_new = _second_moment(v, m, u)
-        if D3 == 1:
-            _store_stochastic(v_data, at_v, v_new, _random(row, index, key), valid, ALIGNED)
-        else:
-            _store(v_data, at_v, v_new, valid, D3, ALIGNED)
+            v = _second_moment(v, m, u)
+            _store_moments(row, dims, index, m, v, random, valid, D2, D3, LINEAR, ALIGNED, False)
 
 
 @triton.jit
