@@ -19,9 +19,9 @@ pytest.importorskip("triton")
 
 I64, I32, F32, F64 = "*i64", "*i32", "*fp32", "*fp64"
 WALK = {"rows": I64, "tile_rows": I32, "tiles": "i32", "dims": I64}
-RISK = {**WALK, "hyper": F64, "inv_scale": F32}
+RISK = {**WALK, "hyper": F64, "inv_scale": F32, "clip": F32}
 SELECT = {**RISK, "state": I64, "selection": I64, "upper": "i32", "lower": "i32", "programs": "i32"}
-BASE = {"LINEAR": True, "ALIGNED": True, "SCALED": True, "BLOCK": 512}
+BASE = {"LINEAR": True, "ALIGNED": True, "SCALED": True, "CLIPPED": True, "BLOCK": 512}
 SECOND = {**BASE, "D0": 0, "D1": 0, "SECOND": True, "RANK_INACTIVE": False}
 DIGIT = {**SECOND, "BLOCK": 1024, "APPROX": False}
 UPDATE = {
@@ -35,7 +35,8 @@ PREPARE = {
 }  # fmt: skip
 OPTIONS = {
     **BASE, "D0": 0, "D1": 0, "D2": 0, "D3": 0, "FRACTIONAL": True, "FROM_RISK": True,
-    "HAS_FIRST": True, "HAS_SECOND": False, "RANK_INACTIVE": False, "FOUND": True,
+    "HAS_FIRST": True, "HAS_SECOND": False, "RULES_OUT": False, "RANK_INACTIVE": False,
+    "STOCHASTIC": True, "FOUND": True,
 }  # fmt: skip
 # kernel, signature, constants, 16-byte loads and stores expected
 CASES = {
@@ -43,12 +44,16 @@ CASES = {
     "select-3": ("_select_kernel", SELECT, {**DIGIT, "PASS": 2, "LAST": True}, 2, 0),
     "capture": ("_capture_kernel", {**RISK, "selection": I64}, {**SECOND, "SECOND": False}, 1, 0),
     "update": ("_update_kernel", UPDATE, OPTIONS, 4, 3),
+    "update-masks": (
+        "_update_kernel", UPDATE,
+        {**OPTIONS, "FROM_RISK": False, "HAS_SECOND": True, "RULES_OUT": True}, 4, 3,
+    ),
     "update-bf16": ("_update_kernel", UPDATE, {**OPTIONS, "D0": 1, "D1": 1, "D2": 1, "D3": 1}, 0, 0),
     "update-fp16": ("_update_kernel", UPDATE, {**OPTIONS, "D0": 2, "D1": 2}, 2, 2),
     "prepare": ("_prepare_kernel", PREPARE, {"FOUND": True}, 0, 0),
     "squares": (
         "_squares_kernel", {**WALK, "inv_scale": F32, "partial": F64, "base": "i32"},
-        {**BASE, "D0": 0}, 1, 0,
+        {k: v for k, v in BASE.items() if k != "CLIPPED"} | {"D0": 0}, 1, 0,
     ),
 }  # fmt: skip
 # In double precision, IEEE division begins with an approximate reciprocal.

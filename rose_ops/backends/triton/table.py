@@ -13,6 +13,7 @@ from torch import Tensor
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 COLUMNS = 17  # see kernels.py
+_GROUP = 13
 _DIM = 5  # size, strides of up to 4 operands
 NO_MASK, BITS, WHOLE, ALL = range(4)
 _KEPT = 32
@@ -35,6 +36,7 @@ class Class(NamedTuple):
     rows: Tensor  # [count, COLUMNS]
     tile_rows: Tensor  # int32: row of each tile
     base: int  # tiles of the classes before
+    selective: int  # tiles of selective segments, which are the first ones
 
     @property
     def tiles(self) -> int:
@@ -183,12 +185,16 @@ def make(
         members.setdefault((dtypes, not dims, aligned), []).append(row)
     members = members or {((0,) * len(roles), True, True): []}
 
+    selective = hyper.reshape(-1, 6)[:, 5].tolist()
     tile_rows: list[Tensor] = []
+    selective_tiles: list[int] = []
     for rows in members.values():
+        rows.sort(key=lambda row: selective[row[_GROUP]] == 0)
         tiles = torch.tensor([-(-row[0] // block) for row in rows], dtype=torch.int64)
         for row, before in zip(rows, (tiles.cumsum(0) - tiles).tolist(), strict=True):
             row[1] = before
         tile_rows.append(torch.arange(len(rows), dtype=torch.int32).repeat_interleave(tiles))
+        selective_tiles.append(sum(-(-row[0] // block) for row in rows if selective[row[_GROUP]]))
     all_rows = [*chain(*members.values())] or [[0] * COLUMNS]
     words = [
         torch.tensor(all_rows, dtype=torch.int64).reshape(-1),
@@ -200,9 +206,12 @@ def make(
     rows_, dims_, hyper_, extra_ = blob.split([len(w) for w in words])
     rows_ = rows_.view(-1, COLUMNS)
     classes, at, base = [], 0, 0
-    for (dtypes, linear, aligned), rows, own in zip(members, members.values(), tile_rows, strict=True):
+    for (dtypes, linear, aligned), rows, own, first_tiles in zip(
+        members, members.values(), tile_rows, selective_tiles, strict=True
+    ):
         mine = tiles32[base : base + len(own)]
-        classes.append(Class(dtypes, linear, aligned, rows_[at : at + max(len(rows), 1)], mine, base))
+        its_rows = rows_[at : at + max(len(rows), 1)]
+        classes.append(Class(dtypes, linear, aligned, its_rows, mine, base, first_tiles))
         at, base = at + len(rows), base + len(own)
     return Table(tuple(classes), rows_, dims_, hyper_.view(torch.float64), extra_.view(torch.float64))
 
