@@ -40,7 +40,8 @@ Tensor Context::empty(int64_t numel, ScalarType dtype) const {
   return torch::stable::empty({numel}, dtype, std::nullopt, device_);
 }
 
-HostTable::HostTable(const Segments& layout, const Groups* table) : tiles(layout.tiles()) {
+HostTable::HostTable(const Segments& layout, const Groups* table, bool all_ranked)
+    : tiles(layout.tiles()) {
   for (int64_t row = 0; table != nullptr && row < table->count(); ++row) {
     groups.push_back(table->of_row(row));
   }
@@ -56,8 +57,10 @@ HostTable::HostTable(const Segments& layout, const Groups* table) : tiles(layout
       to.group = static_cast<int32_t>(table->row(i));
       to.alpha = table->alpha(i);
       to.sign = static_cast<float>((*table)[i].sign);
-      to.selective = (*table)[i].selective != 0;
+      to.selective = all_ranked || (*table)[i].selective != 0;
     }
+    to.first_line = lines;
+    if (to.selective) lines += (to.n + kLine - 1) / kLine;
     to.vector = true;
     bool linear = true;
     for (size_t k = 0; k < from.operands.size(); ++k) {
@@ -202,10 +205,13 @@ DeviceTable::DeviceTable(const HostTable& host, const Context& context) {
   const size_t dims = append(bytes, host.dims), lrs = append(bytes, host.lr);
   memory_ = upload(std::move(bytes), context);
   const char* base = static_cast<const char*>(memory_.const_data_ptr());
-  table = {
-      reinterpret_cast<const Segment*>(base + segments), reinterpret_cast<const Hyper*>(base + groups),
-      reinterpret_cast<const Dim*>(base + dims),         host.tiles,
-      static_cast<int32_t>(host.segments.size()),        0};
+  table = {reinterpret_cast<const Segment*>(base + segments),
+           reinterpret_cast<const Hyper*>(base + groups),
+           reinterpret_cast<const Dim*>(base + dims),
+           host.tiles,
+           host.lines,
+           static_cast<int32_t>(host.segments.size()),
+           0};
   lr = reinterpret_cast<const double*>(base + lrs);
 }
 
