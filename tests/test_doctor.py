@@ -73,6 +73,21 @@ def test_cuda_parameters_without_a_gpu(monkeypatch, backend):
     assert ("no usable backend for cuda parameters" in str(caught.value)) == (backend == "auto")
 
 
+@pytest.mark.parametrize("cuda", [None, "its reason"])
+def test_cuda_comes_before_triton(monkeypatch, recwarn, cuda):
+    """With a warning that says once why not, where it cannot be used."""
+    names = {"cuda": cuda, "triton": None}
+    for name, reason in names.items():
+        backend = Backend(name, frozenset({"cuda"}), lambda: reference, lambda reason=reason: reason)
+        monkeypatch.setitem(backends.BACKENDS, name, backend)
+    backends._first_usable.cache_clear()
+    chosen = [backends.resolve("auto", torch.device("cuda")).name for _ in range(2)]
+    backends._first_usable.cache_clear()
+    assert chosen == [("cuda" if cuda is None else "triton")] * 2
+    said = [str(warning.message) for warning in recwarn]
+    assert said == ([] if cuda is None else ["rose_ops uses the backend 'triton': 'cuda': its reason"])
+
+
 def test_why_cuda_cannot_be_used(monkeypatch):
     has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

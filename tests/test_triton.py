@@ -14,6 +14,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from support import ROSE, Problem
+
+from rose_ops import reference
 
 pytest.importorskip("triton")
 
@@ -193,6 +196,48 @@ def test_the_gate_refuses(name, monkeypatch, tmp_path):
     assert (wrong == []) == (name == "none")
     for pattern in FAULTS[name]:
         assert any(re.search(pattern, line) for line in wrong), (pattern, wrong)
+
+
+def launches(monkeypatch, ops, generator, pieces: int, **changes: float) -> list:
+    """Those of a second-order step: kernel, programs, and all that a kernel is compiled for."""
+    made: list = []
+
+    def record(kernel, programs, *args, **constants) -> None:
+        seen = [(x.dtype, x.data_ptr() % 16) if isinstance(x, torch.Tensor) else x for x in args]
+        made.append((kernel.fn.__name__, programs, seen, constants))
+
+    grads, moments = (list(torch.randn(64 * pieces, generator=generator).split(64)) for _ in range(2))
+    row = [changes.get(name, ROSE[i]) for i, name in enumerate(("beta1", "beta2", "eps", "decay"))]
+    options = {"inv_scale": torch.tensor(changes.get("scale", 1.0)), "gamma": changes.get("gamma", 0.5)}
+    problem = Problem.of(grads, moments, (*row, 1.0, 1.0), changes.get("lr", 1e-3), **options)
+    problem.steps = [torch.tensor(changes.get("step", 0.0)) for _ in grads]
+    record_of = problem.select(reference, 600_000_000)
+    monkeypatch.setattr(ops, "_launch", record)
+    problem.select(ops, 600_000_000)
+    problem.update(ops, selection=record_of)
+    monkeypatch.undo()
+    return made
+
+
+def test_nothing_is_compiled_again_for_other_hyperparameters(monkeypatch, generator):
+    from rose_ops.backends import triton as ops
+
+    if not ops.INTERPRETED:
+        pytest.skip("needs TRITON_INTERPRET=1")
+    first = launches(monkeypatch, ops, generator, 3)
+    changes = {"lr": 0.3, "beta1": 0.5, "beta2": 0.99, "eps": 1e-3, "decay": 0.3, "step": 16.0}
+    assert launches(monkeypatch, ops, generator, 3, **changes, scale=0.5, gamma=0.25) == first
+
+
+@pytest.mark.parametrize("pieces", [1, 40])
+def test_launches_of_a_step(monkeypatch, generator, pieces):
+    """Whatever the number of tensors of the same kind."""
+    from rose_ops.backends import triton as ops
+
+    if not ops.INTERPRETED:
+        pytest.skip("needs TRITON_INTERPRET=1")
+    names = [name for name, *_ in launches(monkeypatch, ops, generator, pieces)]
+    assert names == [*["_select_kernel"] * 3, "_prepare_kernel", "_update_kernel"]
 
 
 def test_tables_of_cuda_graphs(monkeypatch):
