@@ -313,6 +313,8 @@ class RoseFlat(Rose):
         own = [nn.Parameter(t) for t in self.problem.made("params", work.dtype)]
         self._flat = rose_ops.flatten_parameters(own)
         self.params = [p.data for p in own]
+        for flat in self._flat:
+            flat.grad = torch.zeros_like(flat)
         self.problem.numbers.fill("grads", [p.grad for p in own])
         return super()._make(self._flat, capturable)
 

@@ -13,7 +13,9 @@ STABLE_TORCH_LIBRARY_IMPL(rose_ops, CPU, m) {
   m.impl("select", TORCH_BOX(&rose::cpu::select));
   m.impl("capture_", TORCH_BOX(&rose::cpu::capture_));
   m.impl("adamw_", TORCH_BOX(&rose::cpu::adamw_));
-  m.impl("tensor_norms", TORCH_BOX(&rose::cpu::tensor_norms));
+  m.impl("bracket_adamw_", TORCH_BOX(&rose::cpu::bracket_adamw_));
+  m.impl("bracket_capture_", TORCH_BOX(&rose::cpu::bracket_capture_));
+  m.impl("sums_of_squares", TORCH_BOX(&rose::cpu::sums_of_squares));
 }
 
 #ifdef ROSE_WITH_CUDA
@@ -21,6 +23,8 @@ STABLE_TORCH_LIBRARY_IMPL(rose_ops, CUDA, m) {
   m.impl("select", TORCH_BOX(&rose::cuda::ops::select));
   m.impl("capture_", TORCH_BOX(&rose::cuda::ops::capture_));
   m.impl("adamw_", TORCH_BOX(&rose::cuda::ops::adamw_));
-  m.impl("tensor_norms", TORCH_BOX(&rose::cuda::ops::tensor_norms));
+  m.impl("bracket_adamw_", TORCH_BOX(&rose::cuda::ops::bracket_adamw_));
+  m.impl("bracket_capture_", TORCH_BOX(&rose::cuda::ops::bracket_capture_));
+  m.impl("sums_of_squares", TORCH_BOX(&rose::cuda::ops::sums_of_squares));
 }
 #endif

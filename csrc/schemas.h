@@ -7,16 +7,26 @@ template <typename Library>
 void define_operators(Library& m) {
   m.def(
       "select(Tensor[] grads, Tensor[] exp_avgs, Tensor hyper, Tensor group, Tensor? inv_scale, "
-      "int upper, int lower, bool rank_inactive, bool approx) -> Tensor");
+      "Tensor? clip, int upper, int lower, bool rank_inactive, bool approx) -> Tensor");
   m.def(
       "capture_(Tensor(a!)[] masks, Tensor[] grads, Tensor[] exp_avgs, Tensor hyper, Tensor group, "
-      "Tensor? inv_scale, Tensor selection, bool rank_inactive) -> ()");
+      "Tensor? inv_scale, Tensor? clip, Tensor selection, bool rank_inactive) -> ()");
   m.def(
       "adamw_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
       "Tensor(d!)[] steps, Tensor[] first_masks, Tensor[] second_masks, Tensor? selection, Tensor lr, "
-      "Tensor hyper, Tensor group, Tensor offsets, Tensor? inv_scale, Tensor? found_inf, float gamma, "
-      "bool rank_inactive, int seed) -> Tensor");
-  m.def("tensor_norms(Tensor[] tensors, Tensor? inv_scale) -> Tensor");
+      "Tensor hyper, Tensor group, Tensor offsets, Tensor? inv_scale, Tensor? clip, "
+      "Tensor? found_inf, float gamma, bool rank_inactive, int seed, bool stochastic) -> Tensor");
+  m.def(
+      "bracket_adamw_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, "
+      "Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] steps, Tensor[] first_masks, Tensor lr, Tensor hyper, "
+      "Tensor group, Tensor offsets, Tensor? inv_scale, Tensor? clip, Tensor? found_inf, float gamma, "
+      "int upper, int lower, bool rank_inactive, int seed, bool stochastic, int draw, float width) "
+      "-> Tensor");
+  m.def(
+      "bracket_capture_(Tensor(a!)[] masks, Tensor[] grads, Tensor[] exp_avgs, Tensor hyper, "
+      "Tensor group, Tensor? inv_scale, Tensor? clip, int upper, int lower, bool rank_inactive, "
+      "int draw, float width) -> Tensor");
+  m.def("sums_of_squares(Tensor[] tensors, Tensor? inv_scale) -> Tensor");
 }
 
 }  // namespace rose

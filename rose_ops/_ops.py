@@ -46,27 +46,32 @@ def register_fakes(namespace: str = "rose_ops") -> None:
     """For the operators of a library with the schemas of csrc/schemas.h."""
 
     @torch.library.register_fake(f"{namespace}::select")
-    def _(grads, exp_avgs, hyper, group, inv_scale, *_settings) -> Tensor:
+    def _(grads, exp_avgs, hyper, group, inv_scale, clip, *_settings) -> Tensor:
         device = _check_devices(
-            {"hyper": hyper, "group": group}, grads=grads, exp_avgs=exp_avgs, inv_scale=inv_scale
+            {"hyper": hyper, "group": group},
+            grads=grads,
+            exp_avgs=exp_avgs,
+            inv_scale=inv_scale,
+            clip=clip,
         )
         return torch.empty(Field.SIZE, dtype=torch.int64, device=device)
 
     @torch.library.register_fake(f"{namespace}::capture_")
-    def _(masks, grads, exp_avgs, hyper, group, inv_scale, selection, *_settings) -> None:
+    def _(masks, grads, exp_avgs, hyper, group, inv_scale, clip, selection, *_settings) -> None:
         _check_devices(
             {"hyper": hyper, "group": group},
             masks=masks,
             grads=grads,
             exp_avgs=exp_avgs,
             inv_scale=inv_scale,
+            clip=clip,
             selection=selection,
         )
 
     @torch.library.register_fake(f"{namespace}::adamw_")
     def _(
         params, grads, exp_avgs, exp_avg_sqs, steps, first_masks, second_masks, selection, lr, hyper,
-        group, offsets, inv_scale, found_inf, *_settings,
+        group, offsets, inv_scale, clip, found_inf, *_settings,
     ) -> Tensor:  # fmt: skip
         device = _check_devices(
             {"lr": lr, "hyper": hyper, "group": group, "offsets": offsets},
@@ -79,14 +84,46 @@ def register_fakes(namespace: str = "rose_ops") -> None:
             second_masks=second_masks,
             selection=selection,
             inv_scale=inv_scale,
+            clip=clip,
             found_inf=found_inf,
         )
         return torch.empty(2, dtype=torch.int64, device=device)
 
-    @torch.library.register_fake(f"{namespace}::tensor_norms")
+    @torch.library.register_fake(f"{namespace}::bracket_adamw_")
+    def _(
+        params, grads, exp_avgs, exp_avg_sqs, steps, first_masks, lr, hyper, group, offsets, inv_scale,
+        clip, found_inf, *_settings,
+    ) -> Tensor:  # fmt: skip
+        device = _check_devices(
+            {"lr": lr, "hyper": hyper, "group": group, "offsets": offsets},
+            params=params,
+            grads=grads,
+            exp_avgs=exp_avgs,
+            exp_avg_sqs=exp_avg_sqs,
+            steps=steps,
+            first_masks=first_masks,
+            inv_scale=inv_scale,
+            clip=clip,
+            found_inf=found_inf,
+        )
+        return torch.empty(Field.SIZE + 2, dtype=torch.int64, device=device)
+
+    @torch.library.register_fake(f"{namespace}::bracket_capture_")
+    def _(masks, grads, exp_avgs, hyper, group, inv_scale, clip, *_settings) -> Tensor:
+        device = _check_devices(
+            {"hyper": hyper, "group": group},
+            masks=masks,
+            grads=grads,
+            exp_avgs=exp_avgs,
+            inv_scale=inv_scale,
+            clip=clip,
+        )
+        return torch.empty(Field.SIZE, dtype=torch.int64, device=device)
+
+    @torch.library.register_fake(f"{namespace}::sums_of_squares")
     def _(tensors, inv_scale) -> Tensor:
         device = _check_devices({}, tensors=tensors, inv_scale=inv_scale)
-        return torch.empty(len(tensors), dtype=torch.float32, device=device)
+        return torch.empty(len(tensors), dtype=torch.float64, device=device)
 
 
 try:

@@ -23,7 +23,7 @@ def doctor(_args: argparse.Namespace | None = None) -> None:
     """
     rows = {"rose_ops": rose_ops.__version__, "Python": platform.python_version()}
     installed = {d.name: d.version for d in importlib.metadata.distributions()}
-    rows |= {name: installed.get(name, "not installed") for name in ("torch", "triton")}
+    rows |= {"torch": torch.__version__, "triton": installed.get("triton", "not installed")}
     rows["CUDA of torch"] = torch.version.cuda or torch.version.hip or "none"
     rows["CPU"] = f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
     for i in range(torch.cuda.device_count()):  # 0 without a driver
@@ -92,16 +92,18 @@ def check(ops: Any, device: str) -> list[str]:
             found: dict[str, list[Tensor]] = {}
             masks = {}
             for kind, moments in (("first", []), ("second", m)):
-                record = ops.select(g, moments, *tables, None, 600_000_000, 100_000_000, False, False)
+                record = ops.select(
+                    g, moments, *tables, None, None, 600_000_000, 100_000_000, False, False
+                )
                 masks[kind] = [
                     torch.zeros((t.numel() + 7) // 8, dtype=torch.uint8, device=device) for t in g
                 ]
-                ops.capture_(masks[kind], g, moments, *tables, None, record, False)
+                ops.capture_(masks[kind], g, moments, *tables, None, None, record, False)
                 found[f"{kind}-order selection"] = [record]
                 found[f"{kind}-order mask"] = masks[kind]
             counts = ops.adamw_(
                 p, g, m, v, steps, masks["first"], [], record, rest[0], *tables, rest[1], None, None,
-                0.5, False, 1,
+                None, 0.5, False, 1, False,
             )  # fmt: skip
             found.update(counts=[counts], steps=steps, exp_avg=m, exp_avg_sq=v, parameters=p)
             return {name: [t.cpu() for t in tensors] for name, tensors in found.items()}

@@ -14,11 +14,12 @@ from torch import Tensor
 
 from rose_ops import backends
 from rose_ops.layout import empty_masks
-from rose_ops.reference import FRACTION_UNIT, Field, float32, select_tensors
+from rose_ops.reference import FRACTION_UNIT, Field, float32, norm_of, select_tensors
 
 SELECTIONS = ("exact", "bracket", "approx")
 INACTIVE = ("update", "rank")
 GRANULARITIES = ("element", "tensor")
+ROUNDINGS = ("nearest", "stochastic")
 
 
 class Selection(NamedTuple):
@@ -136,7 +137,8 @@ def select_threshold(
         upper, lower: fractions of the ranking, ``0 <= lower < upper <= 1``, at most 9 decimals.
         beta1: for second order; its scaling is ``1 - beta1``.
         inactive: ``"update"`` or ``"rank"``, see :class:`rose_ops.RoseFusedAdamW`.
-        selection: ``"exact"`` or ``"approx"``, likewise.
+        selection: ``"exact"``, ``"bracket"`` (the same: there is nothing to do on the way) or
+            ``"approx"``, likewise.
         inv_scale: float32 scalar that gradients are multiplied by first.
         backend: see :class:`rose_ops.RoseFusedAdamW`.
 
@@ -151,13 +153,11 @@ def select_threshold(
 def _select(grads, exp_avgs, upper, lower, beta1, inactive, selection, inv_scale, backend) -> Tensor:
     choice("inactive", inactive, INACTIVE)
     choice("selection", selection, SELECTIONS)
-    if selection == "bracket":
-        raise NotImplementedError("selection='bracket' is not there yet; use 'exact'")
     high, low = check_fractions(upper, lower)
     ops = backends.resolve(backend, _device(grads)).ops
     tables = _one_group(grads, beta1, 0.0, 0.0, 0.0, 1.0, 1.0)
     return ops.select(
-        _detached(grads), _detached(exp_avgs), *tables, inv_scale, high, low,
+        _detached(grads), _detached(exp_avgs), *tables, inv_scale, None, high, low,
         inactive == "rank", selection == "approx",
     )  # fmt: skip
 
@@ -177,8 +177,9 @@ def capture_mask(
 ) -> tuple[list[Tensor], Selection]:
     """Mask of the robust elements, and the selection behind it.
 
-    Arguments are those of :func:`select_threshold`. At ``granularity="tensor"`` whole tensors are
-    ranked, by their Frobenius norms (``selection`` does not matter there).
+    Arguments are those of :func:`select_threshold`; ``selection="bracket"`` takes one pass over the
+    tensors. At ``granularity="tensor"`` whole tensors are ranked, by their Frobenius norms
+    (``selection`` does not matter there).
 
     Returns:
         For each tensor, uint8 ``[ceil(n / 8)]``: element i, counted row-major, is bit ``i % 8`` of
@@ -192,17 +193,23 @@ def capture_mask(
             (len(grads),), float32(1.0 - beta1), dtype=torch.float32, device=_device(grads)
         )
         # An operator is found by its tensors; there is none to ask about an empty list.
-        norms = ops.tensor_norms(_detached(grads), inv_scale) if grads else alpha
-        exp_avg_norms = ops.tensor_norms(_detached(exp_avgs), None) if exp_avgs else None
+        norms = norm_of(ops.sums_of_squares(_detached(grads), inv_scale)) if grads else alpha
+        exp_avg_norms = norm_of(ops.sums_of_squares(_detached(exp_avgs), None)) if exp_avgs else None
         fractions = check_fractions(upper, lower)
         mask, record = select_tensors(norms, exp_avg_norms, alpha, *fractions, inactive == "rank")
         return list(mask.unbind()), Selection.from_record(record)
-    record = _select(grads, exp_avgs, upper, lower, beta1, inactive, selection, inv_scale, backend)
     masks = empty_masks([g.numel() for g in grads], _device(grads))
+    tensors = (masks, _detached(grads), _detached(exp_avgs))
     tables = _one_group(grads, beta1, 0.0, 0.0, 0.0, 1.0, 1.0)
-    ops.capture_(
-        masks, _detached(grads), _detached(exp_avgs), *tables, inv_scale, record, inactive == "rank"
-    )
+    if selection == "bracket":
+        choice("inactive", inactive, INACTIVE)
+        fractions = check_fractions(upper, lower)
+        record = ops.bracket_capture_(
+            *tensors, *tables, inv_scale, None, *fractions, inactive == "rank", 0, 1.0
+        )
+    else:
+        record = _select(grads, exp_avgs, upper, lower, beta1, inactive, selection, inv_scale, backend)
+        ops.capture_(*tensors, *tables, inv_scale, None, record, inactive == "rank")
     return masks, Selection.from_record(record)
 
 
@@ -223,6 +230,7 @@ def rose_adamw_(
     maximize: bool = False,
     inv_scale: Tensor | None = None,
     seed: int = 0,
+    param_rounding: str = "nearest",
     backend: str = "auto",
 ) -> UpdateCounts:
     """One step of AdamW under captured masks, in place (Algorithm 1, lines 8-13).
@@ -236,10 +244,12 @@ def rose_adamw_(
             stochastically, keyed on ``seed``, the step and the element).
         steps: N float32 scalars, incremented by one.
         first_masks, second_masks: from :func:`capture_mask`.
+        param_rounding: ``"nearest"`` or ``"stochastic"`` (of bfloat16 parameters).
 
     Raises:
         RuntimeError: tensors or masks that do not fit together; nothing was changed.
     """
+    choice("param_rounding", param_rounding, ROUNDINGS)
     selective = first_masks is not None or second_masks is not None
     hyper, group = _one_group(
         params, *betas, eps, weight_decay, -1.0 if maximize else 1.0, float(selective)
@@ -250,7 +260,8 @@ def rose_adamw_(
             _detached(params), _detached(grads), list(exp_avgs), list(exp_avg_sqs), list(steps),
             list(first_masks or ()), list(second_masks or ()), None,
             torch.as_tensor(lr, dtype=torch.float64).reshape(1), hyper, group,
-            sizes.cumsum(0) - sizes, inv_scale, None, gamma, False, seed,
+            sizes.cumsum(0) - sizes, inv_scale, None, None, gamma, False, seed,
+            param_rounding == "stochastic",
         )  # fmt: skip
         # As after any in-place operation: a backward that still needs the old values is an error.
         torch.autograd.graph.increment_version(params)

@@ -14,10 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from rose_ops import backends
+from rose_ops import backends, memory
+from rose_ops.flat import FlatParameter, members
 from rose_ops.functional import (
     GRANULARITIES,
     INACTIVE,
+    ROUNDINGS,
     SELECTIONS,
     Selection,
     UpdateCounts,
@@ -25,7 +27,15 @@ from rose_ops.functional import (
     choice,
 )
 from rose_ops.layout import empty_masks, memory_order, overlaps_itself
-from rose_ops.reference import FRACTION_UNIT, Hyper, float32, select_tensors
+from rose_ops.reference import (
+    FRACTION_UNIT,
+    Field,
+    Hyper,
+    clip_factors,
+    float32,
+    norm_of,
+    select_tensors,
+)
 
 ORDERS = {"first": ("first",), "second": ("second",), "ensemble": ("first", "second")}
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -58,11 +68,13 @@ class Settings:
     lower: float | tuple[float, float] = 0.0
     gamma: float = 0.5
     granularity: str = "element"
-    selection: str = "exact"
+    selection: str = "bracket"
     inactive: str = "update"
     selection_warmup_steps: int = 0
     max_grad_norm: float | None = None
+    error_if_nonfinite: bool = False
     state_dtype: torch.dtype | None = None
+    param_rounding: str = "nearest"
     backend: str = "auto"
     process_group: Any = None
     seed: int = 0
@@ -72,6 +84,7 @@ class Settings:
         choice("granularity", self.granularity, GRANULARITIES)
         choice("selection", self.selection, SELECTIONS)
         choice("inactive", self.inactive, INACTIVE)
+        choice("param_rounding", self.param_rounding, ROUNDINGS)
         choice("backend", self.backend, backends.NAMES)
         for kind in ("first", "second"):
             self.fractions(kind)
@@ -87,14 +100,15 @@ class Settings:
                 f"state_dtype={self.state_dtype}; expected None (float32), torch.float32 or "
                 "torch.bfloat16"
             )
-        for name, missing in (
-            ("max_grad_norm", "clip with torch.nn.utils.clip_grad_norm_ before step()"),
-            ("process_group", "rankings over several processes are not there"),
-        ):
-            if getattr(self, name) is not None:
-                raise NotImplementedError(f"{name} is not there yet: {missing}")
-        if self.selection == "bracket":
-            raise NotImplementedError("selection='bracket' is not there yet; use 'exact'")
+        norm = self.max_grad_norm
+        if norm is not None and (not isinstance(norm, Real) or isinstance(norm, bool) or not norm > 0):
+            raise ValueError(f"max_grad_norm={norm}; expected None (no clipping) or a number > 0")
+        if not isinstance(self.error_if_nonfinite, bool):
+            raise ValueError(f"error_if_nonfinite={self.error_if_nonfinite}; expected True or False")
+        if self.process_group is not None:
+            raise NotImplementedError(
+                "process_group is not there yet: rankings over several processes are not there"
+            )
 
     def fractions(self, kind: str) -> tuple[int, int]:
         """(c_h, c_l) of the ``"first"`` or ``"second"`` mask, in units of 1e-9."""
@@ -187,21 +201,33 @@ class RoseFusedAdamW(Optimizer):
         gamma: weight of the first-order mask in the ensemble, in (0, 1).
         granularity: ``"element"``, or ``"tensor"``: whole tensors are ranked by their Frobenius
             norms, as in the authors' code.
-        selection: ``"exact"``: the k-th smallest risk. ``"approx"``: one pass; the threshold is
-            rounded up to 11 leading bits, so up to 12.5% too high in value, and what lies between is
-            kept as well. (``"bracket"`` is not there yet.)
+        selection: ``"bracket"``: the k-th smallest risk, found in the pass that updates. A sample
+            brackets it; the bracket misses it with a probability below 1e-9 (see
+            :func:`rose_ops.reference.bracket_adamw_`), which shows in ``selection["second"].misses``:
+            then the nearest end of the bracket is the threshold. ``"exact"``: the same masks without
+            luck, by a pass of its own. ``"approx"``: that pass only counts; the threshold is rounded up
+            to 11 leading bits, so up to 12.5% too high in value, and what lies between is kept as well.
         inactive: what happens to elements without evidence to rank by (no gradient history in
             second order, zero gradient in first). ``"update"``: they are selected and stay out of the
             ranking; ``"rank"``: the formulas are taken literally.
         selection_warmup_steps: so many first steps are plain AdamW. (On a GPU a step that
             ``GradScaler`` skips counts, too: whether it does is not read back.)
-        max_grad_norm: not there yet.
+        max_grad_norm: clip the gradients to this norm, over all parameters of the optimizer, as
+            ``torch.nn.utils.clip_grad_norm_`` before the step would (``.grad`` itself is not written).
+            The norm before clipping is :attr:`grad_norm`. Gradients are unscaled, clipped and then
+            ranked; at ``granularity="tensor"`` norms are clipped. If the norm is not finite, selective
+            parameters stay as they are, and all are counted in ``selection["update"].nonfinite``.
+        error_if_nonfinite: raise a RuntimeError instead, which waits for the device.
         capturable: allows ``step()`` and ``capture()`` inside ``torch.cuda.graph``. As with PyTorch's
             optimizers, a learning rate that changes between replays must be a tensor on the device.
             Only calls of ``step()`` count for the selection warm-up, not replays: record the graph
-            after the warm-up, and after a first step, which makes the state.
+            after the warm-up, and after a step outside of it, which makes the state and sets aside
+            memory that a recording must not allocate.
         state_dtype: dtype of the moments. None: float32. With bfloat16, second moments are rounded
             stochastically (else they would never decay), keyed on ``seed``, step and element.
+        param_rounding: of bfloat16 parameters. ``"stochastic"`` keeps, on average, updates that are
+            smaller than half a unit in the last place, which ``"nearest"`` loses; keyed likewise, so
+            that a run can be repeated and resumed bit for bit.
         backend: ``"auto"``, ``"cuda"``, ``"triton"``, ``"cpu"`` or ``"reference"`` (plain PyTorch on
             the CPU, slow). ``"auto"`` is ``"cuda"`` or else ``"triton"`` on a GPU.
         process_group: not there yet.
@@ -231,20 +257,23 @@ class RoseFusedAdamW(Optimizer):
         lower: float | tuple[float, float] = 0.0,
         gamma: float = 0.5,
         granularity: str = "element",
-        selection: str = "exact",
+        selection: str = "bracket",
         inactive: str = "update",
         selection_warmup_steps: int = 0,
         max_grad_norm: float | None = None,
+        error_if_nonfinite: bool = False,
         maximize: bool = False,
         capturable: bool = False,
         state_dtype: torch.dtype | None = None,
+        param_rounding: str = "nearest",
         backend: str = "auto",
         process_group: Any = None,
         seed: int = 0,
     ) -> None:
         self.settings = Settings(
             order, upper, lower, gamma, granularity, selection, inactive, selection_warmup_steps,
-            max_grad_norm, state_dtype, backend, process_group, seed,
+            max_grad_norm, error_if_nonfinite, state_dtype, param_rounding, backend, process_group,
+            seed,
         )  # fmt: skip
         self._reset()
         defaults = {
@@ -264,6 +293,7 @@ class RoseFusedAdamW(Optimizer):
         self._captured: set[str] = set()
         self._dtypes: dict[Tensor, torch.dtype] = {}
         self._records: dict[str, Tensor] = {}
+        self.grad_norm: Tensor | None = None
 
     # ------------------------------------------------------------------------------------- groups
 
@@ -294,6 +324,11 @@ class RoseFusedAdamW(Optimizer):
             )
         for param in params:
             _check_param(param)
+            if self.settings.granularity == "tensor" and isinstance(param, FlatParameter):
+                raise ValueError(
+                    "granularity='tensor' ranks whole tensors, and a flat parameter has none; expected "
+                    "the parameters as they were before flatten_parameters()"
+                )
         first = next((p for g in self.param_groups for p in g["params"]), params[0])
         for param in params:
             if param.device != first.device:
@@ -320,9 +355,9 @@ class RoseFusedAdamW(Optimizer):
         offset = 0
         for row, group in enumerate(self.param_groups):
             for p in group["params"]:
-                if p.grad is not None:
-                    self._check_ready(p, offset)
-                    view, grad = memory_order(p, (p.detach(), p.grad.detach()))
+                if (grad := p.grad) is not None:  # once: a flat parameter looks at all its members
+                    self._check_ready(p, grad, offset)
+                    view, grad = memory_order(p, (p.detach(), grad.detach()))
                     batch.params.append(p)
                     batch.views.append(view)
                     batch.grads.append(grad)
@@ -334,19 +369,15 @@ class RoseFusedAdamW(Optimizer):
         return batch
 
     def _init_state(self, batch: _Batch) -> None:
-        for p in batch.params:
-            state = self.state[p]
-            if "step" not in state:
-                self._dtypes[p] = p.dtype
-                state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
-                for moment in _MOMENTS:
-                    state[moment] = torch.zeros_like(
-                        p, dtype=self.settings.moment_dtype, memory_format=torch.preserve_format
-                    )
+        new = [p for p in batch.params if "step" not in self.state[p]]
+        for p in new:
+            self._dtypes[p] = p.dtype
+            self.state[p]["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
+        for moment in _MOMENTS:
+            for p, zeros in zip(new, memory.zeros_like(new, self.settings.moment_dtype), strict=True):
+                self.state[p][moment] = zeros
 
-    def _check_ready(self, p: Tensor, offset: int) -> None:
-        grad = p.grad
-        assert grad is not None
+    def _check_ready(self, p: Tensor, grad: Tensor, offset: int) -> None:
         what = f"the parameter of shape {tuple(p.shape)} (elements from {offset})"
         if grad.layout != torch.strided or torch.is_complex(grad):
             kind = "complex" if torch.is_complex(grad) else "sparse"
@@ -422,23 +453,35 @@ class RoseFusedAdamW(Optimizer):
     def _selective(self, batch: _Batch) -> _Batch:
         return batch.subset([self.param_groups[row]["selective"] for row in batch.groups])
 
-    def _record(self, kind: str, batch: _Batch, hyper: Tensor, inv_scale: Tensor | None) -> Tensor:
-        """Rank the elements of ``batch``; also kept for :attr:`selection`."""
-        exp_avgs = self._states(batch, "exp_avg") if kind == "second" else []
-        record = self._ops(batch).select(
-            batch.grads, exp_avgs, hyper, torch.tensor(batch.groups), inv_scale,
-            *self.settings.fractions(kind), self._rank_inactive,
-            self.settings.selection == "approx",
-        )  # fmt: skip
-        self._records[kind] = record
-        return record
+    def _clip(self, batch: _Batch, inv_scale: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        """Clipping factors for gradients of all parameters, and the sums of squares behind them."""
+        settings = self.settings
+        if settings.max_grad_norm is None:
+            return None, None
+        sums = self._ops(batch).sums_of_squares(batch.grads, inv_scale)
+        self.grad_norm = norm = norm_of(sums.sum())
+        if settings.error_if_nonfinite and not norm.isfinite():
+            found_inf = getattr(self, "found_inf", None)
+            if found_inf is None or found_inf.item() == 0:  # else the step is skipped
+                raise RuntimeError(
+                    f"the norm of all gradients is {norm.item()}, so they cannot be clipped to "
+                    f"max_grad_norm={settings.max_grad_norm}; nothing was changed (with "
+                    "error_if_nonfinite=False such a step leaves selective parameters alone)"
+                )
+        return clip_factors(norm, settings.max_grad_norm), sums
 
-    def _tensor_masks(self, kind: str, batch: _Batch, inv_scale: Tensor | None) -> list[Tensor]:
+    def _tensor_masks(
+        self, kind: str, batch: _Batch, inv_scale: Tensor | None, clip: Tensor | None
+    ) -> list[Tensor]:
         """Rank the tensors of ``batch`` by their norms."""
         ops = self._ops(batch)
-        norms = ops.tensor_norms(batch.grads, inv_scale)
+        norms = norm_of(ops.sums_of_squares(batch.grads, inv_scale))
+        if clip is not None:
+            norms = norms * clip[0]
         exp_avg_norms = (
-            ops.tensor_norms(self._states(batch, "exp_avg"), None) if kind == "second" else None
+            norm_of(ops.sums_of_squares(self._states(batch, "exp_avg"), None))
+            if kind == "second"
+            else None
         )
         # Filled where it is needed: a copy from the CPU could not be part of a CUDA graph.
         alphas = [float32(1.0 - group["betas"][0]) for group in self.param_groups]
@@ -484,8 +527,11 @@ class RoseFusedAdamW(Optimizer):
         if not batch.params:
             raise RuntimeError(f"capture({kind!r}): no parameter has a gradient; call backward() first")
         if self._is_selecting():
+            inv_scale = _reciprocal(grad_scale)
+            # What is clipped is the gradient to update with; ranks of the other do not depend on it.
+            clip = self._clip(batch, inv_scale)[0] if kind == "second" else None
             batch = self._selective(batch)
-            masks = self._capture(kind, batch, _reciprocal(grad_scale)) if batch.params else []
+            masks = self._capture(kind, batch, inv_scale, clip) if batch.params else []
             self._drop_masks(kind)  # a second capture replaces the first
             for p, mask in zip(batch.params, masks, strict=True):
                 self.state[p][_mask_key(kind)] = mask
@@ -493,17 +539,27 @@ class RoseFusedAdamW(Optimizer):
         if clear:
             self.zero_grad(set_to_none=True)
 
-    def _capture(self, kind: str, batch: _Batch, inv_scale: Tensor | None) -> list[Tensor]:
+    def _capture(
+        self, kind: str, batch: _Batch, inv_scale: Tensor | None, clip: Tensor | None
+    ) -> list[Tensor]:
         self._init_state(batch)
-        if self.settings.granularity == "tensor":
-            return self._tensor_masks(kind, batch, inv_scale)
+        settings = self.settings
+        if settings.granularity == "tensor":
+            return self._tensor_masks(kind, batch, inv_scale, clip)
         _, hyper = self._tables()
-        record = self._record(kind, batch, hyper, inv_scale)
+        ops, fractions = self._ops(batch), settings.fractions(kind)
         masks = empty_masks([view.numel() for view in batch.views], batch.views[0].device)
-        self._ops(batch).capture_(
-            masks, batch.grads, self._states(batch, "exp_avg") if kind == "second" else [],
-            hyper, torch.tensor(batch.groups), inv_scale, record, self._rank_inactive,
-        )  # fmt: skip
+        tensors = (batch.grads, self._states(batch, "exp_avg") if kind == "second" else [])
+        table = (hyper, torch.tensor(batch.groups), inv_scale, clip)
+        if settings.selection == "bracket":
+            self._records[kind] = ops.bracket_capture_(
+                masks, *tensors, *table, *fractions, self._rank_inactive, self._steps_done, 1.0
+            )
+            return masks
+        approx = settings.selection == "approx"
+        record = ops.select(*tensors, *table, *fractions, self._rank_inactive, approx)
+        ops.capture_(masks, *tensors, *table, record, self._rank_inactive)
+        self._records[kind] = record
         return masks
 
     @torch.no_grad()
@@ -558,35 +614,53 @@ class RoseFusedAdamW(Optimizer):
         found_inf = getattr(self, "found_inf", None)
         if found_inf is not None and found_inf.device.type == "cpu" and found_inf.item() != 0:
             return  # nothing to read back here; on a GPU the kernels look
-        self._init_state(batch)
         inv_scale = _reciprocal(getattr(self, "grad_scale", None))
+        clip, _ = self._clip(batch, inv_scale)
+        self._init_state(batch)
         lr, hyper = self._tables()
         ops = self._ops(batch)
         settings = self.settings
-        record = None
         masks: dict[str, list[Tensor]] = {"first": [], "second": []}
-        if selective.params:
-            for kind in settings.kinds:
-                if kind in self._captured:
-                    found = {p: self.state[p].get(_mask_key(kind)) for p in batch.params}
-                elif settings.granularity == "tensor":
-                    bools = self._tensor_masks(kind, selective, inv_scale)
-                    found = dict(zip(selective.params, bools, strict=True))
-                else:
-                    record = self._record(kind, selective, hyper, inv_scale)
-                    continue
-                # A parameter that had no gradient at the capture is outside that ranking: selected.
-                none = torch.empty(0, dtype=torch.uint8, device=batch.views[0].device)
-                masks[kind] = [none if (m := found.get(p)) is None else m for p in batch.params]
-        self._records["update"] = ops.adamw_(
+        ranks = False  # whether the second-order mask is found on the way
+        for kind in settings.kinds if selective.params else ():
+            if kind in self._captured:
+                found = {p: self.state[p].get(_mask_key(kind)) for p in batch.params}
+            elif settings.granularity == "tensor":
+                bools = self._tensor_masks(kind, selective, inv_scale, clip)
+                found = dict(zip(selective.params, bools, strict=True))
+            else:
+                ranks = True
+                continue
+            # A parameter that had no gradient at the capture is outside that ranking: selected.
+            none = torch.empty(0, dtype=torch.uint8, device=batch.views[0].device)
+            masks[kind] = [none if (m := found.get(p)) is None else m for p in batch.params]
+        group, fractions = torch.tensor(batch.groups), settings.fractions("second")
+        tensors = (
             batch.views, batch.grads, self._states(batch, "exp_avg"),
             self._states(batch, "exp_avg_sq"), self._states(batch, "step"), masks["first"],
-            masks["second"], record, lr, hyper, torch.tensor(batch.groups),
-            torch.tensor(batch.offsets), inv_scale, found_inf, settings.gamma,
-            self._rank_inactive, settings.seed,
         )  # fmt: skip
+        tables = (lr, hyper, group, torch.tensor(batch.offsets), inv_scale, clip, found_inf)
+        stochastic = settings.param_rounding == "stochastic"
+        if ranks and settings.selection == "bracket":
+            result = ops.bracket_adamw_(
+                *tensors, *tables, settings.gamma, *fractions, self._rank_inactive, settings.seed,
+                stochastic, self._steps_done, 1.0,
+            )  # fmt: skip
+            self._records["second"], self._records["update"] = result.split([Field.SIZE, 2])
+        else:
+            record = None
+            if ranks:
+                self._records["second"] = record = ops.select(
+                    selective.grads, self._states(selective, "exp_avg"), hyper,
+                    torch.tensor(selective.groups), inv_scale, clip, *fractions, self._rank_inactive,
+                    settings.selection == "approx",
+                )  # fmt: skip
+            self._records["update"] = ops.adamw_(
+                *tensors, masks["second"], record, *tables, settings.gamma, self._rank_inactive,
+                settings.seed, stochastic,
+            )  # fmt: skip
         # As after any in-place operation: a backward that still needs the old values is an error.
-        torch.autograd.graph.increment_version(batch.params)
+        torch.autograd.graph.increment_version([m for p in batch.params for m in members(p)])
         self._steps_done += 1
 
     @property
@@ -620,6 +694,17 @@ class RoseFusedAdamW(Optimizer):
             super().load_state_dict(state_dict)
         finally:
             handle.remove()
+        self._gather_moments()
+
+    def _gather_moments(self) -> None:
+        """Put loaded moments where :meth:`_init_state` would have put them."""
+        loaded = [state for state in self.state.values() if "exp_avg" in state]
+        if not loaded or not loaded[0]["exp_avg"].is_cpu:
+            return
+        for moment in _MOMENTS:
+            places = memory.zeros_like([s[moment] for s in loaded], self.settings.moment_dtype)
+            for state, place in zip(loaded, places, strict=True):
+                state[moment] = place.copy_(state[moment])
 
     def _checked(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         def fail(problem: str) -> ValueError:

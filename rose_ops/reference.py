@@ -12,6 +12,7 @@ Arguments shared by the functions below (N tensors in G parameter groups):
   one flat index space, each tensor in row-major order.
 * ``hyper``: float64 ``[G, 6]``, see :class:`Hyper`. ``group``: int64 ``[N]``, the row of each tensor.
 * ``inv_scale``: float32 scalar that gradients are multiplied by first (1 / AMP loss scale), or None.
+* ``clip``: float32 ``[2]`` that they are multiplied by next, or None; see :func:`clip_factors`.
 * ``selection``: int64 ``[8]``, the record that :func:`select` returns, see :class:`Field`.
 
 Masks are bits, 8 elements per byte, lowest bit first; a bool mask of one element speaks for its
@@ -82,10 +83,27 @@ def keeps_denormals(function: Callable[P, T]) -> Callable[P, T]:
     return wrapper
 
 
-def scaled(grad: Tensor, inv_scale: Tensor | None) -> Tensor:
-    """The gradient as float32, unscaled: ``fl(g * inv_scale)``."""
+def scaled(
+    grad: Tensor, inv_scale: Tensor | None, clip: Tensor | None = None, selective: bool = True
+) -> Tensor:
+    """The gradient as float32, unscaled and clipped: ``fl(fl(g * inv_scale) * clip)``."""
     g = grad.float()
-    return g if inv_scale is None else g * inv_scale.to(g.device)
+    if inv_scale is not None:
+        g = g * inv_scale.to(g.device)
+    return g if clip is None else g * clip[0 if selective else 1].to(g.device)
+
+
+def clip_factors(norm: Tensor, max_norm: float) -> Tensor:
+    """What gradients of selective and of other tensors are multiplied by to be clipped: ``[2]``.
+
+    ``min(1, max_norm / (norm + 1e-6))``, as ``torch.nn.utils.clip_grad_norm_`` has it. A norm that is
+    not finite makes every element of a selective tensor NaN, so that none of them is updated.
+
+    Args:
+        norm: float32 scalar, the norm of all gradients together.
+    """
+    factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    return torch.stack([torch.where(norm.isfinite(), factor, torch.nan), factor])
 
 
 def risk_key(g: Tensor, m: Tensor | None, alpha: float | Tensor, rank_inactive: bool) -> Tensor:
@@ -119,12 +137,13 @@ def _keys(
     hyper: Tensor,
     group: Tensor,
     inv_scale: Tensor | None,
+    clip: Tensor | None,
     rank_inactive: bool,
 ) -> list[Tensor]:
     moments: Sequence[Tensor | None] = exp_avgs or [None] * len(grads)
     alphas = [float32(1.0 - beta1) for beta1 in hyper[:, Hyper.BETA1].tolist()]
     return [
-        risk_key(scaled(g, inv_scale), m, alphas[i], rank_inactive).reshape(-1)
+        risk_key(scaled(g, inv_scale, clip), m, alphas[i], rank_inactive).reshape(-1)
         for g, m, i in zip(grads, moments, group.tolist(), strict=True)
     ]
 
@@ -141,6 +160,7 @@ def select(
     hyper: Tensor,
     group: Tensor,
     inv_scale: Tensor | None,
+    clip: Tensor | None,
     upper: int,
     lower: int,
     rank_inactive: bool,
@@ -159,7 +179,7 @@ def select(
     keys = torch.cat(
         [
             torch.empty(0, dtype=torch.int64),
-            *_keys(grads, exp_avgs, hyper, group, inv_scale, rank_inactive),
+            *_keys(grads, exp_avgs, hyper, group, inv_scale, clip, rank_inactive),
         ]
     )
     ranked = keys[keys < INACTIVE_KEY].sort().values
@@ -212,11 +232,12 @@ def capture_(
     hyper: Tensor,
     group: Tensor,
     inv_scale: Tensor | None,
+    clip: Tensor | None,
     selection: Tensor,
     rank_inactive: bool,
 ) -> None:
     """Write the mask of ``selection`` into ``masks``, one bit per element."""
-    keys = _keys(grads, exp_avgs, hyper, group, inv_scale, rank_inactive)
+    keys = _keys(grads, exp_avgs, hyper, group, inv_scale, clip, rank_inactive)
     for mask, key in zip(masks, keys, strict=True):
         mask.copy_(pack(is_selected(key, selection)))
 
@@ -278,10 +299,12 @@ def adamw_(
     group: Tensor,
     offsets: Tensor,
     inv_scale: Tensor | None,
+    clip: Tensor | None,
     found_inf: Tensor | None,
     gamma: float,
     rank_inactive: bool,
     seed: int,
+    stochastic: bool,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """AdamW under the mask (Algorithm 1, lines 8-13), in place::
@@ -294,12 +317,15 @@ def adamw_(
     with ``mhat = m/(1 - beta1^t)`` and ``vhat = v/(1 - beta2^t)``. M comes from ``first_masks`` and
     ``second_masks`` (captured), or from ``selection`` for a second-order mask found on the way;
     tensors of groups that are not selective get plain AdamW. An element whose gradient or first
-    moment is not finite has M = 0.
+    moment is not finite has M = 0. Where the masks rule out a whole tensor, its gradient is not looked
+    at.
 
     Args:
         steps: N float32 scalars, incremented first.
-        lr: ``[G]``. offsets: int64 ``[N]``, global index of each tensor's first element (keys the
-            stochastic rounding of bfloat16 second moments).
+        lr: ``[G]``. offsets: int64 ``[N]``, global index of each tensor's first element.
+        seed: keys, with the step and the element's global index, the stochastic rounding of bfloat16
+            second moments.
+        stochastic: whether bfloat16 parameters are rounded that way, too (else to nearest).
         found_inf: if it holds a non-zero, nothing changes at all.
         dtype: precision in which this is evaluated. The rounding of m and v is part of the
             definition in float32; float64 gives the value that errors are measured against.
@@ -318,7 +344,7 @@ def adamw_(
         beta1, beta2, eps, weight_decay, sign, selective = hyper[row].tolist()
         step += 1
         t = step.item()
-        g = sign * scaled(grad, inv_scale)
+        g = sign * scaled(grad, inv_scale, clip, bool(selective))
         m0, v0, p0 = m.to(dtype), v.to(dtype), p.to(dtype)
 
         if selective:
@@ -328,7 +354,10 @@ def adamw_(
                 key = risk_key(g, m, float32(1.0 - beta1), rank_inactive)
                 second = is_selected(key, selection)
             weight = _weights(first, second, gamma)
-            finite = g.isfinite() & m.isfinite()
+            if selection is None and _rules_out(first_masks[i : i + 1] + second_masks[i : i + 1]):
+                finite = torch.ones(g.shape, dtype=torch.bool)
+            else:
+                finite = g.isfinite() & m.isfinite()
             M = weight.m.masked_fill(~finite, 0.0)
             counts[1] += (~finite).sum()
         else:
@@ -347,14 +376,115 @@ def adamw_(
         denom = v1.sqrt() / (1.0 - beta2**t) ** 0.5 + eps
         step_size = (lr[row].double() * M / (1.0 - beta1**t)).to(dtype)
         decay = (1.0 - lr[row].double() * M * weight_decay).to(dtype)
-        p.copy_(torch.where(off, p0, p0 * decay - step_size * (m1 / denom)))
+        p1 = torch.where(off, p0, p0 * decay - step_size * (m1 / denom))
+        rounds_v = v.dtype == torch.bfloat16 and dtype == torch.float32
+        rounds_p = p.dtype == torch.bfloat16 and dtype == torch.float32 and stochastic
+        if rounds_v or rounds_p:
+            random = hash_u32(torch.arange(g.numel()).view(g.shape) + int(offsets[i]), seed, int(t))
+        if rounds_v:
+            v1 = round_stochastic_bf16(v1, random)
+        if rounds_p:
+            p1 = round_stochastic_bf16(p1, random >> 16)
+        p.copy_(p1)
         m.copy_(m1)
-        if v.dtype == torch.bfloat16 and dtype == torch.float32:
-            index = torch.arange(g.numel()).view(g.shape) + int(offsets[i])
-            v.copy_(round_stochastic_bf16(v1, hash_u32(index, seed, int(t))))
-        else:
-            v.copy_(v1)
+        v.copy_(v1)
     return counts
+
+
+def _rules_out(masks: list[Tensor]) -> bool:
+    """Whether the masks of a tensor are all for the whole of it, and none selects it."""
+    return all(mask.dtype == torch.bool and mask.numel() == 1 and not mask for mask in masks)
+
+
+def bracket_adamw_(
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    steps: list[Tensor],
+    first_masks: list[Tensor],
+    lr: Tensor,
+    hyper: Tensor,
+    group: Tensor,
+    offsets: Tensor,
+    inv_scale: Tensor | None,
+    clip: Tensor | None,
+    found_inf: Tensor | None,
+    gamma: float,
+    upper: int,
+    lower: int,
+    rank_inactive: bool,
+    seed: int,
+    stochastic: bool,
+    draw: int,
+    width: float,
+) -> Tensor:
+    """:func:`select` in second order over the selective tensors, then :func:`adamw_` with it.
+
+    The kernels do both in one pass over the tensors. A sample of cache lines, one in each of many equal
+    strata, gives a bracket that holds the threshold; the pass settles what lies outside of it, logs
+    what lies inside, and what the log shows to have been settled wrongly is done again. The result is
+    that of the two calls unless the threshold is outside of its bracket, a *miss*: then the nearest end
+    of the bracket is the threshold, and MISSES is 1.
+
+    Why a miss is rare. Let y_j be, in the line drawn from stratum j of L lines, the number of ranked
+    elements at or below the threshold less ``upper`` times the number of ranked elements. The lines are
+    drawn independently, and L times the sum of the y_j has the expectation that the definition of the
+    threshold makes 0 (within 1). |y_j - E y_j| <= 16, the elements of a line, so by Bernstein's
+    inequality ``|sum of (y_j - E y_j)| <= sqrt(2*V*l) + (2/3)*16*l`` but for a probability of
+    ``2*exp(-l)``, with V the variance of the sum. V is estimated by U, the sum of the squared
+    differences of neighbours (y_1 - y_2, y_3 - y_4, ...): E U >= V, and sums of non-negative
+    independent terms are rarely too small: ``sqrt(V) <= sqrt(U) + 16*sqrt(2*l)`` but for a probability
+    of ``exp(-l)`` (Maurer and Pontil, 2009). Together ``sqrt(2*U*l) + (8/3)*16*l``, which is the
+    bracket's half-width in elements of the sample. (U is taken at a first estimate of the threshold.)
+    With l = 25 and at most 16 brackets in a step, each narrower than the last,
+    a miss has a probability below 16 * 3 * exp(-25) < 1e-9.
+
+    Args:
+        draw: of the sample: another number gives another one.
+        width: the half-widths of brackets are multiplied by it. 1 is for use; with anything else, for
+            tests, the one pass is taken even where there is so little data that two are faster.
+
+    Returns:
+        int64 ``[10]``: the selection record, and the counts of :func:`adamw_`. If ``found_inf`` holds a
+        non-zero, -1, -1 and zeros.
+    """
+    if found_inf is not None and found_inf.item() != 0:
+        return torch.tensor([-1, -1] + [0] * (Field.SIZE))
+    chosen = [i for i, row in enumerate(group.tolist()) if hyper[row, Hyper.SELECTIVE] != 0]
+    record = select(
+        [grads[i] for i in chosen], [exp_avgs[i] for i in chosen], hyper, group[chosen], inv_scale,
+        clip, upper, lower, rank_inactive, False,
+    )  # fmt: skip
+    counts = adamw_(
+        params, grads, exp_avgs, exp_avg_sqs, steps, first_masks, [], record, lr, hyper, group, offsets,
+        inv_scale, clip, found_inf, gamma, rank_inactive, seed, stochastic,
+    )  # fmt: skip
+    return torch.cat([record, counts])
+
+
+def bracket_capture_(
+    masks: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    hyper: Tensor,
+    group: Tensor,
+    inv_scale: Tensor | None,
+    clip: Tensor | None,
+    upper: int,
+    lower: int,
+    rank_inactive: bool,
+    draw: int,
+    width: float,
+) -> Tensor:
+    """:func:`select`, then :func:`capture_`; see :func:`bracket_adamw_` for how in one pass.
+
+    Returns:
+        The selection record.
+    """
+    record = select(grads, exp_avgs, hyper, group, inv_scale, clip, upper, lower, rank_inactive, False)
+    capture_(masks, grads, exp_avgs, hyper, group, inv_scale, clip, record, rank_inactive)
+    return record
 
 
 def _constant(x: float, dtype: torch.dtype) -> float:
@@ -363,10 +493,15 @@ def _constant(x: float, dtype: torch.dtype) -> float:
 
 
 @keeps_denormals
-def tensor_norms(tensors: list[Tensor], inv_scale: Tensor | None) -> Tensor:
-    """Frobenius norm of each tensor: float32 ``[N]``, accumulated in float64."""
-    norms = [scaled(t, inv_scale).double().square().sum().sqrt() for t in tensors]
-    return torch.stack(norms).float() if norms else torch.empty(0, dtype=torch.float32)
+def sums_of_squares(tensors: list[Tensor], inv_scale: Tensor | None) -> Tensor:
+    """Squared Frobenius norm of each tensor: float64 ``[N]``."""
+    sums = [scaled(t, inv_scale).double().square().sum() for t in tensors]
+    return torch.stack(sums) if sums else torch.empty(0, dtype=torch.float64)
+
+
+def norm_of(sums: Tensor) -> Tensor:
+    """Norms from sums of squares, rounded once: float32."""
+    return sums.sqrt().float()
 
 
 @keeps_denormals

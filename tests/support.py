@@ -20,6 +20,7 @@ FLOAT, BF16, HALF = torch.float32, torch.bfloat16, torch.float16
 ONE = reference.FRACTION_UNIT
 FLT_MAX = torch.finfo(FLOAT).max
 U = 2.0**-24  # unit roundoff of float32
+WIDTH = 1 + 2.0**-40  # of brackets: as in use, but however little data there is
 
 # ------------------------------------------------------------------------------------------ values
 
@@ -227,6 +228,11 @@ class OnDevice:
         return call
 
 
+def fewer(ops: Any, usual: int, interpreted: int) -> int:
+    """``usual``, or ``interpreted`` where that is how ops run, thousands of times slower."""
+    return interpreted if getattr(ops, "INTERPRETED", False) else usual
+
+
 # ---------------------------------------------------------------------------------------- problems
 
 
@@ -257,10 +263,12 @@ class Problem:
     lr: Tensor
     offsets: Tensor
     inv_scale: Tensor | None = None
+    clip: Tensor | None = None
     found_inf: Tensor | None = None
     gamma: float = 0.5
     rank_inactive: bool = False
     seed: int = 0
+    stochastic: bool = False
 
     @classmethod
     def of(
@@ -313,14 +321,14 @@ class Problem:
     def select(self, ops, upper, lower=0, *, first=False, approx=False) -> Tensor:
         return ops.select(
             self.grads, [] if first else self.exp_avgs, self.hyper, self.group, self.inv_scale,
-            upper, lower, self.rank_inactive, approx,
+            self.clip, upper, lower, self.rank_inactive, approx,
         )  # fmt: skip
 
     def capture(self, ops, record: Tensor, *, first=False) -> list[Tensor]:
         masks = random_masks(self.numels)
         ops.capture_(
             masks, self.grads, [] if first else self.exp_avgs, self.hyper, self.group,
-            self.inv_scale, record, self.rank_inactive,
+            self.inv_scale, self.clip, record, self.rank_inactive,
         )  # fmt: skip
         return masks
 
@@ -331,8 +339,92 @@ class Problem:
         return ops.adamw_(
             self.params, self.grads, self.exp_avgs, self.exp_avg_sqs, self.steps, list(first),
             list(second), selection, self.lr, self.hyper, self.group, self.offsets, self.inv_scale,
-            self.found_inf, self.gamma, self.rank_inactive, self.seed, **options,
+            self.clip, self.found_inf, self.gamma, self.rank_inactive, self.seed, self.stochastic,
+            **options,
         )  # fmt: skip
+
+    def bracket_update(
+        self, ops, upper: int, lower: int = 0, first=(), draw: int = 0, width: float = WIDTH
+    ) -> Tensor:
+        return ops.bracket_adamw_(
+            self.params, self.grads, self.exp_avgs, self.exp_avg_sqs, self.steps, list(first), self.lr,
+            self.hyper, self.group, self.offsets, self.inv_scale, self.clip, self.found_inf,
+            self.gamma, upper, lower, self.rank_inactive, self.seed, self.stochastic, draw, width,
+        )  # fmt: skip
+
+    def bracket_capture(
+        self, ops, upper: int, lower: int = 0, *, first=False, draw: int = 0, width: float = WIDTH
+    ) -> tuple[list[Tensor], Tensor]:
+        masks = random_masks(self.numels)
+        record = ops.bracket_capture_(
+            masks, self.grads, [] if first else self.exp_avgs, self.hyper, self.group, self.inv_scale,
+            self.clip, upper, lower, self.rank_inactive, draw, width,
+        )  # fmt: skip
+        return masks, record
+
+    def with_moments(self, other: Problem) -> Problem:
+        return Problem(**{**vars(self), "exp_avgs": other.exp_avgs})
+
+
+def compare_bracket(
+    ops, problem: Problem, upper: int, lower: int = 0, first=(), draw: int = 0, width: float = WIDTH
+) -> Tensor:
+    """Run ``ops.bracket_adamw_`` and hold all it does against the reference; returns its result.
+
+    With a miss, the reference takes the threshold found: everything else must follow from it.
+    """
+    expected, update = problem.copy(), problem.copy()
+    around = [surroundings(t) for t in problem.written]
+    before = problem.copy()
+    result = problem.bracket_update(ops, upper, lower, first, draw, width)
+    record = result[: reference.Field.SIZE]
+    if record[reference.Field.MISSES]:
+        assert_consistent(problem.with_moments(before), record)
+        found = expected.update(reference, first, selection=record)
+        update.params = [torch.zeros(p.shape) for p in problem.params]
+        update.update(reference, first, selection=record)
+        assert_same_bits(result[reference.Field.SIZE :], found, "counts")
+    else:
+        assert_same_bits(
+            result, expected.bracket_update(reference, upper, lower, first), "record and counts"
+        )
+        update.params = [torch.zeros(p.shape) for p in problem.params]
+        update.bracket_update(reference, upper, lower, first)
+    for name in ("steps", "exp_avgs", "exp_avg_sqs"):
+        assert_all_same_bits(getattr(problem, name), getattr(expected, name), name)
+    for i, (p, p0, e, u) in enumerate(
+        zip(problem.params, before.params, expected.params, update.params, strict=True)
+    ):
+        assert_theta_close(p, p0, e, u, f"params[{i}]")
+    assert_all_same_bits(
+        [surroundings(t) for t in problem.written], around, "memory around the tensors written"
+    )
+    return result
+
+
+def assert_consistent(problem: Problem, record: Tensor, *, first: bool = False) -> None:
+    """The counts of a selection record are those of its thresholds."""
+    keys = torch.cat(
+        [
+            reference.risk_key(
+                reference.scaled(g, problem.inv_scale, problem.clip), None if first else m,
+                reference.float32(1.0 - problem.hyper[row, Hyper.BETA1].item()),
+                problem.rank_inactive,
+            ).reshape(-1)
+            for g, m, row in zip(problem.grads, problem.exp_avgs, problem.group.tolist(), strict=True)
+            if first or problem.hyper[row, Hyper.SELECTIVE] != 0
+        ]
+    )  # fmt: skip
+    high, low = record[reference.Field.HIGH], record[reference.Field.LOW]
+    ranked = keys < reference.INACTIVE_KEY
+    assert record[reference.Field.KEPT] == (ranked & (keys > low) & (keys <= high)).sum()
+    assert record[reference.Field.RANKED] == ranked.sum()
+    assert record[reference.Field.INACTIVE] == (keys == reference.INACTIVE_KEY).sum()
+    assert record[reference.Field.NONFINITE] == (keys == reference.NONFINITE_KEY).sum()
+
+
+def tensor_norms(ops, tensors: list[Tensor], inv_scale: Tensor | None) -> Tensor:
+    return reference.norm_of(ops.sums_of_squares(tensors, inv_scale))
 
 
 def compare_update(ops, problem: Problem, first=(), second=(), selection=None) -> Problem:

@@ -20,6 +20,7 @@ from support import (
     hyper_table,
     place,
     random_masks,
+    tensor_norms,
     values,
 )
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -46,20 +47,34 @@ def problem_of(generator, dtype=FLOAT, moment=FLOAT, row=ROSE, **options) -> Pro
 
 def select_args(p: Problem, first=False, approx=False):
     moments = [] if first else p.exp_avgs
-    return (p.grads, moments, p.hyper, p.group, p.inv_scale, 600_000_000, 0, False, approx)
+    return (p.grads, moments, p.hyper, p.group, p.inv_scale, p.clip, 600_000_000, 0, False, approx)
 
 
 def capture_args(p: Problem, first=False):
     moments = [] if first else p.exp_avgs
     record = p.select(rose, 600_000_000, first=first)
     masks = random_masks(p.numels)
-    return (masks, p.grads, moments, p.hyper, p.group, p.inv_scale, record, False)
+    return (masks, p.grads, moments, p.hyper, p.group, p.inv_scale, p.clip, record, False)
 
 
 def adamw_args(p: Problem, first=(), second=(), selection=None):
     return (
         p.params, p.grads, p.exp_avgs, p.exp_avg_sqs, p.steps, list(first), list(second), selection,
-        p.lr, p.hyper, p.group, p.offsets, p.inv_scale, p.found_inf, 0.3, False, 7,
+        p.lr, p.hyper, p.group, p.offsets, p.inv_scale, p.clip, p.found_inf, 0.3, False, 7, False,
+    )  # fmt: skip
+
+
+def bracket_adamw_args(p: Problem, first=()):
+    return (
+        p.params, p.grads, p.exp_avgs, p.exp_avg_sqs, p.steps, list(first), p.lr, p.hyper, p.group,
+        p.offsets, p.inv_scale, p.clip, p.found_inf, 0.3, 600_000_000, 0, False, 7, True, 1, 1.0,
+    )  # fmt: skip
+
+
+def bracket_capture_args(p: Problem):
+    return (
+        random_masks(p.numels), p.grads, [], p.hyper, p.group, p.inv_scale, p.clip, 600_000_000, 0,
+        False, 1, 1.0,
     )  # fmt: skip
 
 
@@ -75,6 +90,10 @@ def _cases():
         p = problem_of(g, found_inf=torch.tensor(0.0))
         return adamw_args(p, selection=p.select(rose, 600_000_000))
 
+    def clipped(g):
+        p = problem_of(g, BF16, clip=torch.tensor([0.5, 0.5]), found_inf=torch.tensor(0.0))
+        return bracket_adamw_args(p, p.masks(rose, ONE // 3, first=True))
+
     return {
         "select-second": (rose.select, lambda g: select_args(problem_of(g))),
         "select-first": (rose.select, lambda g: select_args(problem_of(g, inv_scale=scale), True)),
@@ -85,8 +104,11 @@ def _cases():
         "adamw_-bf16": (rose.adamw_, lambda g: adamw_args(problem_of(g, BF16, BF16, PLAIN))),
         "adamw_-masks": (rose.adamw_, masked),
         "adamw_-selection": (rose.adamw_, found),
-        "tensor_norms": (rose.tensor_norms, lambda g: (problem_of(g).grads, None)),
-        "tensor_norms-scaled": (rose.tensor_norms, lambda g: (problem_of(g, BF16).grads, scale)),
+        "bracket_adamw_": (rose.bracket_adamw_, lambda g: bracket_adamw_args(problem_of(g))),
+        "bracket_adamw_-clip": (rose.bracket_adamw_, clipped),
+        "bracket_capture_": (rose.bracket_capture_, lambda g: bracket_capture_args(problem_of(g))),
+        "sums_of_squares": (rose.sums_of_squares, lambda g: (problem_of(g).grads, None)),
+        "sums_of_squares-scaled": (rose.sums_of_squares, lambda g: (problem_of(g, BF16).grads, scale)),
     }
 
 
@@ -105,16 +127,28 @@ def test_opcheck(generator, name, check):
     assert result == {check: "SUCCESS"}
 
 
+OPERATORS = (
+    "select", "capture_", "adamw_", "bracket_adamw_", "bracket_capture_", "sums_of_squares",
+)  # fmt: skip
+
+
+OPERATORS = (
+    "select", "capture_", "adamw_", "bracket_adamw_", "bracket_capture_", "sums_of_squares",
+)  # fmt: skip
+
+
 def test_what_is_written_is_what_the_schema_says():
     written = {
         name: [a.name for a in getattr(rose, name).default._schema.arguments if a.is_write]
-        for name in ("select", "capture_", "adamw_", "tensor_norms")
+        for name in OPERATORS
     }
     assert written == {
         "select": [],
         "capture_": ["masks"],
         "adamw_": ["params", "exp_avgs", "exp_avg_sqs", "steps"],
-        "tensor_norms": [],
+        "bracket_adamw_": ["params", "exp_avgs", "exp_avg_sqs", "steps"],
+        "bracket_capture_": ["masks"],
+        "sums_of_squares": [],
     }
 
 
@@ -250,7 +284,7 @@ def test_select_refuses_fractions(ops, upper, lower):
 def call_capture(ops, problem, masks, record):
     ops.capture_(
         masks, problem.grads, problem.exp_avgs, problem.hyper, problem.group, problem.inv_scale,
-        record, False,
+        None, record, False,
     )  # fmt: skip
 
 
@@ -398,16 +432,16 @@ def test_norms_refuse(ops, kind):
         "meta": _meta(3),
     }[kind]  # fmt: skip
     with pytest.raises(ERRORS, match=r"tensors\[1\]"):
-        ops.tensor_norms([torch.zeros(3), bad], None)
+        tensor_norms(ops, [torch.zeros(3), bad], None)
     with pytest.raises(ERRORS, match="inv_scale"):
-        ops.tensor_norms([torch.zeros(3)], torch.ones(2))
+        tensor_norms(ops, [torch.zeros(3)], torch.ones(2))
 
 
 def test_all_inputs_on_meta_give_fakes_only():
     """Wholly on the meta device the operators say shapes, as torch's own do."""
     p = good()
     args = [[_meta(N)] * 3, [_meta(N)] * 3, p.hyper.to("meta"), p.group.to("meta")]
-    record = rose.select(*args, None, ONE, 0, False, False)
+    record = rose.select(*args, None, None, ONE, 0, False, False)
     assert (record.shape, record.dtype, record.device.type) == ((8,), torch.int64, "meta")
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import assert_all_same_bits, assert_same_bits
+from support import assert_all_same_bits, assert_same_bits, tensor_norms
 from torch import Tensor, nn
 from torch.optim import lr_scheduler
 from torch.optim.optimizer import (
@@ -106,14 +106,14 @@ class ByHand:
         rows = torch.tensor([self.groups[i] for i in ranked])
         if self.settings["granularity"] == "tensor":
             alpha = (1.0 - self.hyper()[rows, 0]).float()
-            norms = reference.tensor_norms(gs, None)
-            m_norms = reference.tensor_norms(ms, None) if kind == "second" else None
+            norms = tensor_norms(reference, gs, None)
+            m_norms = tensor_norms(reference, ms, None) if kind == "second" else None
             chosen, record = reference.select_tensors(
                 norms, m_norms, alpha, fraction("upper"), fraction("lower"), rank_inactive
             )
             found = list(chosen.unbind())
         else:
-            table = (self.hyper(), rows, None)
+            table = (self.hyper(), rows, None, None)
             record = reference.select(
                 gs, ms, *table, fraction("upper"), fraction("lower"), rank_inactive, False
             )
@@ -142,7 +142,7 @@ class ByHand:
             of(masks["second"]) if "second" in masks else [], None,
             torch.tensor([float(o["lr"]) for o in self.options], dtype=torch.float64), hyper,
             torch.tensor(of(self.groups)), (sizes.cumsum(0) - sizes)[here], None, None,
-            self.settings["gamma"], False, 0,
+            None, self.settings["gamma"], False, 0, False,
         )  # fmt: skip
 
     def rose(self, grads: list[Tensor | None], kl_grads: list[Tensor | None]) -> Tensor:

@@ -652,5 +652,5 @@ def test_masks_of_capture_share_one_allocation_and_no_bit(any_ops, generator):
     problem = Problem.of([values(n, ("normal",), FLOAT, generator) for n in (3, 9, 1, 8, 0, 13)])
     masks = random_masks(problem.numels)
     record = problem.select(any_ops, ONE, first=True)
-    any_ops.capture_(masks, problem.grads, [], problem.hyper, problem.group, None, record, False)
+    any_ops.capture_(masks, problem.grads, [], problem.hyper, problem.group, None, None, record, False)
     assert [m.tolist() for m in masks] == [[7], [255, 1], [1], [255], [], [255, 31]]

@@ -1,22 +1,14 @@
 #include "ops_cpu.h"
 
-#include <cmath>
 #include <cstring>
 #include <mutex>
+#include <numeric>
 
-#include "../arguments.h"
-#include "select.h"
-#include "tiles.h"
+#include "update.h"
 
 namespace rose {
 namespace cpu {
 namespace {
-
-float scalar_or(const std::optional<Tensor>& tensor, float otherwise, const char* name) {
-  if (!tensor) return otherwise;
-  check_table(*tensor, ScalarType::Float, 1, name);
-  return *tensor->const_data_ptr<float>();
-}
 
 Selection read_selection(const Tensor& tensor) {
   check_table(tensor, ScalarType::Long, 8, "selection");
@@ -25,52 +17,31 @@ Selection read_selection(const Tensor& tensor) {
   return selection;
 }
 
-RiskSource risk_source(const Segments& segments, const Groups& groups, bool second_order,
-                       bool rank_inactive, const std::optional<Tensor>& inv_scale) {
-  RiskSource source{segments, second_order, rank_inactive, scalar_or(inv_scale, 1.0f, "inv_scale"), {}};
-  source.alpha.resize(segments.size());
-  for (size_t i = 0; i < segments.size(); ++i) source.alpha[i] = groups.alpha(i);
-  return source;
-}
-
-// Adds a captured mask to the masks of each tensor.
-void add_masks(const std::vector<Tensor>& tensors, const Segments& segments, const char* name,
-               int32_t weight, const uint8_t* Masks::* bits, std::vector<Masks>& masks) {
-  const auto kinds = check_masks(tensors, segments, name, torch::headeronly::DeviceType::CPU);
-  for (size_t i = 0; i < tensors.size(); ++i) {
-    const auto* data = static_cast<const uint8_t*>(tensors[i].const_data_ptr());
-    if (kinds[i] == MaskKind::kBits) {
-      masks[i].*bits = data;
-    } else if (kinds[i] == MaskKind::kAll || *data != 0) {
-      masks[i].base += weight;
-    }
-  }
-}
-
-}  // namespace
-
-Tensor select(std::vector<Tensor> grads, std::vector<Tensor> exp_avgs, Tensor hyper, Tensor group,
-              std::optional<Tensor> inv_scale, int64_t upper, int64_t lower, bool rank_inactive,
-              bool approx) {
-  FpMode mode;
-  check_fractions(upper, lower);
-  const Segments segments(risk_roles(grads, exp_avgs), kTile);
-  const Groups groups(hyper, group, segments.size());
-  const Selection selection = select(
-      risk_source(segments, groups, !exp_avgs.empty(), rank_inactive, inv_scale), upper, lower, approx);
-  Tensor result = torch::stable::empty({8}, ScalarType::Long);
-  std::memcpy(result.mutable_data_ptr(), &selection, sizeof selection);
+Tensor record_of(const Selection& selection, std::initializer_list<int64_t> more = {}) {
+  Tensor result = torch::stable::empty({8 + static_cast<int64_t>(more.size())}, ScalarType::Long);
+  auto* words = result.mutable_data_ptr<int64_t>();
+  std::memcpy(words, &selection, sizeof selection);
+  std::copy(more.begin(), more.end(), words + 8);
   return result;
 }
 
-void capture_(std::vector<Tensor> masks, std::vector<Tensor> grads, std::vector<Tensor> exp_avgs,
-              Tensor hyper, Tensor group, std::optional<Tensor> inv_scale, Tensor selection,
-              bool rank_inactive) {
-  FpMode mode;
-  const Segments segments(risk_roles(grads, exp_avgs), kTile);
-  const Groups groups(hyper, group, segments.size());
-  const RiskSource source = risk_source(segments, groups, !exp_avgs.empty(), rank_inactive, inv_scale);
-  const Bounds bounds = read_selection(selection).bounds();
+// Gradients and, for second order, first moments, with all that makes keys of them.
+struct Ranked {
+  Segments segments;
+  Groups groups;
+  RiskSource source;
+
+  Ranked(const std::vector<Tensor>& grads, const std::vector<Tensor>& exp_avgs, const Tensor& hyper,
+         const Tensor& group, const Factors& factors, bool rank_inactive)
+      : segments(risk_roles(grads, exp_avgs), kTile),
+        groups(hyper, group, segments.size()),
+        source{segments, !exp_avgs.empty(), rank_inactive, factors.inv_scale, factors.clip, {}} {
+    for (size_t i = 0; i < segments.size(); ++i) source.alpha.push_back(groups.alpha(i));
+  }
+};
+
+// Where captured masks are written.
+std::vector<uint8_t*> mask_bits(const std::vector<Tensor>& masks, const Segments& segments) {
   STD_TORCH_CHECK(masks.size() == segments.size(), "masks has ", masks.size(),
                   " tensors; expected one for each of ", segments.size(), " gradients");
   std::vector<uint8_t*> bits(masks.size());
@@ -78,152 +49,201 @@ void capture_(std::vector<Tensor> masks, std::vector<Tensor> grads, std::vector<
     check_table(masks[i], ScalarType::Byte, (segments[i].n + 7) / 8, "masks");
     bits[i] = masks[i].mutable_data_ptr<uint8_t>();
   }
-  struct State {
+  return bits;
+}
+
+class Capturer final : public BracketBody {
+ public:
+  Capturer(const RiskSource& source, std::vector<uint8_t*> bits)
+      : source_(source), bits_(std::move(bits)) {}
+
+  void tile(size_t index, int64_t start, int n, Bounds bounds, BracketLog* log) {
     float scratch[3 * kTile];
-  };
+    tile_kernels().pack(source_.risk(index, start, n, scratch), n, bounds, bits_[index] + start / 8,
+                        log);
+  }
+  void all(Bounds bounds) {
+    for_each_tile(
+        source_.segments, [] { return 0; },
+        [&](int, size_t index, int64_t start, int n) { tile(index, start, n, bounds, nullptr); },
+        [](int) {});
+  }
+
+  void tile(size_t index, int64_t start, int n, Bounds bounds, BracketLog& log,
+            UpdateCounts&) override {
+    tile(index, start, n, bounds, &log);
+  }
+  int redo(size_t index, int64_t element, const float*, bool) override {
+    bits_[index][element / 8] ^= static_cast<uint8_t>(1 << element % 8);
+    return 0;
+  }
+  void prefetch(size_t index, int64_t element) const override {
+    __builtin_prefetch(bits_[index] + element / 8, 1);
+  }
+  bool updates() const override { return false; }
+
+ private:
+  const RiskSource& source_;
+  std::vector<uint8_t*> bits_;
+};
+
+// In place, with every mask known.
+UpdateCounts update_all(Updater& updater, Bounds bounds) {
+  UpdateCounts total;
+  std::mutex mutex;
   for_each_tile(
-      segments, [] { return State(); },
-      [&](State& state, size_t index, int64_t start, int n) {
-        const Risk risk = source.risk(index, start, n, state.scratch);
-        tile_kernels().pack(risk, n, bounds, bits[index] + start / 8);
+      updater.segments(), [] { return UpdateCounts(); },
+      [&](UpdateCounts& counts, size_t index, int64_t start, int n) {
+        updater.tile(index, start, n, bounds, nullptr, counts);
       },
-      [](State&) {});
+      [&](const UpdateCounts& counts) {
+        std::lock_guard<std::mutex> lock(mutex);
+        total.updated += counts.updated;
+        total.nonfinite += counts.nonfinite;
+      });
+  return total;
+}
+
+bool is_set(const std::optional<Tensor>& found_inf) {
+  if (!found_inf) return false;
+  check_table(*found_inf, ScalarType::Float, 1, "found_inf");
+  return *found_inf->const_data_ptr<float>() != 0;
+}
+
+}  // namespace
+
+Tensor select(std::vector<Tensor> grads, std::vector<Tensor> exp_avgs, Tensor hyper, Tensor group,
+              std::optional<Tensor> inv_scale, std::optional<Tensor> clip, int64_t upper, int64_t lower,
+              bool rank_inactive, bool approx) {
+  FpMode mode;
+  check_fractions(upper, lower);
+  const Ranked ranked(grads, exp_avgs, hyper, group, Factors(inv_scale, clip), rank_inactive);
+  return record_of(select(ranked.source, upper, lower, approx));
+}
+
+void capture_(std::vector<Tensor> masks, std::vector<Tensor> grads, std::vector<Tensor> exp_avgs,
+              Tensor hyper, Tensor group, std::optional<Tensor> inv_scale, std::optional<Tensor> clip,
+              Tensor selection, bool rank_inactive) {
+  FpMode mode;
+  const Ranked ranked(grads, exp_avgs, hyper, group, Factors(inv_scale, clip), rank_inactive);
+  const Bounds bounds = read_selection(selection).bounds();
+  Capturer(ranked.source, mask_bits(masks, ranked.segments)).all(bounds);
+}
+
+Tensor bracket_capture_(std::vector<Tensor> masks, std::vector<Tensor> grads,
+                        std::vector<Tensor> exp_avgs, Tensor hyper, Tensor group,
+                        std::optional<Tensor> inv_scale, std::optional<Tensor> clip, int64_t upper,
+                        int64_t lower, bool rank_inactive, int64_t draw, double width) {
+  FpMode mode;
+  check_fractions(upper, lower);
+  const Ranked ranked(grads, exp_avgs, hyper, group, Factors(inv_scale, clip), rank_inactive);
+  Capturer capturer(ranked.source, mask_bits(masks, ranked.segments));
+  std::vector<size_t> all(ranked.segments.size());
+  std::iota(all.begin(), all.end(), size_t{0});
+  UpdateCounts none;
+  std::optional<Selection> selection =
+      bracket_pass(ranked.segments, ranked.source, all,
+                   {upper, lower, static_cast<uint32_t>(draw), width}, capturer, none);
+  if (!selection) {
+    selection = select(ranked.source, upper, lower, false);
+    capturer.all(selection->bounds());
+  }
+  return record_of(*selection);
 }
 
 Tensor adamw_(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Tensor> exp_avgs,
               std::vector<Tensor> exp_avg_sqs, std::vector<Tensor> steps,
               std::vector<Tensor> first_masks, std::vector<Tensor> second_masks,
               std::optional<Tensor> selection, Tensor lr, Tensor hyper, Tensor group, Tensor offsets,
-              std::optional<Tensor> inv_scale, std::optional<Tensor> found_inf, double gamma,
-              bool rank_inactive, int64_t seed) {
+              std::optional<Tensor> inv_scale, std::optional<Tensor> clip,
+              std::optional<Tensor> found_inf, double gamma, bool rank_inactive, int64_t seed,
+              bool stochastic) {
   FpMode mode;
-  const Segments segments({{"params", &params, true},
-                           {"grads", &grads, false},
-                           {"exp_avgs", &exp_avgs, true},
-                           {"exp_avg_sqs", &exp_avg_sqs, true}},
-                          kTile);
-  const size_t count = segments.size();
-  const Groups groups(hyper, group, count);
-  check_table(lr, ScalarType::Double, groups.count(), "lr");
-  check_table(offsets, ScalarType::Long, static_cast<int64_t>(count), "offsets");
-  STD_TORCH_CHECK(steps.size() == count, "steps has ", steps.size(),
-                  " tensors; expected one for each of ", count, " parameters");
-  for (const Tensor& step : steps) check_table(step, ScalarType::Float, 1, "steps");
   STD_TORCH_CHECK(!selection || second_masks.empty(),
                   "both selection and second_masks are given; expected one second-order mask");
-  const bool has_first = !first_masks.empty(), has_second = selection || !second_masks.empty();
-  Masks shared;
-  shared.fractional = has_first && has_second;
-  shared.first_weight = shared.fractional ? 1 : 3;
-  shared.second_weight = shared.fractional ? 2 : 3;
-  shared.rank_inactive = rank_inactive;
-  shared.from_risk = selection.has_value();
-  if (selection) shared.bounds = read_selection(*selection).bounds();
-  std::vector<Masks> masks(count, shared);
-  if (has_first) {
-    add_masks(first_masks, segments, "first_masks", shared.first_weight, &Masks::first_bits, masks);
+  Updater updater(
+      {params, grads, exp_avgs, exp_avg_sqs, steps, first_masks, second_masks}, lr, hyper, group,
+      offsets, Factors(inv_scale, clip),
+      {gamma, selection.has_value(), rank_inactive, static_cast<uint32_t>(seed), stochastic});
+  const Bounds bounds = selection ? read_selection(*selection).bounds() : Bounds{-1, -1};
+  UpdateCounts counts;
+  if (!is_set(found_inf)) {
+    updater.begin();
+    counts = update_all(updater, bounds);
   }
-  if (!second_masks.empty()) {
-    add_masks(second_masks, segments, "second_masks", shared.second_weight, &Masks::second_bits, masks);
-  }
-  const float unscale = scalar_or(inv_scale, 1.0f, "inv_scale");
-  for (size_t i = 0; i < count; ++i) {
-    STD_TORCH_CHECK(groups[i].selective == 0 || has_first || has_second, "params[", i,
-                    "] is selective; expected first_masks, second_masks or a selection");
-    masks[i].alpha = groups.alpha(i);
-  }
-
   Tensor result = torch::stable::empty({2}, ScalarType::Long);
-  int64_t* totals = result.mutable_data_ptr<int64_t>();
-  totals[0] = totals[1] = 0;
-  if (scalar_or(found_inf, 0.0f, "found_inf") != 0) return result;
-
-  const double* lrs = lr.const_data_ptr<double>();
-  const int64_t* offset = offsets.const_data_ptr<int64_t>();
-  std::vector<Update> updates(count);
-  std::vector<uint32_t> random_keys(count);
-  for (size_t i = 0; i < count; ++i) {
-    const float step = *steps[i].mutable_data_ptr<float>() += 1.0f;
-    updates[i] = make_update(groups[i], lrs[groups.row(i)], step, gamma);
-    random_keys[i] = random_key(static_cast<uint32_t>(seed), static_cast<uint32_t>(step));
-  }
-
-  struct State {
-    float p[kTile], g[kTile], m[kTile], v[kTile], scaled[kTile];
-    UpdateCounts counts;
-  };
-  std::mutex mutex;
-  const auto body = [&](State& state, size_t index, int64_t start, int n) {
-    const TileKernels& kernels = tile_kernels();
-    const Segment& segment = segments[index];
-    const std::vector<Operand>& operands = segment.operands;
-    float* p = load(segment, operands[0], start, n, state.p);
-    const float* g = load(segment, operands[1], start, n, state.g);
-    float* m = load(segment, operands[2], start, n, state.m);
-    float* v = load(segment, operands[3], start, n, state.v);
-    const float factor = static_cast<float>(groups[index].sign) * unscale;
-    if (factor != 1.0f) {
-      kernels.scale(g, factor, n, state.scaled);
-      g = state.scaled;
-    }
-    if (groups[index].selective == 0) {
-      kernels.adamw(p, m, v, g, n, updates[index]);
-      state.counts.updated += n;
-    } else {
-      Masks here = masks[index];
-      if (here.first_bits) here.first_bits += start / 8;
-      if (here.second_bits) here.second_bits += start / 8;
-      kernels.masked_adamw(p, m, v, g, here, n, updates[index], state.counts);
-    }
-    store(segment, operands[0], start, n, p);
-    store(segment, operands[2], start, n, m);
-    if (operands[3].dtype == Dtype::kBFloat16) {
-      store_stochastic(segment, operands[3], start, n, v, random_keys[index], offset[index] + start);
-    } else {
-      store(segment, operands[3], start, n, v);
-    }
-  };
-  for_each_tile(
-      segments, [] { return State(); }, body,
-      [&](State& state) {
-        std::lock_guard<std::mutex> lock(mutex);
-        totals[0] += state.counts.updated;
-        totals[1] += state.counts.nonfinite;
-      });
+  result.mutable_data_ptr<int64_t>()[0] = counts.updated;
+  result.mutable_data_ptr<int64_t>()[1] = counts.nonfinite;
   return result;
 }
 
-Tensor tensor_norms(std::vector<Tensor> tensors, std::optional<Tensor> inv_scale) {
+Tensor bracket_adamw_(std::vector<Tensor> params, std::vector<Tensor> grads,
+                      std::vector<Tensor> exp_avgs, std::vector<Tensor> exp_avg_sqs,
+                      std::vector<Tensor> steps, std::vector<Tensor> first_masks, Tensor lr,
+                      Tensor hyper, Tensor group, Tensor offsets, std::optional<Tensor> inv_scale,
+                      std::optional<Tensor> clip, std::optional<Tensor> found_inf, double gamma,
+                      int64_t upper, int64_t lower, bool rank_inactive, int64_t seed, bool stochastic,
+                      int64_t draw, double width) {
+  FpMode mode;
+  check_fractions(upper, lower);
+  const Factors factors(inv_scale, clip);
+  std::vector<Tensor> no_masks;
+  Updater updater({params, grads, exp_avgs, exp_avg_sqs, steps, first_masks, no_masks}, lr, hyper,
+                  group, offsets, factors,
+                  {gamma, true, rank_inactive, static_cast<uint32_t>(seed), stochastic});
+  if (is_set(found_inf)) return record_of(Selection(), {0, 0});
+
+  std::vector<size_t> chosen;
+  std::vector<Tensor> chosen_grads, chosen_exp_avgs;
+  for (size_t i = 0; i < grads.size(); ++i) {
+    if (updater.groups()[i].selective == 0) continue;
+    chosen.push_back(i);
+    chosen_grads.push_back(grads[i]);
+    chosen_exp_avgs.push_back(exp_avgs[i]);
+  }
+  Tensor chosen_group = torch::stable::empty({static_cast<int64_t>(chosen.size())}, ScalarType::Long);
+  for (size_t i = 0; i < chosen.size(); ++i) {
+    chosen_group.mutable_data_ptr<int64_t>()[i] = updater.groups().row(chosen[i]);
+  }
+  const Ranked ranked(chosen_grads, chosen_exp_avgs, hyper, chosen_group, factors, rank_inactive);
+  updater.begin();
+  UpdateCounts counts;
+  std::optional<Selection> selection =
+      bracket_pass(updater.segments(), ranked.source, chosen,
+                   {upper, lower, static_cast<uint32_t>(draw), width}, updater, counts);
+  if (!selection) {
+    selection = select(ranked.source, upper, lower, false);
+    counts = update_all(updater, selection->bounds());
+  }
+  return record_of(*selection, {counts.updated, counts.nonfinite});
+}
+
+Tensor sums_of_squares(std::vector<Tensor> tensors, std::optional<Tensor> inv_scale) {
   FpMode mode;
   const Segments segments({{"tensors", &tensors, false}}, kTile);
-  const float factor = scalar_or(inv_scale, 1.0f, "inv_scale");
+  const float factor = Factors(inv_scale, std::nullopt).inv_scale;
   std::vector<double> sums(static_cast<size_t>(segments.tiles()));
-  struct State {
-    float values[2 * kTile];
-  };
   for_each_tile(
-      segments, [] { return State(); },
-      [&](State& state, size_t index, int64_t start, int n) {
+      segments, [] { return 0; },
+      [&](int, size_t index, int64_t start, int n) {
+        float values[2 * kTile];
         const Segment& segment = segments[index];
-        const float* x = load(segment, segment.operands[0], start, n, state.values);
+        const float* x = load(segment, segment.operands[0], start, n, values);
         if (factor != 1.0f) {
-          tile_kernels().scale(x, factor, n, state.values + kTile);
-          x = state.values + kTile;
+          tile_kernels().scale(x, factor, 1.0f, n, values + kTile);
+          x = values + kTile;
         }
         sums[static_cast<size_t>(segment.first_tile + start / kTile)] =
             tile_kernels().sum_of_squares(x, n);
       },
-      [](State&) {});
+      [](int) {});
   const int64_t count = static_cast<int64_t>(segments.size());
-  Tensor result = torch::stable::empty({count}, ScalarType::Float);
-  float* norms = result.mutable_data_ptr<float>();
+  Tensor result = torch::stable::empty({count}, ScalarType::Double);
+  double* totals = result.mutable_data_ptr<double>();
   for (int64_t i = 0; i < count; ++i) {
     const Segment& segment = segments[static_cast<size_t>(i)];
-    double sum = 0;
-    for (int64_t t = 0; t * kTile < segment.n; ++t) {
-      sum += sums[static_cast<size_t>(segment.first_tile + t)];
-    }
-    norms[i] = static_cast<float>(std::sqrt(sum));
+    const auto first = sums.begin() + segment.first_tile;
+    totals[i] = std::accumulate(first, first + (segment.n + kTile - 1) / kTile, 0.0);
   }
   return result;
 }

@@ -298,13 +298,22 @@ bool resolve(WindowPass& pass, int64_t k, Threshold& result) {
 Risk RiskSource::risk(size_t index, int64_t start, int n, float* scratch) const {
   const Segment& segment = segments[index];
   const float* g = load(segment, segment.operands[0], start, n, scratch);
-  if (inv_scale != 1.0f) {
-    tile_kernels().scale(g, inv_scale, n, scratch + kTile);
+  if (inv_scale != 1.0f || clip != 1.0f) {
+    tile_kernels().scale(g, inv_scale, clip, n, scratch + kTile);
     g = scratch + kTile;
   }
   const float* m =
       second_order ? load(segment, segment.operands[1], start, n, scratch + 2 * kTile) : nullptr;
   return {g, m, alpha[index], rank_inactive};
+}
+
+void RiskSource::keys(size_t index, int n, const float* g, const float* m, float* scratch,
+                      uint32_t* keys) const {
+  if (inv_scale != 1.0f || clip != 1.0f) {
+    tile_kernels().scale(g, inv_scale, clip, n, scratch);
+    g = scratch;
+  }
+  tile_kernels().keys({g, second_order ? m : nullptr, alpha[index], rank_inactive}, n, keys);
 }
 
 Selection select(const RiskSource& source, int64_t upper, int64_t lower, bool approx) {

@@ -15,12 +15,15 @@ struct RiskSource {
   const Segments& segments;
   bool second_order;
   bool rank_inactive;
-  float inv_scale;
+  float inv_scale, clip;     // that gradients are multiplied by
   std::vector<float> alpha;  // per segment
 
   // Of elements [start, start + n) of a segment, n <= kTile; `scratch` holds 3 * kTile floats, which
   // the result may point to.
   Risk risk(size_t index, int64_t start, int n, float* scratch) const;
+
+  // Of elements of a segment that were read already: g and (second order) m; `scratch` holds n floats.
+  void keys(size_t index, int n, const float* g, const float* m, float* scratch, uint32_t* keys) const;
 };
 
 // Fractions in units of 1e-9. `approx`: thresholds rounded up to the edge of an 11-bit bin.

@@ -43,6 +43,26 @@ struct WindowLog {
   int64_t logged = 0;
 };
 
+// A threshold that is known to lie in [low, high]: keys in there are logged, except those equal to
+// `pivot`, which are counted (-1: none).
+struct Bracket {
+  int32_t low, high, pivot;
+};
+
+// What one pass notes while it treats elements by estimated thresholds: counts, and the keys in
+// brackets (the sign bit says that the element was treated as selected) with what is needed to treat
+// them again. The arrays need room for kTile more than are in them.
+struct BracketLog {
+  Bracket brackets[2];
+  int count;
+  int64_t below[2] = {}, at_pivot[2] = {}, inactive = 0, nonfinite = 0;
+  uint32_t* keys = nullptr;
+  int64_t* places = nullptr;
+  float (*old)[3] = nullptr;  // p, m, v before the update; null where none is updated
+  int64_t logged = 0;
+  int64_t place = 0;  // of the tile's first element
+};
+
 // The masks of one tensor. An element's kind is `base`, plus first_weight where first_bits has it, plus
 // second_weight where second_bits has it or (with from_risk) its second-order risk is within bounds.
 struct Masks {
@@ -59,6 +79,7 @@ struct Masks {
 
 struct UpdateCounts {
   int64_t updated = 0, nonfinite = 0;
+  int dense = 0;  // of a thread: blocks to go in which many risks are expected next to the threshold
 };
 
 struct TileKernels {
@@ -66,11 +87,12 @@ struct TileKernels {
   // Element i of a strided array to dst[i], or src[i] to it; bfloat16 and float16 narrow to nearest.
   void (*widen)(const void* src, Dtype dtype, int64_t stride, int n, float* dst);
   void (*narrow)(const float* src, Dtype dtype, int64_t stride, int n, void* dst);
-  // bfloat16, rounded stochastically; the tile's first element has index (high, low), which must not
-  // carry out of the low word within the tile.
+  // bfloat16, rounded stochastically by the 16 random bits from `shift` on; the tile's first element
+  // has index (high, low), which must not carry out of the low word within the tile.
   void (*narrow_stochastic)(const float* src, int64_t stride, int n, void* dst, uint32_t key,
-                            uint32_t index_high, uint32_t index_low);
-  void (*scale)(const float* src, float factor, int n, float* dst);
+                            uint32_t index_high, uint32_t index_low, int shift);
+  // By two factors, one after the other.
+  void (*scale)(const float* src, float first, float second, int n, float* dst);
   void (*keys)(const Risk& risk, int n, uint32_t* keys);
   // Counts of the leading digit into histogram[copy * kDigitBins + digit].
   void (*histogram)(const Risk& risk, int n, uint32_t* histogram);
@@ -79,12 +101,14 @@ struct TileKernels {
   // Keys whose bits from `shift` up equal `prefix`, to `out` (room for kTile + kLine); returns how
   // many.
   int (*filter)(const Risk& risk, int n, uint32_t prefix, int shift, uint32_t* out);
-  // The mask, from bit 0 of bits[0] on.
-  void (*pack)(const Risk& risk, int n, Bounds bounds, uint8_t* bits);
+  // The mask, from bit 0 of bits[0] on; `log` may be null.
+  void (*pack)(const Risk& risk, int n, Bounds bounds, uint8_t* bits, BracketLog* log);
   void (*adamw)(float* p, float* m, float* v, const float* g, int n, const Update& update);
-  // Elements that are not finite count as kind 0.
+  // Elements that are not finite count as kind 0; `log` may be null.
   void (*masked_adamw)(float* p, float* m, float* v, const float* g, const Masks& masks, int n,
-                       const Update& update, UpdateCounts& counts);
+                       const Update& update, UpdateCounts& counts, BracketLog* log);
+  // Where nothing is selected: v alone changes.
+  void (*decay)(const float* m, float* v, int n, const Update& update);
   double (*sum_of_squares)(const float* x, int n);
 };
 

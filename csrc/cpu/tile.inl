@@ -64,14 +64,14 @@ void narrow(const float* src, Dtype dtype, int64_t stride, int n, void* dst) {
 }
 
 void narrow_stochastic(const float* src, int64_t stride, int n, void* dst, uint32_t key,
-                       uint32_t index_high, uint32_t index_low) {
+                       uint32_t index_high, uint32_t index_low, int shift) {
   narrow_with(src, stride, n, static_cast<uint16_t*>(dst), [=](float x, int i) {
-    return float_to_bf16_stochastic(x, random_bits(key, index_high, index_low + (uint32_t)i));
+    return float_to_bf16_stochastic(x, random_bits(key, index_high, index_low + (uint32_t)i) >> shift);
   });
 }
 
-void scale(const float* __restrict src, float factor, int n, float* __restrict dst) {
-  for (int i = 0; i < n; ++i) dst[i] = mul(src[i], factor);
+void scale(const float* __restrict src, float first, float second, int n, float* __restrict dst) {
+  for (int i = 0; i < n; ++i) dst[i] = mul(mul(src[i], first), second);
 }
 
 ROSE_INLINE void block_keys(const Risk& risk, int at, int n, uint32_t* __restrict keys) {
@@ -121,6 +121,150 @@ ROSE_INLINE uint32_t lanes_in_range(const uint32_t* keys, int lanes, uint32_t lo
   for (int j = 0; j < lanes; ++j) inside |= (uint32_t)(keys[j] - lo <= span) << j;
   return inside;
 #endif
+}
+
+// ---------------------------------------------------------------------------------------------- lanes
+
+// Several elements at once, and conditions on them from the bits of a word.
+#if ROSE_VECTOR_BITS == 0
+constexpr int kLanes = 1;
+typedef float Lanes;
+typedef bool Condition;
+ROSE_INLINE Lanes load_lanes(const float* x) { return *x; }
+ROSE_INLINE void store_lanes(float* x, Lanes a) { *x = a; }
+ROSE_INLINE Lanes all_lanes(float x) { return x; }
+ROSE_INLINE Condition condition(uint32_t bits) { return (bits & 1) != 0; }
+ROSE_INLINE Lanes magnitude(Lanes a) { return bits_float(abs_bits(a)); }
+ROSE_INLINE Condition at_most(Lanes a, Lanes b) { return a <= b; }
+ROSE_INLINE Condition less(Lanes a, Lanes b) { return a < b; }
+ROSE_INLINE Condition both(Condition a, Condition b) { return a & b; }
+ROSE_INLINE Condition either(Condition a, Condition b) { return a | b; }
+ROSE_INLINE uint32_t bits_of(Condition c) { return c; }
+#else
+#if ROSE_VECTOR_BITS == 512
+constexpr int kLanes = 16;
+struct Lanes {
+  __m512 x;
+};
+struct Condition {
+  __mmask16 mask;
+};
+ROSE_INLINE Lanes load_lanes(const float* x) { return {_mm512_loadu_ps(x)}; }
+ROSE_INLINE void store_lanes(float* x, Lanes a) { _mm512_storeu_ps(x, a.x); }
+ROSE_INLINE Lanes all_lanes(float x) { return {_mm512_set1_ps(x)}; }
+ROSE_INLINE Lanes root(Lanes a) { return {_mm512_sqrt_ps(a.x)}; }
+ROSE_INLINE Condition condition(uint32_t bits) { return {(__mmask16)bits}; }
+ROSE_INLINE Lanes choose(Condition c, Lanes a, Lanes b) {
+  return {_mm512_mask_blend_ps(c.mask, b.x, a.x)};
+}
+ROSE_INLINE Lanes magnitude(Lanes a) { return {_mm512_abs_ps(a.x)}; }
+// Not where a lane is NaN.
+ROSE_INLINE Condition at_most(Lanes a, Lanes b) { return {_mm512_cmp_ps_mask(a.x, b.x, _CMP_LE_OQ)}; }
+ROSE_INLINE Condition less(Lanes a, Lanes b) { return {_mm512_cmp_ps_mask(a.x, b.x, _CMP_LT_OQ)}; }
+ROSE_INLINE Condition both(Condition a, Condition b) { return {(__mmask16)(a.mask & b.mask)}; }
+ROSE_INLINE Condition either(Condition a, Condition b) { return {(__mmask16)(a.mask | b.mask)}; }
+ROSE_INLINE uint32_t bits_of(Condition c) { return c.mask; }
+#else
+constexpr int kLanes = 8;
+struct Lanes {
+  __m256 x;
+};
+struct Condition {
+  __m256 mask;
+};
+ROSE_INLINE Lanes load_lanes(const float* x) { return {_mm256_loadu_ps(x)}; }
+ROSE_INLINE void store_lanes(float* x, Lanes a) { _mm256_storeu_ps(x, a.x); }
+ROSE_INLINE Lanes all_lanes(float x) { return {_mm256_set1_ps(x)}; }
+ROSE_INLINE Lanes root(Lanes a) { return {_mm256_sqrt_ps(a.x)}; }
+ROSE_INLINE Condition condition(uint32_t bits) {
+  const __m256i lane = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+  const __m256i own = _mm256_and_si256(_mm256_set1_epi32((int)bits), lane);
+  return {_mm256_castsi256_ps(_mm256_cmpeq_epi32(own, lane))};
+}
+ROSE_INLINE Lanes choose(Condition c, Lanes a, Lanes b) { return {_mm256_blendv_ps(b.x, a.x, c.mask)}; }
+ROSE_INLINE Lanes magnitude(Lanes a) {
+  return {_mm256_and_ps(a.x, _mm256_castsi256_ps(_mm256_set1_epi32(0x7FFFFFFF)))};
+}
+ROSE_INLINE Condition at_most(Lanes a, Lanes b) { return {_mm256_cmp_ps(a.x, b.x, _CMP_LE_OQ)}; }
+ROSE_INLINE Condition less(Lanes a, Lanes b) { return {_mm256_cmp_ps(a.x, b.x, _CMP_LT_OQ)}; }
+ROSE_INLINE Condition both(Condition a, Condition b) { return {_mm256_and_ps(a.mask, b.mask)}; }
+ROSE_INLINE Condition either(Condition a, Condition b) { return {_mm256_or_ps(a.mask, b.mask)}; }
+ROSE_INLINE uint32_t bits_of(Condition c) { return (uint32_t)_mm256_movemask_ps(c.mask); }
+#endif
+ROSE_INLINE Lanes operator*(Lanes a, Lanes b) { return {a.x * b.x}; }
+ROSE_INLINE Lanes operator+(Lanes a, Lanes b) { return {a.x + b.x}; }
+ROSE_INLINE Lanes operator-(Lanes a, Lanes b) { return {a.x - b.x}; }
+ROSE_INLINE Lanes operator/(Lanes a, Lanes b) { return {a.x / b.x}; }
+ROSE_INLINE Lanes operator*(float a, Lanes b) { return all_lanes(a) * b; }
+ROSE_INLINE Lanes operator*(Lanes a, float b) { return a * all_lanes(b); }
+ROSE_INLINE Lanes operator+(Lanes a, float b) { return a + all_lanes(b); }
+#endif
+
+constexpr uint32_t kAllLanes = (1u << kLanes) - 1;
+
+// One bit for each element of a block.
+struct BlockBits {
+  uint64_t words[kBlock / 64];
+
+  uint32_t from(int i) const { return (uint32_t)(words[i / 64] >> (i % 64)); }
+  bool has(int i) const { return (from(i) & 1) != 0; }
+  void add(int i, uint32_t bits) { words[i / 64] |= (uint64_t)bits << (i % 64); }
+  void remove(int i) { words[i / 64] &= ~((uint64_t)1 << (i % 64)); }
+  // Of a captured mask.
+  void add(const uint8_t* bytes, int n) {
+    uint64_t more[kBlock / 64] = {};
+    __builtin_memcpy(more, bytes, (size_t)(n + 7) / 8);
+    for (int w = 0; w < kBlock / 64; ++w) words[w] |= more[w];
+  }
+  // Forgets what is beyond n elements.
+  void trim(int n) {
+    for (int w = 0; w < kBlock / 64; ++w) {
+      const int left = n - 64 * w;
+      if (left < 64) words[w] &= left <= 0 ? 0 : ((uint64_t)1 << left) - 1;
+    }
+  }
+};
+
+ROSE_INLINE BlockBits all_or_none(bool all) {
+  BlockBits bits;
+  for (int w = 0; w < kBlock / 64; ++w) bits.words[w] = all ? ~(uint64_t)0 : 0;
+  return bits;
+}
+
+// Second-order risks between two values `low` <= `high`, without a division. With a = alpha |g| and
+// b = |m|, a risk of at most x is |a - b| <= x b but for roundings: u = 2^-24 of each operation, and of
+// the quotient where that is near 1. Widened by more than these (8 u x + 2 u), the comparison is sure
+// of its answer. Moments so small that products would lose digits, and what is not finite, are never
+// sure.
+struct Sides {
+  float below,
+      above;  // surely less than `low`: |a - b| <= below b; surely greater than `high`: > above b
+};
+constexpr float kSmallMoment = 0x1p-100f, kLargeDifference = 0x1p127f;
+
+ROSE_INLINE Sides sides_between(int32_t low, int32_t high) {
+  const double u = 0x1p-24;
+  const double x = (double)bits_float((uint32_t)(low > 0 ? low : 0)) * (1 - 8 * u) - 2 * u;
+  const double y = (double)bits_float((uint32_t)(high > 0 ? high : 0)) * (1 + 8 * u) + 2 * u;
+  return {x > 0x1p-20 ? (float)x : -1.0f, high < 0 ? -1.0f : (float)(y * (1 + u))};
+}
+
+// Surely below; surely one or the other.
+struct SidesOfLanes {
+  Condition below, sure;
+};
+
+ROSE_INLINE SidesOfLanes sides_of(Lanes g, Lanes m, float alpha, Sides sides) {
+  const Lanes b = magnitude(m), s = magnitude(sub(mul(alpha, magnitude(g)), b));
+  const Condition fit = both(at_most(all_lanes(kSmallMoment), b), less(s, all_lanes(kLargeDifference)));
+  const Condition below = both(at_most(s, mul(b, sides.below)), fit);
+  return {below, either(below, both(less(mul(b, sides.above), s), fit))};
+}
+
+ROSE_INLINE int count(const BlockBits& bits) {
+  int sum = 0;
+  for (int w = 0; w < kBlock / 64; ++w) sum += __builtin_popcountll(bits.words[w]);
+  return sum;
 }
 
 // Appends the keys whose bits are set, and returns how many; `out` has room for 16.
@@ -198,17 +342,91 @@ int filter(const Risk& risk, int n, uint32_t prefix, int shift, uint32_t* __rest
   return matches;
 }
 
-void pack(const Risk& risk, int n, Bounds bounds, uint8_t* __restrict bits) {
+// Bits of those within bounds, or inactive.
+ROSE_INLINE uint32_t selected_of_16(const uint32_t* keys, int lanes, Bounds bounds) {
   // low < key <= high as one unsigned range, which is empty if low >= high.
   const uint32_t first = (uint32_t)(bounds.low + 1), span = (uint32_t)(bounds.high - bounds.low - 1);
-  const uint32_t any = bounds.low < bounds.high ? ~0u : 0u;
+  const uint32_t inside = bounds.low < bounds.high ? lanes_in_range(keys, lanes, first, span) : 0;
+  return inside | lanes_in_range(keys, lanes, kInactiveKey, 0);
+}
+
+ROSE_INLINE void log_element(uint32_t key, const float* p, const float* m, const float* v, int at,
+                             int i, Bounds bounds, BracketLog& log) {
+  const int64_t to = log.logged++;
+  log.keys[to] = key | (uint32_t)if_selected(key, bounds, 1) << 31;
+  log.places[to] = log.place + at + i;
+  if (log.old) {
+    log.old[to][0] = p[i];
+    log.old[to][1] = m[i];
+    log.old[to][2] = v[i];
+  }
+}
+
+// Notes a block of n elements, the first of which is element `at` of the tile. p, m and v are the
+// block's.
+ROSE_INLINE void note(const uint32_t* keys, const float* p, const float* m, const float* v, int at,
+                      int n, Bounds bounds, BracketLog& log) {
+  int32_t inactive = 0, unranked = 0;
+  for (int i = 0; i < n; ++i) {
+    inactive += keys[i] == kInactiveKey;
+    unranked += (int32_t)keys[i] < 0;
+  }
+  log.inactive += inactive;
+  log.nonfinite += unranked - inactive;
+  int32_t inside = 0;
+  for (int t = 0; t < log.count; ++t) {
+    const Bracket bracket = log.brackets[t];
+    int32_t below = 0, upto = 0, at_pivot = 0;
+    for (int i = 0; i < n; ++i) {
+      below += (int32_t)keys[i] < bracket.low;
+      upto += (int32_t)keys[i] <= bracket.high;
+      at_pivot += (int32_t)keys[i] == bracket.pivot;
+    }
+    log.below[t] += below - unranked;
+    log.at_pivot[t] += at_pivot;
+    inside += upto - below - at_pivot;
+  }
+  if (inside == 0) return;
+  for_each_16(n, [&](int start, int lanes) ROSE_ALWAYS_INLINE {
+    uint32_t set = 0;
+    for (int t = 0; t < log.count; ++t) {
+      const Bracket bracket = log.brackets[t];
+      const uint32_t low = (uint32_t)bracket.low, span = (uint32_t)(bracket.high - bracket.low);
+      set |= lanes_in_range(keys + start, lanes, low, span) &
+             ~lanes_in_range(keys + start, lanes, (uint32_t)bracket.pivot, 0);
+    }
+    for (; set != 0; set &= set - 1) {
+      const int i = start + __builtin_ctz(set);
+      log_element(keys[i], p, m, v, at, i, bounds, log);
+    }
+  });
+}
+
+// The same of one element, by one bracket.
+ROSE_INLINE void note_one(uint32_t key, const float* p, const float* m, const float* v, int at, int i,
+                          Bounds bounds, BracketLog& log) {
+  const int32_t k = (int32_t)key;
+  const Bracket bracket = log.brackets[0];
+  if (k < 0) {
+    log.inactive += key == kInactiveKey;
+    log.nonfinite += key != kInactiveKey;
+  } else if (k < bracket.low) {
+    ++log.below[0];
+  } else if (k == bracket.pivot) {
+    ++log.at_pivot[0];
+  } else if (k <= bracket.high) {
+    log_element(key, p, m, v, at, i, bounds, log);
+  }
+}
+
+void pack(const Risk& risk, int n, Bounds bounds, uint8_t* __restrict bits, BracketLog* log) {
   for_each_block(n, [&](int at, int n) ROSE_ALWAYS_INLINE {
     uint32_t keys[kBlock];
     block_keys(risk, at, n, keys);
+    if (log) note(keys, nullptr, nullptr, nullptr, at, n, bounds, *log);
     uint8_t* __restrict out = bits + at / 8;
     for_each_16(n, [&](int start, int lanes) ROSE_ALWAYS_INLINE {
-      const uint32_t selected = (lanes_in_range(keys + start, lanes, first, span) & any) |
-                                lanes_in_range(keys + start, lanes, kInactiveKey, 0);
+      const uint32_t selected = selected_of_16(keys + start, lanes, bounds);
       out[start / 8] = (uint8_t)selected;
       if (lanes > 8) out[start / 8 + 1] = (uint8_t)(selected >> 8);
     });
@@ -221,62 +439,161 @@ void adamw(float* __restrict p, float* __restrict m, float* __restrict v, const 
   for (int i = 0; i < n; ++i) adamw_element<false>(p[i], m[i], v[i], g[i], 3, u);
 }
 
-ROSE_INLINE void add_bits(const uint8_t* __restrict bits, int32_t weight, int n,
-                          int32_t* __restrict kinds) {
+void decay(const float* __restrict m, float* __restrict v, int n, const Update& update) {
+  const Update u = update;
+  for (int i = 0; i < n; ++i) v[i] = second_moment(v[i], m[i], u);
+}
+
+ROSE_INLINE BlockBits not_finite(const float* m, const float* g, int n) {
+  uint32_t largest = 0;
+  for (int i = 0; i < n; ++i) {
+    const uint32_t ag = abs_bits(g[i]), am = abs_bits(m[i]), larger = ag > am ? ag : am;
+    largest = larger > largest ? larger : largest;
+  }
+  BlockBits bad = all_or_none(false);
+  if (largest < kInfinityBits) return bad;
+  for (int i = 0; i < n; ++i)
+    bad.add(i, abs_bits(g[i]) >= kInfinityBits || abs_bits(m[i]) >= kInfinityBits);
+  return bad;
+}
+
+// fn(first element, word, its bit) for each whole vector of a block; so that bits of a word are shifted
+// by constants, in registers.
+template <typename Fn>
+ROSE_INLINE int for_each_vector(int n, Fn fn) {
   int i = 0;
-#if ROSE_VECTOR_BITS == 512
-  const __m512i weights = _mm512_set1_epi32(weight);
-  for (; i + 16 <= n; i += 16) {
-    const __mmask16 set = (__mmask16)(bits[i / 8] | bits[i / 8 + 1] << 8);
-    const __m512i old = _mm512_loadu_si512(kinds + i);
-    _mm512_storeu_si512(kinds + i, _mm512_mask_add_epi32(old, set, old, weights));
+  for (int w = 0; w < kBlock / 64 && i + 64 <= n; ++w) {
+#pragma GCC unroll 64
+    for (int bit = 0; bit < 64; bit += kLanes) fn(i + bit, w, bit);
+    i += 64;
   }
-#else
-  for (; i + 8 <= n; i += 8) {
-    const int32_t byte = bits[i / 8];
-    for (int j = 0; j < 8; ++j) kinds[i + j] += (byte >> j & 1) * weight;
+  for (; i + kLanes <= n; i += kLanes) fn(i, i / 64, i % 64);
+  return i;
+}
+
+// M = 1 where `first` has it, 0 elsewhere; or by both.
+template <bool kFractional>
+ROSE_INLINE void update_block(float* p, float* m, float* v, const float* g, const BlockBits& first,
+                              const BlockBits& second, int n, const Update& u) {
+  int i = for_each_vector(n, [&](int i, int w, int bit) ROSE_ALWAYS_INLINE {
+    Condition on = condition((uint32_t)(first.words[w] >> bit));
+    Lanes pp = load_lanes(p + i), mm = load_lanes(m + i), vv = load_lanes(v + i),
+          gg = load_lanes(g + i);
+    Lanes step_size = all_lanes(u.step_size[3]), decay = all_lanes(u.decay[3]);
+    if (kFractional) {
+      const Condition other = condition((uint32_t)(second.words[w] >> bit)), one = both(on, other);
+      // Where not both are set, `first` means gamma, or nothing is on.
+      const Lanes x = choose(on, all_lanes(u.m[1]), all_lanes(u.m[2]));
+      const Lanes c = choose(on, all_lanes(u.m[2]), all_lanes(u.m[1]));
+      gg = choose(one, gg, add(mul(x, gg), mul(c, mm)));
+      step_size =
+          choose(one, step_size, choose(on, all_lanes(u.step_size[1]), all_lanes(u.step_size[2])));
+      decay = choose(one, decay, choose(on, all_lanes(u.decay[1]), all_lanes(u.decay[2])));
+      on = either(on, other);
+    }
+    adamw_step(pp, mm, vv, gg, on, step_size, decay, u);
+    store_lanes(p + i, pp);
+    store_lanes(m + i, mm);
+    store_lanes(v + i, vv);
+  });
+  for (; i < n; ++i) {
+    const int kind = kFractional ? first.has(i) + 2 * second.has(i) : 3 * first.has(i);
+    adamw_element<kFractional>(p[i], m[i], v[i], g[i], kind, u);
   }
-#endif
-  for (; i < n; ++i) kinds[i] += (bits[i / 8] >> (i % 8) & 1) * weight;
+}
+
+// Bits of the elements that are surely selected, and of those of which that is not sure; returns how
+// many these are. Elements after the last whole vector are not sure.
+ROSE_INLINE int sides_of_block(const float* g, const float* m, float alpha, Sides sides, int n,
+                               BlockBits& below, BlockBits& unsure) {
+  below = unsure = all_or_none(false);
+  int i = for_each_vector(n, [&](int i, int w, int bit) ROSE_ALWAYS_INLINE {
+    const SidesOfLanes side = sides_of(load_lanes(g + i), load_lanes(m + i), alpha, sides);
+    below.words[w] |= (uint64_t)bits_of(side.below) << bit;
+    unsure.words[w] |= (uint64_t)(bits_of(side.sure) ^ kAllLanes) << bit;
+  });
+  for (; i < n; ++i) unsure.add(i, 1);
+  return count(unsure);
+}
+
+template <typename Fn>
+ROSE_INLINE void for_each_set(const BlockBits& bits, Fn fn) {
+  for (int w = 0; w < kBlock / 64; ++w) {
+    for (uint64_t set = bits.words[w]; set != 0; set &= set - 1) fn(64 * w + __builtin_ctzll(set));
+  }
+}
+
+// Elements of a block that are selected by their risk; those that are not finite are set in `bad`.
+ROSE_INLINE BlockBits selected_by_risk(const float* p, const float* m, const float* v, const float* g,
+                                       const Masks& masks, Sides sides, int at, int n, BlockBits& bad,
+                                       int& dense, BracketLog* log) {
+  BlockBits selected;
+  if (masks.bounds.low < 0 && !masks.rank_inactive && dense == 0) {
+    BlockBits unsure;
+    for (int i = 0; i < kBlock; i += 16) {
+      __builtin_prefetch(p + i + kBlock);
+      __builtin_prefetch(v + i + kBlock);
+    }
+    if (sides_of_block(g, m, masks.alpha, sides, n, selected, unsure) > kBlock / 4) dense = 64;
+    if (log) log->below[0] += count(selected);
+    for_each_set(unsure, [&](int i) ROSE_ALWAYS_INLINE {
+      const uint32_t key = second_order_key(g[i], m[i], masks.alpha, false);
+      selected.add(i, (uint32_t)if_selected(key, masks.bounds, 1));
+      bad.add(i, key == kNonfiniteKey);
+      if (log) note_one(key, p, m, v, at, i, masks.bounds, *log);
+    });
+    return selected;
+  }
+  dense -= dense > 0;
+  uint32_t keys[kBlock];
+  block_keys({g, m, masks.alpha, masks.rank_inactive}, 0, n, keys);
+  if (log) note(keys, p, m, v, at, n, masks.bounds, *log);
+  selected = all_or_none(false);
+  for_each_16(n, [&](int start, int lanes) ROSE_ALWAYS_INLINE {
+    selected.add(start, selected_of_16(keys + start, lanes, masks.bounds));
+    bad.add(start, lanes_in_range(keys + start, lanes, kNonfiniteKey, 0));
+  });
+  return selected;
 }
 
 template <bool kFractional>
-ROSE_INLINE void masked_block(float* __restrict p, float* __restrict m, float* __restrict v,
-                              const float* __restrict g, const Masks& masks, int at, int n,
-                              const Update& u, UpdateCounts& counts) {
-  int32_t kinds[kBlock];
-  for (int i = 0; i < n; ++i) kinds[i] = masks.base;
-  if (masks.first_bits) add_bits(masks.first_bits + at / 8, masks.first_weight, n, kinds);
-  if (masks.second_bits) add_bits(masks.second_bits + at / 8, masks.second_weight, n, kinds);
+ROSE_INLINE void masked_block(float* p, float* m, float* v, const float* g, const Masks& masks,
+                              Sides sides, int at, int n, const Update& u, UpdateCounts& counts,
+                              BracketLog* log) {
+  BlockBits first = all_or_none((masks.base & 1) != 0), second = all_or_none((masks.base & 2) != 0);
+  if (masks.first_bits) first.add(masks.first_bits + at / 8, n);
+  if (masks.second_bits) second.add(masks.second_bits + at / 8, n);
+  BlockBits bad = all_or_none(false), any;
   if (masks.from_risk) {
-    uint32_t keys[kBlock];
-    block_keys({g, m, masks.alpha, masks.rank_inactive}, 0, n, keys);
-    for (int i = 0; i < n; ++i) kinds[i] += if_selected(keys[i], masks.bounds, masks.second_weight);
+    const BlockBits risk = selected_by_risk(p, m, v, g, masks, sides, at, n, bad, counts.dense, log);
+    for (int w = 0; w < kBlock / 64; ++w) second.words[w] |= risk.words[w];
+  } else {
+    bad = not_finite(m, g, n);
   }
-  int32_t updated = 0, nonfinite = 0;
-  for (int i = 0; i < n; ++i) {
-    const uint32_t ag = abs_bits(g[i]), am = abs_bits(m[i]);
-    const int32_t finite = (ag > am ? ag : am) < kInfinityBits ? -1 : 0;
-    kinds[i] &= finite;
-    updated += kinds[i] != 0;
-    nonfinite += 1 + finite;
+  for (int w = 0; w < kBlock / 64; ++w) {
+    first.words[w] &= ~bad.words[w];
+    second.words[w] &= ~bad.words[w];
+    any.words[w] = first.words[w] | second.words[w];
   }
-  counts.updated += updated;
-  counts.nonfinite += nonfinite;
-  for (int i = 0; i < n; ++i) adamw_element<kFractional>(p[i], m[i], v[i], g[i], kinds[i], u);
+  any.trim(n);
+  counts.updated += count(any);
+  counts.nonfinite += count(bad);
+  update_block<kFractional>(p, m, v, g, kFractional ? first : any, second, n, u);
 }
 
 void masked_adamw(float* p, float* m, float* v, const float* g, const Masks& masks, int n,
-                  const Update& update, UpdateCounts& counts) {
+                  const Update& update, UpdateCounts& counts, BracketLog* log) {
   const Update u = update;
   const Masks local = masks;
+  const Sides sides = log ? sides_between(log->brackets[0].low, log->brackets[0].high)
+                          : sides_between(masks.bounds.high, masks.bounds.high);
   if (masks.fractional) {
     for_each_block(n, [&](int at, int n) ROSE_ALWAYS_INLINE {
-      masked_block<true>(p + at, m + at, v + at, g + at, local, at, n, u, counts);
+      masked_block<true>(p + at, m + at, v + at, g + at, local, sides, at, n, u, counts, log);
     });
   } else {
     for_each_block(n, [&](int at, int n) ROSE_ALWAYS_INLINE {
-      masked_block<false>(p + at, m + at, v + at, g + at, local, at, n, u, counts);
+      masked_block<false>(p + at, m + at, v + at, g + at, local, sides, at, n, u, counts, log);
     });
   }
 }
@@ -299,8 +616,8 @@ double sum_of_squares(const float* __restrict x, int n) {
 
 extern const TileKernels ROSE_ISA;
 const TileKernels ROSE_ISA = {
-    ROSE_ISA_NAME, widen, narrow, narrow_stochastic, scale,          keys, histogram, scan,
-    filter,        pack,  adamw,  masked_adamw,      sum_of_squares,
+    ROSE_ISA_NAME, widen, narrow, narrow_stochastic, scale, keys,           histogram, scan,
+    filter,        pack,  adamw,  masked_adamw,      decay, sum_of_squares,
 };
 
 }  // namespace cpu

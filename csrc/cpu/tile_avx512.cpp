@@ -1,8 +1,9 @@
 #if defined(__x86_64__)
 
+// The headers whose functions are not this project's; the target is for the others.
 #include <immintrin.h>
-
-#include "tile.h"
+#include <math.h>
+#include <stdint.h>
 
 #if defined(__clang__)
 #pragma clang attribute push(                                                      \
@@ -16,6 +17,7 @@
 #define ROSE_ISA tile_kernels_avx512
 #define ROSE_ISA_NAME "avx512"
 #define ROSE_VECTOR_BITS 512
+#include "tile.h"
 #include "tile.inl"
 
 #if defined(__clang__)

@@ -38,12 +38,13 @@ class FpMode {
 #endif
 };
 
-// In parallel: make() once per thread's share, then body(state, segment index, start, n) for its
-// tiles in order, then done(state).
+// In parallel: make() once per thread's share of tiles [begin, end), then body(state, segment index,
+// start, n) for its tiles in order, then done(state).
 template <typename Make, typename Body, typename Done>
-void for_each_tile(const Segments& segments, Make make, Body body, Done done) {
+void for_each_tile(const Segments& segments, int64_t begin, int64_t end, Make make, Body body,
+                   Done done) {
   constexpr int64_t kGrain = 32;  // tiles: below this, a second thread costs more than it saves
-  torch::stable::parallel_for(0, segments.tiles(), kGrain, [&](int64_t begin, int64_t end) {
+  torch::stable::parallel_for(begin, end, kGrain, [&](int64_t begin, int64_t end) {
     FpMode mode;
     auto state = make();
     size_t index = segments.find(begin);
@@ -57,6 +58,11 @@ void for_each_tile(const Segments& segments, Make make, Body body, Done done) {
   });
 }
 
+template <typename Make, typename Body, typename Done>
+void for_each_tile(const Segments& segments, Make make, Body body, Done done) {
+  for_each_tile(segments, 0, segments.tiles(), make, body, done);
+}
+
 // Elements [start, start + n) of an operand as floats: in place if they are that already, else widened
 // into `buffer`.
 float* load(const Segment& segment, const Operand& operand, int64_t start, int n, float* buffer);
@@ -64,9 +70,10 @@ float* load(const Segment& segment, const Operand& operand, int64_t start, int n
 // The reverse, unless `values` is the operand's own memory.
 void store(const Segment& segment, const Operand& operand, int64_t start, int n, const float* values);
 
-// As store(), to bfloat16 by stochastic rounding; `index` is the global index of element `start`.
+// As store(), to bfloat16 by stochastic rounding with the random bits from `shift` on; `index` is the
+// global index of element `start`.
 void store_stochastic(const Segment& segment, const Operand& operand, int64_t start, int n,
-                      const float* values, uint32_t key, int64_t index);
+                      const float* values, uint32_t key, int64_t index, int shift);
 
 }  // namespace cpu
 }  // namespace rose

@@ -23,8 +23,7 @@ class Backend:
     Attributes:
         name: what users pass as ``backend=``.
         devices: device types it runs on.
-        load: returns its ``ops``, a namespace with ``select``, ``capture_``, ``adamw_`` and
-            ``tensor_norms``.
+        load: returns its ``ops``, a namespace with the operators of :mod:`rose_ops.reference`.
         why_not: returns why it cannot be used on this machine, or None if it can.
     """
 

@@ -53,12 +53,30 @@ ROSE_INLINE float sub(float a, float b) { return __fsub_rn(a, b); }
 ROSE_INLINE float div(float a, float b) { return __fdiv_rn(a, b); }
 ROSE_INLINE float root(float a) { return __fsqrt_rn(a); }
 #else
-ROSE_INLINE float mul(float a, float b) { return a * b; }
-ROSE_INLINE float add(float a, float b) { return a + b; }
-ROSE_INLINE float sub(float a, float b) { return a - b; }
-ROSE_INLINE float div(float a, float b) { return a / b; }
+// For vectors of lanes, too, which have these operators; a number in their company is one for all
+// lanes.
+template <typename A, typename B>
+ROSE_INLINE auto mul(A a, B b) {
+  return a * b;
+}
+template <typename A, typename B>
+ROSE_INLINE auto add(A a, B b) {
+  return a + b;
+}
+template <typename A, typename B>
+ROSE_INLINE auto sub(A a, B b) {
+  return a - b;
+}
+template <typename A, typename B>
+ROSE_INLINE auto div(A a, B b) {
+  return a / b;
+}
 ROSE_INLINE float root(float a) { return __builtin_sqrtf(a); }
 #endif
+template <typename T>
+ROSE_INLINE T choose(bool condition, T a, T b) {
+  return condition ? a : b;
+}
 
 // --------------------------------------------------------------------------------------------- risks
 
@@ -153,36 +171,34 @@ ROSE_INLINE Update make_update(const Hyper& h, double lr, double step, double ga
   return u;
 }
 
+template <typename X>
+ROSE_INLINE X second_moment(X v, X g, const Update& u) {
+  return add(mul(u.beta2, v), mul(u.c2, mul(g, g)));
+}
+
+// p, m, v in place where `on`, with what M makes of the gradient, the step size and the decay. X is a
+// float, or a vector of lanes.
+template <typename X, typename Condition>
+ROSE_INLINE void adamw_step(X& p, X& m, X& v, X g, Condition on, X step_size, X decay,
+                            const Update& u) {
+  const X gp = choose(on, g, m);
+  m = choose(on, add(mul(u.beta1, m), mul(u.c1, gp)), m);
+  v = second_moment(v, gp, u);
+  const X denom = add(mul(root(v), u.inv_root_bias2), u.eps);
+  p = choose(on, sub(mul(p, decay), mul(step_size, div(m, denom))), p);
+}
+
 // p, m, v of one element in place; `kind` = first bit + 2 * second bit of its mask for an ensemble, or
 // 0 and 3 for a single mask.
 template <bool kFractional>
 ROSE_INLINE void adamw_element(float& p, float& m, float& v, float g, int kind, const Update& u) {
-  const bool off = kind == 0;
-  float gp = off ? m : g;
   float step_size = u.step_size[3], decay = u.decay[3];
-  if (kFractional) {
-#if defined(__CUDA_ARCH__)
-    const float w = u.m[kind], c = u.m[3 - kind];
+  if (kFractional && (uint32_t)(kind - 1) < 2u) {
+    g = add(mul(u.m[kind], g), mul(u.m[3 - kind], m));
     step_size = u.step_size[kind];
     decay = u.decay[kind];
-#else
-    // Indexing the tables by `kind` would turn into gathers; these turn into blends.
-    const bool is_gamma = kind == 1, is_rest = kind == 2;
-    const float w = is_gamma ? u.m[1] : u.m[2], c = is_gamma ? u.m[2] : u.m[1];
-    step_size = is_gamma ? u.step_size[1] : is_rest ? u.step_size[2] : step_size;
-    decay = is_gamma ? u.decay[1] : is_rest ? u.decay[2] : decay;
-#endif
-    const float blend = add(mul(w, g), mul(c, m));
-    gp = (uint32_t)(kind - 1) < 2u ? blend : gp;
   }
-  const float m1 = add(mul(u.beta1, m), mul(u.c1, gp));
-  const float m_new = off ? m : m1;
-  const float v_new = add(mul(u.beta2, v), mul(u.c2, mul(gp, gp)));
-  const float denom = add(mul(root(v_new), u.inv_root_bias2), u.eps);
-  const float p1 = sub(mul(p, decay), mul(step_size, div(m_new, denom)));
-  p = off ? p : p1;
-  m = m_new;
-  v = v_new;
+  adamw_step(p, m, v, g, kind != 0, step_size, decay, u);
 }
 
 // ----------------------------------------------------------------------------------------- narrowing

@@ -1,0 +1,178 @@
+#include "update.h"
+
+namespace rose {
+namespace cpu {
+namespace {
+
+// Adds a captured mask to the masks of each tensor.
+void add_masks(const std::vector<Tensor>& tensors, const Segments& segments, const char* name,
+               int32_t weight, const uint8_t* Masks::* bits, std::vector<Masks>& masks) {
+  const auto kinds = check_masks(tensors, segments, name, torch::headeronly::DeviceType::CPU);
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    const auto* data = static_cast<const uint8_t*>(tensors[i].const_data_ptr());
+    if (kinds[i] == MaskKind::kBits) {
+      masks[i].*bits = data;
+    } else if (kinds[i] == MaskKind::kAll || *data != 0) {
+      masks[i].base += weight;
+    }
+  }
+}
+
+}  // namespace
+
+Factors::Factors(const std::optional<Tensor>& scale, const std::optional<Tensor>& norm)
+    : inv_scale(1), clip(1), plain_clip(1) {
+  if (scale) {
+    check_table(*scale, ScalarType::Float, 1, "inv_scale");
+    inv_scale = *scale->const_data_ptr<float>();
+  }
+  if (norm) {
+    check_table(*norm, ScalarType::Float, 2, "clip");
+    clip = norm->const_data_ptr<float>()[0];
+    plain_clip = norm->const_data_ptr<float>()[1];
+  }
+}
+
+Updater::Updater(const UpdateTensors& tensors, const Tensor& lr, const Tensor& hyper,
+                 const Tensor& group, const Tensor& offsets, const Factors& factors,
+                 const UpdateSettings& settings)
+    : tensors_(tensors),
+      segments_({{"params", &tensors.params, true},
+                 {"grads", &tensors.grads, false},
+                 {"exp_avgs", &tensors.exp_avgs, true},
+                 {"exp_avg_sqs", &tensors.exp_avg_sqs, true}},
+                kTile),
+      groups_(hyper, group, segments_.size()),
+      factors_(factors),
+      settings_(settings) {
+  const size_t count = segments_.size();
+  check_table(lr, ScalarType::Double, groups_.count(), "lr");
+  check_table(offsets, ScalarType::Long, static_cast<int64_t>(count), "offsets");
+  lr_ = lr.const_data_ptr<double>();
+  offsets_ = offsets.const_data_ptr<int64_t>();
+  STD_TORCH_CHECK(tensors.steps.size() == count, "steps has ", tensors.steps.size(),
+                  " tensors; expected one for each of ", count, " parameters");
+  for (const Tensor& step : tensors.steps) check_table(step, ScalarType::Float, 1, "steps");
+  const bool has_first = !tensors.first_masks.empty();
+  const bool has_second = settings.from_risk || !tensors.second_masks.empty();
+  Masks shared;
+  shared.fractional = has_first && has_second;
+  shared.first_weight = shared.fractional ? 1 : 3;
+  shared.second_weight = shared.fractional ? 2 : 3;
+  shared.rank_inactive = settings.rank_inactive;
+  shared.from_risk = settings.from_risk;
+  masks_.assign(count, shared);
+  if (has_first) {
+    add_masks(tensors.first_masks, segments_, "first_masks", shared.first_weight, &Masks::first_bits,
+              masks_);
+  }
+  if (!tensors.second_masks.empty()) {
+    add_masks(tensors.second_masks, segments_, "second_masks", shared.second_weight,
+              &Masks::second_bits, masks_);
+  }
+  for (size_t i = 0; i < count; ++i) {
+    STD_TORCH_CHECK(groups_[i].selective == 0 || has_first || has_second, "params[", i,
+                    "] is selective; expected first_masks, second_masks or a selection");
+    masks_[i].alpha = groups_.alpha(i);
+  }
+}
+
+void Updater::begin() {
+  updates_.resize(segments_.size());
+  random_keys_.resize(segments_.size());
+  for (size_t i = 0; i < segments_.size(); ++i) {
+    const float step = *tensors_.steps[i].mutable_data_ptr<float>() += 1.0f;
+    updates_[i] = make_update(groups_[i], lr_[groups_.row(i)], step, settings_.gamma);
+    random_keys_[i] = random_key(settings_.seed, static_cast<uint32_t>(step));
+  }
+}
+
+void Updater::store_all(size_t index, int64_t start, int n, const float* p, const float* m,
+                        const float* v) const {
+  const Segment& segment = segments_[index];
+  const int64_t at = offsets_[index] + start;
+  if (settings_.stochastic && segment.operands[0].dtype == Dtype::kBFloat16) {
+    store_stochastic(segment, segment.operands[0], start, n, p, random_keys_[index], at, 16);
+  } else {
+    store(segment, segment.operands[0], start, n, p);
+  }
+  store(segment, segment.operands[2], start, n, m);
+  if (segment.operands[3].dtype == Dtype::kBFloat16) {
+    store_stochastic(segment, segment.operands[3], start, n, v, random_keys_[index], at, 0);
+  } else {
+    store(segment, segment.operands[3], start, n, v);
+  }
+}
+
+void Updater::tile(size_t index, int64_t start, int n, Bounds bounds, BracketLog* log,
+                   UpdateCounts& counts) {
+  const TileKernels& kernels = tile_kernels();
+  const Segment& segment = segments_[index];
+  const std::vector<Operand>& operands = segment.operands;
+  const bool selective = groups_[index].selective != 0;
+  Masks masks = masks_[index];
+  float buffers[5][kTile];
+  float* m = load(segment, operands[2], start, n, buffers[2]);
+  float* v = load(segment, operands[3], start, n, buffers[3]);
+  if (selective && !masks.from_risk && masks.base == 0 && !masks.first_bits && !masks.second_bits) {
+    kernels.decay(m, v, n, updates_[index]);  // nothing of the tensor is selected
+    const Operand& to = operands[3];
+    if (to.dtype == Dtype::kBFloat16) {
+      store_stochastic(segment, to, start, n, v, random_keys_[index], offsets_[index] + start, 0);
+    } else {
+      store(segment, to, start, n, v);
+    }
+    return;
+  }
+  float* p = load(segment, operands[0], start, n, buffers[0]);
+  const float* g = load(segment, operands[1], start, n, buffers[1]);
+  if (gradient_factor(index) != 1.0f || clip(index) != 1.0f) {
+    kernels.scale(g, gradient_factor(index), clip(index), n, buffers[4]);
+    g = buffers[4];
+  }
+  if (selective) {
+    masks.bounds = bounds;
+    if (masks.first_bits) masks.first_bits += start / 8;
+    if (masks.second_bits) masks.second_bits += start / 8;
+    kernels.masked_adamw(p, m, v, g, masks, n, updates_[index], counts, log);
+  } else {
+    kernels.adamw(p, m, v, g, n, updates_[index]);
+    counts.updated += n;
+  }
+  store_all(index, start, n, p, m, v);
+}
+
+void Updater::prefetch(size_t index, int64_t element) const {
+  for (const Operand& operand : segments_[index].operands) {
+    if (operand.linear) __builtin_prefetch(operand.data + element * operand.element_size(), 1);
+  }
+}
+
+int Updater::redo(size_t index, int64_t element, const float* old, bool selected) {
+  const Segment& segment = segments_[index];
+  const Masks& masks = masks_[index];
+  int rest = masks.base;
+  if (masks.first_bits) {
+    rest += (masks.first_bits[element / 8] >> (element % 8) & 1) * masks.first_weight;
+  }
+  const int kind = rest + (selected ? masks.second_weight : 0);
+  float g, p = old[0], m = old[1], v = old[2], buffer;
+  g = mul(*load(segment, segment.operands[1], element, 1, &buffer), gradient_factor(index));
+  g = mul(g, clip(index));
+  if (masks.fractional) {
+    adamw_element<true>(p, m, v, g, kind, updates_[index]);
+  } else {
+    adamw_element<false>(p, m, v, g, kind, updates_[index]);
+  }
+  // store() leaves alone what is float32 and linear, since a tile's is updated in place.
+  const float values[3] = {p, m, v};
+  const size_t which[3] = {0, 2, 3};
+  for (int k = 0; k < 3; ++k) {
+    *load(segment, segment.operands[which[k]], element, 1, &buffer) = values[k];
+  }
+  store_all(index, element, 1, &p, &m, &v);
+  return (kind != 0) - (rest + (selected ? 0 : masks.second_weight) != 0);
+}
+
+}  // namespace cpu
+}  // namespace rose
