@@ -316,6 +316,7 @@ def _check_selection(name: str, contender: Rose, expected: Expected, kept: int |
     for kind in rule.kinds:
         found = contender.optimizer.selection[kind]
         assert isinstance(found, Selection)
+        _require(int(found.misses) == 0, name, f"{kind} order's bracket missed its threshold")
         count = kept
         if count is None:
             tau, count = expected.threshold(kind, rule, contender.exp_avgs[0].dtype)

@@ -247,8 +247,7 @@ class _Run:
                 contender = entrant.contenders[round_ % self.inputs]
                 contender.restore()
                 warm = round_ >= 0
-                self.device.cool(min(2 * entrant.host_seconds, _LARGEST_PEAK = 1 << 27  # elements
-_LONGEST_HEAD_START) * warm)
+                self.device.cool(min(2 * entrant.host_seconds, _LONGEST_HEAD_START) * warm)
                 clock = self.device.clock()
                 contender.step(clock)
                 if warm:

@@ -237,7 +237,9 @@ def _rose_select(device: Device, backend: str) -> Spec:
 # ---------------------------------------------------------------------------------------------- rose
 
 SHARE = 0.4
-BRACKET = {"selection": "bracket"}
+EXACT, BRACKET = {"selection": "exact"}, {"selection": "bracket"}
+CLIP, BF16 = {"max_grad_norm": MAX_NORM}, {"state_dtype": torch.bfloat16}
+FIRST, ENSEMBLE = {"order": "first"}, {"order": "ensemble"}
 EXACT_STEP = _STEP + Traffic(grads=1, moments=1)  # over g and m for the threshold, once with luck
 _FIRST = _STEP + Traffic(grads=1, bits=2)  # over g_kl for the threshold and the mask; the mask again
 
@@ -254,31 +256,25 @@ class _Entry:
 
 
 _ENTRIES = (
-    _Entry("rose exact", EXACT_STEP, {"selection": "exact"}, graph=True),
+    _Entry("rose exact", EXACT_STEP, EXACT, graph=True),
     _Entry("rose bracket", _STEP, BRACKET, graph=True),
     _Entry("rose approx", EXACT_STEP, {"selection": "approx"}),
     _Entry("rose upper=1", _STEP, {"upper": 1}, graph=True),
-    _Entry("rose exact, clip", EXACT_STEP + Traffic(grads=1), {"max_grad_norm": MAX_NORM}),
-    _Entry("rose bracket, clip", _STEP + Traffic(grads=1), {"max_grad_norm": MAX_NORM, **BRACKET}),
+    _Entry("rose exact, clip", EXACT_STEP + Traffic(grads=1), EXACT | CLIP),
+    _Entry("rose bracket, clip", _STEP + Traffic(grads=1), BRACKET | CLIP, graph=True),
     # Exact: over g_kl twice.
-    _Entry("rose first", _FIRST + Traffic(grads=1), {"order": "first"}),
-    _Entry("rose first, bracket", _FIRST, {"order": "first", **BRACKET}),
-    _Entry("rose ensemble", _FIRST + Traffic(grads=2, moments=1), {"order": "ensemble"}, graph=True),
-    _Entry("rose ensemble, bracket", _FIRST, {"order": "ensemble", **BRACKET}, graph=True),
+    _Entry("rose first", _FIRST + Traffic(grads=1), EXACT | FIRST),
+    _Entry("rose first, bracket", _FIRST, BRACKET | FIRST),
+    _Entry("rose ensemble", _FIRST + Traffic(grads=2, moments=1), EXACT | ENSEMBLE),
+    _Entry("rose ensemble, bracket", _FIRST, BRACKET | ENSEMBLE, graph=True),
     _Entry("rose tensors, 40%", None, {"share": SHARE}, RoseTensor),
+    _Entry("rose exact, bf16 moments", EXACT_STEP, EXACT | BF16, needs=4, dtype=torch.float32),
+    _Entry("rose bracket, bf16 moments", _STEP, BRACKET | BF16, needs=4, dtype=torch.float32),
     _Entry(
-        "rose exact, bf16 moments", EXACT_STEP, {"state_dtype": torch.bfloat16},
-        needs=4, dtype=torch.float32,
-    ),
-    _Entry(
-        "rose bracket, bf16 moments", _STEP, {"state_dtype": torch.bfloat16, **BRACKET},
-        needs=4, dtype=torch.float32,
-    ),
-    _Entry(
-        "rose bracket, stochastic", _STEP, {"param_rounding": "stochastic", **BRACKET},
+        "rose bracket, stochastic", _STEP, BRACKET | {"param_rounding": "stochastic"},
         dtype=torch.bfloat16,
     ),
-    _Entry("rose exact, flat", EXACT_STEP, {"selection": "exact"}, RoseFlat, needs=18),
+    _Entry("rose exact, flat", EXACT_STEP, EXACT, RoseFlat, needs=18),
     _Entry("rose bracket, flat", _STEP, BRACKET, RoseFlat, needs=18),
 )  # fmt: skip
 

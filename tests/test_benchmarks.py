@@ -180,6 +180,9 @@ def test_everyone_computes_the_same(recorded, data, shapes, dtype):
                 ran.add(name)
     assert {"AdamW fused", "AdamW fused, clip", "AdamW foreach", "AdamW single", "kthvalue"} <= ran
     assert {"rose exact", "rose approx", "rose first", "rose ensemble", "rose select"} <= ran
+    assert {"rose bracket", "rose bracket, clip", "rose ensemble, bracket", "rose exact, clip"} <= ran
+    assert ("rose bracket, flat" in ran) == (len(shapes) > 1)
+    assert ("rose bracket, stochastic" in ran) == (dtype == BF16)
     assert ("eager ROSE" in ran) == (dtype == FLOAT and data != "recorded")
     assert ("rose tensors, 40%" in ran) == (len(shapes) > 1)
     assert ("eager ROSE, tensors" in ran) == (len(shapes) > 1 and dtype == FLOAT and data != "recorded")
@@ -213,7 +216,7 @@ def _break_gradient(step):
 
 
 @pytest.mark.parametrize("fault", [_break_update, _break_moment, _break_gradient])
-@pytest.mark.parametrize("name", ["rose exact", "rose upper=1"])
+@pytest.mark.parametrize("name", ["rose bracket", "rose exact", "rose upper=1"])
 def test_a_wrong_step_is_noticed(monkeypatch, fault, name):
     problem = Problem(work.flat(5000), "gaussian", CPU)
     _check(name, problem)
@@ -555,7 +558,7 @@ def test_a_run_on_a_gpu_rehearsed(tmp_path, monkeypatch, fake, recorded):
     assert (timed["host_ms"] > 0).all()
     names = set(timed["contender"])
     for backend in Rehearsal.backends:
-        assert {f"rose exact [{backend}]", f"rose ensemble [{backend}, graph]"} <= names
+        assert {f"rose exact [{backend}]", f"rose ensemble, bracket [{backend}, graph]"} <= names
         assert f"rose select [{backend}]" not in names  # of lists by default
     assert {"AdamW fused, graph", "AdamW foreach, graph", "AdamW fused, clip", "eager ROSE"} <= names
     skipped = frame[frame["skipped"].notna()].set_index("contender")["skipped"]
