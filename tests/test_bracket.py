@@ -6,6 +6,9 @@ everything show the ways out.
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from support import (
@@ -187,3 +190,20 @@ def test_refuses_fractions(ops, generator, upper, lower):
     with pytest.raises((RuntimeError, ValueError), match="expected 0 <= lower < upper"):
         problem.bracket_capture(ops, upper, lower)
     assert_all_same_bits(problem.params, before.params, "params")
+
+
+def test_an_update_with_what_a_capture_left():
+    """Memory is kept from one to the other. In a process of its own, where none was left before."""
+    script = """
+import torch
+from rose_ops import RoseFusedAdamW
+n = 1 << 23
+p = torch.nn.Parameter(torch.randn(n))
+p.grad = torch.randn(n)
+optimizer = RoseFusedAdamW([p], order="ensemble")
+moments = {"exp_avg": torch.randn(n), "exp_avg_sq": torch.rand(n)}
+optimizer.state[p] = {"step": torch.tensor(9.0), **moments}
+optimizer.capture("first", clear=False)
+optimizer.step()
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=300)

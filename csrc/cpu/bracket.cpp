@@ -285,7 +285,8 @@ struct Log {
 
   void make_room(bool updates) {
     const size_t wanted = static_cast<size_t>(logged + kTile);
-    if (wanted > keys.size()) resize(wanted + wanted / 2, updates);
+    // A log that a capture left has no room for old values.
+    if (wanted > keys.size() || (updates && wanted > old.size())) resize(wanted + wanted / 2, updates);
   }
 };
 
