@@ -6,8 +6,8 @@ PIP := $(BIN)/pip --disable-pip-version-check -q
 # The release of PyTorch that this checkout is tested with (any from 2.10 on works).
 TORCH ?= torch==2.13.0
 ARGS ?=
-# Parts of verify-gpu, minutes each.
-VERIFY := verify-binaries verify-mutants verify-triton sanitize
+# Parts of verify-gpu, minutes each, the longest first.
+VERIFY := sanitize verify-triton verify-mutants verify-binaries
 SOURCES := setup.py $(shell find csrc -type f)
 
 .DEFAULT_GOAL := help
@@ -70,12 +70,13 @@ sanitize: $(VENV)/ready  ## memory errors and undefined behaviour in the C++ cod
 		-m "not slow" $(SANITIZED_TESTS) $(ARGS)
 
 # The wheel that this PyTorch and Python build, with CUDA kernels where there is an nvcc, in an environment
-# with others. Left there if something fails.
-OTHER_TORCH ?= torch==2.10.0
+# with others. Left there if something fails. (The Triton that PyTorch 2.10 brings interprets with older
+# NumPys only.)
+OTHER_TORCH ?= torch==2.10.0 "numpy<2.4"
 OTHER_PYTHON ?= $(PYTHON)
 ABI := build/abi
 ABI_TESTS := $(addprefix ../../tests/test_,import.py doctor.py ops.py parity.py optimizer.py)
-verify-abi: $(VENV)/ready  ## the wheel under OTHER_TORCH (torch==2.10.0) and OTHER_PYTHON
+verify-abi: $(VENV)/ready  ## the wheel, built here, under OTHER_TORCH (2.10) and OTHER_PYTHON
 	rm -rf $(ABI)
 	$(PIP) wheel --no-build-isolation --no-deps -w $(ABI) .
 	$(OTHER_PYTHON) -m venv $(ABI)/venv
