@@ -224,7 +224,7 @@ class _Update:
     ) -> None:  # fmt: skip
         device = self.device = _device(params)
         cpu = torch.device("cpu")
-        grads = _resolved(grads)
+        grads = self.resolved = _resolved(grads)  # kept for as long as the launches take
         roles = [
             Role("params", params, True), Role("grads", grads), Role("exp_avgs", exp_avgs, True),
             Role("exp_avg_sqs", exp_avg_sqs, True),

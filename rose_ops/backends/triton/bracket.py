@@ -169,15 +169,16 @@ def _sample_kernel(
 
 
 @triton.jit
-def _window(key, fraction):
-    """Keys at the ``fraction`` of the ranked ones of ``key``, and 5 standard errors (if elements of a
-    line are as alike as 2 in 3) on each side; a window that does not hold the bracket costs time only.
-    """
+def _window(key, fraction, lines):
+    """Keys at the ``fraction`` of the ranked ones of ``key``, and on each side 5 standard errors (if
+    elements of a line are as alike as 2 in 3) and what a bracket from ``lines`` has at least. A window
+    that does not hold the bracket costs time only."""
     ranked = key >= 0
     size = tl.sum(ranked.to(tl.int32)).to(tl.float64)
     q = fraction.to(tl.float64) * 1e-9
     position = q * size
     margin = 5.0 * tl.sqrt(2.0 * size * q * (1.0 - q)) + 2 * LINE
+    margin += size * (8.0 / 3.0 * 25.0) / lines.to(tl.float64)
     last = tl.maximum(size - 1.0, 0.0)
     wanted0 = tl.maximum(position - margin, 0.0).to(tl.int64)
     wanted1 = tl.minimum(position, last).to(tl.int64)
@@ -288,7 +289,7 @@ def _bracket_kernel(
         sampled = tl.full([], 0, tl.int64)
         for t in tl.static_range(2 if TWO else 1):
             target = state + TARGETS + t * TARGET
-            low, high, middle = _window(some, upper if t == 0 else lower)
+            low, high, middle = _window(some, upper if t == 0 else lower, lines)
             shift = _shift_for(high - low, WINDOW_BINS)
             tl.store(target + WINDOW_LOW, low.to(tl.int64))
             tl.store(target + WINDOW_HIGH, high.to(tl.int64))
