@@ -12,11 +12,21 @@ import sys
 from collections import OrderedDict
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from support import ROSE, Problem
+from support import (
+    FLOAT,
+    ROSE,
+    Problem,
+    assert_consistent,
+    assert_same_bits,
+    compare_bracket,
+    values,
+)
 
-from rose_ops import reference
+import rose_ops
+from rose_ops import backends, reference
 
 pytest.importorskip("triton")
 
@@ -41,6 +51,33 @@ OPTIONS = {
     "HAS_FIRST": True, "HAS_SECOND": False, "RULES_OUT": False, "RANK_INACTIVE": False,
     "STOCHASTIC": True, "FOUND": True,
 }  # fmt: skip
+# Of one pass: its log, and what it shares with the update.
+LOG = {"log_keys": I32, "log_places": I64}
+LOG_END = {"capacity": "i32", "first_place": "i64"}
+MADE = {"prepared": F32, "keys": I32, "first_weight": "i32", "second_weight": "i32"}
+FOUND = {**RISK, "found_inf": F32, "state": I64}
+CAPTURED = {**RISK, "state": I64, **LOG, **LOG_END}
+UPDATED = {**FOUND, "ranked_tiles": "i32", **LOG, "log_old": F32, **LOG_END, **MADE}
+OF_FIX = {k: v for k, v in OPTIONS.items() if k not in ("FROM_RISK", "HAS_SECOND", "RULES_OUT")}
+ONE_PASS = {**OF_FIX, "TWO": True}
+SAMPLE = {
+    **FOUND, "record": I64, "words": "i32", "sample": I32, "draw": "i32", "before": "i32",
+    "strata": "i32", "stratum": "i32", "all_rows": I64, "count": "i32", "lr": F64, "gamma": F64,
+    "seed": F64, **MADE,
+}  # fmt: skip
+OF_SAMPLE = {
+    **{k: v for k, v in SECOND.items() if k != "ALIGNED"}, "GRAD": 1, "PREPARES": True, "FOUND": True,
+    "LINES": 32,
+}  # fmt: skip
+BRACKET = {
+    "found_inf": F32, "state": I64, "sample": I32, "lines": "i32", "stratum": "i32", "upper": "i32",
+    "lower": "i32", "width": "fp32", "elements": "i32", "capacity": "i32",
+}  # fmt: skip
+RESOLVE = {
+    **FOUND, "record": I64, "log_keys": I32, "capacity": "i32", "elements": "i32", "upper": "i32",
+    "lower": "i32", "programs": "i32",
+}  # fmt: skip
+OF_RESOLVE = {**SECOND, "GRAD": 1, "FIRST": True, "TWO": True, "UPDATES": True, "FOUND": True}
 # kernel, signature, constants, 16-byte loads and stores expected
 CASES = {
     "select-1": ("_select_kernel", SELECT, {**DIGIT, "PASS": 0, "LAST": False}, 2, 0),
@@ -53,11 +90,29 @@ CASES = {
     ),
     "update-bf16": ("_update_kernel", UPDATE, {**OPTIONS, "D0": 1, "D1": 1, "D2": 1, "D3": 1}, 0, 0),
     "update-fp16": ("_update_kernel", UPDATE, {**OPTIONS, "D0": 2, "D1": 2}, 2, 2),
-    "prepare": ("_prepare_kernel", PREPARE, {"FOUND": True}, 0, 0),
+    "prepare": ("_prepare_kernel", PREPARE, {"RULES_OUT": True, "FOUND": True}, 0, 0),
     "squares": (
         "_squares_kernel", {**WALK, "inv_scale": F32, "partial": F64, "base": "i32"},
         {k: v for k, v in BASE.items() if k != "CLIPPED"} | {"D0": 0}, 1, 0,
     ),
+    "sample": ("_sample_kernel", SAMPLE, OF_SAMPLE, 0, 0),
+    "sample-strided": ("_sample_kernel", SAMPLE, {**OF_SAMPLE, "LINEAR": False}, 0, 0),
+    "bracket": ("_bracket_kernel", BRACKET, {"TWO": True, "FOUND": True, "LINES": 64}, 0, 0),
+    "pass-capture": (
+        "_capture_pass_kernel", CAPTURED, {**SECOND, "SECOND": False, "TWO": True}, 1, 0,
+    ),
+    "pass": (
+        "_update_pass_kernel", UPDATED,
+        {**ONE_PASS, "TWO": False, "FRACTIONAL": False, "HAS_FIRST": False}, 6, 3,
+    ),
+    "pass-ensemble": ("_update_pass_kernel", UPDATED, {**ONE_PASS, "TWO": False}, 6, 3),
+    "pass-ensemble-lower": ("_update_pass_kernel", UPDATED, ONE_PASS, 6, 3),
+    "resolve": ("_resolve_kernel", RESOLVE, OF_RESOLVE, 2, 0),
+    "fix-capture": (
+        "_capture_fix_kernel", {**CAPTURED, "record": I64}, {**SECOND, "SECOND": False},
+        1, 0,
+    ),
+    "fix": ("_update_fix_kernel", {**UPDATED, "record": I64}, OF_FIX, 4, 3),
 }  # fmt: skip
 # In double precision, IEEE division begins with an approximate reciprocal.
 FORBIDDEN = re.compile(
@@ -67,8 +122,14 @@ FORBIDDEN = re.compile(
 # The exponential of double precision in libdevice compares the upper word of its argument, as if it
 # were a float, with two limits. Flushed to zero, it is as far below them.
 UPPER_WORD = re.compile(r"mov\.b64 \{tmp, (%r\d+)\}, %rd\d+; \}\n\tabs\.ftz\.f32 \t(%r\d+), \1;")
-# A histogram's programs keep their counts in registers: its occupancy is below 50%.
-MOST_REGISTERS = {"update": 64, "update-bf16": 64, "select-1": 168, "select-3": 168}
+# 64, but for those that keep counts or bins in registers, or that a step hardly waits for.
+MOST_REGISTERS = {
+    "select-1": 80, "select-3": 80, "bracket": 144, "resolve": 112, "pass-ensemble": 72,
+    "pass-ensemble-lower": 88, "fix": 112, "sample-strided": 128, ("pass", 120): 72,
+    ("pass-capture", 120): 72,
+}  # fmt: skip
+PREPARING = ("prepare", "sample", "sample-strided")
+EIGHT_WARPS = ("select-1", "select-3", "bracket")
 MOST_STACK = {("update-bf16", 80): 8}  # bytes; spills nothing else
 
 
@@ -95,11 +156,11 @@ def compile_case(name: str, arch: int) -> None:
     from triton.backends.nvidia.compiler import get_ptxas
     from triton.compiler import ASTSource
 
-    from rose_ops.backends.triton import kernels
+    from rose_ops.backends.triton import bracket, kernels
 
     if name in CASES:
         kernel, signature, constants, loads, stores = CASES[name]
-        function = getattr(kernels, kernel)
+        function = getattr(kernels, kernel, None) or getattr(bracket, kernel)
     else:
         function, signature, constants = triton_faults.kernel, {"data": F32}, {"FAULT": name}
         loads = stores = 1
@@ -117,13 +178,13 @@ def compile_case(name: str, arch: int) -> None:
         ),
         target=GPUTarget("cuda", arch, 32),
         options={
-            "num_warps": 4,
+            "num_warps": 8 if name in EIGHT_WARPS else 4,
             "enable_fp_fusion": name == "contraction",
             "maxnreg": 64 if "update" in name else None,
         },
     )
     ptx = compiled.asm["ptx"]
-    to_read, compared = without_comparisons(ptx) if name == "prepare" else (ptx, 0)
+    to_read, compared = without_comparisons(ptx) if name in PREPARING else (ptx, 0)
     for found in sorted(set(FORBIDDEN.findall(to_read))):
         print("PTX:", found)
     for access, wanted in (("ld", loads), ("st", stores)):
@@ -152,13 +213,16 @@ def compile_case(name: str, arch: int) -> None:
     assert found, usage
     registers, stack, local = map(int, found.groups())
     print(f"# {registers} registers")
-    if registers > MOST_REGISTERS.get(name, 64) or stack > MOST_STACK.get((name, arch), 0) or local:
+    most = MOST_REGISTERS.get((name, arch), MOST_REGISTERS.get(name, 64))
+    if registers > most or stack > MOST_STACK.get((name, arch), 0) or local:
         print(f"{registers} registers, {stack} bytes of stack, {local} of local memory")
 
 
 def compiled(name: str, arch: int, monkeypatch, folder: Path) -> list[str]:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setenv("TRITON_CACHE_DIR", str(folder))
+    # This process may have been told where the package is, and the other has to find the same one.
+    monkeypatch.setenv("PYTHONPATH", str(Path(rose_ops.__file__).parents[1]))
     done = subprocess.run(
         [sys.executable, __file__, name, str(arch)], capture_output=True, text=True, timeout=300
     )
@@ -171,7 +235,7 @@ def compiled(name: str, arch: int, monkeypatch, folder: Path) -> list[str]:
 @pytest.mark.parametrize("arch", [80, 90, 100, 120])
 @pytest.mark.parametrize("name", CASES)
 def test_kernels_as_compiled(name, arch, monkeypatch, tmp_path):
-    """At most 64 registers (168 in a histogram), no local memory, 16-byte accesses, IEEE."""
+    """At most so many registers, no local memory, 16-byte accesses, IEEE."""
     assert compiled(name, arch, monkeypatch, tmp_path) == []
 
 
@@ -282,6 +346,155 @@ def test_tables_of_cuda_graphs(monkeypatch):
     stream = (1, False)
     upload(5, 6, 7)
     assert [t[2].item() for t in staged] == list(range(table._TABLES_AHEAD))
+
+
+# ---------------------------------------------------------------------------- bytes, launches, memory
+
+N = 1 << 22
+
+
+@pytest.fixture
+def triton_ops():
+    if (reason := backends.BACKENDS["triton"].why_not()) is not None:
+        pytest.skip(reason)
+    return backends.BACKENDS["triton"].ops
+
+
+@pytest.fixture
+def counted(triton_ops, monkeypatch):
+    """Launches, and bytes that interpreted kernels read and write in tensors given and in logs."""
+    if not triton_ops.INTERPRETED:
+        pytest.skip("accesses are counted where kernels are interpreted")
+    from triton.runtime import interpreter
+
+    counts = {"launches": 0, "read": 0, "written": 0}
+    ranges: list[tuple[int, int]] = []
+
+    def watch(tensors) -> None:
+        storages = [t.untyped_storage() for t in tensors]
+        ranges.extend((s.data_ptr(), s.data_ptr() + s.nbytes()) for s in storages)
+
+    def count(kind: str, pointers, mask) -> None:
+        at = np.asarray(pointers.data)[np.broadcast_to(mask.data, np.shape(pointers.data)) != 0]
+        size = pointers.dtype.element_ty.primitive_bitwidth // 8
+        counts[kind] += size * sum(int(((at >= a) & (at < b)).sum()) for a, b in ranges)
+
+    def wrapped(name: str, kind: str, position: int):
+        original = getattr(interpreter.InterpreterBuilder, name)
+
+        def call(self, pointers, *args, **options):
+            count(kind, pointers, args[position])
+            return original(self, pointers, *args, **options)
+
+        monkeypatch.setattr(interpreter.InterpreterBuilder, name, call)
+
+    wrapped("create_masked_load", "read", 0)
+    wrapped("create_masked_store", "written", 1)
+    launch, of = triton_ops._launch, triton_ops._Bracket.of
+
+    def counted_launch(*args, **options):
+        counts["launches"] += 1
+        launch(*args, **options)
+
+    def watched(*args):
+        bracket = of(*args)
+        watch([bracket.sample])
+        return bracket
+
+    monkeypatch.setattr(triton_ops, "_launch", counted_launch)
+    monkeypatch.setattr(triton_ops._Bracket, "of", watched)
+
+    def measure(tensors, call) -> dict[str, int]:
+        ranges.clear()
+        watch(tensors)
+        counts.update(launches=0, read=0, written=0)
+        call()
+        return dict(counts)
+
+    return measure
+
+
+def _problem(generator, n: int, pieces: int = 1):
+    p, g, m, v = (values(n, ("normal",), FLOAT, generator).tensor_split(pieces) for _ in range(4))
+    return Problem.of(list(g), list(m), params=list(p), exp_avg_sqs=[x.abs() for x in v])
+
+
+@pytest.mark.slow
+def test_bytes_of_a_bracketed_step(triton_ops, counted, generator):
+    """fp32: AdamW's own 28 bytes per element, and 2 for the sample and the log."""
+    problem = _problem(generator, N)
+    tensors = [*problem.written, *problem.grads]
+    found = counted(tensors, lambda: problem.bracket_update(triton_ops, 600_000_000))
+    assert found["launches"] == 5
+    assert 28 * N < found["read"] + found["written"] <= 30 * N, found
+
+
+@pytest.mark.slow
+def test_bytes_of_a_bracketed_capture(triton_ops, counted, generator):
+    """The gradient once, a bit for each element, the sample and the log."""
+    problem = _problem(generator, N)
+    call = lambda: problem.bracket_capture(triton_ops, 600_000_000, first=True)  # noqa: E731
+    found = counted(problem.grads, call)
+    assert found["launches"] == 5
+    assert 4 * N < found["read"] <= 4.6 * N, found
+    assert found["written"] <= 0.6 * N, found
+
+
+@pytest.mark.slow
+def test_bytes_of_tensors_that_are_ruled_out(triton_ops, counted, generator):
+    """Both moments are read, and the second one is written."""
+    problem = _problem(generator, 1 << 16)
+    tensors = [*problem.written, *problem.grads]
+    mask = [torch.tensor(False)]
+    found = counted(tensors, lambda: problem.update(triton_ops, mask))
+    assert found == {"launches": 2, "read": 8 << 16, "written": 4 << 16}
+
+
+@pytest.mark.slow
+def test_launches_do_not_depend_on_the_number_of_tensors(triton_ops, counted, generator):
+    problem = _problem(generator, 4096 * 16, pieces=256)
+    found = counted([], lambda: problem.bracket_update(triton_ops, 600_000_000))
+    assert found["launches"] == 5
+
+
+@pytest.mark.parametrize("n", [0, 1, 1000, 1 << 20, 1 << 27, 1 << 30, 1 << 33])
+@pytest.mark.parametrize("updates", [True, False])
+def test_memory_of_a_bracketed_pass(triton_ops, n, updates):
+    """At most a bit for each element and 16 MiB."""
+    tiles = -(-n // triton_ops.BLOCK)
+    bracket = triton_ops._Bracket.of([tiles], n, updates, torch.device("meta"))
+    made = sum(t.untyped_storage().nbytes() for t in (bracket.state, bracket.record, bracket.sample))
+    assert made <= n // 8 + (16 << 20)
+
+
+@pytest.mark.slow
+def test_a_log_that_overflows_is_a_miss(triton_ops, monkeypatch, generator):
+    """Which a sample makes next to impossible: the estimate is the threshold then, and is counted."""
+    from rose_ops.backends.triton import bracket
+
+    launch, of = triton_ops._launch, triton_ops._Bracket.of
+    position = bracket._bracket_kernel.arg_names.index("capacity")
+
+    def reckless(kernel, programs, *args, **options):
+        if kernel is bracket._bracket_kernel:
+            args = (*args[:position], 1 << 30, *args[position + 1 :])
+        launch(kernel, programs, *args, **options)
+
+    def small(*args):
+        made = of(*args)
+        made.capacity = 100
+        return made
+
+    monkeypatch.setattr(triton_ops, "_launch", reckless)
+    monkeypatch.setattr(triton_ops._Bracket, "of", small)
+    for kept in ((600_000_000, 0), (700_000_000, 200_000_000)):
+        result = compare_bracket(triton_ops, _problem(generator, 100_003), *kept)
+        assert result[reference.Field.MISSES] == 1
+        problem = _problem(generator, 100_003)
+        masks, record = problem.bracket_capture(triton_ops, *kept)
+        assert record[reference.Field.MISSES] == 1
+        assert_consistent(problem, record)
+        assert_same_bits(masks[0], problem.capture(reference, record)[0])
 
 
 if __name__ == "__main__":

@@ -41,7 +41,8 @@ BLOCK = 1 << 14 if INTERPRETED else 512
 SELECT_BLOCK = 1 << 14 if INTERPRETED else 1024
 _STATE = 16 + 2 * 2048
 _BRACKET_STATE = 48 + 64 * 8 + 2 * 2048 + 2 * (1 << 15) + 2 * (1 << 16)
-LINES = 1024 if INTERPRETED else 64  # of the sample, at a time
+# Lines of the sample at a time: drawn, and counted.
+DRAWN_LINES, LINES = (1024, 1024) if INTERPRETED else (32, 64)
 
 
 @contextlib.contextmanager
@@ -94,15 +95,14 @@ class _Factors:
         self.inv_scale, self.clip = inv_scale, clip
 
     def pointers(self, table: Table) -> tuple[Tensor, Tensor]:
-        return tuple(table.hyper if t is None else t for t in (self.inv_scale, self.clip))
+        scale, clip = (table.hyper if t is None else t for t in (self.inv_scale, self.clip))
+        return scale, clip
 
     def constants(self) -> dict[str, Any]:
         return {"SCALED": self.inv_scale is not None, "CLIPPED": self.clip is not None}
 
 
-def _risk_constants(
-    c: Class, second: bool, rank_inactive: bool, factors: _Factors
-) -> dict[str, Any]:
+def _risk_constants(c: Class, second: bool, rank_inactive: bool, factors: _Factors) -> dict[str, Any]:
     return {
         "D0": c.dtypes[0],
         "D1": c.dtypes[-1],
@@ -224,7 +224,7 @@ class _Update:
     ) -> None:  # fmt: skip
         device = self.device = _device(params)
         cpu = torch.device("cpu")
-        grads = _resolved(grads)
+        grads = self.resolved = _resolved(grads)  # kept for as long as the launches take
         roles = [
             Role("params", params, True), Role("grads", grads), Role("exp_avgs", exp_avgs, True),
             Role("exp_avg_sqs", exp_avg_sqs, True),
@@ -372,13 +372,14 @@ def _bracketed(
     programs = [_programs(c.tiles, device) for c in table.classes]
     with _on(device):
         for i, (c, tiles, strata) in enumerate(zip(table.classes, ranked, b.strata, strict=True)):
-            prepares = i == 0 and update is not None
+            prepared = update.count if i == 0 and update is not None else 0
             keys = {k: v for k, v in constants[i].items() if k != "ALIGNED"}
             _launch(
-                bracket._sample_kernel, max(-(-strata // LINES), update.count if prepares else 1, 1),
+                bracket._sample_kernel, max(-(-strata // DRAWN_LINES), prepared, 1),
                 c.rows, c.tile_rows, tiles, table.dims, table.hyper, *pointers, found, b.state,
                 b.record, len(b.record), b.sample, draw % 2**31, before, strata, b.stratum, *prepare,
-                **keys, **grad, PREPARES=prepares, LINES=LINES, BLOCK=BLOCK, **flags,
+                **keys, **grad, PREPARES=prepared > 0, LINES=DRAWN_LINES,
+                BLOCK=BLOCK, **flags,
             )  # fmt: skip
             before += strata
         _launch(
@@ -413,13 +414,13 @@ def _bracketed(
                 _launch(
                     bracket._capture_fix_kernel, programs[i], c.rows, c.tile_rows, c.tiles, table.dims,
                     table.hyper, *pointers, b.state, b.record, *b.log, b.capacity, place, BLOCK=BLOCK,
-                    **two, **constants[i],
+                    **constants[i],
                 )  # fmt: skip
             else:
                 _launch(
                     bracket._update_fix_kernel, programs[i], c.rows, c.tile_rows, c.tiles, tiles,
                     table.dims, table.hyper, *pointers, found, b.state, b.record, *b.log, b.capacity,
-                    place, update.prepared, update.keys, *update.weights, **two, **update.of(c),
+                    place, update.prepared, update.keys, *update.weights, **update.of(c),
                 )  # fmt: skip
     return b.record
 

@@ -33,7 +33,6 @@ from rose_ops.backends.triton.kernels import (
     PREPARED,
     N,
     _adamw,
-    _bits,
     _gradient,
     _is_selected,
     _key,
@@ -54,6 +53,7 @@ from rose_ops.backends.triton.kernels import (
 LINE: tl.constexpr = tl.constexpr(16)
 FEW: tl.constexpr = tl.constexpr(512)  # lines that give the window
 WINDOW_BINS: tl.constexpr = tl.constexpr(2048)
+SCANNED: tl.constexpr = tl.constexpr(512)  # bins at a time
 FIRST_BINS: tl.constexpr = tl.constexpr(1 << 15)
 SECOND_BINS: tl.constexpr = tl.constexpr(1 << 16)
 SECOND_DIGIT: tl.constexpr = tl.constexpr(16)
@@ -169,15 +169,16 @@ def _sample_kernel(
 
 
 @triton.jit
-def _window(key, fraction):
-    """Keys at the ``fraction`` of the ranked ones of ``key``, and 5 standard errors (if elements of a
-    line are as alike as 2 in 3) on each side; a window that does not hold the bracket costs time only.
-    """
+def _window(key, fraction, lines):
+    """Keys at the ``fraction`` of the ranked ones of ``key``, and on each side 5 standard errors (if
+    elements of a line are as alike as 2 in 3) and what a bracket from ``lines`` has at least. A window
+    that does not hold the bracket costs time only."""
     ranked = key >= 0
     size = tl.sum(ranked.to(tl.int32)).to(tl.float64)
     q = fraction.to(tl.float64) * 1e-9
     position = q * size
     margin = 5.0 * tl.sqrt(2.0 * size * q * (1.0 - q)) + 2 * LINE
+    margin += size * (8.0 / 3.0 * 25.0) / lines.to(tl.float64)
     last = tl.maximum(size - 1.0, 0.0)
     wanted0 = tl.maximum(position - margin, 0.0).to(tl.int64)
     wanted1 = tl.minimum(position, last).to(tl.int64)
@@ -269,9 +270,7 @@ def _decide(state, t, fraction, stratum, width):
     return tl.where(collapsed, 0.0, most)
 
 
-@triton.jit(
-    do_not_specialize=["lines", "stratum", "upper", "lower", "width", "elements", "capacity"]
-)
+@triton.jit(do_not_specialize=["lines", "stratum", "upper", "lower", "width", "elements", "capacity"])
 def _bracket_kernel(
     found_inf, state, sample, lines, stratum, upper, lower, width, elements, capacity,
     TWO: tl.constexpr, FOUND: tl.constexpr, LINES: tl.constexpr,
@@ -284,13 +283,13 @@ def _bracket_kernel(
         few = tl.minimum(lines, FEW)
         element = tl.arange(0, FEW * LINE)
         there = element // LINE < few
-        at = (element // LINE).to(tl.int64) * (lines // few) * LINE + element % LINE
-        some = tl.load(sample + at, mask=there, other=NONFINITE)
+        line = (element // LINE).to(tl.int64) * (lines // few)
+        some = tl.load(sample + line * LINE + element % LINE, mask=there, other=NONFINITE)
         bins = tl.arange(0, WINDOW_BINS)
         sampled = tl.full([], 0, tl.int64)
         for t in tl.static_range(2 if TWO else 1):
             target = state + TARGETS + t * TARGET
-            low, high, middle = _window(some, upper if t == 0 else lower)
+            low, high, middle = _window(some, upper if t == 0 else lower, lines)
             shift = _shift_for(high - low, WINDOW_BINS)
             tl.store(target + WINDOW_LOW, low.to(tl.int64))
             tl.store(target + WINDOW_HIGH, high.to(tl.int64))
@@ -305,9 +304,9 @@ def _bracket_kernel(
             rr = tl.full([], 0, tl.int64)
             begin, end, stride = _programs_of(lines, LINES)
             for start in range(begin, end, stride):
-                line = start + tl.arange(0, LINES).to(tl.int64)
-                at = line[:, None] * LINE + tl.arange(0, LINE)[None, :]
-                key = tl.load(sample + at, mask=(line < lines)[:, None], other=NONFINITE)
+                number = start + tl.arange(0, LINES).to(tl.int64)
+                at = number[:, None] * LINE + tl.arange(0, LINE)[None, :]
+                key = tl.load(sample + at, mask=(number < lines)[:, None], other=NONFINITE)
                 ranked = key >= 0
                 r = tl.sum(ranked.to(tl.int32), axis=1)
                 c = tl.sum((ranked & (key <= middle)).to(tl.int32), axis=1)
@@ -350,7 +349,7 @@ def _bracket_kernel(
 
 @triton.jit
 def _count_digits(bins, digit, inside, BLOCK: tl.constexpr):
-    """Adds to bins, those of the first digit together: in a large class of ties, atomics would queue."""
+    """Adds to bins; those of the first digit together, as atomics would queue in a class of ties."""
     lane = tl.arange(0, BLOCK)
     first = tl.min(tl.where(inside, (lane.to(tl.int64) << 32) | digit.to(tl.int64), 1 << 62))
     common = (first & 0xFFFFFFFF).to(tl.int32)
@@ -394,8 +393,8 @@ def _by_estimate(state, key, TWO: tl.constexpr):
 
 @triton.jit
 def _count(state, tile, key, updated, kept, TWO: tl.constexpr, BLOCK: tl.constexpr):
-    """Counters of a tile, 16 bits for each, and first digits; returns what is to be logged.
-    Elements that are not to be counted have keys of -1."""
+    """Counters of a tile, 16 bits for each, and first digits; returns which elements are to be
+    logged, and how many. Elements that are not to be counted have keys of -1."""
     below, inside, counted = _inside(state, 0, key)
     four = (
         updated.to(tl.int64)
@@ -416,24 +415,27 @@ def _count(state, tile, key, updated, kept, TWO: tl.constexpr, BLOCK: tl.constex
     value = (both >> (field % 4 * 16).to(tl.int64)) & 0xFFFF
     slot = state + COUNTERS + tile % SLOTS * COUNTS
     tl.atomic_add(slot + field, value, mask=value > 0, sem="relaxed")
-    if tl.sum(logged.to(tl.int32)) > 0:
+    count = tl.sum(logged.to(tl.int32))
+    if count > 0:
         _count_first(state, 0, key, counted, BLOCK)
         if TWO:
             _count_first(state, 1, key, counted_lower, BLOCK)
-    return logged
+    return logged, count
 
 
 @triton.jit
-def _append(state, log_keys, log_places, capacity, key, kept, place, logged):
-    """Logs keys, with their signs set where ``kept``, and places; returns where."""
-    at = tl.cumsum(logged.to(tl.int32), 0).to(tl.int64) - 1
-    count = tl.max(at) + 1
-    if count > 0:
-        at += tl.atomic_add(state + LOGGED, count, sem="relaxed")
-    fits = logged & (at < capacity)
-    tl.store(log_keys + at, tl.where(kept, key | INACTIVE, key), mask=fits)
-    tl.store(log_places + at, place, mask=fits)
-    return at, fits
+def _append(
+    state, log_keys, log_places, capacity, key, kept, place, logged, count, BLOCK: tl.constexpr
+):  # fmt: skip
+    """Logs keys, with their signs set where ``kept``, and places, for which there are ``count``;
+    returns the first entry and the others' distances from it."""
+    first = tl.atomic_add(state + LOGGED, count.to(tl.int64), sem="relaxed")
+    after = tl.cumsum(logged.to(tl.int32), 0) - 1
+    room = tl.maximum(tl.minimum(capacity - first, BLOCK), 0).to(tl.int32)
+    fits = logged & (after < room)
+    tl.store(log_keys + first + after, tl.where(kept, key | INACTIVE, key), mask=fits)
+    tl.store(log_places + first + after, place + tl.arange(0, BLOCK), mask=fits)
+    return first, after, fits
 
 
 @triton.jit(do_not_specialize=["ranked_tiles", "tiles", "first_place", "capacity"])
@@ -453,29 +455,35 @@ def _capture_pass_kernel(
         )  # fmt: skip
         key = tl.where(valid, key, -1)
         kept = _by_estimate(state, key, TWO)
-        logged = _count(state, tile, key, kept, kept, TWO, BLOCK)
+        logged, count = _count(state, tile, key, kept, kept, TWO, BLOCK)
         if tl.load(state + MODE) == SPECULATE:
             _store_mask_bits(row, tile, kept | (key == INACTIVE), BLOCK)
-            place = first_place + tile * BLOCK + tl.arange(0, BLOCK)
-            _append(state, log_keys, log_places, capacity, key, kept, place, logged)
+            if count > 0:
+                place = first_place + tile * BLOCK
+                _append(state, log_keys, log_places, capacity, key, kept, place, logged, count, BLOCK)
 
 
 @triton.jit
-def _operands(
-    row, dims, index, valid, hyper, inv_scale, clip,
-    D0: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, D3: tl.constexpr, LINEAR: tl.constexpr,
-    ALIGNED: tl.constexpr, SCALED: tl.constexpr, CLIPPED: tl.constexpr,
+def _gradient_and_moment(
+    row, dims, index, valid, hyper, inv_scale, clip, D1: tl.constexpr, D2: tl.constexpr,
+    LINEAR: tl.constexpr, ALIGNED: tl.constexpr, SCALED: tl.constexpr, CLIPPED: tl.constexpr,
 ):  # fmt: skip
-    """p, g, m and v of a tile."""
-    at = _locate(row, dims, index, 0, LINEAR)
-    p = _load(tl.load(row + DATA), at, valid, D0, ALIGNED)
     at = _locate(row, dims, index, 1, LINEAR)
     g = _load(tl.load(row + DATA + 1), at, valid, D1, ALIGNED)
     at = _locate(row, dims, index, 2, LINEAR)
     m = _load(tl.load(row + DATA + 2), at, valid, D2, ALIGNED)
+    return _gradient(g, row, hyper, inv_scale, clip, SCALED, CLIPPED), m
+
+
+@triton.jit
+def _parameter_and_square(
+    row, dims, index, valid, D0: tl.constexpr, D3: tl.constexpr, LINEAR: tl.constexpr,
+    ALIGNED: tl.constexpr,
+):  # fmt: skip
+    at = _locate(row, dims, index, 0, LINEAR)
+    p = _load(tl.load(row + DATA), at, valid, D0, ALIGNED)
     at = _locate(row, dims, index, 3, LINEAR)
-    v = _load(tl.load(row + DATA + 3), at, valid, D3, ALIGNED)
-    return p, _gradient(g, row, hyper, inv_scale, clip, SCALED, CLIPPED), m, v
+    return p, _load(tl.load(row + DATA + 3), at, valid, D3, ALIGNED)
 
 
 @triton.jit
@@ -506,9 +514,9 @@ def _update_pass_kernel(
         speculate = tl.load(state + MODE) == SPECULATE
         is_ranked = valid & (tl.zeros([BLOCK], tl.int64) + tile < ranked_tiles)
         if speculate:
-            p, g, m, v = _operands(
-                row, dims, index, valid, hyper, inv_scale, clip, D0, D1, D2, D3, LINEAR, ALIGNED,
-                SCALED, CLIPPED,
+            g, m = _gradient_and_moment(
+                row, dims, index, valid, hyper, inv_scale, clip, D1, D2, LINEAR, ALIGNED, SCALED,
+                CLIPPED,
             )  # fmt: skip
             segment = tl.load(row + INDEX)
             alpha = (1.0 - tl.load(hyper + tl.load(row + GROUP) * 6)).to(tl.float32)
@@ -520,12 +528,17 @@ def _update_pass_kernel(
                 HAS_FIRST,
             )  # fmt: skip
             kind = tl.where(key == NONFINITE, 0, kind)
-            logged = _count(state, tile, key, valid & (kind != 0), kept, TWO, BLOCK)
-            place = first_place + tile * BLOCK + tl.arange(0, BLOCK)
-            at, fits = _append(state, log_keys, log_places, capacity, key, kept, place, logged)
-            tl.store(log_old + at, p, mask=fits)
-            tl.store(log_old + capacity + at, m, mask=fits)
-            tl.store(log_old + 2 * capacity + at, v, mask=fits)
+            logged, count = _count(state, tile, key, valid & (kind != 0), kept, TWO, BLOCK)
+            # Not earlier: registers would not do for these and for counting.
+            p, v = _parameter_and_square(row, dims, index, valid, D0, D3, LINEAR, ALIGNED)
+            if count > 0:
+                place = first_place + tile * BLOCK
+                first, after, fits = _append(
+                    state, log_keys, log_places, capacity, key, kept, place, logged, count, BLOCK
+                )
+                tl.store(log_old + first + after, p, mask=fits)
+                tl.store(log_old + capacity + first + after, m, mask=fits)
+                tl.store(log_old + 2 * capacity + first + after, v, mask=fits)
             u = prepared + segment * PREPARED
             random = _random(row, index, keys + segment * 2)
             p, m, v = _adamw(p, g, m, v, kind, u, FRACTIONAL)
@@ -551,8 +564,8 @@ def _find(bins, count, rank):
     index = tl.full([], 0, tl.int64)
     before = tl.full([], 0, tl.int64)
     inside = tl.full([], 0, tl.int64)
-    for start in range(0, count, WINDOW_BINS):
-        at = start + tl.arange(0, WINDOW_BINS).to(tl.int64)
+    for start in range(0, count, SCANNED):
+        at = start + tl.arange(0, SCANNED).to(tl.int64)
         counts = tl.load(bins + at, mask=at < count, other=0, cache_modifier=".cg")
         upto = total + tl.cumsum(counts, 0)
         here = (upto >= rank) & (upto - counts < rank)
@@ -704,17 +717,17 @@ def _resolve_kernel(
 
 @triton.jit
 def _wrong(
-    state, record, log_keys, log_places, entry, logged, first_place, tiles, TWO: tl.constexpr,
-    BLOCK: tl.constexpr,
+    record, log_keys, log_places, entry, logged, first_place, tiles, BLOCK: tl.constexpr
 ):  # fmt: skip
     """Entries of the log, of this launch's tiles, that were not treated by the threshold: which, their
     tiles and elements there, and whether they are selected."""
     at = entry + tl.arange(0, BLOCK).to(tl.int64)
     word = tl.load(log_keys + at, mask=at < logged, other=0)
-    place = tl.load(log_places + at, mask=at < logged, other=0) - first_place
     selected = _is_selected(word & 0x7FFFFFFF, record)
-    mine = (at < logged) & (place >= 0) & (place < tiles.to(tl.int64) * BLOCK)
-    return at, mine & (selected != (word < 0)), place // BLOCK, place % BLOCK, selected
+    wrong = (at < logged) & (selected != (word < 0))
+    place = tl.load(log_places + at, mask=wrong, other=0) - first_place
+    wrong = wrong & (place >= 0) & (place < tiles.to(tl.int64) * BLOCK)
+    return at, wrong, place // BLOCK, place % BLOCK, selected
 
 
 @triton.jit(do_not_specialize=["tiles", "capacity", "first_place"])
@@ -722,7 +735,7 @@ def _capture_fix_kernel(
     rows, tile_rows, tiles, dims, hyper, inv_scale, clip, state, record, log_keys, log_places, capacity,
     first_place, D0: tl.constexpr, D1: tl.constexpr, LINEAR: tl.constexpr, ALIGNED: tl.constexpr,
     SECOND: tl.constexpr, RANK_INACTIVE: tl.constexpr, SCALED: tl.constexpr, CLIPPED: tl.constexpr,
-    TWO: tl.constexpr, BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     logged = tl.load(state + LOGGED)
     if tl.load(state + MODE) == EXACT:
@@ -738,7 +751,7 @@ def _capture_fix_kernel(
         begin, end, stride = _programs_of(logged, BLOCK)
         for entry in range(begin, end, stride):
             _, wrong, tile, element, _ = _wrong(
-                state, record, log_keys, log_places, entry, logged, first_place, tiles, TWO, BLOCK
+                record, log_keys, log_places, entry, logged, first_place, tiles, BLOCK
             )
             if tl.sum(wrong.to(tl.int32)) > 0:
                 row = rows + tl.load(tile_rows + tile, mask=wrong, other=0).to(tl.int64) * COLUMNS
@@ -758,7 +771,7 @@ def _update_fix_kernel(
     D0: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, D3: tl.constexpr, LINEAR: tl.constexpr,
     ALIGNED: tl.constexpr, FRACTIONAL: tl.constexpr, HAS_FIRST: tl.constexpr,
     RANK_INACTIVE: tl.constexpr, STOCHASTIC: tl.constexpr, SCALED: tl.constexpr, CLIPPED: tl.constexpr,
-    FOUND: tl.constexpr, TWO: tl.constexpr, BLOCK: tl.constexpr,
+    FOUND: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     runs = tiles > 0
     if FOUND:
@@ -770,19 +783,18 @@ def _update_fix_kernel(
             begin, end, stride = _programs_of(tiles, 1)
             for tile in range(begin, end, stride):
                 row, index, valid = _tile(rows, tile_rows, tile, ALIGNED, BLOCK)
-                p, g, m, v = _operands(
-                    row, dims, index, valid, hyper, inv_scale, clip, D0, D1, D2, D3, LINEAR, ALIGNED,
-                    SCALED, CLIPPED,
+                g, m = _gradient_and_moment(
+                    row, dims, index, valid, hyper, inv_scale, clip, D1, D2, LINEAR, ALIGNED, SCALED,
+                    CLIPPED,
                 )  # fmt: skip
+                p, v = _parameter_and_square(row, dims, index, valid, D0, D3, LINEAR, ALIGNED)
                 segment = tl.load(row + INDEX)
                 alpha = (1.0 - tl.load(hyper + tl.load(row + GROUP) * 6)).to(tl.float32)
                 is_ranked = valid & (tl.zeros([BLOCK], tl.int64) + tile < ranked_tiles)
                 key = tl.where(is_ranked, _key(g, m, alpha, True, RANK_INACTIVE), -1)
                 base = tl.zeros([BLOCK], tl.int32) + tl.load(keys + segment * 2 + 1)
                 selected = is_ranked & _is_selected(key, record)
-                kind = _kind(
-                    row, index, valid, base, selected, first_weight, second_weight, HAS_FIRST
-                )
+                kind = _kind(row, index, valid, base, selected, first_weight, second_weight, HAS_FIRST)
                 kind = tl.where(key == NONFINITE, 0, kind)
                 updated += tl.sum((valid & (kind != 0)).to(tl.int32)).to(tl.int64)
                 random = _random(row, index, keys + segment * 2)
@@ -793,7 +805,7 @@ def _update_fix_kernel(
             begin, end, stride = _programs_of(logged, BLOCK)
             for entry in range(begin, end, stride):
                 at, wrong, tile, element, selected = _wrong(
-                    state, record, log_keys, log_places, entry, logged, first_place, tiles, TWO, BLOCK
+                    record, log_keys, log_places, entry, logged, first_place, tiles, BLOCK
                 )
                 if tl.sum(wrong.to(tl.int32)) > 0:
                     row = rows + tl.load(tile_rows + tile, mask=wrong, other=0).to(tl.int64) * COLUMNS
