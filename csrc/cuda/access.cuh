@@ -65,7 +65,7 @@ ROSE_DEVICE int find_segment(const Table& table, int64_t tile) {
 // share of the tiles, which is one run.
 template <typename Body>
 ROSE_DEVICE void for_each_tile(const Table& table, Body body) {
-  int64_t tile = table.share * blockIdx.x;
+  int64_t tile = (int64_t)table.share * blockIdx.x;
   if (tile >= table.tiles) return;
   const int64_t after = table.tiles - tile;
   int left = after < table.share ? (int)after : table.share;

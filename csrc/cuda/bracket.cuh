@@ -19,58 +19,97 @@ namespace cuda {
 
 // ------------------------------------------------------------------------------------------------ pass
 
+// Counts of a thread where they take no more than a register: in fields of one word in a tile, after it
+// in shared memory.
+template <int kFields>
+class Tally {
+ public:
+  // Before a barrier.
+  ROSE_METHOD explicit Tally(uint32_t* shared) : totals_(shared) { clear<kFields * kThreads>(shared); }
+  ROSE_METHOD void count(int field, bool is) { word_ += (unsigned)is << field * kBits; }
+  ROSE_METHOD void end_tile() {
+#pragma unroll
+    for (int field = 0; field < kFields; ++field) {
+      (*this)[field] += word_ >> field * kBits & ((1u << kBits) - 1);
+    }
+    word_ = 0;
+  }
+  ROSE_METHOD uint32_t& operator[](int field) { return totals_[field * kThreads + threadIdx.x]; }
+
+ private:
+  static constexpr int kBits = 6;
+  static_assert(kTile / kThreads < 1 << kBits, "a field holds all elements of a thread");
+  static_assert(kFields * kBits <= 32, "a word holds all fields");
+  uint32_t* totals_;
+  unsigned word_ = 0;
+};
+
+// `kUpdates`: with what an update changes.
+template <bool kUpdates>
 class Logged {
  public:
-  ROSE_METHOD Logged(const SelectArguments& a, Counts& shared) : a_(a), shared_(shared) {
+  ROSE_METHOD Logged(const SelectArguments& a, Counts& shared)
+      : counts(shared.histogram), a_(a), shared_(shared) {
+    static_assert(kFields * kThreads <= kBins, "counts have the place of the histogram");
     clear<2 * kBins>(shared.of_windows[0]);
+    if (threadIdx.x == 0) shared.estimate = a.state->estimate;
+    if (threadIdx.x < 2) shared.windows[threadIdx.x] = a.state->windows[threadIdx.x];
     __syncthreads();
   }
 
-  ROSE_METHOD void look(uint32_t key, bool selected, Note& note, int j) {
-    const SelectState& state = *a_.state;
+  static constexpr bool kAny = true;
+  // From kNonfinite on in the order of SelectState.
+  enum { kInactive = kUpdateFields, kBelow, kFields = kBelow + 2 };
+  Tally<kFields> counts;
+
+  ROSE_METHOD bool look(uint32_t key) {
     bool logged = false;
 #pragma unroll
     for (int t = 0; t < 2; ++t) {
-      const Window& window = state.windows[t];
-      below_[t] += key < window.low;
+      const Window& window = shared_.windows[t];
+      counts.count(kBelow + t, key < window.low);
       if (key >= window.low && key - window.low <= window.width && key != kNoKey) {
         atomicAdd(&shared_.of_windows[t][(key - window.low) >> window.shift], 1u);
         logged = logged || window.logged;
       }
     }
-    inactive_ += key == kInactiveKey;
-    nonfinite_ += key == kNonfiniteKey;
-    note.inside |= (unsigned)logged << j;
-    note.keys[j] = key | (selected ? kInactiveKey : 0);
+    counts.count(kInactive, key == kInactiveKey);
+    return logged;
   }
 
   // In the order of places: the elements of a byte of a mask are neighbours in the log.
   template <int kCount>
-  ROSE_METHOD void append(const Note& note, int64_t place, const float* p, const float* m,
-                          const float* v) {
+  ROSE_METHOD int64_t reserve(unsigned inside) {
     unsigned before = 0, total = 0;
 #pragma unroll
     for (int j = 0; j < kCount; ++j) {
-      const unsigned votes = __ballot_sync(kFullWarp, (note.inside >> j & 1u) != 0);
+      const unsigned votes = __ballot_sync(kFullWarp, (inside >> j & 1u) != 0);
       before += (unsigned)__popc(votes & ((1u << lane()) - 1));
       total += (unsigned)__popc(votes);
     }
-    if (total == 0 || !room_) return;
+    if (total == 0 || is_full_) return a_.brackets.capacity;
     Count first = 0;
     if (lane() == 0) first = atomicAdd(&a_.state->log_size[0], (Count)total);
     first = __shfl_sync(kFullWarp, first, 0);
-    room_ = first < (Count)a_.brackets.capacity;
-    int64_t at = (int64_t)(first + before);
+    // A full log is of no use, and appending to it would cost atomics.
+    is_full_ = first >= (Count)a_.brackets.capacity;
+    return (int64_t)(first + before);
+  }
+
+  template <int kCount, typename Entries>
+  ROSE_METHOD void log(unsigned inside, int64_t at, int64_t place, Entries entry_of) {
 #pragma unroll
     for (int j = 0; j < kCount; ++j) {
-      if ((note.inside >> j & 1u) == 0) continue;
+      if ((inside >> j & 1u) == 0) continue;
       if (at < a_.brackets.capacity) {
-        write<uint32_t>(a_.log, at, note.keys[j]);
+        const Entry entry = entry_of(j);
+        const int32_t selected = if_selected(entry.key, shared_.estimate, 1);
+        write<uint32_t>(a_.log, at, entry.key | (uint32_t)selected << 31);
         write<int64_t>(a_.brackets.places, at, place + j);
-        if (p != nullptr) {
-          write<float>(a_.brackets.old, 3 * at, p[j]);
-          write<float>(a_.brackets.old, 3 * at + 1, m[j]);
-          write<float>(a_.brackets.old, 3 * at + 2, v[j]);
+        if (kUpdates) {
+          write<float>(a_.brackets.old, 3 * at, entry.p);
+          write<float>(a_.brackets.old, 3 * at + 1, entry.m);
+          write<float>(a_.brackets.old, 3 * at + 2, entry.v);
         }
       }
       ++at;
@@ -81,13 +120,11 @@ class Logged {
   ROSE_METHOD void finish() {
     SelectState& state = *a_.state;
     __syncthreads();
-    add_to(&state.inactive, inactive_, shared_.scratch);
-    add_to(&state.nonfinite, nonfinite_, shared_.scratch);
-#pragma unroll
-    for (int t = 0; t < 2; ++t) {
-      flush<kBins>(shared_.of_windows[t], state.of_windows[t]);
-      add_to(&state.below_windows[t], below_[t], shared_.scratch);
+#pragma unroll 1
+    for (int field = 1; field < kFields; ++field) {
+      add_to(&state.nonfinite + (field - 1), counts[field], shared_.scratch);
     }
+    flush<2 * kBins>(shared_.of_windows[0], state.of_windows[0]);
     if (!is_last_block(&state.tickets[0])) return;
     const Count ranked =
         (Count)a_.brackets.elements - __ldcg(&state.inactive) - __ldcg(&state.nonfinite);
@@ -139,8 +176,7 @@ class Logged {
 
   const SelectArguments& a_;
   Counts& shared_;
-  bool room_ = true;
-  unsigned below_[2] = {0, 0}, inactive_ = 0, nonfinite_ = 0;  // of one thread
+  bool is_full_ = false;
 };
 
 // ---------------------------------------------------------------------------------------------- finish
@@ -237,8 +273,8 @@ static __global__ void __launch_bounds__(kThreads, 4) step_pass_kernel(StepArgum
   const SelectState& state = *a.select.state;
   if (state.mode == Mode::kExact) count(a.select, shared);
   if (state.mode != Mode::kSpeculative) return;
-  Logged notes(a.select, shared);
-  update_tiles<kFractional>(a.update, state.estimate, notes, shared.scratch);
+  Logged<true> notes(a.select, shared);
+  update_tiles<kFractional>(a.update, shared.estimate, notes, shared.scratch);
   notes.finish();
 }
 
@@ -259,7 +295,7 @@ static __global__ void __launch_bounds__(kThreads, 4) capture_pass_kernel(Select
     count(a, shared);
     return;
   }
-  Logged notes(a, shared);
+  Logged<false> notes(a, shared);
   capture_tiles(a.risk, a.state->estimate, notes);
   notes.finish();
 }

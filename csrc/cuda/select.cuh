@@ -350,6 +350,8 @@ ROSE_DEVICE bool append(bool take, uint32_t key, Count* size, uint32_t* log, int
 struct Counts {
   uint32_t histogram[kBins], of_windows[2][kBins];
   Count scratch[kThreads / kWarp];
+  Window windows[2];
+  Bounds estimate;
 };
 
 ROSE_DEVICE void count(const SelectArguments& a, Counts& shared) {

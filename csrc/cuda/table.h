@@ -84,8 +84,8 @@ enum class Mode : int32_t {
 struct SelectState {
   Count histogram[kBins];  // of the leading 11 bits of all keys
   Count of_windows[2][kBins];
-  Count below_windows[2];
-  Count inactive, nonfinite, ranked;
+  Count nonfinite, inactive, below_windows[2];
+  Count ranked;
   Count log_size[2];
   Window windows[2];
   Target targets[2];

@@ -10,20 +10,38 @@ ROSE_DEVICE Bounds read_bounds(const int64_t* selection) {
   return {(int32_t)selection[0], (int32_t)selection[1]};
 }
 
-// Of the elements that a lane has at a time: which of them are to be logged, and with what.
-struct Note {
-  unsigned inside;
-  uint32_t keys[kVector];
+// An element before its update.
+struct Entry {
+  uint32_t key;
+  float p, m, v;
+};
+
+enum { kUpdated, kNonfinite, kUpdateFields };  // what a thread counts
+
+// Counts of a thread, in registers.
+struct Counters {
+  unsigned values[kUpdateFields] = {};
+
+  ROSE_METHOD void count(int field, bool is) { values[field] += is; }
+  ROSE_METHOD void end_tile() {}
+  ROSE_METHOD unsigned operator[](int field) const { return values[field]; }
 };
 
 // What a pass over the elements does with their keys besides treating them: nothing.
 struct NoNotes {
-  // Of element j of a lane; kNoKey if there is none.
-  ROSE_METHOD void look(uint32_t key, bool selected, Note& note, int j) {}
-  // By whole warps, before the elements from `place` on are updated.
+  static constexpr bool kAny = false;
+  Counters counts;
+
+  // Whether an element is to be logged.
+  ROSE_METHOD bool look(uint32_t key) { return false; }
+  // Room in the log for those of a lane's kCount elements whose bits are set. By whole warps.
   template <int kCount>
-  ROSE_METHOD void append(const Note& note, int64_t place, const float* p, const float* m,
-                          const float* v) {}
+  ROSE_METHOD int64_t reserve(unsigned inside) {
+    return 0;
+  }
+  // Writes them there. The first is at `place`; entry_of(j): an Entry.
+  template <int kCount, typename Entries>
+  ROSE_METHOD void log(unsigned inside, int64_t entry, int64_t place, Entries entry_of) {}
 };
 
 // --------------------------------------------------------------------------------------------- capture
@@ -36,32 +54,35 @@ ROSE_DEVICE void capture_tiles(const Risk& risk, Bounds bounds, Notes& notes) {
     for_each_key(
         risk, factors, risk.table.segments[index], start, count,
         [&](int i, const uint32_t (&keys)[kVector]) {
-          unsigned half = 0;
-          Note note = {};
+          unsigned half = 0, inside = 0;
 #pragma unroll
           for (int j = 0; j < kVector; ++j) {
-            const bool selected = if_selected(keys[j], bounds, 1) != 0;
-            half |= (unsigned)selected << j;
-            notes.look(keys[j], selected, note, j);
+            half |= (unsigned)if_selected(keys[j], bounds, 1) << j;
+            inside |= (unsigned)notes.look(keys[j]) << j;
+            notes.counts.count(kNonfinite, keys[j] == kNonfiniteKey);
           }
           // Two lanes have a byte between them.
           const unsigned byte = half | __shfl_down_sync(kFullWarp, half, 1) << kVector;
           if (keys[0] != kNoKey && lane() % 2 == 0) {
             write<uint8_t>(bits, (start + i) / 8, (uint8_t)byte);
           }
-          notes.template append<kVector>(note, tile * kTile + i, nullptr, nullptr, nullptr);
+          const int64_t entry = notes.template reserve<kVector>(inside);
+          notes.template log<kVector>(inside, entry, tile * kTile + i,
+                                      [&](int j) { return Entry{keys[j], 0, 0, 0}; });
         },
         [&](int i, uint32_t key) {
-          const bool selected = if_selected(key, bounds, 1) != 0;
-          const unsigned word = __ballot_sync(kFullWarp, selected);
+          const unsigned word = __ballot_sync(kFullWarp, if_selected(key, bounds, 1) != 0);
           const int first = i - lane() + lane() * 8;  // of the byte that this lane writes
           if (lane() < kWarp / 8 && first < count) {
             write<uint8_t>(bits, (start + first) / 8, (uint8_t)(word >> (lane() * 8)));
           }
-          Note note = {};
-          notes.look(key, selected, note, 0);
-          notes.template append<1>(note, tile * kTile + i, nullptr, nullptr, nullptr);
+          notes.counts.count(kNonfinite, key == kNonfiniteKey);
+          const unsigned inside = notes.look(key);
+          const int64_t entry = notes.template reserve<1>(inside);
+          notes.template log<1>(inside, entry, tile * kTile + i,
+                                [&](int) { return Entry{key, 0, 0, 0}; });
         });
+    notes.counts.end_tile();
   });
 }
 
@@ -182,61 +203,72 @@ ROSE_DEVICE void decay_tile(const Updated& u, int64_t start, int count) {
 // The elements of this block's share, treated by `bounds` where they are ranked on the way; see NoNotes
 // for what else is done with those.
 template <bool kFractional, typename Notes>
-ROSE_DEVICE void update_tiles(const UpdateArguments& a, Bounds bounds, Notes& notes, Count* scratch) {
-  unsigned updated = 0, nonfinite = 0;  // of one thread
-  for_each_tile(a.table, [&](int index, int64_t tile, int64_t start, int count) {
+ROSE_DEVICE void update_tiles(const UpdateArguments& a, const Bounds& bounds, Notes& notes,
+                              Count* scratch) {
+  for_each_tile(a.table, [&](int index, int64_t, int64_t start, int count) {
     const Updated u = {a, a.table.segments[index], a.prepared[index]};
     const Segment& segment = u.segment;
-    if (u.prepared.ruled_out) {
+    if (!Notes::kAny && u.prepared.ruled_out) {
       decay_tile(u, start, count);
       return;
     }
-    // Scales g; kind of the mask of one element, from the lowest bits of its masks.
-    const auto kind_of = [&](float& g, float m, unsigned first, unsigned second, Note& note, int j) {
+    const auto key_of = [&](float g, float m) {
+      return second_order_key(g, m, segment.alpha, a.rank_inactive);
+    };
+    // Scales g; kind of the mask of element j, from the lowest bits of its masks.
+    const auto kind_of = [&](float& g, float m, unsigned first, unsigned second, unsigned& inside,
+                             int j) {
       g = u.gradient(g);
       int kind = u.captured_kind(first, second);
       if (segment.selective) {
         if (a.from_risk) {
-          const uint32_t key = second_order_key(g, m, segment.alpha, a.rank_inactive);
-          const int32_t selected = if_selected(key, bounds, a.second_weight);
-          kind += selected;
-          notes.look(key, selected != 0, note, j);
+          const uint32_t key = key_of(g, m);
+          kind += if_selected(key, bounds, a.second_weight);
+          inside |= (unsigned)notes.look(key) << j;
         }
         if (abs_bits(g) >= kInfinityBits || abs_bits(m) >= kInfinityBits) {
           kind = 0;
-          ++nonfinite;
+          notes.counts.count(kNonfinite, true);
         }
       }
-      updated += kind != 0;
+      notes.counts.count(kUpdated, kind != 0);
       return (unsigned)kind;
     };
 
+    // With notes, first what decides, and then the rest: all at once would not fit the registers.
     const int vector = vector_part(segment, count);
 #pragma unroll 1
-    for (int base = warp() * kWarp * kVector; base < vector; base += kThreads * kVector) {
-      const int i = base + lane() * kVector;
+    for (int i = threadIdx.x * kVector, base = 0; (Notes::kAny ? base : i) < vector;
+         i += kThreads * kVector, base += kThreads * kVector) {
       const int64_t at = start + i;
       const bool is_there = i < vector;
-      float p[kVector], g[kVector], m[kVector], v[kVector];
-      unsigned kinds = 0;
-      Note note = {};
+      Raw raw_p = {}, raw_v = {};
+      const auto read_rest = [&] {
+        raw_p = read_vector(segment.data[0], segment.dtype[0], at);
+        raw_v = read_vector(segment.data[3], segment.dtype[3], at);
+      };
+      float g[kVector], m[kVector];
+      unsigned kinds = 0, inside = 0;
       if (is_there) {
-        const Raw raw_p = read_vector(segment.data[0], segment.dtype[0], at);
+        if (!Notes::kAny) read_rest();
         const Raw raw_g = read_vector(segment.data[1], segment.dtype[1], at);
         const Raw raw_m = read_vector(segment.data[2], segment.dtype[2], at);
-        const Raw raw_v = read_vector(segment.data[3], segment.dtype[3], at);
-        const unsigned first = u.mask_bits(0, at), second = u.mask_bits(1, at);
-        widen(raw_p, segment.dtype[0], p);
+        const unsigned first = u.mask_bits(0, at), second = Notes::kAny ? 0 : u.mask_bits(1, at);
         widen(raw_g, segment.dtype[1], g);
         widen(raw_m, segment.dtype[2], m);
-        widen(raw_v, segment.dtype[3], v);
 #pragma unroll
         for (int j = 0; j < kVector; ++j) {
-          kinds |= kind_of(g[j], m[j], first >> j, second >> j, note, j) << 2 * j;
+          kinds |= kind_of(g[j], m[j], first >> j, second >> j, inside, j) << 2 * j;
         }
       }
-      notes.template append<kVector>(note, tile * kTile + i, p, m, v);
+      const int64_t entry = notes.template reserve<kVector>(inside);
       if (!is_there) continue;
+      if (Notes::kAny) read_rest();
+      float p[kVector], v[kVector];
+      widen(raw_p, segment.dtype[0], p);
+      widen(raw_v, segment.dtype[3], v);
+      notes.template log<kVector>(inside, entry, segment.first_tile * kTile + at,
+                                  [&](int j) { return Entry{key_of(g[j], m[j]), p[j], m[j], v[j]}; });
 #pragma unroll
       for (int j = 0; j < kVector; ++j) {
         adamw_element<kFractional>(p[j], m[j], v[j], g[j], kinds >> 2 * j & 3, u.prepared.update);
@@ -246,30 +278,33 @@ ROSE_DEVICE void update_tiles(const UpdateArguments& a, Bounds bounds, Notes& no
       u.store(3, at, v);
     }
 #pragma unroll 1
-    for (int base = vector + warp() * kWarp; base < count; base += kThreads) {
-      const int i = base + lane();
+    for (int i = vector + threadIdx.x, base = vector; (Notes::kAny ? base : i) < count;
+         i += kThreads, base += kThreads) {
       const int64_t at = start + i;
       const bool is_there = i < count;
       int64_t places[kOperands];
-      float p = 0.0f, g = 0.0f, m = 0.0f, v = 0.0f;
-      unsigned kind = 0;
-      Note note = {};
+      float g = 0.0f, m = 0.0f;
+      unsigned kind = 0, inside = 0;
       if (is_there) {
         locate(a.table, segment, at, places);
-        p = u.load(0, places[0]), g = u.load(1, places[1]);
-        m = u.load(2, places[2]), v = u.load(3, places[3]);
-        kind = kind_of(g, m, u.mask_bits(0, at), u.mask_bits(1, at), note, 0);
+        g = u.load(1, places[1]), m = u.load(2, places[2]);
+        kind = kind_of(g, m, u.mask_bits(0, at), Notes::kAny ? 0 : u.mask_bits(1, at), inside, 0);
       }
-      notes.template append<1>(note, tile * kTile + i, &p, &m, &v);
+      const int64_t entry = notes.template reserve<1>(inside);
       if (!is_there) continue;
+      if (Notes::kAny) locate(a.table, segment, at, places);  // rather than in registers until now
+      float p = u.load(0, places[0]), v = u.load(3, places[3]);
+      notes.template log<1>(inside, entry, segment.first_tile * kTile + at,
+                            [&](int) { return Entry{key_of(g, m), p, m, v}; });
       adamw_element<kFractional>(p, m, v, g, kind, u.prepared.update);
       u.store(0, at, places[0], p);
       u.store(2, at, places[2], m);
       u.store(3, at, places[3], v);
     }
+    notes.counts.end_tile();
   });
-  add_to(&a.counts[0], updated, scratch);
-  add_to(&a.counts[1], nonfinite, scratch);
+  add_to(&a.counts[0], notes.counts[kUpdated], scratch);
+  add_to(&a.counts[1], notes.counts[kNonfinite], scratch);
 }
 
 template <bool kFractional>
