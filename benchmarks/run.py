@@ -37,7 +37,8 @@ _WORKS: dict[str, tuple[Callable[[Sequence[int]], list[Work]], tuple[str, ...]]]
 
 
 def main(argv: Sequence[str] | None = None, device: Device | None = None) -> int:
-    """Returns the exit status: 1 if parity failed, whatever the times; 2 for what cannot be run.
+    """Returns the exit status: 1 if parity failed or a contender did, whatever the times; 2 for what
+    cannot be run.
 
     Args:
         device: instead of the one that ``--device`` names.
@@ -171,10 +172,10 @@ class _Run:
             return
         skipped: dict[str, str] = {}
         try:
-            entrants = self._prepare(problems, skipped)
+            entrants = self._prepare(problems, skipped, title)
         except parity.ParityError as error:
             print(f"PARITY FAILED, nothing timed: {error}")
-            self.wrong.append(f"{title}: {error}")
+            self.wrong.append(f"PARITY FAILED: {title}: {error}")
             return
         others = machine.Others()
         self._rounds(entrants, title)
@@ -196,8 +197,11 @@ class _Run:
         for name, reason in skipped.items():
             print(f"\nNot run: {name}: {reason}")
 
-    def _prepare(self, problems: list[Problem], skipped: dict[str, str]) -> dict[str, _Entrant]:
-        """Everyone who can take part, each known to compute what it should.
+    def _prepare(
+        self, problems: list[Problem], skipped: dict[str, str], title: str
+    ) -> dict[str, _Entrant]:
+        """Everyone who can take part, each known to compute what it should. The others go to
+        ``skipped``, with the reason.
 
         Raises:
             ParityError: somebody does not.
@@ -217,6 +221,11 @@ class _Run:
                     entrants[name] = _Entrant(spec, contenders)
                 except (Unavailable, NotImplementedError) as error:
                     reason = str(error)
+                except parity.ParityError:
+                    raise
+                except Exception as error:  # the others go on, and the exit status says so
+                    reason = f"FAILED: {type(error).__name__}: {error}"
+                    self.wrong.append(f"{title}: {name} {reason}")
             if reason is not None:
                 skipped[name] = reason
         return entrants
@@ -297,5 +306,5 @@ class _Run:
                 print(*verdicts, sep="\n")
             print(f"\nWritten: {', '.join(map(str, written))}")
         for line in self.wrong:
-            print(f"PARITY FAILED: {line}", file=sys.stderr)
+            print(line, file=sys.stderr)
         return 1 if self.wrong else 0

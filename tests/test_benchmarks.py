@@ -314,6 +314,22 @@ def test_nothing_is_timed_if_parity_fails(tmp_path, monkeypatch, capsys):
     assert "PARITY FAILED: flat-2000" in capsys.readouterr().err
 
 
+def test_a_contender_that_fails_does_not_stop_the_others(tmp_path, monkeypatch, capsys):
+    def fail(self):
+        raise RuntimeError("out of luck")
+
+    monkeypatch.setattr(contenders.TorchAdamW, "_step", fail)
+    status, frame = _main(
+        tmp_path, "--works", "flat", "--sizes", "2000", "--data", "gaussian", "--repeats", "1",
+        "--only", "rose exact", "--no-memory",
+    )  # fmt: skip
+    assert status == 1
+    frame = frame.set_index("contender")
+    assert frame.at["AdamW fused", "skipped"] == "FAILED: RuntimeError: out of luck"
+    assert frame.at["rose exact", "ms_p50"] > 0
+    assert "AdamW fused FAILED: RuntimeError: out of luck" in capsys.readouterr().err
+
+
 def test_settings_that_are_not_there_yet_are_listed(tmp_path, monkeypatch):
     def old(*args, selection="exact", **settings):
         if selection == "bracket":
