@@ -1,5 +1,6 @@
 """ROSE, selective fine-tuning for robust language models, at the cost of AdamW."""
 
+from rose_ops.flat import FlatParameter, flatten_parameters
 from rose_ops.functional import (
     Selection,
     UpdateCounts,
@@ -13,11 +14,13 @@ from rose_ops.optim import RoseFusedAdamW, rose_param_groups
 __version__ = "0.1.0"
 
 __all__ = [
+    "FlatParameter",
     "RoseFusedAdamW",
     "RoseLosses",
     "Selection",
     "UpdateCounts",
     "capture_mask",
+    "flatten_parameters",
     "rose_adamw_",
     "rose_backward",
     "rose_param_groups",

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from rose_ops import backends
+from rose_ops import backends, memory
+from rose_ops.flat import FlatParameter, members
 from rose_ops.functional import (
     GRANULARITIES,
     INACTIVE,
@@ -220,7 +221,8 @@ class RoseFusedAdamW(Optimizer):
         capturable: allows ``step()`` and ``capture()`` inside ``torch.cuda.graph``. As with PyTorch's
             optimizers, a learning rate that changes between replays must be a tensor on the device.
             Only calls of ``step()`` count for the selection warm-up, not replays: record the graph
-            after the warm-up, and after a first step, which makes the state.
+            after the warm-up, and after a step outside of it, which makes the state and sets aside
+            memory that a recording must not allocate.
         state_dtype: dtype of the moments. None: float32. With bfloat16, second moments are rounded
             stochastically (else they would never decay), keyed on ``seed``, step and element.
         param_rounding: of bfloat16 parameters. ``"stochastic"`` keeps, on average, updates that are
@@ -322,6 +324,11 @@ class RoseFusedAdamW(Optimizer):
             )
         for param in params:
             _check_param(param)
+            if self.settings.granularity == "tensor" and isinstance(param, FlatParameter):
+                raise ValueError(
+                    "granularity='tensor' ranks whole tensors, and a flat parameter has none; expected "
+                    "the parameters as they were before flatten_parameters()"
+                )
         first = next((p for g in self.param_groups for p in g["params"]), params[0])
         for param in params:
             if param.device != first.device:
@@ -348,9 +355,9 @@ class RoseFusedAdamW(Optimizer):
         offset = 0
         for row, group in enumerate(self.param_groups):
             for p in group["params"]:
-                if p.grad is not None:
-                    self._check_ready(p, offset)
-                    view, grad = memory_order(p, (p.detach(), p.grad.detach()))
+                if (grad := p.grad) is not None:  # once: a flat parameter looks at all its members
+                    self._check_ready(p, grad, offset)
+                    view, grad = memory_order(p, (p.detach(), grad.detach()))
                     batch.params.append(p)
                     batch.views.append(view)
                     batch.grads.append(grad)
@@ -362,19 +369,15 @@ class RoseFusedAdamW(Optimizer):
         return batch
 
     def _init_state(self, batch: _Batch) -> None:
-        for p in batch.params:
-            state = self.state[p]
-            if "step" not in state:
-                self._dtypes[p] = p.dtype
-                state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
-                for moment in _MOMENTS:
-                    state[moment] = torch.zeros_like(
-                        p, dtype=self.settings.moment_dtype, memory_format=torch.preserve_format
-                    )
+        new = [p for p in batch.params if "step" not in self.state[p]]
+        for p in new:
+            self._dtypes[p] = p.dtype
+            self.state[p]["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
+        for moment in _MOMENTS:
+            for p, zeros in zip(new, memory.zeros_like(new, self.settings.moment_dtype), strict=True):
+                self.state[p][moment] = zeros
 
-    def _check_ready(self, p: Tensor, offset: int) -> None:
-        grad = p.grad
-        assert grad is not None
+    def _check_ready(self, p: Tensor, grad: Tensor, offset: int) -> None:
         what = f"the parameter of shape {tuple(p.shape)} (elements from {offset})"
         if grad.layout != torch.strided or torch.is_complex(grad):
             kind = "complex" if torch.is_complex(grad) else "sparse"
@@ -657,7 +660,7 @@ class RoseFusedAdamW(Optimizer):
                 settings.seed, stochastic,
             )  # fmt: skip
         # As after any in-place operation: a backward that still needs the old values is an error.
-        torch.autograd.graph.increment_version(batch.params)
+        torch.autograd.graph.increment_version([m for p in batch.params for m in members(p)])
         self._steps_done += 1
 
     @property
@@ -691,6 +694,17 @@ class RoseFusedAdamW(Optimizer):
             super().load_state_dict(state_dict)
         finally:
             handle.remove()
+        self._gather_moments()
+
+    def _gather_moments(self) -> None:
+        """Put loaded moments where :meth:`_init_state` would have put them."""
+        loaded = [state for state in self.state.values() if "exp_avg" in state]
+        if not loaded or not loaded[0]["exp_avg"].is_cpu:
+            return
+        for moment in _MOMENTS:
+            places = memory.zeros_like([s[moment] for s in loaded], self.settings.moment_dtype)
+            for state, place in zip(loaded, places, strict=True):
+                state[moment] = place.copy_(state[moment])
 
     def _checked(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         def fail(problem: str) -> ValueError:

@@ -135,13 +135,7 @@ ARGUMENTS: list[tuple[dict[str, Any], type[Exception], str]] = [
         for x in (torch.float16, torch.float64, "bfloat16")
     ),
     # What is not there yet says what to do instead.
-    ({"selection": "bracket"}, NotImplementedError, r"'bracket' is not there yet; use 'exact'$"),
-    (
-        {"max_grad_norm": 1.0},
-        NotImplementedError,
-        r"^max_grad_norm is not.*clip_grad_norm_ before step",
-    ),
-    ({"max_grad_norm": 0}, NotImplementedError, r"^max_grad_norm is not there yet"),
+    ({"max_grad_norm": 0}, ValueError, r"^max_grad_norm=0; expected None .* or a number > 0"),
     ({"process_group": object()}, NotImplementedError, r"^process_group is not there yet"),
     ({"backend": "cuda"}, ValueError, r"^backend='cuda' runs on cuda, and the parameters are on cpu"),
     # AdamW's choice of implementation is not taken in silence.
@@ -654,7 +648,6 @@ def lists(generator: torch.Generator, n: int = 3) -> list[list[Tensor]]:
         ({"lower": 0.6}, ValueError, r"^lower=0\.6; expected 0 <= lower < upper"),
         ({"inactive": "x"}, ValueError, r"^inactive='x'; expected one of"),
         ({"selection": "x"}, ValueError, r"^selection='x'; expected one of"),
-        ({"selection": "bracket"}, NotImplementedError, "'bracket' is not there yet"),
         ({"backend": "x"}, ValueError, r"^backend='x'; expected one of"),
         ({"backend": "cuda"}, ValueError, "'cuda' runs on cuda"),
     ],

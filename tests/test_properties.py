@@ -634,7 +634,6 @@ def test_functional_api_takes_tensors_that_require_gradients(generator, backend)
         ({"lower": -0.1}, ValueError, "lower=-0.1"),
         ({"inactive": "keep"}, ValueError, "inactive='keep'"),
         ({"selection": "best"}, ValueError, "selection='best'"),
-        ({"selection": "bracket"}, NotImplementedError, "selection='bracket'"),
         ({"granularity": "row"}, ValueError, "granularity='row'"),
         ({"backend": "magic"}, ValueError, "backend='magic'"),
         ({"backend": "cuda"}, ValueError, "backend='cuda'"),

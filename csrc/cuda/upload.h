@@ -42,7 +42,8 @@ struct HostTable {
 };
 
 // A table in device memory. It is uploaded only if it differs from those uploaded lately, and then from
-// pinned memory without waiting. A CUDA graph uploads it again whenever it is replayed.
+// pinned memory without waiting. A CUDA graph keeps what it found uploaded, and uploads the rest again
+// whenever it is replayed.
 class DeviceTable {
  public:
   DeviceTable(const HostTable& host, const Context& context);
@@ -53,6 +54,11 @@ class DeviceTable {
  private:
   Tensor memory_;
 };
+
+#ifdef ROSE_SIMT
+std::vector<Tensor> kept_for_graphs();
+void forget_uploads();
+#endif
 
 }  // namespace cuda
 }  // namespace rose

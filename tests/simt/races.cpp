@@ -77,8 +77,19 @@ void run(bool sampled) {
   std::vector<uint32_t> log(2 * capacity);
   std::vector<int64_t> record(8);
   const Risk risk = {table_of({1, 2}), nullptr, clip, true, false};
-  check(select({risk, &sample, sampled ? 32 : 0, tiles * kTile / 32, state.data(), log.data(), capacity,
-                0.04, record.data(), 600000000, 300000000, false},
+  check(select({risk,
+                &sample,
+                sampled ? 32 : 0,
+                tiles * kTile / 32,
+                0,
+                state.data(),
+                log.data(),
+                capacity,
+                record.data(),
+                600000000,
+                300000000,
+                false,
+                {}},
                nullptr));
   check(capture({risk, record.data()}, nullptr));
   std::vector<double> partial(tiles);
