@@ -31,14 +31,11 @@ ARCHS = {
     "100": Multiprocessor(2048, 228 << 10),
     "120": Multiprocessor(1536, 100 << 10),
 }
-KERNELS = (
-    "sample_kernel", "count_kernel", "narrow_kernel", "capture_kernel", "prepare_kernel",
-    "update_kernel", "squares_kernel", "norms_kernel",
-)  # fmt: skip
 # The kernels that walk tensors, and whether they store to them 16 bytes at a time, too.
 STREAMS = {
     "count_kernel": False, "narrow_kernel": False, "capture_kernel": False, "squares_kernel": False,
-    "update_kernel": True,
+    "update_kernel": True, "step_pass_kernel": True, "step_finish_kernel": True,
+    "capture_pass_kernel": False, "capture_finish_kernel": False,
 }  # fmt: skip
 
 # PTX in single precision that is not one IEEE operation, rounded once, denormals kept. (Double

@@ -444,7 +444,7 @@ static __global__ void __launch_bounds__(kThreads, 4) narrow_kernel(SelectArgume
   clear<2 * kBins>(histogram[0]);
   __syncthreads();
   uint32_t low[2], size[2];  // of the intervals to read from tensors
-  int shift[2];
+  int shift[2] = {0, 0};
   const auto count = [&](int t, uint32_t key, uint32_t from, uint32_t length) {
     if (key - from < length) atomicAdd(&histogram[t][(key - from) >> shift[t]], 1u);
   };
