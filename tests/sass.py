@@ -29,6 +29,7 @@ OPERATIONS = {
     "div.u32": ("u32", "I2F.U32.RP"),
     "div.rn.f64": ("f64", None),
     "div.u64": ("u64", None),
+    "div.s64": ("s64", None),
 }
 
 
