@@ -143,6 +143,25 @@ def test_bytes_of_a_first_order_capture(simt, ops, generator):
     assert 2 * N / 8 <= written <= (1 / 8 + 0.13) * 2 * N
 
 
+def test_bytes_and_launches_of_a_bracketed_step(simt, ops, generator):
+    """AdamW's bytes, the sample's, and a log of what lies next to the threshold; in 5 launches."""
+    problem = problem_of(generator, N)
+    launches, read, written = counted(simt, lambda: problem.bracket_update(ops, 600_000_000, width=1.0))
+    assert launches == 5
+    assert 28 * N < read + written <= 30 * N
+
+
+def test_bytes_and_launches_of_a_bracketed_capture(simt, ops, generator):
+    """The gradient once."""
+    problem = problem_of(generator, 2 * N)
+    launches, read, written = counted(
+        simt, lambda: problem.bracket_capture(ops, 600_000_000, first=True, width=1.0)
+    )
+    assert launches <= 5
+    assert 4 * 2 * N < read <= 4.6 * 2 * N
+    assert 2 * N / 8 <= written <= (1 / 8 + 0.4) * 2 * N
+
+
 def test_bytes_of_bf16_moments(simt, ops, generator):
     problem = problem_of(generator, N, moment=BF16)
     problem.hyper[:, reference.Hyper.SELECTIVE] = 0
