@@ -475,9 +475,7 @@ class RoseFusedAdamW(Optimizer):
     ) -> list[Tensor]:
         """Rank the tensors of ``batch`` by their norms."""
         ops = self._ops(batch)
-        norms = norm_of(ops.sums_of_squares(batch.grads, inv_scale))
-        if clip is not None:
-            norms = norms * clip[0]
+        norms = norm_of(ops.sums_of_squares(batch.grads, inv_scale), clip)
         exp_avg_norms = (
             norm_of(ops.sums_of_squares(self._states(batch, "exp_avg"), None))
             if kind == "second"

@@ -93,6 +93,7 @@ def scaled(
     return g if clip is None else g * clip[0 if selective else 1].to(g.device)
 
 
+@keeps_denormals
 def clip_factors(norm: Tensor, max_norm: float) -> Tensor:
     """What gradients of selective and of other tensors are multiplied by to be clipped: ``[2]``.
 
@@ -499,9 +500,11 @@ def sums_of_squares(tensors: list[Tensor], inv_scale: Tensor | None) -> Tensor:
     return torch.stack(sums) if sums else torch.empty(0, dtype=torch.float64)
 
 
-def norm_of(sums: Tensor) -> Tensor:
-    """Norms from sums of squares, rounded once: float32."""
-    return sums.sqrt().float()
+@keeps_denormals
+def norm_of(sums: Tensor, clip: Tensor | None = None) -> Tensor:
+    """Norms from sums of squares, rounded once: float32; of selective tensors, clipped."""
+    norms = sums.sqrt().float()
+    return norms if clip is None else norms * clip[0]
 
 
 @keeps_denormals

@@ -70,7 +70,6 @@ def keeps_denormals(monkeypatch):
     [
         pytest.param(["finetune", "--upper", "1.5"], "upper", id="upper out of range"),
         pytest.param(["finetune", "--gamma", "0"], "gamma", id="gamma out of range"),
-        pytest.param(["finetune", "--selection", "bracket"], "not there yet", id="not there"),
         pytest.param(["finetune", "--device", "tpu"], "--device tpu", id="device"),
         pytest.param(["finetune", "--backend", "tpu"], "backend='tpu'", id="backend"),
         pytest.param(["finetune", "--weight-decay", "-1"], "weight_decay", id="weight decay"),
