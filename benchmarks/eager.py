@@ -52,3 +52,35 @@ def step_(
         denom = v.sqrt().div_(bias2**0.5).add_(eps)
         update = (m / denom).div_(bias1).add_(p, alpha=weight_decay)
         p.sub_(update.mul_(keep), alpha=lr)
+
+
+@torch.no_grad()
+def tensor_step_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    step: int,
+    *,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    upper: float,
+) -> None:
+    """The same at the granularity of the authors' code, which ranks whole tensors by their norms and
+    steps one after the other; in place. (Theirs adds eps before the bias correction and decays last.)
+    """
+    beta1, beta2 = betas
+    norms = [torch.stack([t.norm() for t in tensors]) for tensors in (grads, exp_avgs)]
+    risk = second_order_risk(*norms, beta1)
+    kept = (risk <= torch.quantile(risk, upper)).tolist()
+    bias1, bias2 = 1 - beta1**step, 1 - beta2**step
+    for p, g, m, v, keep in zip(params, grads, exp_avgs, exp_avg_sqs, kept, strict=True):
+        if not keep:
+            g = m
+        m.lerp_(g, 1 - beta1)
+        v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
+        if keep:
+            denom = v.sqrt().div_(bias2**0.5).add_(eps)
+            p.mul_(1 - lr * weight_decay).addcdiv_(m, denom, value=-lr / bias1)

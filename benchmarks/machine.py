@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import platform
 import subprocess
 import time
@@ -14,16 +13,18 @@ import psutil
 import torch
 
 import rose_ops
+from benchmarks.device import Device, version
 
 _FLAGS = ("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512_bf16", "amx_bf16", "asimd", "sve")
 
 
-def describe() -> dict[str, object]:
+def describe(device: Device) -> dict[str, object]:
     """Columns that are the same in every row of a result."""
     info = cpuinfo.get_cpu_info()
     return {
         "machine": f"{info.get('brand_raw', platform.processor())} ({platform.system()} "
         f"{platform.machine()}, {psutil.virtual_memory().total / 2**30:.0f} GiB)",
+        **device.describe(),
         "cores": psutil.cpu_count(logical=False),
         "isa": torch.backends.cpu.get_cpu_capability(),  # that torch's own kernels were chosen for
         "cpu_flags": " ".join(flag for flag in _FLAGS if flag in info.get("flags", ())),
@@ -31,7 +32,7 @@ def describe() -> dict[str, object]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "rose_ops": rose_ops.__version__,
-        "deepspeed": _version("deepspeed"),
+        "deepspeed": version("deepspeed"),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "revision": _revision(),
     }
@@ -53,13 +54,6 @@ class Others:
     def cores(self) -> float:
         (start, before), (now, after) = self._start, self._now()
         return max(0.0, after - before) / max(now - start, 1e-9)
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return ""
 
 
 def _huge_pages() -> str:

@@ -6,42 +6,64 @@ import argparse
 import gc
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pandas as pd
-import psutil
 import torch
 from tqdm import tqdm
 
 from benchmarks import machine, memory, parity, report
-from benchmarks.contenders import BASELINE, SPECS, Clock, Contender
-from benchmarks.work import DATA, Problem, Work, flat, roberta, tiny
+from benchmarks.contenders import Contender, Unavailable
+from benchmarks.device import Cpu, Cuda, Device
+from benchmarks.record import NoRecording
+from benchmarks.specs import BASELINE, Spec, specs
+from benchmarks.work import DATA, SCALING, Problem, Work, flat, llama, minilm, roberta, tiny
 
 _RESULTS = Path(__file__).parent / "results"
-_SLOW_SHARE = 4  # slow contenders take part in every fourth round
-_BYTES_NEEDED = 80  # per element, at the height of the parity check
+_LARGEST_PEAK = 1 << 27  # elements
+_LONGEST_HEAD_START = 0.5  # seconds
+_SELECT_DATA = ("gaussian", "recorded")
+_WORKS: dict[str, tuple[Callable[[Sequence[int]], list[Work]], tuple[str, ...]]] = {
+    "flat": (lambda sizes: [flat(n) for n in sizes], tuple(DATA)),
+    "roberta": (lambda sizes: [roberta()], ("gaussian", "recorded")),
+    "minilm": (lambda sizes: [minilm()], ("recorded",)),
+    "llama": (lambda sizes: [llama()], ("gaussian",)),
+    "tiny": (lambda sizes: [tiny()], ("gaussian",)),
+    "scaling": (lambda sizes: [flat(n) for n in SCALING], ("gaussian",)),
+}
+"""Works, and the data that they are measured with unless the command line says otherwise."""
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Returns the exit status: 1 if parity failed, whatever the times."""
+def main(argv: Sequence[str] | None = None, device: Device | None = None) -> int:
+    """Returns the exit status: 1 if parity failed, whatever the times; 2 for what cannot be run.
+
+    Args:
+        device: instead of the one that ``--device`` names.
+    """
     args = _parser().parse_args(argv)
     if args.check:
         print(*report.judge(pd.read_csv(args.check)), sep="\n")
         return 0
-    if args.device != "cpu":
-        print(f"device {args.device!r} is not there yet; expected 'cpu'", file=sys.stderr)
-        return 2
+    if device is None:
+        if args.device == "cuda" and (reason := Cuda.why_not()) is not None:
+            print(f"--device cuda: {reason}", file=sys.stderr)
+            return 2
+        device = Cuda() if args.device == "cuda" else Cpu()
+    table = specs(device)
     for part in args.only or ():
-        if not any(_matches(name, [part]) for name in SPECS):
+        if not any(_matches(name, [part]) for name in table):
             print(
-                f"--only {part}: no such contender; expected part of one of {', '.join(SPECS)}",
+                f"--only {part}: no such contender; expected part of one of {', '.join(table)}",
                 file=sys.stderr,
             )
             return 2
-    works = {"flat": [flat(n) for n in args.sizes], "roberta": [roberta()], "tiny": [tiny()]}
-    chosen = [name for name in SPECS if name == BASELINE or _matches(name, args.only)]
-    run = _Run(args, [work for kind in args.works for work in works[kind]], chosen)
+    # In any case who the others are compared with.
+    chosen = {name: s for name, s in table.items() if _matches(name, args.only)}
+    wanted = {BASELINE, *(s.against for s in chosen.values())}
+    chosen = {name: s for name, s in table.items() if name in chosen or name in wanted}
+    run = _Run(args, device, chosen)
     run.all_cases()
     return run.finish()
 
@@ -53,19 +75,22 @@ def _parser() -> argparse.ArgumentParser:
         "checked before anything is timed.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument(
-        "--works", nargs="+", choices=("flat", "roberta", "tiny"), default=["flat", "roberta"]
+        "--works", nargs="+", choices=tuple(_WORKS), default=["flat", "roberta", "tiny"]
     )
     parser.add_argument(
         "--sizes", nargs="+", type=_size, default=[1 << 26], help="of flat: 64Mi, 1000000, ..."
     )
-    parser.add_argument("--data", nargs="+", choices=tuple(DATA), default=list(DATA))
-    parser.add_argument("--only", nargs="+", help=f"parts of names, from: {', '.join(SPECS)}")
+    parser.add_argument("--data", nargs="+", choices=tuple(DATA), help="default: what fits the work")
+    parser.add_argument("--only", nargs="+", help="parts of names of contenders")
     parser.add_argument("--threads", nargs="+", type=int, default=[torch.get_num_threads()])
-    parser.add_argument("--repeats", type=int, default=5, help="rounds of each case")
+    parser.add_argument("--repeats", type=int, help="rounds of each case; default: 5, on a GPU 20")
+    parser.add_argument(
+        "--inputs", type=int, help="sets of tensors that rounds go through; default: 1, on a GPU 3"
+    )
     parser.add_argument("--no-memory", action="store_true")
-    parser.add_argument("--name", default="cpu", help="of the files in benchmarks/results")
+    parser.add_argument("--name", help="of the files in benchmarks/results; default: the device")
     parser.add_argument("--output", type=Path, default=_RESULTS, help="folder of the files")
     parser.add_argument("--check", type=Path, help="judge an existing CSV, measure nothing")
     return parser
@@ -82,28 +107,47 @@ def _matches(name: str, only: list[str] | None) -> bool:
     return only is None or any(part.lower() in name.lower() for part in only)
 
 
+@dataclass
+class _Entrant:
+    """A contender on every set of tensors, and how it did."""
+
+    spec: Spec
+    contenders: list[Contender]
+    seconds: dict[int, float] = field(default_factory=dict)  # by round
+    host_seconds: float = 0.0  # of the last warm-up
+
+
 class _Run:
-    def __init__(self, args: argparse.Namespace, works: list[Work], names: list[str]) -> None:
-        self.args, self.works, self.names = args, works, names
+    def __init__(self, args: argparse.Namespace, device: Device, chosen: dict[str, Spec]) -> None:
+        self.args, self.device, self.specs = args, device, chosen
+        self.repeats = args.repeats or device.rounds
+        self.inputs = args.inputs or device.inputs
         self.rows: list[dict[str, object]] = []
-        self.machine = machine.describe()
+        self.machine = machine.describe(device)
         self.wrong: list[str] = []
         self.frame = pd.DataFrame()
-        self._peaks: dict[tuple[str, str, int], int | str] = {}
+        self._peaks: dict[tuple[str, str], int | str] = {}
         args.output.mkdir(parents=True, exist_ok=True)
         print(*(f"{key}: {value}" for key, value in self.machine.items()), sep="\n")
 
     def all_cases(self) -> None:
-        for threads in self.args.threads:
+        cases = {
+            (threads, work.name, data): work
+            for threads in self.args.threads
+            for make, usual in map(_WORKS.__getitem__, self.args.works)
+            for work in make(self.args.sizes)
+            for data in self.args.data or usual
+        }
+        for (threads, _, data), work in cases.items():
             torch.set_num_threads(threads)
-            for work in self.works:
-                for data in self.args.data:
-                    self._case(work, data, threads)
+            self._case(work, data, threads)
 
     def _case(self, work: Work, data: str, threads: int) -> None:
         title = f"{work.name}, {data}, {threads} threads"
+        dtype = str(work.dtype).removeprefix("torch.")
         print(
-            f"\n## {title}\n\n{work.elements:,} elements in {len(work.shapes):,} tensors; {DATA[data]}"
+            f"\n## {title}\n\n{work.elements:,} elements in {len(work.shapes):,} {dtype} tensors; "
+            f"{DATA[data]}"
         )
         case = {
             "work": work.name,
@@ -111,98 +155,147 @@ class _Run:
             "threads": threads,
             "elements": work.elements,
             "tensors": len(work.shapes),
+            "dtype": dtype,
             "full_size": work.full_size,
-            "device": self.args.device,
+            "device": self.device.name,
         }
-        free = psutil.virtual_memory().available
-        if work.elements * _BYTES_NEEDED > free:
-            print(f"skipped: needs about {work.elements * _BYTES_NEEDED / 2**30:.0f} GiB of memory")
+        needs = self.inputs * work.elements * work.dtype.itemsize * 5
+        if needs > (free := self.device.free_bytes()):
+            print(f"skipped: needs {needs / 2**30:.0f} GiB, {free / 2**30:.0f} GiB are free")
             return
-        problem = Problem(work, data)
-        contenders: dict[str, Contender] = {}
-        skipped: dict[str, str] = {}
-        for name in self.names:
-            if (reason := SPECS[name].why_not(work)) is not None:
-                skipped[name] = reason
-            else:
-                contenders[name] = SPECS[name].make(problem)
+        torch._dynamo.reset()  # or a compiler would generalize from one case to the next
         try:
-            parity.check(problem, contenders)
+            problems = [Problem(work, data, self.device.place, seed) for seed in range(self.inputs)]
+        except NoRecording as error:
+            print(f"skipped: {error}")
+            return
+        skipped: dict[str, str] = {}
+        try:
+            entrants = self._prepare(problems, skipped)
         except parity.ParityError as error:
             print(f"PARITY FAILED, nothing timed: {error}")
             self.wrong.append(f"{title}: {error}")
             return
         others = machine.Others()
-        seconds = _rounds(contenders, self.args.repeats, title)
+        self._rounds(entrants, title)
         case["others_busy_cores"] = busy = others.cores()
-        elements = {name: contender.elements for name, contender in contenders.items()}
-        del problem, contenders
-        for name in self.names:
+        measured = {name: self._row(entrant, entrants) for name, entrant in entrants.items()}
+        del problems, entrants
+        self.device.release()
+        for name in self.specs:
             if name in skipped:
-                row: dict[str, object] = {"contender": name, "skipped": skipped[name]}
+                row: dict[str, object] = {"skipped": skipped[name]}
             else:
-                times = seconds[name]
-                pairs = [seconds[BASELINE][r] for r in times]
-                row = report.row(name, elements[name], list(times.values()), pairs)
-                row |= self._memory(name, work, threads)
-            self.rows.append({**case, **row, **self.machine})
+                row = measured[name] | self._memory(name, work, threads)
+            self.rows.append({**case, "contender": name, **row, **self.machine})
         self.frame = report.compare(self.rows)
         self.frame.to_csv(self._path("csv"), index=False, float_format="%.6g")
-        print(report.table(self.frame.tail(len(self.names))))
+        print(report.table(self.frame.tail(len(self.specs))))
         if busy > report.BUSY:
             print(f"\nWarning: other processes kept {busy:.1f} cores busy; these times mean little.")
         for name, reason in skipped.items():
             print(f"\nNot run: {name}: {reason}")
 
+    def _prepare(self, problems: list[Problem], skipped: dict[str, str]) -> dict[str, _Entrant]:
+        """Everyone who can take part, each known to compute what it should.
+
+        Raises:
+            ParityError: somebody does not.
+        """
+        expected = [parity.Expected(problem, self.device) for problem in problems]
+        for problem in problems:
+            parity.check_kernels(problem)
+        entrants = {}
+        for name, spec in (bar := tqdm(self.specs.items(), leave=False)):
+            bar.set_description_str(f"parity: {name}")
+            reason = self._left_out(spec, problems[0]) or spec.obstacle(problems[0], self.device)
+            if reason is None:
+                try:
+                    contenders = [spec.make(problem) for problem in problems]
+                    for contender, truth in zip(contenders, expected, strict=True):
+                        parity.check(name, spec.rtol, contender, truth)
+                    entrants[name] = _Entrant(spec, contenders)
+                except (Unavailable, NotImplementedError) as error:
+                    reason = str(error)
+            if reason is not None:
+                skipped[name] = reason
+        return entrants
+
+    def _left_out(self, spec: Spec, problem: Problem) -> str | None:
+        """Sorting takes as long as all steps together, and does not care for the data."""
+        alike = len(problem.work.shapes) > 1 or problem.data not in _SELECT_DATA
+        if spec.kind == "select" and alike and self.args.only is None:
+            return f"by default only with flat works, {' and '.join(_SELECT_DATA)}; see --only"
+        return None
+
+    def _rounds(self, entrants: dict[str, _Entrant], title: str) -> None:
+        """Everyone takes turns, and the order rotates, so that a machine that slows down slows all of
+        them."""
+        names = list(entrants)
+        schedule = [
+            (round_, name)
+            for round_ in range(-self.inputs, self.repeats)  # below 0: warm-ups
+            for name in names[round_ % len(names) :] + names[: round_ % len(names)]
+            if not entrants[name].spec.slow or round_ % self.device.slow_share == 0
+        ]
+        gc.collect()
+        gc.disable()
+        try:
+            for round_, name in (bar := tqdm(schedule, desc=title, leave=False, mininterval=0.5)):
+                bar.set_postfix_str(name, refresh=False)
+                entrant = entrants[name]
+                contender = entrant.contenders[round_ % self.inputs]
+                contender.restore()
+                warm = round_ >= 0
+                self.device.cool(min(2 * entrant.host_seconds, _LONGEST_HEAD_START) * warm)
+                clock = self.device.clock()
+                contender.step(clock)
+                if warm:
+                    entrant.seconds[round_] = clock.seconds
+                else:
+                    entrant.host_seconds = clock.host_seconds
+        finally:
+            gc.enable()
+
+    def _row(self, entrant: _Entrant, entrants: dict[str, _Entrant]) -> dict[str, object]:
+        spec, contender = entrant.spec, entrant.contenders[0]
+        traffic = contender.traffic or spec.traffic
+        moved = traffic and traffic.bytes(contender.problem.work.dtype, contender.exp_avgs[0].dtype)
+        baseline = entrants[spec.against].seconds if spec.against in entrants else {}
+        pairs = [baseline.get(round_) for round_ in entrant.seconds]
+        row = report.row(spec, contender.elements, moved, list(entrant.seconds.values()), pairs)
+        row["kept"] = contender.kept()
+        if self.device.asynchronous:
+            row["host_ms"] = entrant.host_seconds * 1e3
+        return row
+
     def _memory(self, name: str, work: Work, threads: int) -> dict[str, object]:
-        if self.args.no_memory or name in report.BANDWIDTH:
+        """The same for every kind of data and, next to nothing, every number of threads."""
+        too_large = work.elements > _LARGEST_PEAK  # it is per element what it was
+        if self.args.no_memory or too_large or not self.specs[name].peak:
             return {}
-        if (name, work.name, threads) not in self._peaks:  # the same for every kind of data
+        if (name, work.name) not in self._peaks:
             print(f"peak memory: {name}", file=sys.stderr)
-            self._peaks[name, work.name, threads] = memory.measure(SPECS[name], work, threads)
-        peak = self._peaks[name, work.name, threads]
+            self._peaks[name, work.name] = memory.measure(name, work, self.device, threads)
+        peak = self._peaks[name, work.name]
         if isinstance(peak, str):
             print(f"peak memory of {name} was not measured: {peak}")
             return {}
         return {"peak_bytes": peak, "peak_bytes_per_element": peak / work.elements}
 
-    def _path(self, suffix: str) -> Path:
-        return self.args.output / f"{self.args.name}.{suffix}"
+    def _path(self, suffix: str, of: str = "") -> Path:
+        return self.args.output / f"{self.args.name or self.device.name}{of}.{suffix}"
 
     def finish(self) -> int:
-        if not self.frame.empty:
-            report.plot(self.frame, self._path("png"))
-            print("\n## Targets\n")
-            print(*report.judge(self.frame), sep="\n")
-            print(f"\nWritten: {self._path('csv')} and {self._path('png')}")
+        if "ms_p50" in self.frame:
+            written = [self._path("csv"), self._path("png")]
+            report.plot(self.frame, written[-1])
+            if report.plot_scaling(self.frame, scaling := self._path("png", "-scaling")):
+                written.append(scaling)
+            if verdicts := report.judge(self.frame):
+                print("\n## Targets\n")
+                print(*verdicts, sep="\n")
+            print(f"\nWritten: {', '.join(map(str, written))}")
         for line in self.wrong:
             print(f"PARITY FAILED: {line}", file=sys.stderr)
         return 1 if self.wrong else 0
-
-
-def _rounds(contenders: dict[str, Contender], repeats: int, title: str) -> dict[str, dict[int, float]]:
-    """Seconds of each contender in each of its rounds.
-
-    Everyone takes turns, and the order rotates, so that a machine that slows down slows all of them.
-    """
-    seconds: dict[str, dict[int, float]] = {name: {} for name in contenders}
-    names = list(contenders)
-    schedule = [
-        (round_, name)
-        for round_ in range(-1, repeats)  # -1 warms up
-        for name in names[round_ % len(names) :] + names[: round_ % len(names)]
-        if not SPECS[name].slow or round_ % _SLOW_SHARE == 0
-    ]
-    gc.collect()
-    gc.disable()
-    try:
-        for round_, name in (bar := tqdm(schedule, desc=title, leave=False, mininterval=0.5)):
-            bar.set_postfix_str(name, refresh=False)
-            contenders[name].restore()
-            clock = Clock()
-            contenders[name].step(clock)
-            if round_ >= 0:
-                seconds[name][round_] = clock.seconds
-    finally:
-        gc.enable()
-    return seconds

@@ -23,7 +23,7 @@ def doctor(_args: argparse.Namespace | None = None) -> None:
     """
     rows = {"rose_ops": rose_ops.__version__, "Python": platform.python_version()}
     installed = {d.name: d.version for d in importlib.metadata.distributions()}
-    rows |= {name: installed.get(name, "not installed") for name in ("torch", "triton")}
+    rows |= {"torch": torch.__version__, "triton": installed.get("triton", "not installed")}
     rows["CUDA of torch"] = torch.version.cuda or torch.version.hip or "none"
     rows["CPU"] = f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
     for i in range(torch.cuda.device_count()):  # 0 without a driver

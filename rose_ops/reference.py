@@ -442,7 +442,8 @@ def bracket_adamw_(
 
     Args:
         draw: of the sample: another number gives another one.
-        width: the half-widths of brackets are multiplied by it; 1 is for use, less is for tests.
+        width: the half-widths of brackets are multiplied by it. 1 is for use; with anything else, for
+            tests, the one pass is taken even where there is so little data that two are faster.
 
     Returns:
         int64 ``[10]``: the selection record, and the counts of :func:`adamw_`. If ``found_inf`` holds a

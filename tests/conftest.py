@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from support import OnDevice  # noqa: E402
 
+import rose_ops  # noqa: E402
 from rose_ops import backends  # noqa: E402
 
 SEED = int(os.environ.get("ROSE_TEST_SEED", secrets.randbits(31)))
@@ -35,6 +36,7 @@ def pytest_report_header() -> list[str]:
     capability = torch.backends.cpu.get_cpu_capability()
     return [
         f"torch {torch.__version__}, {torch.get_num_threads()} threads, {capability}",
+        f"rose_ops {rose_ops.__version__} from {Path(rose_ops.__file__).parent}",
         f"random data from ROSE_TEST_SEED={SEED}",
     ]
 

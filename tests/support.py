@@ -20,6 +20,7 @@ FLOAT, BF16, HALF = torch.float32, torch.bfloat16, torch.float16
 ONE = reference.FRACTION_UNIT
 FLT_MAX = torch.finfo(FLOAT).max
 U = 2.0**-24  # unit roundoff of float32
+WIDTH = 1 + 2.0**-40  # of brackets: as in use, but however little data there is
 
 # ------------------------------------------------------------------------------------------ values
 
@@ -227,6 +228,11 @@ class OnDevice:
         return call
 
 
+def fewer(ops: Any, usual: int, interpreted: int) -> int:
+    """``usual``, or ``interpreted`` where that is how ops run, thousands of times slower."""
+    return interpreted if getattr(ops, "INTERPRETED", False) else usual
+
+
 # ---------------------------------------------------------------------------------------- problems
 
 
@@ -338,7 +344,7 @@ class Problem:
         )  # fmt: skip
 
     def bracket_update(
-        self, ops, upper: int, lower: int = 0, first=(), draw: int = 0, width: float = 1.0
+        self, ops, upper: int, lower: int = 0, first=(), draw: int = 0, width: float = WIDTH
     ) -> Tensor:
         return ops.bracket_adamw_(
             self.params, self.grads, self.exp_avgs, self.exp_avg_sqs, self.steps, list(first), self.lr,
@@ -347,7 +353,7 @@ class Problem:
         )  # fmt: skip
 
     def bracket_capture(
-        self, ops, upper: int, lower: int = 0, *, first=False, draw: int = 0, width: float = 1.0
+        self, ops, upper: int, lower: int = 0, *, first=False, draw: int = 0, width: float = WIDTH
     ) -> tuple[list[Tensor], Tensor]:
         masks = random_masks(self.numels)
         record = ops.bracket_capture_(
@@ -361,7 +367,7 @@ class Problem:
 
 
 def compare_bracket(
-    ops, problem: Problem, upper: int, lower: int = 0, first=(), draw: int = 0, width: float = 1.0
+    ops, problem: Problem, upper: int, lower: int = 0, first=(), draw: int = 0, width: float = WIDTH
 ) -> Tensor:
     """Run ``ops.bracket_adamw_`` and hold all it does against the reference; returns its result.
 

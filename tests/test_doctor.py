@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+import rose_ops
 from rose_ops import backends, cli, reference
 from rose_ops.backends import Backend
 from rose_ops.doctor import check
@@ -53,6 +56,36 @@ def test_a_wrong_backend_is_reported(monkeypatch, capsys, broken):
     captured = capsys.readouterr()
     assert "wrong: " in captured.out
     assert "do not train with it" in captured.err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("backend", ["auto", "cuda", "triton"])
+def test_cuda_parameters_without_a_gpu(monkeypatch, backend):
+    """As the optimizer would see them; real ones cannot be made here."""
+    monkeypatch.setattr(backends, "_INTERPRETED", False)
+    triton = dataclasses.replace(backends.BACKENDS["triton"], devices=frozenset({"cuda"}))
+    monkeypatch.setitem(backends.BACKENDS, "triton", triton)
+    with FakeTensorMode():
+        p = torch.nn.Parameter(torch.ones(3, device="cuda"))
+    reason = "no driver, or a PyTorch built without|built without CUDA kernels|not installed"
+    with pytest.raises(RuntimeError, match=reason) as caught:
+        rose_ops.RoseFusedAdamW([p], backend=backend)
+    assert ("no usable backend for cuda parameters" in str(caught.value)) == (backend == "auto")
+
+
+@pytest.mark.parametrize("cuda", [None, "its reason"])
+def test_cuda_comes_before_triton(monkeypatch, recwarn, cuda):
+    """With a warning that says once why not, where it cannot be used."""
+    names = {"cuda": cuda, "triton": None}
+    for name, reason in names.items():
+        backend = Backend(name, frozenset({"cuda"}), lambda: reference, lambda reason=reason: reason)
+        monkeypatch.setitem(backends.BACKENDS, name, backend)
+    backends._first_usable.cache_clear()
+    chosen = [backends.resolve("auto", torch.device("cuda")).name for _ in range(2)]
+    backends._first_usable.cache_clear()
+    assert chosen == [("cuda" if cuda is None else "triton")] * 2
+    said = [str(warning.message) for warning in recwarn]
+    assert said == ([] if cuda is None else ["rose_ops uses the backend 'triton': 'cuda': its reason"])
 
 
 def test_why_cuda_cannot_be_used(monkeypatch):

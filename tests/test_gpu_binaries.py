@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import sass
 
 CSRC = Path(__file__).parents[1] / "csrc"
 FLAGS = ["-std=c++17", "-O3", "-fmad=false", f"-I{CSRC / 'include'}", f"-I{CSRC / 'cuda'}"]
@@ -96,10 +97,20 @@ def problems(source: Path, arch: str, folder: Path, flags=FLAGS, streams=STREAMS
         if (match := FORBIDDEN.search(line))
     ]
 
-    sass = subprocess.run(
-        [disassembler(), "-c", cubin], capture_output=True, text=True, check=True
-    ).stdout
-    sections = re.split(r"\.section\s+\.text\.", sass)[1:]
+    def disassemble(cubin: Path) -> str:
+        command = [disassembler(), "-c", cubin]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+    def assembled(text: str) -> str:
+        (folder / "probe.ptx").write_text(text)
+        probe = folder / "probe.cubin"
+        command = [nvcc, f"-arch=sm_{arch}", "-cubin", folder / "probe.ptx", "-o", probe]
+        subprocess.run(command, check=True)
+        return disassemble(probe)
+
+    code = disassemble(cubin)
+    wrong += sass.problems(code, ptx.read_text(), assembled)
+    sections = re.split(r"\.section\s+\.text\.", code)[1:]
     for section in sections:
         name = section.split(",")[0]
         for kernel in streams.keys() & set(re.findall("|".join(streams), name)):
@@ -118,41 +129,63 @@ def test_kernels_as_compiled(arch, tmp_path):
 
 
 GOOD = """
+#include <cuda_bf16.h>
 extern "C" __global__ void __launch_bounds__(256) good(float4* x, float a) {
   float4 v = x[threadIdx.x];
   v.x = __fadd_rn(__fmul_rn(v.x, a), v.y);
   v.z = __fdiv_rn(v.z, __fsqrt_rn(v.w));
+  v.y = -v.y;
+  v.w = -v.w;
   x[threadIdx.x] = v;
 }
 """
+# mul.f32 and add.f32 without a rounding, which ptxas may join.
+PTXAS_MAY_FUSE = """0;
+  asm("{.reg .f32 t; mul.f32 t, %1, %2; add.f32 %0, t, %3;}" : "=f"(v.x) : "f"(v.x), "f"(a), "f"(v.y))
+"""
+LOCAL_MEMORY = """float y[99] = {};
+  for (int i = 0; i < 99; ++i) y[(int)x[i].y] += x[i].x;
+  v.y = y[(int)v.x];
+  v.z ="""
+SUM, QUOTIENT = "__fadd_rn(__fmul_rn(v.x, a), v.y)", "__fdiv_rn(v.z, __fsqrt_rn(v.w))"
+# What is replaced in it by what, flags, and all that must be said of it.
 BAD = {
-    "fused multiply-add": (
-        ("v.x = __fadd_rn(__fmul_rn(v.x, a), v.y);", "v.x = fmaf(v.x, a, v.y);"), [], "fma",
-    ),
+    "fused multiply-add": (SUM, "fmaf(v.x, a, v.y)", [], ["PTX: fma", "SASS.* FFMA"]),
+    "contraction": (SUM, "v.x * a + v.y", ["-fmad=true"], ["PTX: fma", "SASS.* FFMA"]),
+    "contraction by ptxas": (SUM, PTXAS_MAY_FUSE, ["-fmad=true"], ["PTX: mul.f32", "SASS.* FFMA"]),
+    "another rounding": (SUM, "__fadd_rz(v.x, v.y)", [], ["SASS.* FADD.RZ"]),
+    "flushed denormals": (SUM, "v.x + v.y", ["-ftz=true"], ["PTX: .ftz", "SASS.* FADD.FTZ"]),
     "fast math": (
-        ("__fdiv_rn(v.z, __fsqrt_rn(v.w))", "v.z / sqrtf(v.w)"), ["-use_fast_math"], "ftz|approx",
+        QUOTIENT, "v.z / sqrtf(v.w)", ["-use_fast_math"],
+        ["PTX: .*ftz", "PTX: .*approx", "SASS.* MUFU.RCP", r"SASS.*\.FTZ"],
     ),
-    "contraction": (("__fadd_rn(__fmul_rn(v.x, a), v.y)", "v.x * a + v.y"), ["-fmad=true"], "fma"),
-    "scalar accesses": (
-        ("float4 v = x[threadIdx.x];", "float4 v = {x->x, 1, 1, 1};"), [], "no LDG.E.128",
+    "approximate quotient": (QUOTIENT, "__fdividef(v.z, v.w)", [], ["approx", "SASS.* MUFU.RCP"]),
+    "quotient that is nearly right": (QUOTIENT, "v.z / v.w", ["-prec-div=false"], ["full", "MUFU.RCP"]),
+    "approximate root": (
+        QUOTIENT, "sqrtf(v.w)", ["-prec-sqrt=false"], ["approx", "SASS.* MUFU.(RSQ|SQRT)"],
     ),
-    "local memory": (
-        ("v.z =", "float y[99]; for (int i = 0; i < 99; ++i) y[i] = x[i].x; v.y = y[(int)v.x]; v.z ="),
-        [], "stack",
+    "exponential": (QUOTIENT, "__expf(v.w)", [], ["approx", "SASS.* MUFU.EX2"]),
+    "narrowing by the hardware": (
+        QUOTIENT, "__ushort_as_bfloat16(__bfloat16_as_ushort(__float2bfloat16_rn(v.w)))", [],
+        ["PTX: cvt.*bf16", "SASS.* F2F"],
     ),
+    "scalar accesses": ("v = x[threadIdx.x];", "v = {x->x, 1, 1, 1};", [], ["no LDG.E.128"]),
+    "local memory": ("v.z =", LOCAL_MEMORY, [], ["stack"]),
 }  # fmt: skip
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("arch", ["80", "120"])
 @pytest.mark.parametrize("name", [None, *BAD], ids=str)
-def test_the_gate_refuses(name, tmp_path):
+def test_the_gate_refuses(name, arch, tmp_path):
     """A kernel with one fault each; without a fault it passes."""
-    (text, replacement), flags, expected = BAD[name] if name else (("", ""), [], None)
+    text, replacement, flags, expected = BAD[name] if name else ("", "", [], [])
+    assert text in GOOD
     source = tmp_path / "kernel.cu"
     source.write_text(GOOD.replace(text, replacement) if text else GOOD)
     fmad = [] if "-fmad=true" in flags or "-use_fast_math" in flags else ["-fmad=false"]
-    wrong = problems(source, "90", tmp_path, ["-std=c++17", *fmad, *flags], {"good": True})
-    if expected is None:
+    wrong = problems(source, arch, tmp_path, ["-std=c++17", *fmad, *flags], {"good": True})
+    if name is None:
         assert wrong == []
-    else:
-        assert re.search(expected, " ".join(wrong))
+    for pattern in expected:
+        assert any(re.search(pattern, line) for line in wrong), (pattern, wrong)

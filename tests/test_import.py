@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -101,6 +102,20 @@ def test_every_public_name_is_there():
     )
     assert out.split() == ["end", "RoseFusedAdamW", "rose_param_groups", "symmetric_kl"]
     assert all(getattr(rose_ops, name).__doc__ for name in rose_ops.__all__)
+
+
+def test_the_cuda_stream_comes_from_pytorch():
+    """The library also loads where there is no libtorch_cuda, so that the linker does not insist."""
+    if torch.version.cuda is None:
+        pytest.skip("this PyTorch was built without CUDA")
+    if not torch._C._dispatch_has_kernel_for_dispatch_key("rose_ops::select", "CUDA"):
+        pytest.skip("the library was built without CUDA kernels")
+    done = subprocess.run(
+        [sys.executable, "-c", f"import torch; torch.ops.load_library({str(LIBRARY)!r})"],
+        env={**os.environ, "LD_DEBUG": "bindings"}, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    stream = r"_C\.abi3\.so \S+ to \S+libtorch_cuda\.so \S+ normal symbol `aoti_torch_get_current_cuda"
+    assert re.search(stream, done.stderr)
 
 
 # ------------------------------------------------------------------------- without the compiled library

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from fractions import Fraction
 
@@ -26,6 +25,7 @@ from support import (
     bits,
     compare_update,
     examples,
+    fewer,
     fractions,
     hyper_table,
     place,
@@ -117,11 +117,12 @@ CLASSES = ("normal", "zero", "nan", "ties", "denormal")
 @pytest.mark.parametrize("n", SIZES, ids=lambda n: f"n{n}")
 def test_every_rank_at_every_boundary(ops, generator, n, first):
     """k from 0 to n (all of them up to 65), distinct risks and ties."""
+    all_ranks = n <= fewer(ops, 65, 5)
     for mix in (("normal",), CLASSES):
         g, m = (values(n, mix, FLOAT, generator) for _ in range(2))
         problem = Problem.of([g], [m])
-        ranks = range(n + 1) if n <= 65 else (0, 1, 2, n // 3, n // 2, n - 2, n - 1, n)
-        for k in ranks:
+        ranks = (0, 1, 2, n // 3, n // 2, n - 2, n - 1, n)
+        for k in range(n + 1) if all_ranks else ranks[:: fewer(ops, 1, 3)]:
             upper = max(1, -(-k * ONE // max(n, 1)))  # the smallest fraction with floor(c*n) >= k
             lower = 0 if k % 2 else upper // 2
             compare_selection(ops, problem, upper, lower, first=first)
@@ -150,7 +151,7 @@ def test_every_pair_of_classes(ops, generator, kind, moment):
     """Every kind of gradient over every kind of moment, alone and among ordinary elements."""
     for mix_g, mix_m in (((kind,), (moment,)), ((kind, "normal"), (moment, "normal"))):
         g, m = values(83, mix_g, FLOAT, generator), values(83, mix_m, FLOAT, generator)
-        for rank_inactive in (False, True):
+        for rank_inactive in (False, True)[: fewer(ops, 2, 1)]:
             problem = Problem.of([g], [m], rank_inactive=rank_inactive)
             compare_selection(ops, problem, 290_000_000, 100_000_000, first=True)
             record, masks = compare_selection(ops, problem, 500_000_000, 0, first=False)
@@ -194,7 +195,8 @@ def test_groups_with_different_alpha(ops, generator):
 
 def test_thousands_of_tiny_tensors(ops, generator):
     """With empty ones among them; the same as one flat tensor."""
-    sizes = torch.randint(0, 24, (3000,), generator=generator).tolist()
+    count = fewer(ops, 3000, 60)
+    sizes = torch.randint(0, 24, (count,), generator=generator).tolist()
     mix = ("normal", "zero", "ties", "nan", "denormal")
     g, m = (values(sum(sizes), mix, FLOAT, generator) for _ in range(2))
     p = values(sum(sizes), ("normal",), FLOAT, generator)
@@ -226,30 +228,24 @@ def test_no_tensors_at_all(ops):
 # -------------------------------------------------------------------------------- sampled window
 
 N = 300_007  # a kernel may take a sample from so many
+UNSAMPLED = 20_011  # where none does, and it is not the number that counts
 
 
-def _data(make):
-    """``make(index, random)`` to risk data; index is 0..N-1."""
-
-    @functools.wraps(make)
-    def built(generator):
-        index = torch.arange(N)
-        data = make(index, torch.rand(N, generator=generator))
-        return data.float()
-
-    return built
+def _data(name: str, n: int, generator: torch.Generator) -> torch.Tensor:
+    return WINDOW_DATA[name](torch.arange(n), torch.rand(n, generator=generator)).float()
 
 
+# From the index, 0 to n - 1, and a random number.
 WINDOW_DATA = {
     "uniform": lambda i, r: r,
-    "all-equal": lambda i, r: torch.ones(N),
+    "all-equal": lambda i, r: torch.ones(len(i)),
     "two-values": lambda i, r: 1.0 + (r < 0.6),
     "99%-ties": lambda i, r: torch.where(r < 0.99, 1.0, 2 * r),
     "60%-ties-at-rank": lambda i, r: torch.where((r > 0.2) & (r < 0.8), 0.5, r),
     # A class of ties inside the window that is not its middle: the log overflows.
     "ties-next-to-threshold": lambda i, r: torch.where((r > 0.601) & (r < 0.7), 0.6011, r),
     "sorted": lambda i, r: i + 1.0,
-    "reversed": lambda i, r: N - i + 0.0,
+    "reversed": lambda i, r: len(i) - i + 0.0,
     "period-of-a-line": lambda i, r: i % 16 + 1.0,
     "period-of-a-line-plus-1": lambda i, r: i % 17 + r,
     "period-of-a-tile": lambda i, r: i % 1024 + 1.0,
@@ -261,11 +257,11 @@ WINDOW_DATA = {
     "at-a-power-of-two": lambda i, r: torch.where(r < 0.6, 2.0 - 2.0**-23, 2.0),
     "denormal": lambda i, r: (r * 4096).floor() * 2.0**-149,
     "all-exponents": lambda i, r: 2.0 ** ((r.double() * 270).floor() - 140),
-    "one-huge-line": lambda i, r: torch.where((i > 99_999) & (i < 100_017), 1e38, r),
-    "last-element-alone": lambda i, r: torch.where(i == N - 1, r, 0.0),
-    "inactive": lambda i, r: torch.zeros(N),
-    "infinite": lambda i, r: torch.full((N,), torch.inf),
-    "nan": lambda i, r: torch.full((N,), torch.nan),
+    "one-huge-line": lambda i, r: torch.where((i - len(i) // 3).abs() < 9, 1e38, r),
+    "last-element-alone": lambda i, r: torch.where(i == len(i) - 1, r, 0.0),
+    "inactive": lambda i, r: torch.zeros(len(i)),
+    "infinite": lambda i, r: torch.full(i.shape, torch.inf),
+    "nan": lambda i, r: torch.full(i.shape, torch.nan),
     "half-inactive": lambda i, r: torch.where(r < 0.5, 0.0, r),
     "inactive-tiles": lambda i, r: torch.where(i // 1024 % 3 > 0, 0.0, r),
     "nan-lines": lambda i, r: torch.where(i // 16 % 2 > 0, torch.nan, r),
@@ -284,7 +280,7 @@ WINDOW_FRACTIONS = (
 
 @pytest.mark.parametrize("name", WINDOW_DATA)
 def test_first_order_where_a_sample_is_taken(ops, generator, name):
-    problem = Problem.of([_data(WINDOW_DATA[name])(generator)])
+    problem = Problem.of([_data(name, fewer(ops, N, UNSAMPLED), generator)])
     for kept in WINDOW_FRACTIONS:
         compare_selection(ops, problem, *kept, first=True)
     compare_selection(ops, problem, 600_000_000, 0, first=True, approx=True)
@@ -293,10 +289,11 @@ def test_first_order_where_a_sample_is_taken(ops, generator, name):
 @pytest.mark.parametrize("name", WINDOW_DATA)
 def test_second_order_where_a_sample_is_taken(ops, generator, name):
     """The same data as the gradient over moments of one, and as moments under noise."""
-    data = _data(WINDOW_DATA[name])(generator)
-    noise = torch.randn(N, generator=generator)
+    n = fewer(ops, N, UNSAMPLED)
+    data = _data(name, n, generator)
+    noise = torch.randn(n, generator=generator)
     kept = WINDOW_FRACTIONS
-    for problem, chosen in ((Problem.of([data], [torch.ones(N)]), kept[:5]),
+    for problem, chosen in ((Problem.of([data], [torch.ones(n)]), kept[:5]),
                             (Problem.of([noise], [data]), (kept[0], kept[-1]))):  # fmt: skip
         for pair in chosen:
             compare_selection(ops, problem, *pair, first=False)
@@ -307,9 +304,10 @@ def test_a_run_that_a_sample_misses(ops, generator, run):
     """Every line of 16 has 8 elements below the median, so a sample has no variance and its window is
     as narrow as can be; one run of 512 unlike all the rest moves the median out of it, unless the
     sample met that run. Then the answer must be found without the window."""
-    index = torch.arange(N)
-    alike = (index % 16 + torch.rand(N, generator=generator)) / 16
-    for start in torch.randint(0, N - 512, (12,), generator=generator).tolist():
+    n = fewer(ops, N, 5 * UNSAMPLED)
+    index = torch.arange(n)
+    alike = (index % 16 + torch.rand(n, generator=generator)) / 16
+    for start in torch.randint(0, n - 512, (fewer(ops, 12, 2),), generator=generator).tolist():
         data = alike.clone()
         data[start : start + 512] = run + data[start : start + 512] / 1024
         compare_selection(ops, Problem.of([data]), 500_000_000, 0, first=True)
@@ -320,12 +318,12 @@ def test_a_run_that_a_sample_misses(ops, generator, run):
 def test_two_large_ties_around_the_rank(ops, generator, above):
     """Two values only, and the rank is the last of the one or the first of the other: one of them is
     not where a sample points, and is too many to be put down one by one."""
-    n = 4_000_000
-    k = 2_400_000
+    n = fewer(ops, 4_000_000, 100_000)
+    k = n // 5 * 3
     for _ in range(4):
         data = torch.where(torch.arange(n) < k - above, 1.0, 2.0)
         data = data[torch.randperm(n, generator=generator)]
-        record = Problem.of([data], [], params=[], exp_avg_sqs=[]).select(ops, k * 250, first=True)
+        record = Problem.of([data], [], params=[], exp_avg_sqs=[]).select(ops, 600_000_000, first=True)
         kept = n if above else k
         assert record.tolist() == [0x40000000 if above else 0x3F800000, -1, kept, n, 0, 0, 0, 0]
 
@@ -334,9 +332,10 @@ def test_two_large_ties_around_the_rank(ops, generator, above):
 @pytest.mark.parametrize("dtype", [BF16, HALF], ids=str)
 def test_sample_of_scattered_half_precision(ops, generator, pieces, dtype):
     """Many tensors (some empty, some odd views), few distinct keys."""
-    cuts = torch.randint(0, N, (pieces - 1,), generator=generator).sort().values
-    g = values(N, ("normal", "zero"), dtype, generator).tensor_split(cuts)
-    m = values(N, ("normal", "ties"), BF16, generator).tensor_split(cuts)
+    n, pieces = fewer(ops, N, UNSAMPLED), fewer(ops, pieces, min(pieces, 30))
+    cuts = torch.randint(0, n, (pieces - 1,), generator=generator).sort().values
+    g = values(n, ("normal", "zero"), dtype, generator).tensor_split(cuts)
+    m = values(n, ("normal", "ties"), BF16, generator).tensor_split(cuts)
     layouts = ("contiguous", "strided", "offset")
     problem = Problem.of(
         [place(t, layouts[i % 3], offset=i % 5) for i, t in enumerate(g)],
@@ -512,7 +511,7 @@ def test_every_pattern_widens_exactly(ops, dtype, layout):
     # First-order keys are the bits of the widened magnitude: one element per selection.
     finite = g[g.isfinite() & (g != 0)].abs().unique()
     single = Problem.of(list(finite.split(1))[::97])
-    for i, one in enumerate(single.grads):
+    for i, one in enumerate(single.grads[:: fewer(ops, 1, 16)]):
         record = Problem.of([one]).select(ops, ONE, first=True)
         assert record[Field.HIGH] == one.float().view(torch.int32).item(), i
 
@@ -527,20 +526,20 @@ def test_every_pattern_comes_back(ops, dtype, layout):
     assert_same_bits(problem.params[0], p)
 
 
-def floats_to_narrow(dtype: torch.dtype, generator) -> torch.Tensor:
-    """Any float32, and all that matters to the rounding: ties and their neighbours between every
+def floats_to_narrow(dtype: torch.dtype, generator, n: int) -> torch.Tensor:
+    """n of any float32, and all that matters to the rounding: ties and their neighbours between every
     two numbers of the dtype (denormal ones, overflow), and random ones of their range."""
     patterns = all_patterns(dtype)
     exact = patterns[patterns.isfinite()].float()
     half_ulp = 1 << (22 - {BF16: 7, HALF: 10}[dtype])
     keys = exact.view(torch.int32).long()
     near = [keys + d for d in (-1, 1, half_ulp - 1, half_ulp, half_ulp + 1)]
-    anything = torch.randint(-(1 << 31), 1 << 31, (3_000_000,), generator=generator)
+    anything = torch.randint(-(1 << 31), 1 << 31, (n,), generator=generator)
     bits_ = torch.cat([*near, anything])
     bits_ = bits_.clamp(-(1 << 31), (1 << 31) - 1).to(torch.int32)
     # Denormals of binary16 lie where float32 has normal numbers: their ties need other bits.
     smallest = torch.finfo(dtype).smallest_normal
-    denormal = (torch.rand(500_000, generator=generator) * 2 - 1) * smallest * 2
+    denormal = (torch.rand(n // 6, generator=generator) * 2 - 1) * smallest * 2
     steps = torch.arange(-2050, 2051) * (smallest * torch.finfo(dtype).eps / 2)
     limit = torch.finfo(dtype).max * (1 + torch.rand(10_000, generator=generator) * 2e-2 - 1e-2)
     special = torch.tensor([0.0, -0.0, torch.inf, -torch.inf, torch.nan, 65519.996, 65520.0])
@@ -551,7 +550,7 @@ def floats_to_narrow(dtype: torch.dtype, generator) -> torch.Tensor:
 @pytest.mark.parametrize("layout", ["contiguous", "strided"])
 def test_narrowing_is_that_of_torch(ops, generator, dtype, layout):
     """Round to nearest, ties to even, for parameters and first moments."""
-    x = floats_to_narrow(dtype, generator)
+    x = floats_to_narrow(dtype, generator, fewer(ops, 3_000_000, 50_000))
     n = len(x)
     # First moments: with beta1 = 0 and m = -0 they are the gradients.
     state = place(torch.full((n,), -0.0, dtype=dtype), layout, offset=1)

@@ -23,6 +23,7 @@ MIX = ("normal", "zero", "ties", "nan", "denormal", "inf")
 @pytest.fixture
 def simt():
     module = build.module()
+    module.forget_uploads()
     yield module
     module.configure()
 
@@ -159,6 +160,59 @@ def test_launches_of_a_step(simt, ops, generator, pieces):
     assert counted(simt, step)[0] == 6
     assert counted(simt, lambda: problem.masks(ops, 600_000_000))[0] == 5
     assert counted(simt, lambda: tensor_norms(ops, problem.grads, None))[0] == 2
+
+
+# ------------------------------------------------------------------------------------- CUDA graphs
+
+
+def step_of(ops, problem: Problem) -> None:
+    record = problem.select(reference, 600_000_000)
+    assert torch.equal(problem.select(ops, 600_000_000), record)
+    compare_update(ops, problem, selection=record)
+
+
+def test_a_graph_keeps_tables_that_were_uploaded_before(simt, ops, generator):
+    problem = problem_of(generator, 3000, pieces=5)
+    step_of(ops, problem)
+    assert simt.kept_for_graphs() == []
+    simt.configure(capturing=True)
+    step_of(ops, problem)
+    select_table, update_table = simt.kept_for_graphs()
+    assert len(select_table) < len(update_table)
+    simt.configure()
+    step_of(ops, problem_of(generator, 3000, pieces=5))
+    assert simt.kept_for_graphs() == [select_table, update_table]
+
+
+def test_a_graph_may_have_other_tensors_than_the_steps_before_it(simt, ops, generator):
+    """As when its gradients live in the graph's own memory. What it uploads, nothing overwrites."""
+    problems = [problem_of(generator, 3000, pieces=5) for _ in range(9)]
+    step_of(ops, problems[0])
+    kept = []
+    for captured, after in zip(problems[1::2], problems[2::2], strict=True):
+        simt.configure(capturing=True)
+        step_of(ops, captured)
+        simt.configure()
+        kept += simt.kept_for_graphs()[len(kept) :]
+        step_of(ops, after)
+    assert len(kept) == len(set(kept)) == 8
+    assert simt.kept_for_graphs() == kept
+
+
+def test_a_graph_whose_step_never_ran_is_refused(simt, ops, generator):
+    """Pinned memory must not be allocated during a capture."""
+    problems = [problem_of(generator, 300) for _ in range(18)]
+    simt.configure(capturing=True)
+    never_ran = "run it once, as it is captured, before each capture"
+    with pytest.raises(RuntimeError, match=never_ran):
+        problems[0].select(ops, 600_000_000)
+    simt.configure()
+    problems[0].select(ops, 600_000_000)
+    simt.configure(capturing=True)
+    for problem in problems[1:17]:  # twice the tables of a step
+        problem.select(ops, 600_000_000)
+    with pytest.raises(RuntimeError, match=never_ran):
+        problems[17].select(ops, 600_000_000)
 
 
 # -------------------------------------------------------------------------------------------- races

@@ -11,10 +11,11 @@ namespace rose {
 namespace cpu {
 namespace {
 
-constexpr int64_t kFewest = int64_t{1} << 20;  // elements: below, the sample would be too large a part
-constexpr int64_t kPhases = 16;                // between which brackets are tightened
-constexpr int kBins = 2048;                    // of the window that a first sample gives
-constexpr double kLogOfFailure = 25.0;         // l in the derivation
+constexpr int64_t kFewest = int64_t{1} << 23;  // elements: below, the sample would be too large a part
+constexpr int64_t kFewestInTests = int64_t{1} << 16;
+constexpr int64_t kPhases = 16;         // between which brackets are tightened
+constexpr int kBins = 2048;             // of the window that a first sample gives
+constexpr double kLogOfFailure = 25.0;  // l in the derivation
 constexpr int32_t kMaxKey = static_cast<int32_t>(kInfinityBits);
 
 // ------------------------------------------------------------------------------------------- sampling
@@ -284,7 +285,8 @@ struct Log {
 
   void make_room(bool updates) {
     const size_t wanted = static_cast<size_t>(logged + kTile);
-    if (wanted > keys.size()) resize(wanted + wanted / 2, updates);
+    // A log that a capture left has no room for old values.
+    if (wanted > keys.size() || (updates && wanted > old.size())) resize(wanted + wanted / 2, updates);
   }
 };
 
@@ -346,7 +348,7 @@ class Pass {
     const double capacity = (n / 8 + (14 << 20)) / kRecord / static_cast<double>(targets_.size());
     for (Target& target : targets_) {
       if (!plan_.tighten(target, ranked_, 0)) return std::nullopt;
-      const double inside = plan_.inside(target);
+      const double inside = 0.75 * plan_.inside(target);  // brackets shrink
       if (inside > capacity && !plan_.collapse(target, ranked_)) return std::nullopt;
     }
     for (int64_t phase = 0; phase < kPhases; ++phase) walk(phase);
@@ -357,7 +359,7 @@ class Pass {
   // The log shrinks as 1 / sqrt(lines): n^(2/3) lines balance its cost and the sample's.
   static int64_t lines_for(int64_t n) {
     const double root = std::cbrt(static_cast<double>(n));
-    return static_cast<int64_t>(0.4 * root * root);
+    return std::max(static_cast<int64_t>(0.2 * root * root), std::min<int64_t>(1 << 14, n / kLine / 4));
   }
 
   int64_t phase_start(int64_t phase) const { return segments_.tiles() * phase / kPhases; }
@@ -435,6 +437,16 @@ class Pass {
     });
   }
 
+  static void count_keys(const Target& target, const BracketLog& note,
+                         std::array<int64_t, kBins>& bins) {
+    const auto low = static_cast<uint32_t>(target.bracket.low);
+    const uint32_t span = static_cast<uint32_t>(target.bracket.high) - low;
+    for (int64_t i = 0; i < note.logged; ++i) {
+      const uint32_t key = note.keys[i] & ~kInactiveKey;
+      if (key - low <= span) ++bins[static_cast<size_t>(target.bin(key))];
+    }
+  }
+
   Bounds bounds() const {
     return {targets_[0].estimate, targets_.size() > 1 ? targets_[1].estimate : -1};
   }
@@ -471,8 +483,10 @@ class Pass {
           if (is_ranked_[index]) state.elements += n;
         },
         [&](State& state) {
-          std::lock_guard<std::mutex> lock(mutex);
           const BracketLog& note = state.note;
+          std::vector<std::array<int64_t, kBins>> logged(targets_.size());
+          for (size_t t = 0; t < targets_.size(); ++t) count_keys(targets_[t], note, logged[t]);
+          std::lock_guard<std::mutex> lock(mutex);
           counts_.updated += state.counts.updated;
           counts_.nonfinite += state.counts.nonfinite;
           inactive_ += note.inactive;
@@ -482,12 +496,7 @@ class Pass {
             Target& target = targets_[t];
             target.below += note.below[t];
             target.at_pivot += note.at_pivot[t];
-            const auto low = static_cast<uint32_t>(target.bracket.low);
-            const auto span = static_cast<uint32_t>(target.bracket.high) - low;
-            for (int64_t i = 0; i < note.logged; ++i) {
-              const uint32_t key = note.keys[i] & ~kInactiveKey;
-              if (key - low <= span) ++target.logged[static_cast<size_t>(target.bin(key))];
-            }
+            for (size_t b = 0; b < kBins; ++b) target.logged[b] += logged[t][b];
           }
           logs_.push_back(std::move(state.log));
         });
@@ -559,6 +568,13 @@ class Pass {
     return selection;
   }
 
+  // First every other log, then the rest: early phases, of which all threads have logs, have more to
+  // redo.
+  size_t alternating(int64_t i) const {
+    const size_t at = 2 * static_cast<size_t>(i);
+    return at < logs_.size() ? at : (at - logs_.size()) | 1;
+  }
+
   int64_t redo(const Log& log, Bounds bounds) {
     struct Wrong {
       size_t index;
@@ -575,7 +591,7 @@ class Pass {
       while (index + 1 < segments_.size() && segments_[index + 1].first_tile * kTile <= place) ++index;
       wrong.push_back({index, place - segments_[index].first_tile * kTile, i});
     }
-    constexpr size_t kAhead = 8;
+    constexpr size_t kAhead = 24;
     int64_t updated = 0;
     for (size_t i = 0; i < wrong.size(); ++i) {
       if (i + kAhead < wrong.size()) body_.prefetch(wrong[i + kAhead].index, wrong[i + kAhead].element);
@@ -607,7 +623,8 @@ std::optional<Selection> bracket_pass(const Segments& segments, const RiskSource
                                       const std::vector<size_t>& chosen,
                                       const BracketSettings& settings, BracketBody& body,
                                       UpdateCounts& counts) {
-  if (source.segments.elements() < kFewest) return std::nullopt;
+  const int64_t fewest = settings.width == 1.0 ? kFewest : kFewestInTests;
+  if (source.segments.elements() < fewest) return std::nullopt;
   return Pass(segments, source, chosen, settings, body, counts).run();
 }
 

@@ -13,7 +13,7 @@ namespace cpu {
 struct BracketSettings {
   int64_t upper, lower;  // in units of 1e-9
   uint32_t draw;         // which sample
-  double width;          // of brackets; 1 unless in tests
+  double width;          // of brackets; else than 1 in tests, and then of little data, too
 };
 
 // What is done with the elements of a pass. Called by several threads, for different tiles.

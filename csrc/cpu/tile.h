@@ -79,6 +79,7 @@ struct Masks {
 
 struct UpdateCounts {
   int64_t updated = 0, nonfinite = 0;
+  int dense = 0;  // of a thread: blocks to go in which many risks are expected next to the threshold
 };
 
 struct TileKernels {

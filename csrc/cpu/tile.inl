@@ -134,6 +134,12 @@ ROSE_INLINE Lanes load_lanes(const float* x) { return *x; }
 ROSE_INLINE void store_lanes(float* x, Lanes a) { *x = a; }
 ROSE_INLINE Lanes all_lanes(float x) { return x; }
 ROSE_INLINE Condition condition(uint32_t bits) { return (bits & 1) != 0; }
+ROSE_INLINE Lanes magnitude(Lanes a) { return bits_float(abs_bits(a)); }
+ROSE_INLINE Condition at_most(Lanes a, Lanes b) { return a <= b; }
+ROSE_INLINE Condition less(Lanes a, Lanes b) { return a < b; }
+ROSE_INLINE Condition both(Condition a, Condition b) { return a & b; }
+ROSE_INLINE Condition either(Condition a, Condition b) { return a | b; }
+ROSE_INLINE uint32_t bits_of(Condition c) { return c; }
 #else
 #if ROSE_VECTOR_BITS == 512
 constexpr int kLanes = 16;
@@ -151,6 +157,13 @@ ROSE_INLINE Condition condition(uint32_t bits) { return {(__mmask16)bits}; }
 ROSE_INLINE Lanes choose(Condition c, Lanes a, Lanes b) {
   return {_mm512_mask_blend_ps(c.mask, b.x, a.x)};
 }
+ROSE_INLINE Lanes magnitude(Lanes a) { return {_mm512_abs_ps(a.x)}; }
+// Not where a lane is NaN.
+ROSE_INLINE Condition at_most(Lanes a, Lanes b) { return {_mm512_cmp_ps_mask(a.x, b.x, _CMP_LE_OQ)}; }
+ROSE_INLINE Condition less(Lanes a, Lanes b) { return {_mm512_cmp_ps_mask(a.x, b.x, _CMP_LT_OQ)}; }
+ROSE_INLINE Condition both(Condition a, Condition b) { return {(__mmask16)(a.mask & b.mask)}; }
+ROSE_INLINE Condition either(Condition a, Condition b) { return {(__mmask16)(a.mask | b.mask)}; }
+ROSE_INLINE uint32_t bits_of(Condition c) { return c.mask; }
 #else
 constexpr int kLanes = 8;
 struct Lanes {
@@ -169,6 +182,14 @@ ROSE_INLINE Condition condition(uint32_t bits) {
   return {_mm256_castsi256_ps(_mm256_cmpeq_epi32(own, lane))};
 }
 ROSE_INLINE Lanes choose(Condition c, Lanes a, Lanes b) { return {_mm256_blendv_ps(b.x, a.x, c.mask)}; }
+ROSE_INLINE Lanes magnitude(Lanes a) {
+  return {_mm256_and_ps(a.x, _mm256_castsi256_ps(_mm256_set1_epi32(0x7FFFFFFF)))};
+}
+ROSE_INLINE Condition at_most(Lanes a, Lanes b) { return {_mm256_cmp_ps(a.x, b.x, _CMP_LE_OQ)}; }
+ROSE_INLINE Condition less(Lanes a, Lanes b) { return {_mm256_cmp_ps(a.x, b.x, _CMP_LT_OQ)}; }
+ROSE_INLINE Condition both(Condition a, Condition b) { return {_mm256_and_ps(a.mask, b.mask)}; }
+ROSE_INLINE Condition either(Condition a, Condition b) { return {_mm256_or_ps(a.mask, b.mask)}; }
+ROSE_INLINE uint32_t bits_of(Condition c) { return (uint32_t)_mm256_movemask_ps(c.mask); }
 #endif
 ROSE_INLINE Lanes operator*(Lanes a, Lanes b) { return {a.x * b.x}; }
 ROSE_INLINE Lanes operator+(Lanes a, Lanes b) { return {a.x + b.x}; }
@@ -178,6 +199,8 @@ ROSE_INLINE Lanes operator*(float a, Lanes b) { return all_lanes(a) * b; }
 ROSE_INLINE Lanes operator*(Lanes a, float b) { return a * all_lanes(b); }
 ROSE_INLINE Lanes operator+(Lanes a, float b) { return a + all_lanes(b); }
 #endif
+
+constexpr uint32_t kAllLanes = (1u << kLanes) - 1;
 
 // One bit for each element of a block.
 struct BlockBits {
@@ -226,83 +249,22 @@ ROSE_INLINE Sides sides_between(int32_t low, int32_t high) {
   return {x > 0x1p-20 ? (float)x : -1.0f, high < 0 ? -1.0f : (float)(y * (1 + u))};
 }
 
-// Bits of 16 elements: surely below; and surely neither below nor above.
-struct SideBits {
-  uint32_t below, unsure;
+// Surely below; surely one or the other.
+struct SidesOfLanes {
+  Condition below, sure;
 };
 
-ROSE_INLINE SideBits sides_of_16(const float* g, const float* m, float alpha, Sides sides) {
-#if ROSE_VECTOR_BITS == 512
-  const __m512 a = _mm512_mul_ps(_mm512_abs_ps(_mm512_loadu_ps(g)), _mm512_set1_ps(alpha));
-  const __m512 b = _mm512_abs_ps(_mm512_loadu_ps(m));
-  const __m512 s = _mm512_abs_ps(_mm512_sub_ps(a, b));
-  const __mmask16 sure = _mm512_cmp_ps_mask(b, _mm512_set1_ps(kSmallMoment), _CMP_GE_OQ) &
-                         _mm512_cmp_ps_mask(s, _mm512_set1_ps(kLargeDifference), _CMP_LT_OQ);
-  const __mmask16 under =
-      _mm512_mask_cmp_ps_mask(sure, s, _mm512_mul_ps(b, _mm512_set1_ps(sides.below)), _CMP_LE_OQ);
-  const __mmask16 over =
-      _mm512_mask_cmp_ps_mask(sure, s, _mm512_mul_ps(b, _mm512_set1_ps(sides.above)), _CMP_GT_OQ);
-  return {under, (uint32_t)(under | over) ^ 0xFFFFu};
-#elif ROSE_VECTOR_BITS == 256
-  const __m256 magnitude = _mm256_castsi256_ps(_mm256_set1_epi32(0x7FFFFFFF));
-  uint32_t unders = 0, overs = 0;
-  for (int half = 0; half < 2; ++half) {
-    const __m256 a =
-        _mm256_mul_ps(_mm256_and_ps(_mm256_loadu_ps(g + 8 * half), magnitude), _mm256_set1_ps(alpha));
-    const __m256 b = _mm256_and_ps(_mm256_loadu_ps(m + 8 * half), magnitude);
-    const __m256 s = _mm256_and_ps(_mm256_sub_ps(a, b), magnitude);
-    const __m256 sure = _mm256_and_ps(_mm256_cmp_ps(b, _mm256_set1_ps(kSmallMoment), _CMP_GE_OQ),
-                                      _mm256_cmp_ps(s, _mm256_set1_ps(kLargeDifference), _CMP_LT_OQ));
-    const __m256 under = _mm256_and_ps(
-        sure, _mm256_cmp_ps(s, _mm256_mul_ps(b, _mm256_set1_ps(sides.below)), _CMP_LE_OQ));
-    const __m256 over = _mm256_and_ps(
-        sure, _mm256_cmp_ps(s, _mm256_mul_ps(b, _mm256_set1_ps(sides.above)), _CMP_GT_OQ));
-    unders |= (uint32_t)_mm256_movemask_ps(under) << (8 * half);
-    overs |= (uint32_t)_mm256_movemask_ps(over) << (8 * half);
-  }
-  return {unders, (unders | overs) ^ 0xFFFFu};
-#else
-  uint32_t unders = 0, overs = 0;
-  for (int j = 0; j < 16; ++j) {
-    const float a = mul(alpha, bits_float(abs_bits(g[j]))), b = bits_float(abs_bits(m[j]));
-    const float s = bits_float(abs_bits(sub(a, b)));
-    const bool sure = b >= kSmallMoment && s < kLargeDifference;
-    const bool under = sure && s <= mul(b, sides.below);
-    unders |= (uint32_t)under << j;
-    overs |= (uint32_t)(sure && s > mul(b, sides.above)) << j;
-  }
-  return {unders, (unders | overs) ^ 0xFFFFu};
-#endif
-}
-
-// Of a block; false if so many elements are not sure that their keys had better be computed all at
-// once. Elements after the last 16 are not sure.
-ROSE_INLINE bool sides_of_block(const float* g, const float* m, float alpha, Sides sides, int n,
-                                BlockBits& below, BlockBits& unsure) {
-  constexpr int kMost = 24;
-  int count = 0;
-  below = unsure = all_or_none(false);
-  for_each_16(n, [&](int start, int lanes) ROSE_ALWAYS_INLINE {
-    SideBits bits = {0, (1u << lanes) - 1};
-    if (lanes == 16) bits = sides_of_16(g + start, m + start, alpha, sides);
-    below.add(start, bits.below);
-    unsure.add(start, bits.unsure);
-    count += __builtin_popcount(bits.unsure);
-  });
-  return count <= kMost;
+ROSE_INLINE SidesOfLanes sides_of(Lanes g, Lanes m, float alpha, Sides sides) {
+  const Lanes b = magnitude(m), s = magnitude(sub(mul(alpha, magnitude(g)), b));
+  const Condition fit = both(at_most(all_lanes(kSmallMoment), b), less(s, all_lanes(kLargeDifference)));
+  const Condition below = both(at_most(s, mul(b, sides.below)), fit);
+  return {below, either(below, both(less(mul(b, sides.above), s), fit))};
 }
 
 ROSE_INLINE int count(const BlockBits& bits) {
   int sum = 0;
   for (int w = 0; w < kBlock / 64; ++w) sum += __builtin_popcountll(bits.words[w]);
   return sum;
-}
-
-template <typename Fn>
-ROSE_INLINE void for_each_set(const BlockBits& bits, Fn fn) {
-  for (int w = 0; w < kBlock / 64; ++w) {
-    for (uint64_t set = bits.words[w]; set != 0; set &= set - 1) fn(64 * w + __builtin_ctzll(set));
-  }
 }
 
 // Appends the keys whose bits are set, and returns how many; `out` has room for 16.
@@ -482,33 +444,6 @@ void decay(const float* __restrict m, float* __restrict v, int n, const Update& 
   for (int i = 0; i < n; ++i) v[i] = second_moment(v[i], m[i], u);
 }
 
-// Elements of a block that are selected by their risk; those that are not finite are set in `bad`.
-ROSE_INLINE BlockBits selected_by_risk(const float* p, const float* m, const float* v, const float* g,
-                                       const Masks& masks, Sides sides, int at, int n, BlockBits& bad,
-                                       BracketLog* log) {
-  BlockBits selected, unsure;
-  if (masks.bounds.low < 0 && !masks.rank_inactive &&
-      sides_of_block(g, m, masks.alpha, sides, n, selected, unsure)) {
-    if (log) log->below[0] += count(selected);
-    for_each_set(unsure, [&](int i) ROSE_ALWAYS_INLINE {
-      const uint32_t key = second_order_key(g[i], m[i], masks.alpha, false);
-      selected.add(i, (uint32_t)if_selected(key, masks.bounds, 1));
-      bad.add(i, key == kNonfiniteKey);
-      if (log) note_one(key, p, m, v, at, i, masks.bounds, *log);
-    });
-    return selected;
-  }
-  uint32_t keys[kBlock];
-  block_keys({g, m, masks.alpha, masks.rank_inactive}, 0, n, keys);
-  if (log) note(keys, p, m, v, at, n, masks.bounds, *log);
-  selected = all_or_none(false);
-  for_each_16(n, [&](int start, int lanes) ROSE_ALWAYS_INLINE {
-    selected.add(start, selected_of_16(keys + start, lanes, masks.bounds));
-    bad.add(start, lanes_in_range(keys + start, lanes, kNonfiniteKey, 0));
-  });
-  return selected;
-}
-
 ROSE_INLINE BlockBits not_finite(const float* m, const float* g, int n) {
   uint32_t largest = 0;
   for (int i = 0; i < n; ++i) {
@@ -522,34 +457,103 @@ ROSE_INLINE BlockBits not_finite(const float* m, const float* g, int n) {
   return bad;
 }
 
+// fn(first element, word, its bit) for each whole vector of a block; so that bits of a word are shifted
+// by constants, in registers.
+template <typename Fn>
+ROSE_INLINE int for_each_vector(int n, Fn fn) {
+  int i = 0;
+  for (int w = 0; w < kBlock / 64 && i + 64 <= n; ++w) {
+#pragma GCC unroll 64
+    for (int bit = 0; bit < 64; bit += kLanes) fn(i + bit, w, bit);
+    i += 64;
+  }
+  for (; i + kLanes <= n; i += kLanes) fn(i, i / 64, i % 64);
+  return i;
+}
+
 // M = 1 where `first` has it, 0 elsewhere; or by both.
 template <bool kFractional>
 ROSE_INLINE void update_block(float* p, float* m, float* v, const float* g, const BlockBits& first,
                               const BlockBits& second, int n, const Update& u) {
-  int i = 0;
-  for (; i + kLanes <= n; i += kLanes) {
-    const uint32_t f = first.from(i), s = second.from(i);
+  int i = for_each_vector(n, [&](int i, int w, int bit) ROSE_ALWAYS_INLINE {
+    Condition on = condition((uint32_t)(first.words[w] >> bit));
     Lanes pp = load_lanes(p + i), mm = load_lanes(m + i), vv = load_lanes(v + i),
           gg = load_lanes(g + i);
     Lanes step_size = all_lanes(u.step_size[3]), decay = all_lanes(u.decay[3]);
     if (kFractional) {
-      const Condition gamma = condition(f & ~s), rest = condition(s & ~f), one = condition(f & s);
-      const Lanes w = choose(gamma, all_lanes(u.m[1]), all_lanes(u.m[2]));
-      const Lanes c = choose(gamma, all_lanes(u.m[2]), all_lanes(u.m[1]));
-      gg = choose(one, gg, add(mul(w, gg), mul(c, mm)));
+      const Condition other = condition((uint32_t)(second.words[w] >> bit)), one = both(on, other);
+      // Where not both are set, `first` means gamma, or nothing is on.
+      const Lanes x = choose(on, all_lanes(u.m[1]), all_lanes(u.m[2]));
+      const Lanes c = choose(on, all_lanes(u.m[2]), all_lanes(u.m[1]));
+      gg = choose(one, gg, add(mul(x, gg), mul(c, mm)));
       step_size =
-          choose(gamma, all_lanes(u.step_size[1]), choose(rest, all_lanes(u.step_size[2]), step_size));
-      decay = choose(gamma, all_lanes(u.decay[1]), choose(rest, all_lanes(u.decay[2]), decay));
+          choose(one, step_size, choose(on, all_lanes(u.step_size[1]), all_lanes(u.step_size[2])));
+      decay = choose(one, decay, choose(on, all_lanes(u.decay[1]), all_lanes(u.decay[2])));
+      on = either(on, other);
     }
-    adamw_step(pp, mm, vv, gg, condition(kFractional ? ~(f | s) : ~f), step_size, decay, u);
+    adamw_step(pp, mm, vv, gg, on, step_size, decay, u);
     store_lanes(p + i, pp);
     store_lanes(m + i, mm);
     store_lanes(v + i, vv);
-  }
+  });
   for (; i < n; ++i) {
     const int kind = kFractional ? first.has(i) + 2 * second.has(i) : 3 * first.has(i);
     adamw_element<kFractional>(p[i], m[i], v[i], g[i], kind, u);
   }
+}
+
+// Bits of the elements that are surely selected, and of those of which that is not sure; returns how
+// many these are. Elements after the last whole vector are not sure.
+ROSE_INLINE int sides_of_block(const float* g, const float* m, float alpha, Sides sides, int n,
+                               BlockBits& below, BlockBits& unsure) {
+  below = unsure = all_or_none(false);
+  int i = for_each_vector(n, [&](int i, int w, int bit) ROSE_ALWAYS_INLINE {
+    const SidesOfLanes side = sides_of(load_lanes(g + i), load_lanes(m + i), alpha, sides);
+    below.words[w] |= (uint64_t)bits_of(side.below) << bit;
+    unsure.words[w] |= (uint64_t)(bits_of(side.sure) ^ kAllLanes) << bit;
+  });
+  for (; i < n; ++i) unsure.add(i, 1);
+  return count(unsure);
+}
+
+template <typename Fn>
+ROSE_INLINE void for_each_set(const BlockBits& bits, Fn fn) {
+  for (int w = 0; w < kBlock / 64; ++w) {
+    for (uint64_t set = bits.words[w]; set != 0; set &= set - 1) fn(64 * w + __builtin_ctzll(set));
+  }
+}
+
+// Elements of a block that are selected by their risk; those that are not finite are set in `bad`.
+ROSE_INLINE BlockBits selected_by_risk(const float* p, const float* m, const float* v, const float* g,
+                                       const Masks& masks, Sides sides, int at, int n, BlockBits& bad,
+                                       int& dense, BracketLog* log) {
+  BlockBits selected;
+  if (masks.bounds.low < 0 && !masks.rank_inactive && dense == 0) {
+    BlockBits unsure;
+    for (int i = 0; i < kBlock; i += 16) {
+      __builtin_prefetch(p + i + kBlock);
+      __builtin_prefetch(v + i + kBlock);
+    }
+    if (sides_of_block(g, m, masks.alpha, sides, n, selected, unsure) > kBlock / 4) dense = 64;
+    if (log) log->below[0] += count(selected);
+    for_each_set(unsure, [&](int i) ROSE_ALWAYS_INLINE {
+      const uint32_t key = second_order_key(g[i], m[i], masks.alpha, false);
+      selected.add(i, (uint32_t)if_selected(key, masks.bounds, 1));
+      bad.add(i, key == kNonfiniteKey);
+      if (log) note_one(key, p, m, v, at, i, masks.bounds, *log);
+    });
+    return selected;
+  }
+  dense -= dense > 0;
+  uint32_t keys[kBlock];
+  block_keys({g, m, masks.alpha, masks.rank_inactive}, 0, n, keys);
+  if (log) note(keys, p, m, v, at, n, masks.bounds, *log);
+  selected = all_or_none(false);
+  for_each_16(n, [&](int start, int lanes) ROSE_ALWAYS_INLINE {
+    selected.add(start, selected_of_16(keys + start, lanes, masks.bounds));
+    bad.add(start, lanes_in_range(keys + start, lanes, kNonfiniteKey, 0));
+  });
+  return selected;
 }
 
 template <bool kFractional>
@@ -557,16 +561,15 @@ ROSE_INLINE void masked_block(float* p, float* m, float* v, const float* g, cons
                               Sides sides, int at, int n, const Update& u, UpdateCounts& counts,
                               BracketLog* log) {
   BlockBits first = all_or_none((masks.base & 1) != 0), second = all_or_none((masks.base & 2) != 0);
-  BlockBits bad = all_or_none(false);
   if (masks.first_bits) first.add(masks.first_bits + at / 8, n);
   if (masks.second_bits) second.add(masks.second_bits + at / 8, n);
+  BlockBits bad = all_or_none(false), any;
   if (masks.from_risk) {
-    const BlockBits risk = selected_by_risk(p, m, v, g, masks, sides, at, n, bad, log);
+    const BlockBits risk = selected_by_risk(p, m, v, g, masks, sides, at, n, bad, counts.dense, log);
     for (int w = 0; w < kBlock / 64; ++w) second.words[w] |= risk.words[w];
   } else {
     bad = not_finite(m, g, n);
   }
-  BlockBits any;
   for (int w = 0; w < kBlock / 64; ++w) {
     first.words[w] &= ~bad.words[w];
     second.words[w] &= ~bad.words[w];

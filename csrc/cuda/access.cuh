@@ -15,6 +15,7 @@ namespace cuda {
 constexpr unsigned kFullWarp = 0xFFFFFFFFu;
 
 #define ROSE_DEVICE static __device__ __forceinline__
+#define ROSE_METHOD __device__ __forceinline__
 
 ROSE_DEVICE int lane() { return (int)threadIdx.x % kWarp; }
 ROSE_DEVICE int warp() { return (int)threadIdx.x / kWarp; }
@@ -45,12 +46,13 @@ ROSE_DEVICE void write(void* pointer, int64_t index, T value) {
 
 ROSE_DEVICE float scalar_or_one(const float* scalar) { return scalar == nullptr ? 1.0f : *scalar; }
 
-// Segment that holds a tile: the last that starts at or before it, so never an empty one.
+// Segment that holds a tile (or line): the last that starts at or before it, so never an empty one.
+template <int64_t Segment::* kFirst = &Segment::first_tile>
 ROSE_DEVICE int find_segment(const Table& table, int64_t tile) {
   int low = 0, high = table.count;
   while (high - low > 1) {
     const int middle = low + (high - low) / 2;
-    if (table.segments[middle].first_tile <= tile) {
+    if (table.segments[middle].*kFirst <= tile) {
       low = middle;
     } else {
       high = middle;
@@ -83,10 +85,10 @@ ROSE_DEVICE int vector_part(const Segment& segment, int count) {
   return segment.vector ? count / 8 * 8 : 0;
 }
 
-// Where element `index` of a segment (row-major) is in the memory of each of the first operands.
+// Where element `index` of a segment (row-major) is in the memory of each operand from `operand` on.
 template <int kCount>
 ROSE_DEVICE void locate(const Table& table, const Segment& segment, int64_t index,
-                        int64_t (&at)[kCount]) {
+                        int64_t (&at)[kCount], int operand = 0) {
 #pragma unroll
   for (int k = 0; k < kCount; ++k) at[k] = segment.dims == 0 ? index : 0;
 #pragma unroll 1
@@ -104,7 +106,7 @@ ROSE_DEVICE void locate(const Table& table, const Segment& segment, int64_t inde
     }
     index = rest;
 #pragma unroll
-    for (int k = 0; k < kCount; ++k) at[k] += coordinate * dim.strides[k];
+    for (int k = 0; k < kCount; ++k) at[k] += coordinate * dim.strides[operand + k];
   }
 }
 
@@ -189,8 +191,8 @@ ROSE_DEVICE T block_sum(T x, T* scratch) {
 }
 
 // Adds a count of each thread to one in global memory.
-ROSE_DEVICE void add_to(Count* total, unsigned count, Count* scratch) {
-  const Count sum = block_sum((Count)count, scratch);
+ROSE_DEVICE void add_to(Count* total, Count count, Count* scratch) {
+  const Count sum = block_sum(count, scratch);
   if (threadIdx.x == 0 && sum != 0) atomicAdd(total, sum);
 }
 

@@ -2,8 +2,7 @@
 
 #include <cuda_runtime.h>
 
-#include "select.cuh"
-#include "update.cuh"
+#include "bracket.cuh"
 
 // The host build in tests cannot parse <<<>>>.
 #ifndef ROSE_LAUNCH
@@ -19,10 +18,10 @@ const char* text(cudaError_t error) {
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 
-// Launches as many blocks as run at once, or fewer where there are fewer tiles; `table` is a part of
-// `arguments`.
-template <typename Kernel, typename Arguments>
-const char* walk(Kernel kernel, Arguments& arguments, Table& table, Stream stream) {
+// Launches as many blocks as run at once, or fewer where there are fewer tiles; `table`, and `others`
+// like it, are parts of `arguments`.
+template <typename Kernel, typename Arguments, typename... Tables>
+const char* walk(Kernel kernel, Arguments& arguments, Stream stream, Table& table, Tables&... others) {
   int device = 0, processors = 0, per_processor = 0;
   cudaError_t error = cudaGetDevice(&device);
   if (error == cudaSuccess) {
@@ -34,50 +33,81 @@ const char* walk(Kernel kernel, Arguments& arguments, Table& table, Stream strea
   if (error != cudaSuccess) return text(error);
   const int64_t resident = (int64_t)processors * per_processor;
   table.share = table.tiles <= resident ? 1 : (int32_t)((table.tiles + resident - 1) / resident);
+  ((others.share = table.share), ...);
   const int64_t blocks = table.tiles == 0 ? 1 : (table.tiles + table.share - 1) / table.share;
   ROSE_LAUNCH(kernel, blocks, stream, arguments);
   return text(cudaGetLastError());
 }
 
+// A few lines for each warp; at least one block, which clears the workspace.
+int64_t blocks_of_sample(const SelectArguments& arguments) {
+  constexpr int64_t kMostBlocks = 512, kLinesOfBlock = 16 * (kThreads / kWarp);
+  const int64_t blocks = (arguments.lines + kLinesOfBlock - 1) / kLinesOfBlock;
+  return blocks < 1 ? 1 : blocks < kMostBlocks ? blocks : kMostBlocks;
+}
+
+const char* narrow(SelectArguments& arguments, Stream stream) {
+  const char* failed = walk(narrow_kernel<false>, arguments, stream, arguments.risk.table);
+  return failed != nullptr ? failed
+                           : walk(narrow_kernel<true>, arguments, stream, arguments.risk.table);
+}
+
 }  // namespace
 
 const char* select(SelectArguments arguments, Stream stream) {
-  // A few lines for each warp; at least one block, which clears the workspace.
-  constexpr int64_t kMostBlocks = 256, kLinesOfBlock = 8 * (kThreads / kWarp);
-  const int64_t blocks = (arguments.lines + kLinesOfBlock - 1) / kLinesOfBlock;
-  ROSE_LAUNCH(sample_kernel,
-              blocks < 1             ? 1
-              : blocks < kMostBlocks ? blocks
-                                     : kMostBlocks,
-              stream, arguments);
+  ROSE_LAUNCH(sample_kernel, blocks_of_sample(arguments), stream, arguments);
   const char* failed = text(cudaGetLastError());
-  Table& table = arguments.risk.table;
-  if (failed == nullptr) failed = walk(count_kernel, arguments, table, stream);
-  if (failed == nullptr && !arguments.approx) {
-    failed = walk(narrow_kernel<false>, arguments, table, stream);
-    if (failed == nullptr) failed = walk(narrow_kernel<true>, arguments, table, stream);
-  }
+  if (failed == nullptr) failed = walk(count_kernel, arguments, stream, arguments.risk.table);
+  if (failed == nullptr && !arguments.approx) failed = narrow(arguments, stream);
   return failed;
 }
 
 const char* capture(CaptureArguments arguments, Stream stream) {
-  return walk(capture_kernel, arguments, arguments.risk.table, stream);
+  return walk(capture_kernel, arguments, stream, arguments.risk.table);
+}
+
+const char* bracket_capture(SelectArguments arguments, Stream stream) {
+  Table& table = arguments.risk.table;
+  ROSE_LAUNCH(sample_kernel, blocks_of_sample(arguments), stream, arguments);
+  const char* failed = text(cudaGetLastError());
+  if (failed == nullptr) failed = walk(capture_pass_kernel, arguments, stream, table);
+  if (failed == nullptr) failed = narrow(arguments, stream);
+  if (failed == nullptr) failed = walk(capture_finish_kernel, arguments, stream, table);
+  return failed;
+}
+
+const char* bracket_update(StepArguments arguments, Stream stream) {
+  Table& table = arguments.update.table;
+  Table& ranked = arguments.select.risk.table;
+  const bool fractional = arguments.update.fractional;
+  ROSE_LAUNCH(step_sample_kernel, blocks_of_sample(arguments.select), stream, arguments);
+  const char* failed = text(cudaGetLastError());
+  if (failed == nullptr) {
+    failed = walk(fractional ? step_pass_kernel<true> : step_pass_kernel<false>, arguments, stream,
+                  table, ranked);
+  }
+  if (failed == nullptr) failed = narrow(arguments.select, stream);
+  if (failed == nullptr) {
+    failed = walk(fractional ? step_finish_kernel<true> : step_finish_kernel<false>, arguments, stream,
+                  table, ranked);
+  }
+  return failed;
 }
 
 const char* update(UpdateArguments arguments, Stream stream) {
   const int64_t blocks = (arguments.table.count + kThreads - 1) / kThreads;
   ROSE_LAUNCH(prepare_kernel, blocks < 1 ? 1 : blocks, stream, arguments);
   if (const char* failed = text(cudaGetLastError())) return failed;
-  return arguments.fractional ? walk(update_kernel<true>, arguments, arguments.table, stream)
-                              : walk(update_kernel<false>, arguments, arguments.table, stream);
+  return walk(arguments.fractional ? update_kernel<true> : update_kernel<false>, arguments, stream,
+              arguments.table);
 }
 
-const char* norms(NormArguments arguments, Stream stream) {
+const char* sums_of_squares(SquaresArguments arguments, Stream stream) {
   if (arguments.table.count == 0) return nullptr;
-  if (const char* failed = walk(squares_kernel, arguments, arguments.table, stream)) return failed;
+  if (const char* failed = walk(squares_kernel, arguments, stream, arguments.table)) return failed;
   constexpr int64_t kMostBlocks = 65535;
   const int64_t count = arguments.table.count;
-  ROSE_LAUNCH(norms_kernel, count < kMostBlocks ? count : kMostBlocks, stream, arguments);
+  ROSE_LAUNCH(sums_kernel, count < kMostBlocks ? count : kMostBlocks, stream, arguments);
   return text(cudaGetLastError());
 }
 

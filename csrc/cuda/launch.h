@@ -11,8 +11,10 @@ using Stream = void*;  // cudaStream_t
 
 const char* select(SelectArguments arguments, Stream stream);
 const char* capture(CaptureArguments arguments, Stream stream);
+const char* bracket_capture(SelectArguments arguments, Stream stream);
+const char* bracket_update(StepArguments arguments, Stream stream);
 const char* update(UpdateArguments arguments, Stream stream);
-const char* norms(NormArguments arguments, Stream stream);
+const char* sums_of_squares(SquaresArguments arguments, Stream stream);
 
 // Whether `stream` is being captured into a CUDA graph.
 const char* is_capturing(Stream stream, bool& capturing);

@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
+#include <cmath>
 
 #include "upload.h"
 
@@ -23,9 +24,11 @@ torch::stable::Device device_of(const std::vector<Tensor>& tensors) {
 #endif
 }
 
-const float* scalar(const std::optional<Tensor>& tensor, const char* name, const Context& context) {
+// Data of an optional float32 tensor on the device.
+const float* floats(const std::optional<Tensor>& tensor, int64_t numel, const char* name,
+                    const Context& context) {
   if (!tensor) return nullptr;
-  check_table(*tensor, ScalarType::Float, 1, name, context.device());
+  check_table(*tensor, ScalarType::Float, numel, name, context.device());
   return tensor->const_data_ptr<float>();
 }
 
@@ -34,137 +37,299 @@ const int64_t* record(const Tensor& selection, const Context& context) {
   return selection.const_data_ptr<int64_t>();
 }
 
+// Where masks are to be written.
+void set_bits(HostTable& host, const std::vector<Tensor>& masks, const Context& context) {
+  STD_TORCH_CHECK(masks.size() == host.segments.size(), "masks has ", masks.size(),
+                  " tensors; expected one for each of ", host.segments.size(), " gradients");
+  for (size_t i = 0; i < masks.size(); ++i) {
+    Segment& segment = host.segments[i];
+    check_table(masks[i], ScalarType::Byte, (segment.n + 7) / 8, "masks", context.device());
+    segment.bits = masks[i].mutable_data_ptr<uint8_t>();
+  }
+}
+
+struct Fractions {
+  int64_t upper, lower;
+};
+
+// The arguments of a selection of n ranked elements, and the memory they point to.
+class Selecting {
+ public:
+  SelectArguments arguments = {};
+
+  Selecting(const Risk& risk, int64_t n, Fractions fractions, const Context& context)
+      : context_(context),
+        n_(n),
+        state_(context.empty((sizeof(SelectState) + 7) / 8, ScalarType::Long)),
+        sample_(zeros_of_stream(context, (sizeof(Sample) + 7) / 8)) {
+    arguments.risk = risk;
+    arguments.state = static_cast<SelectState*>(state_.mutable_data_ptr());
+    arguments.sample = static_cast<Sample*>(sample_.mutable_data_ptr());
+    arguments.upper = fractions.upper;
+    arguments.lower = fractions.lower;
+  }
+
+  // Room for the keys of the window around each threshold. Where that is room for all keys, there is
+  // nothing to sample.
+  void log_keys() {
+    const int64_t capacity = std::max(n_ / 32, std::min<int64_t>(n_, 1 << 18));
+    if (n_ > capacity) sample_lines(0.1);
+    allocate_log(capacity * thresholds());
+  }
+
+  // Room for what lies in brackets: within 1 bit for each element and 14 MiB. A selection without
+  // brackets has the same memory for keys alone.
+  void log_brackets(bool updates, int64_t draw, double width) {
+    constexpr int64_t kFewest = 1 << 16;  // below, the sample would be too large a part
+    if (n_ >= kFewest) sample_lines(0.5);
+    arguments.draw = random_key(static_cast<uint32_t>(draw), 0x5A3Bu);
+    const int64_t words = updates ? 6 : 3;  // key, place; p, m, v
+    const int64_t most = (n_ / 8 + (14 << 20)) / (4 * words);
+    const int64_t capacity = std::min(n_, most) / 2 * 2;  // places are of 8 bytes
+    allocate_log(words * capacity);
+    uint32_t* const places = arguments.log + capacity;
+    float* const old = updates ? reinterpret_cast<float*>(places + 2 * capacity) : nullptr;
+    arguments.brackets = {capacity, reinterpret_cast<int64_t*>(places), old, n_, width};
+  }
+
+ private:
+  int64_t thresholds() const { return arguments.lower > 0 ? 2 : 1; }
+
+  void allocate_log(int64_t words) {
+    log_ = context_.empty(words, ScalarType::Int);
+    arguments.log = static_cast<uint32_t*>(log_.mutable_data_ptr());
+    arguments.log_capacity = words / thresholds();
+  }
+
+  // About c * n^(2/3) lines: a log shrinks as 1 / sqrt(lines), so these balance its cost and the
+  // sample's.
+  void sample_lines(double c) {
+    const double root = std::cbrt(static_cast<double>(n_));
+    const auto wanted = static_cast<int64_t>(c * root * root);
+    const int64_t lines = arguments.risk.table.lines;
+    arguments.stratum = std::max<int64_t>(1, lines / std::max<int64_t>(1, wanted));
+    arguments.lines = (lines + arguments.stratum - 1) / arguments.stratum;
+  }
+
+  const Context& context_;
+  int64_t n_;
+  Tensor state_, sample_, log_;
+};
+
+struct UpdateTensors {
+  std::vector<Tensor>&params, &grads, &exp_avgs, &exp_avg_sqs, &steps, &first_masks, &second_masks;
+};
+
+struct UpdateScalars {
+  const Tensor &lr, &hyper, &group, &offsets;
+  const std::optional<Tensor>&inv_scale, &clip, &found_inf;
+  double gamma;
+  bool rank_inactive;
+  int64_t seed;
+  bool stochastic;
+};
+
+// The arguments of an update, and the memory they point to.
+class Updating {
+ public:
+  UpdateArguments arguments = {};
+  int64_t ranked = 0;  // elements of selective tensors
+
+  // Checks everything, changes nothing.
+  Updating(const UpdateTensors& tensors, const UpdateScalars& scalars, bool from_risk,
+           const Context& context);
+
+ private:
+  std::optional<DeviceTable> table_;
+  Tensor prepared_;
+};
+
+Updating::Updating(const UpdateTensors& tensors, const UpdateScalars& scalars, bool from_risk,
+                   const Context& context) {
+  const Segments layout({{"params", &tensors.params, true},
+                         {"grads", &tensors.grads, false},
+                         {"exp_avgs", &tensors.exp_avgs, true},
+                         {"exp_avg_sqs", &tensors.exp_avg_sqs, true}},
+                        kTile);
+  const size_t count = layout.size();
+  const Groups groups(scalars.hyper, scalars.group, count);
+  const Tensor& lr = scalars.lr;
+  check_table(scalars.offsets, ScalarType::Long, static_cast<int64_t>(count), "offsets");
+  check_table(lr, ScalarType::Double, groups.count(), "lr",
+              lr.is_cpu() ? lr.device() : context.device());
+  STD_TORCH_CHECK(tensors.steps.size() == count, "steps has ", tensors.steps.size(),
+                  " tensors; expected one for each of ", count, " parameters");
+  const bool has_first = !tensors.first_masks.empty();
+  const bool has_second = from_risk || !tensors.second_masks.empty();
+  const auto first = check_masks(tensors.first_masks, layout, "first_masks", context.device());
+  const auto second = check_masks(tensors.second_masks, layout, "second_masks", context.device());
+
+  HostTable host(layout, &groups);
+  for (size_t i = 0; i < count; ++i) {
+    check_table(tensors.steps[i], ScalarType::Float, 1, "steps", context.device());
+    Segment& segment = host.segments[i];
+    STD_TORCH_CHECK(!segment.selective || has_first || has_second, "params[", i,
+                    "] is selective; expected first_masks, second_masks or a selection");
+    segment.step = tensors.steps[i].mutable_data_ptr<float>();
+    segment.offset = scalars.offsets.const_data_ptr<int64_t>()[i];
+    if (!segment.selective) continue;
+    ranked += segment.n;
+    segment.mask_kinds[0] = first[i];
+    segment.mask_kinds[1] = second[i];
+    if (has_first) {
+      segment.masks[0] = static_cast<const uint8_t*>(tensors.first_masks[i].const_data_ptr());
+    }
+    if (!tensors.second_masks.empty()) {
+      segment.masks[1] = static_cast<const uint8_t*>(tensors.second_masks[i].const_data_ptr());
+    }
+  }
+  const double* lrs = lr.const_data_ptr<double>();
+  if (lr.is_cpu()) host.lr.assign(lrs, lrs + groups.count());
+  table_.emplace(host, context);
+  prepared_ = context.empty(static_cast<int64_t>(count * sizeof(Prepared)), ScalarType::Byte);
+
+  arguments.table = table_->table;
+  arguments.lr = lr.is_cpu() ? table_->lr : lrs;
+  arguments.inv_scale = floats(scalars.inv_scale, 1, "inv_scale", context);
+  arguments.clip = floats(scalars.clip, 2, "clip", context);
+  arguments.found_inf = floats(scalars.found_inf, 1, "found_inf", context);
+  arguments.from_risk = from_risk;
+  arguments.prepared = static_cast<Prepared*>(prepared_.mutable_data_ptr());
+  arguments.gamma = scalars.gamma;
+  arguments.fractional = has_first && has_second;
+  arguments.first_weight = arguments.fractional ? 1 : 3;
+  arguments.second_weight = arguments.fractional ? 2 : 3;
+  arguments.rank_inactive = scalars.rank_inactive;
+  arguments.stochastic = scalars.stochastic;
+  arguments.seed = static_cast<uint32_t>(scalars.seed);
+}
+
 }  // namespace
 
 Tensor select(std::vector<Tensor> grads, std::vector<Tensor> exp_avgs, Tensor hyper, Tensor group,
-              std::optional<Tensor> inv_scale, int64_t upper, int64_t lower, bool rank_inactive,
-              bool approx) {
+              std::optional<Tensor> inv_scale, std::optional<Tensor> clip, int64_t upper, int64_t lower,
+              bool rank_inactive, bool approx) {
   check_fractions(upper, lower);
   const Context context(device_of(grads));
   const Segments layout(risk_roles(grads, exp_avgs), kTile);
   const Groups groups(hyper, group, layout.size());
-  const DeviceTable table(HostTable(layout, &groups), context);
-  const float* scale = scalar(inv_scale, "inv_scale", context);
+  const DeviceTable table(HostTable(layout, &groups, true), context);
+  const Risk risk = {table.table,
+                     floats(inv_scale, 1, "inv_scale", context),
+                     floats(clip, 2, "clip", context),
+                     !exp_avgs.empty(),
+                     rank_inactive,
+                     0};
+  Selecting selecting(risk, layout.elements(), {upper, lower}, context);
   Tensor result = context.empty(8, ScalarType::Long);
-  const int64_t n = layout.elements(), positions = layout.tiles() * kTile;
-  // Room for the window around a threshold. Where it holds all keys, there is nothing to sample.
-  const int64_t capacity = std::max(n / 32, std::min<int64_t>(n, 1 << 18));
-  const int64_t most = std::clamp<int64_t>(n / (128 * kWarp), 1 << 11, 1 << 15);
-  const int64_t lines = approx || n <= capacity ? 0 : most;
-  Tensor state = context.empty((sizeof(SelectState) + 7) / 8, ScalarType::Long);
-  Tensor log = context.empty(approx ? 0 : capacity * (lower > 0 ? 2 : 1), ScalarType::Int);
-  const Tensor sample = zeros_of_stream(context, (sizeof(Sample) + 7) / 8);
-  check(cuda::select({{table.table, scale, !exp_avgs.empty(), rank_inactive},
-                      static_cast<Sample*>(sample.mutable_data_ptr()),
-                      lines,
-                      lines == 0 ? 0 : positions / lines,
-                      static_cast<SelectState*>(state.mutable_data_ptr()),
-                      static_cast<uint32_t*>(log.mutable_data_ptr()),
-                      capacity,
-                      static_cast<double>(capacity) / static_cast<double>(std::max<int64_t>(n, 1)),
-                      result.mutable_data_ptr<int64_t>(),
-                      upper,
-                      lower,
-                      approx},
-                     context.stream()));
+  selecting.arguments.selection = result.mutable_data_ptr<int64_t>();
+  selecting.arguments.approx = approx;
+  if (!approx) selecting.log_keys();
+  check(cuda::select(selecting.arguments, context.stream()));
   return result;
 }
 
 void capture_(std::vector<Tensor> masks, std::vector<Tensor> grads, std::vector<Tensor> exp_avgs,
-              Tensor hyper, Tensor group, std::optional<Tensor> inv_scale, Tensor selection,
-              bool rank_inactive) {
+              Tensor hyper, Tensor group, std::optional<Tensor> inv_scale, std::optional<Tensor> clip,
+              Tensor selection, bool rank_inactive) {
   const Context context(device_of(grads));
   const Segments layout(risk_roles(grads, exp_avgs), kTile);
   const Groups groups(hyper, group, layout.size());
-  HostTable host(layout, &groups);
-  STD_TORCH_CHECK(masks.size() == layout.size(), "masks has ", masks.size(),
-                  " tensors; expected one for each of ", layout.size(), " gradients");
-  for (size_t i = 0; i < masks.size(); ++i) {
-    check_table(masks[i], ScalarType::Byte, (layout[i].n + 7) / 8, "masks", context.device());
-    host.segments[i].bits = masks[i].mutable_data_ptr<uint8_t>();
-  }
+  HostTable host(layout, &groups, true);
+  set_bits(host, masks, context);
   const DeviceTable table(host, context);
-  check(cuda::capture(
-      {{table.table, scalar(inv_scale, "inv_scale", context), !exp_avgs.empty(), rank_inactive},
-       record(selection, context)},
-      context.stream()));
+  const Risk risk = {table.table,
+                     floats(inv_scale, 1, "inv_scale", context),
+                     floats(clip, 2, "clip", context),
+                     !exp_avgs.empty(),
+                     rank_inactive,
+                     0};
+  check(cuda::capture({risk, record(selection, context)}, context.stream()));
+}
+
+Tensor bracket_capture_(std::vector<Tensor> masks, std::vector<Tensor> grads,
+                        std::vector<Tensor> exp_avgs, Tensor hyper, Tensor group,
+                        std::optional<Tensor> inv_scale, std::optional<Tensor> clip, int64_t upper,
+                        int64_t lower, bool rank_inactive, int64_t draw, double width) {
+  check_fractions(upper, lower);
+  const Context context(device_of(grads));
+  const Segments layout(risk_roles(grads, exp_avgs), kTile);
+  const Groups groups(hyper, group, layout.size());
+  HostTable host(layout, &groups, true);
+  set_bits(host, masks, context);
+  const DeviceTable table(host, context);
+  const Risk risk = {table.table,
+                     floats(inv_scale, 1, "inv_scale", context),
+                     floats(clip, 2, "clip", context),
+                     !exp_avgs.empty(),
+                     rank_inactive,
+                     0};
+  Selecting selecting(risk, layout.elements(), {upper, lower}, context);
+  Tensor result = context.empty(8, ScalarType::Long);
+  selecting.arguments.selection = result.mutable_data_ptr<int64_t>();
+  selecting.log_brackets(false, draw, width);
+  check(cuda::bracket_capture(selecting.arguments, context.stream()));
+  return result;
 }
 
 Tensor adamw_(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Tensor> exp_avgs,
               std::vector<Tensor> exp_avg_sqs, std::vector<Tensor> steps,
               std::vector<Tensor> first_masks, std::vector<Tensor> second_masks,
               std::optional<Tensor> selection, Tensor lr, Tensor hyper, Tensor group, Tensor offsets,
-              std::optional<Tensor> inv_scale, std::optional<Tensor> found_inf, double gamma,
-              bool rank_inactive, int64_t seed) {
+              std::optional<Tensor> inv_scale, std::optional<Tensor> clip,
+              std::optional<Tensor> found_inf, double gamma, bool rank_inactive, int64_t seed,
+              bool stochastic) {
   const Context context(device_of(params));
-  const Segments layout({{"params", &params, true},
-                         {"grads", &grads, false},
-                         {"exp_avgs", &exp_avgs, true},
-                         {"exp_avg_sqs", &exp_avg_sqs, true}},
-                        kTile);
-  const size_t count = layout.size();
-  const Groups groups(hyper, group, count);
-  check_table(offsets, ScalarType::Long, static_cast<int64_t>(count), "offsets");
-  check_table(lr, ScalarType::Double, groups.count(), "lr",
-              lr.is_cpu() ? lr.device() : context.device());
-  STD_TORCH_CHECK(steps.size() == count, "steps has ", steps.size(),
-                  " tensors; expected one for each of ", count, " parameters");
   STD_TORCH_CHECK(!selection || second_masks.empty(),
                   "both selection and second_masks are given; expected one second-order mask");
-  const bool has_first = !first_masks.empty(), has_second = selection || !second_masks.empty();
-  const auto first = check_masks(first_masks, layout, "first_masks", context.device());
-  const auto second = check_masks(second_masks, layout, "second_masks", context.device());
-
-  HostTable host(layout, &groups);
-  for (size_t i = 0; i < count; ++i) {
-    check_table(steps[i], ScalarType::Float, 1, "steps", context.device());
-    Segment& segment = host.segments[i];
-    STD_TORCH_CHECK(!segment.selective || has_first || has_second, "params[", i,
-                    "] is selective; expected first_masks, second_masks or a selection");
-    segment.step = steps[i].mutable_data_ptr<float>();
-    segment.offset = offsets.const_data_ptr<int64_t>()[i];
-    if (!segment.selective) continue;
-    segment.mask_kinds[0] = first[i];
-    segment.mask_kinds[1] = second[i];
-    if (has_first) segment.masks[0] = static_cast<const uint8_t*>(first_masks[i].const_data_ptr());
-    if (!second_masks.empty()) {
-      segment.masks[1] = static_cast<const uint8_t*>(second_masks[i].const_data_ptr());
-    }
-  }
-  const double* lrs = lr.const_data_ptr<double>();
-  if (lr.is_cpu()) host.lr.assign(lrs, lrs + groups.count());
-  const DeviceTable table(host, context);
-
-  UpdateArguments arguments;
-  arguments.table = table.table;
-  arguments.lr = lr.is_cpu() ? table.lr : lrs;
-  arguments.inv_scale = scalar(inv_scale, "inv_scale", context);
-  arguments.found_inf = scalar(found_inf, "found_inf", context);
-  arguments.selection = selection ? record(*selection, context) : nullptr;
-  Tensor prepared = context.empty(static_cast<int64_t>(count * sizeof(Prepared)), ScalarType::Byte);
-  arguments.prepared = static_cast<Prepared*>(prepared.mutable_data_ptr());
+  Updating updating(
+      {params, grads, exp_avgs, exp_avg_sqs, steps, first_masks, second_masks},
+      {lr, hyper, group, offsets, inv_scale, clip, found_inf, gamma, rank_inactive, seed, stochastic},
+      selection.has_value(), context);
+  updating.arguments.selection = selection ? record(*selection, context) : nullptr;
   Tensor counts = context.empty(2, ScalarType::Long);
-  arguments.counts = static_cast<Count*>(counts.mutable_data_ptr());
-  arguments.gamma = gamma;
-  arguments.fractional = has_first && has_second;
-  arguments.first_weight = arguments.fractional ? 1 : 3;
-  arguments.second_weight = arguments.fractional ? 2 : 3;
-  arguments.rank_inactive = rank_inactive;
-  arguments.seed = static_cast<uint32_t>(seed);
-  check(cuda::update(arguments, context.stream()));
+  updating.arguments.counts = static_cast<Count*>(counts.mutable_data_ptr());
+  check(cuda::update(updating.arguments, context.stream()));
   return counts;
 }
 
-Tensor tensor_norms(std::vector<Tensor> tensors, std::optional<Tensor> inv_scale) {
+Tensor bracket_adamw_(std::vector<Tensor> params, std::vector<Tensor> grads,
+                      std::vector<Tensor> exp_avgs, std::vector<Tensor> exp_avg_sqs,
+                      std::vector<Tensor> steps, std::vector<Tensor> first_masks, Tensor lr,
+                      Tensor hyper, Tensor group, Tensor offsets, std::optional<Tensor> inv_scale,
+                      std::optional<Tensor> clip, std::optional<Tensor> found_inf, double gamma,
+                      int64_t upper, int64_t lower, bool rank_inactive, int64_t seed, bool stochastic,
+                      int64_t draw, double width) {
+  check_fractions(upper, lower);
+  const Context context(device_of(params));
+  std::vector<Tensor> no_masks;
+  Updating updating(
+      {params, grads, exp_avgs, exp_avg_sqs, steps, first_masks, no_masks},
+      {lr, hyper, group, offsets, inv_scale, clip, found_inf, gamma, rank_inactive, seed, stochastic},
+      true, context);
+  UpdateArguments& update = updating.arguments;
+  const Risk risk = {update.table, update.inv_scale, update.clip, true, rank_inactive, 1};
+  Selecting selecting(risk, updating.ranked, {upper, lower}, context);
+  selecting.log_brackets(true, draw, width);
+  Tensor result = context.empty(8 + 2, ScalarType::Long);
+  int64_t* const record = result.mutable_data_ptr<int64_t>();
+  selecting.arguments.selection = record;
+  update.selection = record;
+  update.counts = reinterpret_cast<Count*>(record + 8);
+  check(cuda::bracket_update({selecting.arguments, update}, context.stream()));
+  return result;
+}
+
+Tensor sums_of_squares(std::vector<Tensor> tensors, std::optional<Tensor> inv_scale) {
   const Context context(device_of(tensors));
   const Segments layout({{"tensors", &tensors, false}}, kTile);
   const int64_t count = static_cast<int64_t>(layout.size());
   const DeviceTable table(HostTable(layout), context);
   Tensor partial = context.empty(layout.tiles(), ScalarType::Double);
-  Tensor result = context.empty(count, ScalarType::Float);
-  check(cuda::norms({table.table, scalar(inv_scale, "inv_scale", context),
-                     partial.mutable_data_ptr<double>(), result.mutable_data_ptr<float>()},
-                    context.stream()));
+  Tensor result = context.empty(count, ScalarType::Double);
+  check(cuda::sums_of_squares({table.table, floats(inv_scale, 1, "inv_scale", context),
+                               partial.mutable_data_ptr<double>(), result.mutable_data_ptr<double>()},
+                              context.stream()));
   return result;
 }
 

@@ -13,21 +13,35 @@ namespace ops {
 using torch::stable::Tensor;
 
 Tensor select(std::vector<Tensor> grads, std::vector<Tensor> exp_avgs, Tensor hyper, Tensor group,
-              std::optional<Tensor> inv_scale, int64_t upper, int64_t lower, bool rank_inactive,
-              bool approx);
+              std::optional<Tensor> inv_scale, std::optional<Tensor> clip, int64_t upper, int64_t lower,
+              bool rank_inactive, bool approx);
 
 void capture_(std::vector<Tensor> masks, std::vector<Tensor> grads, std::vector<Tensor> exp_avgs,
-              Tensor hyper, Tensor group, std::optional<Tensor> inv_scale, Tensor selection,
-              bool rank_inactive);
+              Tensor hyper, Tensor group, std::optional<Tensor> inv_scale, std::optional<Tensor> clip,
+              Tensor selection, bool rank_inactive);
 
 Tensor adamw_(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Tensor> exp_avgs,
               std::vector<Tensor> exp_avg_sqs, std::vector<Tensor> steps,
               std::vector<Tensor> first_masks, std::vector<Tensor> second_masks,
               std::optional<Tensor> selection, Tensor lr, Tensor hyper, Tensor group, Tensor offsets,
-              std::optional<Tensor> inv_scale, std::optional<Tensor> found_inf, double gamma,
-              bool rank_inactive, int64_t seed);
+              std::optional<Tensor> inv_scale, std::optional<Tensor> clip,
+              std::optional<Tensor> found_inf, double gamma, bool rank_inactive, int64_t seed,
+              bool stochastic);
 
-Tensor tensor_norms(std::vector<Tensor> tensors, std::optional<Tensor> inv_scale);
+Tensor bracket_adamw_(std::vector<Tensor> params, std::vector<Tensor> grads,
+                      std::vector<Tensor> exp_avgs, std::vector<Tensor> exp_avg_sqs,
+                      std::vector<Tensor> steps, std::vector<Tensor> first_masks, Tensor lr,
+                      Tensor hyper, Tensor group, Tensor offsets, std::optional<Tensor> inv_scale,
+                      std::optional<Tensor> clip, std::optional<Tensor> found_inf, double gamma,
+                      int64_t upper, int64_t lower, bool rank_inactive, int64_t seed, bool stochastic,
+                      int64_t draw, double width);
+
+Tensor bracket_capture_(std::vector<Tensor> masks, std::vector<Tensor> grads,
+                        std::vector<Tensor> exp_avgs, Tensor hyper, Tensor group,
+                        std::optional<Tensor> inv_scale, std::optional<Tensor> clip, int64_t upper,
+                        int64_t lower, bool rank_inactive, int64_t draw, double width);
+
+Tensor sums_of_squares(std::vector<Tensor> tensors, std::optional<Tensor> inv_scale);
 
 }  // namespace ops
 }  // namespace cuda

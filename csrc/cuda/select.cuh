@@ -59,10 +59,10 @@ ROSE_DEVICE Count find_bin(const T* histogram, Count rank, Bin& bin) {
 }
 
 // Adds a block's counts to those of all blocks, once.
-template <int kCount>
-ROSE_DEVICE void flush(const uint32_t* block, Count* all) {
+template <int kCount, typename From, typename To>
+ROSE_DEVICE void flush(const From* block, To* all) {
   for (int i = threadIdx.x; i < kCount; i += kThreads) {
-    if (block[i] != 0) atomicAdd(all + i, (Count)block[i]);
+    if (block[i] != 0) atomicAdd(all + i, (To)block[i]);
   }
 }
 
@@ -81,7 +81,7 @@ ROSE_DEVICE void write_selection(const SelectArguments& a, int64_t high, int64_t
                              (int64_t)state.ranked,
                              (int64_t)state.inactive,
                              (int64_t)state.nonfinite,
-                             0,
+                             state.missed ? 1 : 0,
                              0};
 #pragma unroll
   for (int i = 0; i < 8; ++i) a.selection[i] = record[i];
@@ -89,68 +89,246 @@ ROSE_DEVICE void write_selection(const SelectArguments& a, int64_t high, int64_t
 
 // ---------------------------------------------------------------------------------------------- sample
 
-// The keys within three standard errors of the sample's quantile, if elements of a line are so alike
-// that a line counts as a quarter of its elements (a design effect of 4). Whole bins of the sample, in
-// case the threshold is one of many ties there; parts of bins, as if keys were spread evenly, where
-// whole bins would fill the log. For a whole block.
-ROSE_DEVICE Window plan_window(const Sample& sample, int64_t fraction, double share_of_log) {
-  constexpr int kShift = kKeyBits - 14;
-  constexpr double kWidth = 1 << kShift;
-  Bin first = {0, 0, 0}, last = {kInfinityBits >> kShift, 0, 0};
-  const Count total = find_bin<kSampleBins>(sample.histogram, 0, first);
-  __syncthreads();
-  const double q = (double)fraction * 1e-9, n = (double)total;
-  const double margin = 3.0 * sqrt(4.0 * n * q * (1.0 - q)) + 1.0;
-  const double from = floor(q * n - margin), upto = ceil(q * n + margin);
-  const bool has_low = from >= 1.0, has_high = upto < n;
-  if (has_low) find_bin<kSampleBins>(sample.histogram, (Count)from, first);
-  __syncthreads();
-  if (has_high) find_bin<kSampleBins>(sample.histogram, (Count)upto, last);
-  uint32_t low = has_low ? first.index << kShift : 0;
-  uint32_t high = has_high ? ((last.index + 1) << kShift) - 1 : kInfinityBits;
-  const double below_high = has_high ? (double)(last.below + last.inside) : n;
-  const double below_low = has_low ? (double)first.below : 0.0;
-  if (below_high - below_low > 0.75 * share_of_log * n) {
-    if (has_low)
-      low += (uint32_t)((from - (double)first.below) / (double)first.inside * (kWidth - 1.0));
-    if (has_high) high -= (uint32_t)((below_high - upto) / (double)last.inside * (kWidth - 1.0));
-  }
-  Window window = {low, high > low ? high - low : 0, 0};
+// Where a sample is looked at closely, from a pilot that every block reads: around its quantile, whose
+// variance is measured there, and at a key that many elements have, if there is one.
+struct View {
+  Window window;
+  uint32_t middle;  // the quantile
+  uint32_t pivot;   // that key, or kNoKey
+};
+
+constexpr int kPilot = 2 * kThreads;  // keys
+
+// Key of an element of the line that is drawn from a stratum; kNoKey if it is not ranked or not there.
+ROSE_DEVICE uint32_t sampled_key(const SelectArguments& a, Factors factors, int64_t stratum,
+                                 int element) {
+  const Table& table = a.risk.table;
+  const uint64_t random = random_bits(a.draw, (uint32_t)(stratum >> 32), (uint32_t)stratum);
+  const int64_t line = stratum * a.stratum + (int64_t)(random * (uint64_t)a.stratum >> 32);
+  if (stratum >= a.lines || line >= table.lines) return kNoKey;
+  const Segment& segment = table.segments[find_segment<&Segment::first_line>(table, line)];
+  const int64_t i = (line - segment.first_line) * kLine + element;
+  if (i >= segment.n) return kNoKey;
+  const uint32_t key = key_at(a.risk, factors, segment, i);
+  return key < kInactiveKey ? key : kNoKey;
+}
+
+// Sorts 2 * kThreads keys in shared memory. Bitonic: every thread has a pair in every step.
+ROSE_DEVICE void sort(uint32_t* keys) {
 #pragma unroll 1
-  while (window.width >> window.shift >= kBins) ++window.shift;
-  return window;
+  for (int size = 2; size <= kPilot; size *= 2) {
+#pragma unroll 1
+    for (int distance = size / 2; distance > 0; distance /= 2) {
+      __syncthreads();
+      const int i = 2 * (int)threadIdx.x - ((int)threadIdx.x & (distance - 1));
+      const uint32_t first = keys[i], second = keys[i + distance];
+      if ((first > second) == ((i & size) == 0)) {
+        keys[i] = second;
+        keys[i + distance] = first;
+      }
+    }
+  }
+  __syncthreads();
+}
+
+// From quantiles at 5 standard errors (if elements of a line are as alike as 2 in 3) on each side.
+// `keys`: sorted, of which `size` are ranked.
+ROSE_DEVICE View view_of(const uint32_t* keys, int size, int64_t fraction) {
+  const double q = (double)fraction * 1e-9, position = q * size;
+  const double margin = 5.0 * sqrt(2.0 * size * q * (1.0 - q)) + 2.0 * kLine;
+  const double from = position - margin, upto = position + margin;
+  View view = {{0, kInfinityBits, 0, true}, kInfinityBits, kNoKey};
+  if (size == 0) return view;
+  const int middle = position < size ? (int)position : size - 1;
+  if (from > 0.0) view.window.low = keys[(int)from];
+  view.window.width = (upto < size ? keys[(int)upto] : kInfinityBits) - view.window.low;
+  while (view.window.width >> view.window.shift >= kBins) ++view.window.shift;
+  view.middle = keys[middle];
+  // A run of equal keys, looked for from the quantile outwards.
+  constexpr int kRun = 8, kFarthest = 48;
+#pragma unroll 1
+  for (int distance = 0; distance <= kFarthest; distance += kRun) {
+#pragma unroll 1
+    for (int sign = -1; sign <= 1; sign += 2) {
+      const int at = middle + sign * distance;
+      if (at < 0 || at + kRun > size || keys[at] != keys[at + kRun - 1]) continue;
+      view.pivot = keys[at];
+      return view;
+    }
+  }
+  return view;
+}
+
+ROSE_DEVICE View no_view() { return {{kNoKey, 0, 0, false}, kNoKey, kNoKey}; }
+
+ROSE_DEVICE void read_pilot(const SelectArguments& a, Factors factors, View* views) {
+  __shared__ uint32_t keys[kPilot];
+  __shared__ int size;
+  if (threadIdx.x == 0) size = 0;
+  const int64_t apart = a.lines * kLine > kPilot ? a.lines / (kPilot / kLine) : 1;
+#pragma unroll 1
+  for (int i = threadIdx.x; i < kPilot; i += kThreads) {
+    keys[i] = sampled_key(a, factors, i / kLine * apart, i % kLine);
+  }
+  sort(keys);
+  for (int i = threadIdx.x; i < kPilot; i += kThreads) {
+    if (keys[i] != kNoKey && (i + 1 == kPilot || keys[i + 1] == kNoKey)) size = i + 1;
+  }
+  __syncthreads();
+  if (threadIdx.x < 2) {
+    const int64_t fraction = threadIdx.x == 0 ? a.upper : a.lower;
+    const bool wanted = fraction > 0 && !a.approx;
+    views[threadIdx.x] = wanted ? view_of(keys, size, fraction) : no_view();
+  }
+  __syncthreads();
+}
+
+// What the sample says of a threshold.
+struct Plan {
+  Window window;
+  uint32_t estimate;  // of the threshold, the last key of a bin; kNoKey if there is none
+  double logged;      // keys to log, in a sample; infinite if the window does not hold the bracket
+};
+
+// A window is a few standard errors wide, and missing it costs time. A bracket must not be missed: see
+// bracket_adamw_ in rose_ops/reference.py. For a whole block.
+ROSE_DEVICE Plan plan_of(const SelectArguments& a, const View& view, int t, bool is_bracket) {
+  const uint32_t* bins = a.sample->bins[t];
+  const SampleSums& sums = a.sample->sums;
+  const Window& window = view.window;
+  if (window.low == kNoKey) return {window, kNoKey, 0.0};
+  const double q = (double)(t == 0 ? a.upper : a.lower) * 1e-9;
+  const double ranked = (double)__ldcg(&sums.ranked);
+  const double u = (double)(int64_t)__ldcg(&sums.dc_dc[t]) -
+                   2.0 * q * (double)(int64_t)__ldcg(&sums.dc_dr[t]) +
+                   q * q * (double)__ldcg(&sums.dr_dr);
+  const double deviation = sqrt(u > 0.0 ? u : 0.0);
+  constexpr double kLog = 25.0;  // l in the derivation
+  const double margin =
+      is_bracket ? a.brackets.width * (sqrt(2.0 * kLog) * deviation + 8.0 / 3.0 * kLine * kLog)
+                 : 3.0 * deviation + kLine;
+  if (is_bracket && view.pivot != kNoKey) {  // is that surely the threshold?
+    const double below = (double)__ldcg(&sums.below_pivot[t]) - q * ranked;
+    const double upto = below + (double)__ldcg(&sums.at_pivot[t]);
+    if (below < -1.0 - margin && upto > margin) {
+      return {{view.pivot, 0, 0, false}, view.pivot, 0.0};
+    }
+  }
+  // Ranks in the window, of its first bin to log, of the estimate, and of the last bin to log.
+  const double rank = q * ranked - (double)__ldcg(&sums.below_window[t]);
+  const double ranks[3] = {ceil(rank - margin - 1.0), ceil(rank), floor(rank + margin) + 1.0};
+  const uint32_t last_bin = window.width >> window.shift;
+  Bin found[3];
+  double total = 0.0;
+#pragma unroll
+  for (int e = 0; e < 3; ++e) {
+    const double wanted = ranks[e] < 1.0 ? 1.0 : ranks[e] < 1e9 ? ranks[e] : 1e9;
+    total = (double)find_bin<kBins>(bins, (Count)wanted, found[e]);
+    if (wanted > total) found[e] = {last_bin, (Count)total, 0};
+  }
+  const bool is_lowest = ranks[0]<1.0, is_highest = ranks[2]> total;
+  if (is_lowest) found[0] = {0, 0, 0};
+  const bool is_open =
+      (is_lowest && window.low > 0) || (is_highest && window.low + window.width < kInfinityBits);
+  const auto end_of = [&](const Bin& bin) {
+    const uint32_t width = ((bin.index + 1) << window.shift) - 1;
+    return window.low + (width < window.width ? width : window.width);
+  };
+  Plan plan = {{window.low + (found[0].index << window.shift), 0, 0, true},
+               end_of(found[1]),
+               is_open ? HUGE_VAL : (double)(found[2].below + found[2].inside - found[0].below)};
+  plan.window.width = end_of(found[2]) - plan.window.low;
+#pragma unroll 1
+  while (plan.window.width >> plan.window.shift >= kBins) ++plan.window.shift;
+  return plan;
+}
+
+// The windows of both thresholds, and the mode. For a whole block.
+ROSE_DEVICE void make_plans(const SelectArguments& a, const View* views) {
+  SelectState& state = *a.state;
+  bool speculates = a.brackets.capacity > 0 && a.lines > 0;
+#pragma unroll 1
+  for (int attempt = speculates ? 0 : 1; attempt < 2; ++attempt) {
+    const bool is_bracket = attempt == 0;
+    double logged = 0.0;
+#pragma unroll 1
+    for (int t = 0; t < 2; ++t) {
+      const Plan plan = plan_of(a, views[t], t, is_bracket);
+      logged += plan.logged;
+      if (threadIdx.x != 0) continue;
+      state.windows[t] = plan.window;
+      (t == 0 ? state.estimate.high : state.estimate.low) = (int32_t)plan.estimate;
+    }
+    // With room for the sample to be wrong.
+    speculates = is_bracket && 1.25 * logged * (double)a.stratum <= (double)a.brackets.capacity;
+    if (speculates) break;
+  }
+  if (threadIdx.x == 0) state.mode = speculates ? Mode::kSpeculative : Mode::kExact;
+}
+
+ROSE_DEVICE void clear_state(SelectState& state) {
+  for (int i = (int)(blockIdx.x * kThreads + threadIdx.x); i < (int)(sizeof(state) / sizeof(uint32_t));
+       i += (int)(gridDim.x * kThreads)) {
+    ((uint32_t*)&state)[i] = 0;
+  }
+}
+
+// For a whole grid. Two lines for each warp at a time, which are neighbours in the sample.
+ROSE_DEVICE void take_sample(const SelectArguments& a) {
+  constexpr int kSums = sizeof(SampleSums) / sizeof(Count);
+  __shared__ uint32_t bins[2][kBins];
+  __shared__ SampleSums of_block;
+  __shared__ View views[2];
+  const Factors factors = factors_of(a.risk);
+  clear<2 * kBins>(bins[0]);
+  clear<kSums>((Count*)&of_block);
+  read_pilot(a, factors, views);
+  const int64_t warps = (int64_t)gridDim.x * (kThreads / kWarp);
+  const auto add = [&](Count& sum, int x) {
+    if (lane() == 0 && x != 0) atomicAdd(&sum, (Count)(int64_t)x);
+  };
+#pragma unroll 1
+  for (int64_t pair = (int64_t)blockIdx.x * (kThreads / kWarp) + warp(); 2 * pair < a.lines;
+       pair += warps) {
+    const uint32_t key = sampled_key(a, factors, 2 * pair + lane() / kLine, lane() % kLine);
+    const auto difference = [](unsigned votes) {
+      return __popc(votes & 0xFFFFu) - __popc(votes >> kLine);
+    };
+    const unsigned ranked = __ballot_sync(kFullWarp, key != kNoKey);
+    const int dr = difference(ranked);
+    add(of_block.ranked, __popc(ranked));
+    add(of_block.dr_dr, dr * dr);
+#pragma unroll
+    for (int t = 0; t < 2; ++t) {
+      const View& view = views[t];
+      if (view.window.low == kNoKey) continue;
+      const uint32_t above = key - view.window.low;
+      const int dc = difference(__ballot_sync(kFullWarp, key <= view.middle));
+      add(of_block.dc_dc[t], dc * dc);
+      add(of_block.dc_dr[t], dc * dr);
+      add(of_block.below_window[t], __popc(__ballot_sync(kFullWarp, key < view.window.low)));
+      add(of_block.below_pivot[t], __popc(__ballot_sync(kFullWarp, key < view.pivot)));
+      add(of_block.at_pivot[t], __popc(__ballot_sync(kFullWarp, key == view.pivot)));
+      if (key != kNoKey && key >= view.window.low && above <= view.window.width) {
+        atomicAdd(&bins[t][above >> view.window.shift], 1u);
+      }
+    }
+  }
+  __syncthreads();
+  Sample& sample = *a.sample;
+  flush<2 * kBins>(bins[0], sample.bins[0]);
+  flush<kSums>((const Count*)&of_block, (Count*)&sample.sums);
+  if (!is_last_block(&sample.ticket)) return;
+  make_plans(a, views);
+  __syncthreads();
+  clear<2 * kBins>(sample.bins[0]);
+  clear<kSums>((Count*)&sample.sums);
+  if (threadIdx.x == 0) sample.ticket = 0;
 }
 
 static __global__ void __launch_bounds__(kThreads, 4) sample_kernel(SelectArguments a) {
-  const int64_t thread = (int64_t)blockIdx.x * kThreads + threadIdx.x;
-  const int64_t threads = (int64_t)gridDim.x * kThreads;
-  for (int64_t i = thread; i < (int64_t)(sizeof(SelectState) / sizeof(uint32_t)); i += threads) {
-    ((uint32_t*)a.state)[i] = 0;
-  }
-  const Table& table = a.risk.table;
-  for (int64_t line = thread / kWarp; line < a.lines; line += threads / kWarp) {
-    // Positions are counted in whole tiles; a line beyond the end of its segment is not there.
-    const uint64_t random = random_bits(0, (uint32_t)(line >> 32), (uint32_t)line);
-    const int64_t at = line * a.stratum + (int64_t)(random * (uint64_t)a.stratum >> 32);
-    const int64_t tile = at / kTile;
-    const Segment& segment = table.segments[find_segment(table, tile)];
-    const int64_t i = (tile - segment.first_tile) * kTile + at % kTile / kWarp * kWarp + lane();
-    if (i >= segment.n) continue;
-    const uint32_t key = key_at(a.risk, scalar_or_one(a.risk.inv_scale), segment, i);
-    if (key < kInactiveKey) atomicAdd(&a.sample->histogram[key >> (kKeyBits - 14)], 1u);
-  }
-  if (!is_last_block(&a.sample->ticket)) return;
-  SelectState& state = *a.state;
-#pragma unroll 1
-  for (int t = 0; t < 2; ++t) {
-    const int64_t fraction = t == 0 ? a.upper : a.lower;
-    Window window = {kNoKey, 0, 0};  // no key is in it
-    if (fraction > 0 && !a.approx) window = plan_window(*a.sample, fraction, a.share_of_log);
-    if (threadIdx.x == 0) state.windows[t] = window;
-    __syncthreads();
-  }
-  clear<kSampleBins>(a.sample->histogram);
-  if (threadIdx.x == 0) a.sample->ticket = 0;
+  clear_state(*a.state);
+  take_sample(a);
 }
 
 // ---------------------------------------------------------------------------------------------- pass 1
@@ -168,10 +346,17 @@ ROSE_DEVICE bool append(bool take, uint32_t key, Count* size, uint32_t* log, int
   return first < (Count)capacity;
 }
 
-static __global__ void __launch_bounds__(kThreads, 4) count_kernel(SelectArguments a) {
+// What a block counts in shared memory.
+struct Counts {
+  uint32_t histogram[kBins], of_windows[2][kBins];
+  Count scratch[kThreads / kWarp];
+};
+
+ROSE_DEVICE void count(const SelectArguments& a, Counts& shared) {
   constexpr int kShift = kKeyBits - 11;
-  __shared__ uint32_t histogram[kBins], of_windows[2][kBins];
-  __shared__ Count scratch[kThreads / kWarp];
+  uint32_t* const histogram = shared.histogram;
+  uint32_t (&of_windows)[2][kBins] = shared.of_windows;
+  Count* const scratch = shared.scratch;
   SelectState& state = *a.state;
   clear<kBins>(histogram);
   clear<2 * kBins>(of_windows[0]);
@@ -243,8 +428,12 @@ static __global__ void __launch_bounds__(kThreads, 4) count_kernel(SelectArgumen
   clear<2 * kBins>(state.of_windows[0]);
 }
 
-// ---------------------------------------------------------------------------------------- passes 2 and
-// 3
+static __global__ void __launch_bounds__(kThreads, 4) count_kernel(SelectArguments a) {
+  __shared__ Counts shared;
+  count(a, shared);
+}
+
+// ---------------------------------------------------------------------------------- passes 2 and 3
 
 template <bool kLast>
 static __global__ void __launch_bounds__(kThreads, 4) narrow_kernel(SelectArguments a) {
@@ -267,11 +456,13 @@ static __global__ void __launch_bounds__(kThreads, 4) narrow_kernel(SelectArgume
     size[t] = open && !target.logged ? 1u << target.bits : 0;
     shift[t] = target.bits > 11 ? target.bits - 11 : 0;
     if (!open || !target.logged) continue;
-    const Count logged = state.log_size[t];
+    const int which = state.mode == Mode::kSpeculative ? 0 : t;  // of the logs
+    const Count logged = state.log_size[which];
     const uint32_t length = 1u << target.bits;
     for (Count i = (Count)blockIdx.x * kThreads + threadIdx.x; i < logged;
          i += (Count)gridDim.x * kThreads) {
-      count(t, read<uint32_t>(a.log + t * a.log_capacity, (int64_t)i), low[t], length);
+      const uint32_t word = read<uint32_t>(a.log + which * a.log_capacity, (int64_t)i);
+      count(t, word & ~kInactiveKey, low[t], length);
     }
   }
   if (size[0] != 0 || size[1] != 0) {

@@ -11,15 +11,17 @@ constexpr int kThreads = 256;
 constexpr int kWarp = 32;
 constexpr int kVector = 4;  // elements of a 16-byte access of float32
 constexpr int kTile = 4096;
+constexpr int kLine = 16;  // elements that are sampled together: a cache line of float32
 constexpr int kOperands = 4;
 
 // One tensor with all that belongs to it. Operands are (gradient, first moment) in a selection, and
 // (parameter, gradient, first moment, second moment) in an update.
 struct Segment {
   int64_t n, first_tile;
-  int64_t offset;     // global index of element 0
-  int64_t first_dim;  // of its `dims` in Table::dims
-  int32_t dims;       // 0: every operand is linear
+  int64_t first_line;  // of those that can be sampled; a segment that is not ranked has none
+  int64_t offset;      // global index of element 0
+  int64_t first_dim;   // of its `dims` in Table::dims
+  int32_t dims;        // 0: every operand is linear
   int32_t group;
   float alpha, sign;
   char* data[kOperands];
@@ -28,8 +30,8 @@ struct Segment {
   float* step;
   Dtype dtype[kOperands];
   MaskKind mask_kinds[2];  // kNone unless selective
-  bool selective;
-  bool vector;  // linear, and aligned for accesses of kVector elements
+  bool selective;          // in a selection: ranked
+  bool vector;             // linear, and aligned for accesses of kVector elements
 };
 
 // One dimension of a segment that is not linear.
@@ -44,7 +46,7 @@ struct Table {
   const Segment* segments;
   const Hyper* groups;
   const Dim* dims;
-  int64_t tiles;
+  int64_t tiles, lines;
   int32_t count;
   int32_t share;  // tiles of a block
 };
@@ -53,7 +55,6 @@ struct Table {
 using Count = unsigned long long;
 
 constexpr int kBins = 2048;  // of a pass: an interval of keys shrinks by so much
-constexpr int kSampleBins = 1 << 14;
 constexpr int kKeyBits = 31;
 
 // One threshold on its way: the `rank`-th smallest key, which is one of the `inside` keys from `low` on
@@ -70,6 +71,13 @@ struct Target {
 struct Window {
   uint32_t low, width;
   int32_t shift;
+  bool logged;  // or else counted only
+};
+
+enum class Mode : int32_t {
+  kNothing,      // an infinity was found
+  kExact,        // the threshold first, then what it is for
+  kSpeculative,  // both at once: elements are treated by an estimate, and some of them again
 };
 
 // The workspace of a selection. Of two thresholds: upper, lower.
@@ -82,11 +90,23 @@ struct SelectState {
   Window windows[2];
   Target targets[2];
   uint32_t tickets[3];
+  Mode mode;
+  Bounds estimate;
+  bool missed;
+};
+
+// Counts of a sample: c (at or below about the threshold) and r (ranked) are those of a line, dc and dr
+// their differences between neighbouring lines.
+struct SampleSums {
+  Count ranked, dr_dr;
+  Count dc_dc[2], dc_dr[2];
+  Count below_window[2], below_pivot[2], at_pivot[2];
 };
 
 // Zero before and after every selection.
 struct Sample {
-  uint32_t histogram[kSampleBins];
+  uint32_t bins[2][kBins];  // of the window
+  SampleSums sums;
   uint32_t ticket;
 };
 
@@ -94,20 +114,34 @@ struct Sample {
 struct Risk {
   Table table;
   const float* inv_scale;  // or null
+  const float* clip;       // or null
   bool second_order, rank_inactive;
+  int32_t operand;  // of the gradient; the first moment follows it
+};
+
+// What is logged of the elements of a bracket, besides their keys.
+struct Brackets {
+  int64_t capacity;  // 0: there are no brackets
+  int64_t* places;   // tile * kTile + position in it
+  float* old;        // p, m, v before the update, or null
+  int64_t elements;  // of the ranking
+  double width;      // of brackets; 1 unless in tests
 };
 
 struct SelectArguments {
   Risk risk;
   Sample* sample;
-  int64_t lines, stratum;  // to sample: one line in each stratum of so many elements
+  int64_t lines, stratum;  // to sample: one line in each stratum of so many
+  uint32_t draw;           // which of them
   SelectState* state;
-  uint32_t* log;  // [2][log_capacity]
+  // Keys, [2][log_capacity]; in a bracketed pass [Brackets::capacity], with the sign for those that
+  // were treated as selected.
+  uint32_t* log;
   int64_t log_capacity;
-  double share_of_log;  // capacity over the number of elements
-  int64_t* selection;   // a record
+  int64_t* selection;  // a record
   int64_t upper, lower;
   bool approx;
+  Brackets brackets;
 };
 
 struct CaptureArguments {
@@ -118,30 +152,41 @@ struct CaptureArguments {
 // What all elements of a segment have in common in an update.
 struct Prepared {
   Update update;
+  float scale, clip;  // that gradients are multiplied by
   uint32_t random_key;
   int32_t base_kind;  // that masks add to
+  bool ruled_out;     // nothing of the segment is selected, whatever its gradient
 };
 
 struct UpdateArguments {
   Table table;
   const double* lr;
   const float* inv_scale;    // or null
+  const float* clip;         // or null: of selective segments, and of others
   const float* found_inf;    // or null
-  const int64_t* selection;  // or null: no mask is found on the way
+  const int64_t* selection;  // if from_risk
+  bool from_risk;            // the second-order mask is found on the way
   Prepared* prepared;        // workspace, one for each segment
   Count* counts;             // updated, nonfinite
   double gamma;
   int32_t first_weight, second_weight;  // what a mask adds to an element's kind
   bool fractional;                      // kinds 1 and 2 may occur
   bool rank_inactive;
+  bool stochastic;  // rounding of bfloat16 parameters
   uint32_t seed;
 };
 
-struct NormArguments {
+// Of a bracketed selection with the update.
+struct StepArguments {
+  SelectArguments select;
+  UpdateArguments update;
+};
+
+struct SquaresArguments {
   Table table;
   const float* inv_scale;
   double* partial;  // workspace, one for each tile
-  float* norms;
+  double* sums;
 };
 
 }  // namespace cuda

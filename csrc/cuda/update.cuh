@@ -1,4 +1,4 @@
-// Capturing masks, the masked AdamW, and the norms of tensors.
+// Capturing masks, the masked AdamW, and sums of squares.
 #pragma once
 
 #include "keys.cuh"
@@ -10,84 +10,197 @@ ROSE_DEVICE Bounds read_bounds(const int64_t* selection) {
   return {(int32_t)selection[0], (int32_t)selection[1]};
 }
 
+// Of the elements that a lane has at a time: which of them are to be logged, and with what.
+struct Note {
+  unsigned inside;
+  uint32_t keys[kVector];
+};
+
+// What a pass over the elements does with their keys besides treating them: nothing.
+struct NoNotes {
+  // Of element j of a lane; kNoKey if there is none.
+  ROSE_METHOD void look(uint32_t key, bool selected, Note& note, int j) {}
+  // By whole warps, before the elements from `place` on are updated.
+  template <int kCount>
+  ROSE_METHOD void append(const Note& note, int64_t place, const float* p, const float* m,
+                          const float* v) {}
+};
+
 // --------------------------------------------------------------------------------------------- capture
 
-static __global__ void __launch_bounds__(kThreads) capture_kernel(CaptureArguments a) {
-  const Bounds bounds = read_bounds(a.selection);
-  const float inv_scale = scalar_or_one(a.risk.inv_scale);
-  for_each_tile(a.risk.table, [&](int index, int64_t, int64_t start, int count) {
-    uint8_t* const bits = a.risk.table.segments[index].bits;
+template <typename Notes>
+ROSE_DEVICE void capture_tiles(const Risk& risk, Bounds bounds, Notes& notes) {
+  const Factors factors = factors_of(risk);
+  for_each_tile(risk.table, [&](int index, int64_t tile, int64_t start, int count) {
+    uint8_t* const bits = risk.table.segments[index].bits;
     for_each_key(
-        a.risk, inv_scale, a.risk.table.segments[index], start, count,
+        risk, factors, risk.table.segments[index], start, count,
         [&](int i, const uint32_t (&keys)[kVector]) {
           unsigned half = 0;
+          Note note = {};
 #pragma unroll
-          for (int j = 0; j < kVector; ++j) half |= (unsigned)if_selected(keys[j], bounds, 1) << j;
+          for (int j = 0; j < kVector; ++j) {
+            const bool selected = if_selected(keys[j], bounds, 1) != 0;
+            half |= (unsigned)selected << j;
+            notes.look(keys[j], selected, note, j);
+          }
           // Two lanes have a byte between them.
           const unsigned byte = half | __shfl_down_sync(kFullWarp, half, 1) << kVector;
           if (keys[0] != kNoKey && lane() % 2 == 0) {
             write<uint8_t>(bits, (start + i) / 8, (uint8_t)byte);
           }
+          notes.template append<kVector>(note, tile * kTile + i, nullptr, nullptr, nullptr);
         },
         [&](int i, uint32_t key) {
-          const unsigned word = __ballot_sync(kFullWarp, if_selected(key, bounds, 1) != 0);
+          const bool selected = if_selected(key, bounds, 1) != 0;
+          const unsigned word = __ballot_sync(kFullWarp, selected);
           const int first = i - lane() + lane() * 8;  // of the byte that this lane writes
           if (lane() < kWarp / 8 && first < count) {
             write<uint8_t>(bits, (start + first) / 8, (uint8_t)(word >> (lane() * 8)));
           }
+          Note note = {};
+          notes.look(key, selected, note, 0);
+          notes.template append<1>(note, tile * kTile + i, nullptr, nullptr, nullptr);
         });
   });
 }
 
+static __global__ void __launch_bounds__(kThreads) capture_kernel(CaptureArguments a) {
+  NoNotes notes;
+  capture_tiles(a.risk, read_bounds(a.selection), notes);
+}
+
 // ---------------------------------------------------------------------------------------------- update
 
+ROSE_DEVICE bool is_set(const float* found_inf) { return found_inf != nullptr && *found_inf != 0; }
+
 // What all elements of a segment have in common, and its step. One thread for a segment.
-static __global__ void __launch_bounds__(kThreads) prepare_kernel(UpdateArguments a) {
-  const int i = (int)(blockIdx.x * kThreads + threadIdx.x);
-  if (i == 0) a.counts[0] = a.counts[1] = 0;
-  if (i >= a.table.count || (a.found_inf != nullptr && *a.found_inf != 0)) return;
+ROSE_DEVICE void prepare(const UpdateArguments& a, int i) {
   const Segment& segment = a.table.segments[i];
   const float step = *segment.step + 1.0f;
   *segment.step = step;
   Prepared& prepared = a.prepared[i];
   prepared.update = make_update(a.table.groups[segment.group], a.lr[segment.group], step, a.gamma);
+  prepared.scale = mul(segment.sign, scalar_or_one(a.inv_scale));
+  prepared.clip = a.clip == nullptr ? 1.0f : a.clip[segment.selective ? 0 : 1];
   prepared.random_key = random_key(a.seed, (uint32_t)step);
   prepared.base_kind = segment.selective ? 0 : 3;
+  bool has_bits = false;
   for (int k = 0; k < 2; ++k) {
     const MaskKind kind = segment.mask_kinds[k];
+    has_bits = has_bits || kind == MaskKind::kBits;
     if (kind == MaskKind::kAll || (kind == MaskKind::kWhole && *segment.masks[k] != 0)) {
       prepared.base_kind += k == 0 ? a.first_weight : a.second_weight;
     }
   }
+  prepared.ruled_out = prepared.base_kind == 0 && !has_bits && !a.from_risk;
 }
 
-template <bool kFractional>
-static __global__ void __launch_bounds__(kThreads, 4) update_kernel(UpdateArguments a) {
-  __shared__ Count scratch[kThreads / kWarp];
-  if (a.found_inf != nullptr && *a.found_inf != 0) return;
-  const float inv_scale = scalar_or_one(a.inv_scale);
-  const bool from_risk = a.selection != nullptr;
-  const Bounds bounds = from_risk ? read_bounds(a.selection) : Bounds{-1, -1};
+static __global__ void __launch_bounds__(kThreads) prepare_kernel(UpdateArguments a) {
+  const int i = (int)(blockIdx.x * kThreads + threadIdx.x);
+  if (i == 0) a.counts[0] = a.counts[1] = 0;
+  if (i < a.table.count && !is_set(a.found_inf)) prepare(a, i);
+}
+
+// One segment of an update. What is read through its references where it is used, in L1, takes no
+// register across a loop.
+struct Updated {
+  const UpdateArguments& a;
+  const Segment& segment;
+  const Prepared& prepared;
+
+  ROSE_METHOD uint32_t random(int64_t i) const {
+    const uint64_t at = (uint64_t)(segment.offset + i);
+    return random_bits(prepared.random_key, (uint32_t)(at >> 32), (uint32_t)at);
+  }
+  // Lowest bit: of the mask of element i.
+  ROSE_METHOD unsigned mask_bits(int k, int64_t i) const {
+    const bool has_bits = segment.mask_kinds[k] == MaskKind::kBits;
+    return has_bits ? (unsigned)read<uint8_t>(segment.masks[k], i / 8) >> (i % 8) : 0u;
+  }
+  ROSE_METHOD float gradient(float g) const { return mul(mul(g, prepared.scale), prepared.clip); }
+  // What captured masks say, from their lowest bits.
+  ROSE_METHOD int captured_kind(unsigned first, unsigned second) const {
+    return prepared.base_kind + ((first & 1u) != 0 ? a.first_weight : 0) +
+           ((second & 1u) != 0 ? a.second_weight : 0);
+  }
+  ROSE_METHOD bool rounds_randomly(int operand) const {
+    const bool narrow = segment.dtype[operand] == Dtype::kBFloat16;
+    return narrow && (operand == 3 || (operand == 0 && a.stochastic));
+  }
+  ROSE_METHOD uint16_t round(int operand, float x, int64_t i) const {
+    return float_to_bf16_stochastic(x, random(i) >> (operand == 0 ? 16 : 0));
+  }
+  // kVector elements from i on of p, m or v.
+  ROSE_METHOD void store(int operand, int64_t i, const float (&x)[kVector]) const {
+    if (!rounds_randomly(operand)) {
+      write_vector(segment.data[operand], segment.dtype[operand], i, x);
+      return;
+    }
+    uint16_t h[kVector];
+#pragma unroll
+    for (int j = 0; j < kVector; ++j) h[j] = round(operand, x[j], i + j);
+    write<uint2>(segment.data[operand], i / kVector, pack(h));
+  }
+  // Element i, which lies at `place`.
+  ROSE_METHOD void store(int operand, int64_t i, int64_t place, float x) const {
+    if (rounds_randomly(operand)) {
+      write<uint16_t>(segment.data[operand], place, round(operand, x, i));
+    } else {
+      write_element(segment.data[operand], segment.dtype[operand], place, x);
+    }
+  }
+  ROSE_METHOD float load(int operand, int64_t place) const {
+    return read_element(segment.data[operand], segment.dtype[operand], place);
+  }
+};
+
+// A tile of a segment that is ruled out: the second moment goes on with the first one for a gradient.
+ROSE_DEVICE void decay_tile(const Updated& u, int64_t start, int count) {
+  const Segment& segment = u.segment;
+  const int vector = vector_part(segment, count);
+#pragma unroll 1
+  for (int i = threadIdx.x * kVector; i < vector; i += kThreads * kVector) {
+    const Raw raw_m = read_vector(segment.data[2], segment.dtype[2], start + i);
+    const Raw raw_v = read_vector(segment.data[3], segment.dtype[3], start + i);
+    float m[kVector], v[kVector];
+    widen(raw_m, segment.dtype[2], m);
+    widen(raw_v, segment.dtype[3], v);
+#pragma unroll
+    for (int j = 0; j < kVector; ++j) v[j] = second_moment(v[j], m[j], u.prepared.update);
+    u.store(3, start + i, v);
+  }
+#pragma unroll 1
+  for (int i = vector + threadIdx.x; i < count; i += kThreads) {
+    int64_t places[kOperands];
+    locate(u.a.table, segment, start + i, places);
+    const float v = second_moment(u.load(3, places[3]), u.load(2, places[2]), u.prepared.update);
+    u.store(3, start + i, places[3], v);
+  }
+}
+
+// The elements of this block's share, treated by `bounds` where they are ranked on the way; see NoNotes
+// for what else is done with those.
+template <bool kFractional, typename Notes>
+ROSE_DEVICE void update_tiles(const UpdateArguments& a, Bounds bounds, Notes& notes, Count* scratch) {
   unsigned updated = 0, nonfinite = 0;  // of one thread
-  for_each_tile(a.table, [&](int index, int64_t, int64_t start, int count) {
-    const Segment& segment = a.table.segments[index];
-    // What is read through these where it is used, in L1, takes no register across the loop.
-    const Prepared& prepared = a.prepared[index];
-    // Bits of the masks from element i on.
-    const auto mask_bits = [&](int k, int64_t i) {
-      const bool has_bits = segment.mask_kinds[k] == MaskKind::kBits;
-      return has_bits ? (unsigned)read<uint8_t>(segment.masks[k], i / 8) >> (i % 8) : 0u;
-    };
+  for_each_tile(a.table, [&](int index, int64_t tile, int64_t start, int count) {
+    const Updated u = {a, a.table.segments[index], a.prepared[index]};
+    const Segment& segment = u.segment;
+    if (u.prepared.ruled_out) {
+      decay_tile(u, start, count);
+      return;
+    }
     // Scales g; kind of the mask of one element, from the lowest bits of its masks.
-    const auto kind_of = [&](float& g, float m, unsigned first, unsigned second) {
-      g = mul(g, mul(segment.sign, inv_scale));
-      int kind = prepared.base_kind;
-      kind += (first & 1u) != 0 ? a.first_weight : 0;
-      kind += (second & 1u) != 0 ? a.second_weight : 0;
+    const auto kind_of = [&](float& g, float m, unsigned first, unsigned second, Note& note, int j) {
+      g = u.gradient(g);
+      int kind = u.captured_kind(first, second);
       if (segment.selective) {
-        if (from_risk) {
+        if (a.from_risk) {
           const uint32_t key = second_order_key(g, m, segment.alpha, a.rank_inactive);
-          kind += if_selected(key, bounds, a.second_weight);
+          const int32_t selected = if_selected(key, bounds, a.second_weight);
+          kind += selected;
+          notes.look(key, selected != 0, note, j);
         }
         if (abs_bits(g) >= kInfinityBits || abs_bits(m) >= kInfinityBits) {
           kind = 0;
@@ -97,72 +210,81 @@ static __global__ void __launch_bounds__(kThreads, 4) update_kernel(UpdateArgume
       updated += kind != 0;
       return (unsigned)kind;
     };
-    const auto random = [&](int64_t i) {
-      const uint64_t at = (uint64_t)(segment.offset + i);
-      return random_bits(prepared.random_key, (uint32_t)(at >> 32), (uint32_t)at);
-    };
 
     const int vector = vector_part(segment, count);
 #pragma unroll 1
-    for (int i = threadIdx.x * kVector; i < vector; i += kThreads * kVector) {
+    for (int base = warp() * kWarp * kVector; base < vector; base += kThreads * kVector) {
+      const int i = base + lane() * kVector;
       const int64_t at = start + i;
-      const Raw raw_p = read_vector(segment.data[0], segment.dtype[0], at);
-      const Raw raw_g = read_vector(segment.data[1], segment.dtype[1], at);
-      const Raw raw_m = read_vector(segment.data[2], segment.dtype[2], at);
-      const Raw raw_v = read_vector(segment.data[3], segment.dtype[3], at);
-      const unsigned first = mask_bits(0, at), second = mask_bits(1, at);
+      const bool is_there = i < vector;
       float p[kVector], g[kVector], m[kVector], v[kVector];
-      widen(raw_p, segment.dtype[0], p);
-      widen(raw_g, segment.dtype[1], g);
-      widen(raw_m, segment.dtype[2], m);
-      widen(raw_v, segment.dtype[3], v);
       unsigned kinds = 0;
+      Note note = {};
+      if (is_there) {
+        const Raw raw_p = read_vector(segment.data[0], segment.dtype[0], at);
+        const Raw raw_g = read_vector(segment.data[1], segment.dtype[1], at);
+        const Raw raw_m = read_vector(segment.data[2], segment.dtype[2], at);
+        const Raw raw_v = read_vector(segment.data[3], segment.dtype[3], at);
+        const unsigned first = u.mask_bits(0, at), second = u.mask_bits(1, at);
+        widen(raw_p, segment.dtype[0], p);
+        widen(raw_g, segment.dtype[1], g);
+        widen(raw_m, segment.dtype[2], m);
+        widen(raw_v, segment.dtype[3], v);
 #pragma unroll
-      for (int j = 0; j < kVector; ++j) kinds |= kind_of(g[j], m[j], first >> j, second >> j) << 2 * j;
+        for (int j = 0; j < kVector; ++j) {
+          kinds |= kind_of(g[j], m[j], first >> j, second >> j, note, j) << 2 * j;
+        }
+      }
+      notes.template append<kVector>(note, tile * kTile + i, p, m, v);
+      if (!is_there) continue;
 #pragma unroll
       for (int j = 0; j < kVector; ++j) {
-        adamw_element<kFractional>(p[j], m[j], v[j], g[j], kinds >> 2 * j & 3, prepared.update);
+        adamw_element<kFractional>(p[j], m[j], v[j], g[j], kinds >> 2 * j & 3, u.prepared.update);
       }
-      write_vector(segment.data[0], segment.dtype[0], at, p);
-      write_vector(segment.data[2], segment.dtype[2], at, m);
-      if (segment.dtype[3] == Dtype::kFloat32) {
-        write_vector(segment.data[3], Dtype::kFloat32, at, v);
-      } else {
-        uint16_t h[kVector];
-#pragma unroll
-        for (int j = 0; j < kVector; ++j) h[j] = float_to_bf16_stochastic(v[j], random(at + j));
-        write<uint2>(segment.data[3], at / kVector, pack(h));
-      }
+      u.store(0, at, p);
+      u.store(2, at, m);
+      u.store(3, at, v);
     }
 #pragma unroll 1
-    for (int i = vector + threadIdx.x; i < count; i += kThreads) {
+    for (int base = vector + warp() * kWarp; base < count; base += kThreads) {
+      const int i = base + lane();
       const int64_t at = start + i;
-      int64_t places[4];
-      locate(a.table, segment, at, places);
-      float p = read_element(segment.data[0], segment.dtype[0], places[0]);
-      float g = read_element(segment.data[1], segment.dtype[1], places[1]);
-      float m = read_element(segment.data[2], segment.dtype[2], places[2]);
-      float v = read_element(segment.data[3], segment.dtype[3], places[3]);
-      const unsigned kind = kind_of(g, m, mask_bits(0, at), mask_bits(1, at));
-      adamw_element<kFractional>(p, m, v, g, kind, prepared.update);
-      write_element(segment.data[0], segment.dtype[0], places[0], p);
-      write_element(segment.data[2], segment.dtype[2], places[2], m);
-      if (segment.dtype[3] == Dtype::kFloat32) {
-        write<float>(segment.data[3], places[3], v);
-      } else {
-        write<uint16_t>(segment.data[3], places[3], float_to_bf16_stochastic(v, random(at)));
+      const bool is_there = i < count;
+      int64_t places[kOperands];
+      float p = 0.0f, g = 0.0f, m = 0.0f, v = 0.0f;
+      unsigned kind = 0;
+      Note note = {};
+      if (is_there) {
+        locate(a.table, segment, at, places);
+        p = u.load(0, places[0]), g = u.load(1, places[1]);
+        m = u.load(2, places[2]), v = u.load(3, places[3]);
+        kind = kind_of(g, m, u.mask_bits(0, at), u.mask_bits(1, at), note, 0);
       }
+      notes.template append<1>(note, tile * kTile + i, &p, &m, &v);
+      if (!is_there) continue;
+      adamw_element<kFractional>(p, m, v, g, kind, u.prepared.update);
+      u.store(0, at, places[0], p);
+      u.store(2, at, places[2], m);
+      u.store(3, at, places[3], v);
     }
   });
   add_to(&a.counts[0], updated, scratch);
   add_to(&a.counts[1], nonfinite, scratch);
 }
 
-// ----------------------------------------------------------------------------------------------- norms
+template <bool kFractional>
+static __global__ void __launch_bounds__(kThreads, 4) update_kernel(UpdateArguments a) {
+  __shared__ Count scratch[kThreads / kWarp];
+  if (is_set(a.found_inf)) return;
+  NoNotes notes;
+  update_tiles<kFractional>(a, a.from_risk ? read_bounds(a.selection) : Bounds{-1, -1}, notes, scratch);
+}
+
+// ----------------------------------------------------------------------------------------------- sums
 
 // Sums of squares of the tiles. A thread has the same elements whatever the layout, and sums have a
-// fixed order, so a norm does not depend on where its tensor lies.
-static __global__ void __launch_bounds__(kThreads) squares_kernel(NormArguments a) {
+// fixed order, so the sum of a tensor does not depend on where it lies.
+static __global__ void __launch_bounds__(kThreads) squares_kernel(SquaresArguments a) {
   __shared__ double scratch[kThreads / kWarp];
   const float inv_scale = scalar_or_one(a.inv_scale);
   for_each_tile(a.table, [&](int index, int64_t tile, int64_t start, int count) {
@@ -194,8 +316,8 @@ static __global__ void __launch_bounds__(kThreads) squares_kernel(NormArguments 
   });
 }
 
-// The norm of each segment from its tiles. One block for a segment.
-static __global__ void __launch_bounds__(kThreads) norms_kernel(NormArguments a) {
+// The sum of each segment from its tiles. One block for a segment.
+static __global__ void __launch_bounds__(kThreads) sums_kernel(SquaresArguments a) {
   __shared__ double scratch[kThreads / kWarp];
   for (int index = (int)blockIdx.x; index < a.table.count; index += (int)gridDim.x) {
     const Segment& segment = a.table.segments[index];
@@ -203,7 +325,7 @@ static __global__ void __launch_bounds__(kThreads) norms_kernel(NormArguments a)
     double sum = 0.0;
     for (int64_t t = threadIdx.x; t < tiles; t += kThreads) sum += a.partial[segment.first_tile + t];
     sum = block_sum(sum, scratch);
-    if (threadIdx.x == 0) a.norms[index] = (float)sqrt(sum);
+    if (threadIdx.x == 0) a.sums[index] = sum;
   }
 }
 

@@ -40,7 +40,8 @@ Tensor Context::empty(int64_t numel, ScalarType dtype) const {
   return torch::stable::empty({numel}, dtype, std::nullopt, device_);
 }
 
-HostTable::HostTable(const Segments& layout, const Groups* table) : tiles(layout.tiles()) {
+HostTable::HostTable(const Segments& layout, const Groups* table, bool all_ranked)
+    : tiles(layout.tiles()) {
   for (int64_t row = 0; table != nullptr && row < table->count(); ++row) {
     groups.push_back(table->of_row(row));
   }
@@ -56,8 +57,10 @@ HostTable::HostTable(const Segments& layout, const Groups* table) : tiles(layout
       to.group = static_cast<int32_t>(table->row(i));
       to.alpha = table->alpha(i);
       to.sign = static_cast<float>((*table)[i].sign);
-      to.selective = (*table)[i].selective != 0;
+      to.selective = all_ranked || (*table)[i].selective != 0;
     }
+    to.first_line = lines;
+    if (to.selective) lines += (to.n + kLine - 1) / kLine;
     to.vector = true;
     bool linear = true;
     for (size_t k = 0; k < from.operands.size(); ++k) {
@@ -94,7 +97,8 @@ struct Uploads {
   std::mutex mutex;
   std::list<Upload> recent;  // the latest first
   std::map<std::pair<int32_t, Stream>, Tensor> zeros;
-  std::list<Tensor> of_graphs;  // pinned memory that graphs read when they are replayed
+  std::list<Tensor> of_graphs;  // what graphs read when they are replayed
+  Tensor ahead;                 // pinned memory for the tables of graphs to come
 };
 
 Uploads& uploads() {
@@ -109,27 +113,51 @@ bool captures_graph(const Context& context) {
   return capturing;
 }
 
+Tensor pinned(int64_t size, const Context& context) {
+  return torch::stable::empty({size}, ScalarType::Byte, std::nullopt, std::nullopt,
+                              !context.device().is_cpu());
+}
+
+// Pinned memory must not be allocated during a capture (PyTorch's allocator asks for events then, too),
+// and what a graph copies from it must be there for every replay. So steps outside of graphs keep room
+// ahead for some tables, and each captured table takes its part of it for ever.
+Tensor staging(Uploads& all, int64_t size, bool capturing, const Context& context) {
+  constexpr int64_t kTables = 8;  // a step has fewer
+  const int64_t room = all.ahead.defined() ? all.ahead.numel() : 0;
+  if (!capturing) {
+    if (room < kTables * size) all.ahead = pinned(2 * kTables * size, context);
+    return pinned(size, context);
+  }
+  STD_TORCH_CHECK(size <= room, "a CUDA graph is being captured, and of the pinned memory for tables ",
+                  room, " bytes are left of ", size,
+                  " needed; expected the step to have run outside of ",
+                  "a graph first: run it once, as it is captured, before each capture");
+  all.of_graphs.push_back(torch::stable::narrow(all.ahead, 0, 0, size));
+  all.ahead = torch::stable::narrow(all.ahead, 0, size, room - size);
+  return all.of_graphs.back();
+}
+
 Tensor upload(std::vector<char> bytes, const Context& context) {
   constexpr size_t kKept = 32;
   const bool capturing = captures_graph(context);
   Uploads& all = uploads();
   std::lock_guard<std::mutex> lock(all.mutex);
   const int32_t device = context.device().index();
-  for (auto it = all.recent.begin(); it != all.recent.end() && !capturing; ++it) {
-    if (it->device == device && it->stream == context.stream() && it->bytes == bytes) {
+  for (auto it = all.recent.begin(); it != all.recent.end(); ++it) {
+    // A graph has a stream of its own, and comes after the steps before it whatever theirs was.
+    const bool ordered = capturing || it->stream == context.stream();
+    if (ordered && it->device == device && it->bytes == bytes) {
       all.recent.splice(all.recent.begin(), all.recent, it);
+      if (capturing) all.of_graphs.push_back(it->memory);
       return it->memory;
     }
   }
   const int64_t size = static_cast<int64_t>(bytes.size());
-  Tensor host = torch::stable::empty({size}, ScalarType::Byte, std::nullopt, std::nullopt,
-                                     !context.device().is_cpu());
+  Tensor host = staging(all, size, capturing, context);
   std::memcpy(host.mutable_data_ptr(), bytes.data(), bytes.size());
   Tensor memory = context.empty(size, ScalarType::Byte);
   torch::stable::copy_(memory, host, true);
-  if (capturing) {
-    all.of_graphs.push_back(host);
-  } else {
+  if (!capturing) {
     all.recent.push_front({device, context.stream(), std::move(bytes), memory});
     if (all.recent.size() > kKept) all.recent.pop_back();
   }
@@ -146,6 +174,18 @@ size_t append(std::vector<char>& bytes, const std::vector<T>& values) {
 }
 
 }  // namespace
+
+#ifdef ROSE_SIMT
+std::vector<Tensor> kept_for_graphs() {
+  return {uploads().of_graphs.begin(), uploads().of_graphs.end()};
+}
+
+void forget_uploads() {
+  uploads().recent.clear();
+  uploads().of_graphs.clear();
+  uploads().ahead = Tensor();
+}
+#endif
 
 Tensor zeros_of_stream(const Context& context, int64_t words) {
   const auto make = [&] {
@@ -165,10 +205,13 @@ DeviceTable::DeviceTable(const HostTable& host, const Context& context) {
   const size_t dims = append(bytes, host.dims), lrs = append(bytes, host.lr);
   memory_ = upload(std::move(bytes), context);
   const char* base = static_cast<const char*>(memory_.const_data_ptr());
-  table = {
-      reinterpret_cast<const Segment*>(base + segments), reinterpret_cast<const Hyper*>(base + groups),
-      reinterpret_cast<const Dim*>(base + dims),         host.tiles,
-      static_cast<int32_t>(host.segments.size()),        0};
+  table = {reinterpret_cast<const Segment*>(base + segments),
+           reinterpret_cast<const Hyper*>(base + groups),
+           reinterpret_cast<const Dim*>(base + dims),
+           host.tiles,
+           host.lines,
+           static_cast<int32_t>(host.segments.size()),
+           0};
   lr = reinterpret_cast<const double*>(base + lrs);
 }
 

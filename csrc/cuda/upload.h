@@ -34,14 +34,16 @@ struct HostTable {
   std::vector<Hyper> groups;
   std::vector<Dim> dims;
   std::vector<double> lr;  // if it is on the host
-  int64_t tiles = 0;
+  int64_t tiles = 0, lines = 0;
 
-  // Without groups, tensors are not selective and have no hyperparameters.
-  explicit HostTable(const Segments& layout, const Groups* groups = nullptr);
+  // Without groups, tensors are not selective and have no hyperparameters. `all_ranked`: tensors count
+  // as selective whatever their group.
+  explicit HostTable(const Segments& layout, const Groups* groups = nullptr, bool all_ranked = false);
 };
 
 // A table in device memory. It is uploaded only if it differs from those uploaded lately, and then from
-// pinned memory without waiting. A CUDA graph uploads it again whenever it is replayed.
+// pinned memory without waiting. A CUDA graph keeps what it found uploaded, and uploads the rest again
+// whenever it is replayed.
 class DeviceTable {
  public:
   DeviceTable(const HostTable& host, const Context& context);
@@ -52,6 +54,11 @@ class DeviceTable {
  private:
   Tensor memory_;
 };
+
+#ifdef ROSE_SIMT
+std::vector<Tensor> kept_for_graphs();
+void forget_uploads();
+#endif
 
 }  // namespace cuda
 }  // namespace rose

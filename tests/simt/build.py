@@ -11,12 +11,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
 HERE = Path(__file__).parent
 CSRC = HERE.parents[1] / "csrc"
-FOLDER = CSRC.parent / "build" / "simt"
+EXTRA = os.environ.get("ROSE_CXXFLAGS", "").split()  # such as sanitizers
+FOLDER = CSRC.parent / "build" / ("simt-flags" if EXTRA else "simt")
 BINDINGS = [
     CSRC / "segments.cpp", CSRC / "arguments.cpp", CSRC / "cuda" / "upload.cpp",
     CSRC / "cuda" / "ops_cuda.cpp", HERE / "simt.cpp", HERE / "module.cpp",
@@ -42,16 +44,19 @@ def module() -> ModuleType:
     from torch.utils.cpp_extension import load
 
     FOLDER.mkdir(parents=True, exist_ok=True)
-    # ninja is where Python is, in a virtual environment that need not be active.
-    os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    return load(
-        "rose_simt",
-        [str(path) for path in (*BINDINGS, HERE / "kernels.cpp")],
-        extra_cflags=[*FLAGS, *os.environ.get("ROSE_CXXFLAGS", "").split()],
-        extra_ldflags=os.environ.get("ROSE_LDFLAGS", "").split(),
-        extra_include_paths=[str(path) for path in include_paths()],
-        build_directory=str(FOLDER),
-    )
+    # ninja is where Python is, in a virtual environment that need not be active. A sanitizer's runtime
+    # that is loaded into Python would slow the compiler down.
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    with patch.dict(os.environ, PATH=path):
+        os.environ.pop("LD_PRELOAD", None)
+        return load(
+            "rose_simt",
+            [str(path) for path in (*BINDINGS, HERE / "kernels.cpp")],
+            extra_cflags=[*FLAGS, *EXTRA],
+            extra_ldflags=os.environ.get("ROSE_LDFLAGS", "").split(),
+            extra_include_paths=[str(path) for path in include_paths()],
+            build_directory=str(FOLDER),
+        )
 
 
 @functools.cache

@@ -16,7 +16,11 @@
 #define __host__
 #define __forceinline__ inline __attribute__((always_inline))
 #define __launch_bounds__(...)
+#if defined(__SANITIZE_ADDRESS__)  // which does not guard thread_local variables: see launch()
+#define __shared__ static
+#else
 #define __shared__ static thread_local
+#endif
 
 struct dim3 {
   unsigned x = 1, y = 1, z = 1;
@@ -39,8 +43,9 @@ enum class Order { kForward, kReverse, kRandom };
 struct Settings {
   Order order = Order::kForward;
   uint64_t seed = 0;
-  int os_threads = 1;  // that run blocks side by side
-  int resident = 3;    // blocks of a grid that walks tiles
+  int os_threads = 1;      // that run blocks side by side
+  int resident = 3;        // blocks of a grid that walks tiles
+  bool capturing = false;  // what the runtime says of its stream; all is executed nevertheless
 };
 extern Settings settings;
 
@@ -133,7 +138,7 @@ T __ldcg(const T* at) {
 using cudaStream_t = void*;
 enum cudaError_t { cudaSuccess, cudaErrorUnknown };
 enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount };
-enum cudaStreamCaptureStatus { cudaStreamCaptureStatusNone };
+enum cudaStreamCaptureStatus { cudaStreamCaptureStatusNone, cudaStreamCaptureStatusActive };
 
 namespace simt {
 inline std::string last_error;
@@ -164,6 +169,6 @@ inline cudaError_t cudaMemsetAsync(void* data, int value, size_t bytes, cudaStre
   return cudaSuccess;
 }
 inline cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus* status) {
-  *status = cudaStreamCaptureStatusNone;
+  *status = simt::settings.capturing ? cudaStreamCaptureStatusActive : cudaStreamCaptureStatusNone;
   return cudaSuccess;
 }

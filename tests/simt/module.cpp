@@ -3,6 +3,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include "cuda/ops_cuda.h"
+#include "cuda/upload.h"
 #include "cuda_runtime.h"
 #include "schemas.h"
 
@@ -12,22 +13,38 @@ STABLE_TORCH_LIBRARY_IMPL(rose_simt, CPU, m) {
   m.impl("select", TORCH_BOX(&rose::cuda::ops::select));
   m.impl("capture_", TORCH_BOX(&rose::cuda::ops::capture_));
   m.impl("adamw_", TORCH_BOX(&rose::cuda::ops::adamw_));
-  m.impl("tensor_norms", TORCH_BOX(&rose::cuda::ops::tensor_norms));
+  m.impl("bracket_adamw_", TORCH_BOX(&rose::cuda::ops::bracket_adamw_));
+  m.impl("bracket_capture_", TORCH_BOX(&rose::cuda::ops::bracket_capture_));
+  m.impl("sums_of_squares", TORCH_BOX(&rose::cuda::ops::sums_of_squares));
 }
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def(
       "configure",
-      [](const std::string& order, uint64_t seed, int os_threads, int resident) {
+      [](const std::string& order, uint64_t seed, int os_threads, int resident, bool capturing) {
         using simt::Order;
         simt::settings = {order == "forward"   ? Order::kForward
                           : order == "reverse" ? Order::kReverse
                                                : Order::kRandom,
-                          seed, os_threads, resident};
+                          seed, os_threads, resident, capturing};
       },
-      "Order of threads and blocks (forward, reverse, random), OS threads, and blocks of a grid.",
+      "Order of threads and blocks (forward, reverse, random), OS threads, blocks of a grid, and "
+      "whether "
+      "the stream is said to be captured into a CUDA graph.",
       pybind11::arg("order") = "forward", pybind11::arg("seed") = 0, pybind11::arg("os_threads") = 1,
-      pybind11::arg("resident") = 3);
+      pybind11::arg("resident") = 3, pybind11::arg("capturing") = false);
+  m.def("forget_uploads", &rose::cuda::forget_uploads, "As if no table had ever been uploaded.");
+  m.def(
+      "kept_for_graphs",
+      [] {
+        pybind11::list result;
+        for (const torch::stable::Tensor& t : rose::cuda::kept_for_graphs()) {
+          result.append(pybind11::bytes(static_cast<const char*>(t.const_data_ptr()),
+                                        static_cast<size_t>(t.numel())));
+        }
+        return result;
+      },
+      "What graphs would read at every replay: tables, and pinned memory to upload them from.");
   m.def(
       "take_counters",
       [] {

@@ -16,6 +16,7 @@ namespace {
 
 constexpr int kSegments = 3;
 constexpr int64_t kSizes[kSegments] = {9000, 77, 4096};
+constexpr float clip[2] = {0.5f, 0.5f};
 
 uint64_t digest = 0;
 
@@ -75,14 +76,14 @@ void run(bool sampled) {
   const int64_t capacity = sampled ? 512 : 1 << 15;
   std::vector<uint32_t> log(2 * capacity);
   std::vector<int64_t> record(8);
-  const Risk risk = {table_of({1, 2}), nullptr, true, false};
+  const Risk risk = {table_of({1, 2}), nullptr, clip, true, false};
   check(select({risk, &sample, sampled ? 32 : 0, tiles * kTile / 32, state.data(), log.data(), capacity,
                 0.04, record.data(), 600000000, 300000000, false},
                nullptr));
   check(capture({risk, record.data()}, nullptr));
   std::vector<double> partial(tiles);
-  std::vector<float> norm(kSegments);
-  check(norms({risk.table, nullptr, partial.data(), norm.data()}, nullptr));
+  std::vector<double> sums(kSegments);
+  check(sums_of_squares({risk.table, nullptr, partial.data(), sums.data()}, nullptr));
   std::vector<Prepared> prepared(kSegments);
   std::vector<Count> counts(2);
   const double lr = 1e-2;
@@ -90,22 +91,12 @@ void run(bool sampled) {
     segments[i].mask_kinds[0] = MaskKind::kBits;
     segments[i].masks[0] = masks[i].data();
   }
-  UpdateArguments a = {table_of({0, 1, 2, 3}),
-                       &lr,
-                       nullptr,
-                       nullptr,
-                       record.data(),
-                       prepared.data(),
-                       counts.data(),
-                       0.3,
-                       1,
-                       2,
-                       true,
-                       false,
-                       5};
+  UpdateArguments a = {
+      table_of({0, 1, 2, 3}), &lr, nullptr, clip, nullptr, record.data(), true, prepared.data(),
+      counts.data(),          0.3, 1,       2,    true,    false,         true, 5};
   check(update(a, nullptr));
   add_to_digest(record);
-  add_to_digest(norm);
+  add_to_digest(sums);
   add_to_digest(counts);
   for (auto& operand : data) {
     for (auto& values : operand) add_to_digest(values);

@@ -16,7 +16,7 @@
 #include <ucontext.h>
 #endif
 #if defined(__SANITIZE_ADDRESS__)
-#include <sanitizer/common_interface_defs.h>
+#include <sanitizer/asan_interface.h>
 #endif
 #if defined(ROSE_TSAN)  // this file is not instrumented itself: what it does is no race of a kernel
 #include <sanitizer/tsan_interface.h>
@@ -178,6 +178,9 @@ void Worker::leave(bool for_ever) {
 
 void start(Fiber& fiber) {
   if (!fiber.stack) fiber.stack.reset(new char[kStack]);
+#if defined(__SANITIZE_ADDRESS__)
+  __asan_unpoison_memory_region(fiber.stack.get(), kStack);  // the last frames there did not return
+#endif
 #if defined(__x86_64__)
   // As if main_of_fiber had been called: six registers and a return address, then a null one.
   auto* top =
@@ -332,7 +335,9 @@ void launch(unsigned blocks, unsigned threads, const std::function<void()>& kern
 #endif
   };
   std::vector<std::thread> others;
+#if !defined(__SANITIZE_ADDRESS__)  // where blocks side by side would share their shared memory
   for (int i = 1; i < settings.os_threads; ++i) others.emplace_back(work, random());
+#endif
   work(random());
   for (std::thread& other : others) other.join();
 }

@@ -176,16 +176,16 @@ ROSE_INLINE X second_moment(X v, X g, const Update& u) {
   return add(mul(u.beta2, v), mul(u.c2, mul(g, g)));
 }
 
-// p, m, v in place, where not `off`, with what M makes of the gradient, the step size and the decay. X
-// is a float, or a vector of lanes.
+// p, m, v in place where `on`, with what M makes of the gradient, the step size and the decay. X is a
+// float, or a vector of lanes.
 template <typename X, typename Condition>
-ROSE_INLINE void adamw_step(X& p, X& m, X& v, X g, Condition off, X step_size, X decay,
+ROSE_INLINE void adamw_step(X& p, X& m, X& v, X g, Condition on, X step_size, X decay,
                             const Update& u) {
-  const X gp = choose(off, m, g);
-  m = choose(off, m, add(mul(u.beta1, m), mul(u.c1, gp)));
+  const X gp = choose(on, g, m);
+  m = choose(on, add(mul(u.beta1, m), mul(u.c1, gp)), m);
   v = second_moment(v, gp, u);
   const X denom = add(mul(root(v), u.inv_root_bias2), u.eps);
-  p = choose(off, p, sub(mul(p, decay), mul(step_size, div(m, denom))));
+  p = choose(on, sub(mul(p, decay), mul(step_size, div(m, denom))), p);
 }
 
 // p, m, v of one element in place; `kind` = first bit + 2 * second bit of its mask for an ensemble, or
@@ -198,7 +198,7 @@ ROSE_INLINE void adamw_element(float& p, float& m, float& v, float g, int kind, 
     step_size = u.step_size[kind];
     decay = u.decay[kind];
   }
-  adamw_step(p, m, v, g, kind == 0, step_size, decay, u);
+  adamw_step(p, m, v, g, kind != 0, step_size, decay, u);
 }
 
 // ----------------------------------------------------------------------------------------- narrowing

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 from triton import knobs
 
-from rose_ops.backends.triton import kernels
+from rose_ops.backends.triton import bracket, kernels
 from rose_ops.backends.triton.table import (
     ALL,
     BITS,
@@ -39,6 +40,9 @@ INTERPRETED = bool(knobs.runtime.interpret)
 BLOCK = 1 << 14 if INTERPRETED else 512
 SELECT_BLOCK = 1 << 14 if INTERPRETED else 1024
 _STATE = 16 + 2 * 2048
+_BRACKET_STATE = 48 + 64 * 8 + 2 * 2048 + 2 * (1 << 15) + 2 * (1 << 16)
+# Lines of the sample at a time: drawn, and counted.
+DRAWN_LINES, LINES = (1024, 1024) if INTERPRETED else (32, 64)
 
 
 @contextlib.contextmanager
@@ -55,11 +59,11 @@ def _on(device: torch.device):
         yield
 
 
-def _programs(tiles: int, device: torch.device) -> int:
-    """Programs that walk the tiles: a few for each multiprocessor."""
+def _programs(tiles: int, device: torch.device, each: int = 8) -> int:
+    """Programs that walk the tiles: ``each`` for each multiprocessor."""
     resident = 3
     if device.type == "cuda":
-        resident = 8 * torch.cuda.get_device_properties(device).multi_processor_count
+        resident = each * torch.cuda.get_device_properties(device).multi_processor_count
     elif not INTERPRETED:
         resident = 2048
     return max(1, min(tiles, resident))
@@ -69,7 +73,36 @@ def _launch(kernel: Any, programs: int, *args: Any, num_warps: int = 4, **consta
     kernel[(programs,)](*args, **constants, num_warps=num_warps, enable_fp_fusion=False)
 
 
-def _risk_constants(c: Class, second: bool, rank_inactive: bool, scaled: bool) -> dict[str, Any]:
+def _check(name: str, tensor: Tensor | None, numel: int, device: torch.device) -> None:
+    if tensor is not None:
+        check(name, tensor, torch.float32, numel, device)
+
+
+def _check_fractions(upper: int, lower: int) -> None:
+    if not 0 <= lower < upper <= FRACTION_UNIT:
+        raise RuntimeError(
+            f"expected 0 <= lower < upper <= {FRACTION_UNIT} (units of 1e-9); got lower {lower} and "
+            f"upper {upper}"
+        )
+
+
+class _Factors:
+    """What gradients are multiplied by, on the device; None is checked, and costs nothing."""
+
+    def __init__(self, inv_scale: Tensor | None, clip: Tensor | None, device: torch.device) -> None:
+        _check("inv_scale", inv_scale, 1, device)
+        _check("clip", clip, 2, device)
+        self.inv_scale, self.clip = inv_scale, clip
+
+    def pointers(self, table: Table) -> tuple[Tensor, Tensor]:
+        scale, clip = (table.hyper if t is None else t for t in (self.inv_scale, self.clip))
+        return scale, clip
+
+    def constants(self) -> dict[str, Any]:
+        return {"SCALED": self.inv_scale is not None, "CLIPPED": self.clip is not None}
+
+
+def _risk_constants(c: Class, second: bool, rank_inactive: bool, factors: _Factors) -> dict[str, Any]:
     return {
         "D0": c.dtypes[0],
         "D1": c.dtypes[-1],
@@ -77,7 +110,7 @@ def _risk_constants(c: Class, second: bool, rank_inactive: bool, scaled: bool) -
         "ALIGNED": c.aligned,
         "SECOND": second,
         "RANK_INACTIVE": rank_inactive,
-        "SCALED": scaled,
+        **factors.constants(),
     }
 
 
@@ -94,26 +127,17 @@ def _device(tensors: Sequence[Tensor]) -> torch.device:
     return tensors[0].device if tensors else torch.device("cpu")
 
 
-def _check_scalar(name: str, tensor: Tensor | None, device: torch.device) -> None:
-    if tensor is not None:
-        check(name, tensor, torch.float32, 1, device)
-
-
 @keeps_denormals
 def select(
     grads: list[Tensor], exp_avgs: list[Tensor], hyper: Tensor, group: Tensor, inv_scale: Tensor | None,
-    upper: int, lower: int, rank_inactive: bool, approx: bool,
+    clip: Tensor | None, upper: int, lower: int, rank_inactive: bool, approx: bool,
 ) -> Tensor:  # fmt: skip
     """See :func:`rose_ops.reference.select`."""
-    if not 0 <= lower < upper <= FRACTION_UNIT:
-        raise RuntimeError(
-            f"expected 0 <= lower < upper <= {FRACTION_UNIT} (units of 1e-9); got lower {lower} and "
-            f"upper {upper}"
-        )
+    _check_fractions(upper, lower)
     grads = _resolved(grads)
     table = make(_risk_roles(grads, exp_avgs), hyper, group, SELECT_BLOCK)
     device = _device(grads)
-    _check_scalar("inv_scale", inv_scale, device)
+    factors = _Factors(inv_scale, clip, device)
     state = torch.zeros(_STATE + Field.SIZE, dtype=torch.int64, device=device)
     record = state[_STATE:]
     programs = [_programs(c.tiles, device) for c in table.classes]
@@ -123,20 +147,17 @@ def select(
             for c, own in zip(table.classes, programs, strict=True):
                 _launch(
                     kernels._select_kernel, own, c.rows, c.tile_rows, c.tiles, table.dims, table.hyper,
-                    table.hyper if inv_scale is None else inv_scale, state, record, upper, lower,
-                    sum(programs), PASS=i, LAST=i == passes - 1, APPROX=approx, BLOCK=SELECT_BLOCK,
-                    num_warps=8,
-                    **_risk_constants(c, bool(exp_avgs), rank_inactive, inv_scale is not None),
+                    *factors.pointers(table), state, record, upper, lower, sum(programs), PASS=i,
+                    LAST=i == passes - 1, APPROX=approx, BLOCK=SELECT_BLOCK, num_warps=8,
+                    **_risk_constants(c, bool(exp_avgs), rank_inactive, factors),
                 )  # fmt: skip
     return record
 
 
-@keeps_denormals
-def capture_(
-    masks: list[Tensor], grads: list[Tensor], exp_avgs: list[Tensor], hyper: Tensor, group: Tensor,
-    inv_scale: Tensor | None, selection: Tensor, rank_inactive: bool,
-) -> None:  # fmt: skip
-    """See :func:`rose_ops.reference.capture_`."""
+def _capture_table(
+    masks: Sequence[Tensor], grads: Sequence[Tensor], exp_avgs: Sequence[Tensor], hyper: Tensor,
+    group: Tensor,
+) -> Table:  # fmt: skip
     device = _device(grads)
     check_counts(_risk_roles(grads, exp_avgs))
     if len(masks) != len(grads):
@@ -145,17 +166,27 @@ def capture_(
         )
     for mask, g in zip(masks, grads, strict=True):
         check("masks", mask, torch.uint8, (g.numel() + 7) // 8, device)
-    check("selection", selection, torch.int64, Field.SIZE, device)
-    _check_scalar("inv_scale", inv_scale, device)
-    grads = _resolved(grads)
     columns = {11: [mask.data_ptr() for mask in masks]}
-    table = make(_risk_roles(grads, exp_avgs), hyper, group, BLOCK, columns=columns)
+    return make(_risk_roles(grads, exp_avgs), hyper, group, BLOCK, columns=columns)
+
+
+@keeps_denormals
+def capture_(
+    masks: list[Tensor], grads: list[Tensor], exp_avgs: list[Tensor], hyper: Tensor, group: Tensor,
+    inv_scale: Tensor | None, clip: Tensor | None, selection: Tensor, rank_inactive: bool,
+) -> None:  # fmt: skip
+    """See :func:`rose_ops.reference.capture_`."""
+    device = _device(grads)
+    grads = _resolved(grads)
+    table = _capture_table(masks, grads, exp_avgs, hyper, group)
+    check("selection", selection, torch.int64, Field.SIZE, device)
+    factors = _Factors(inv_scale, clip, device)
     with _on(device):
         for c in table.classes:
             _launch(
                 kernels._capture_kernel, _programs(c.tiles, device), c.rows, c.tile_rows, c.tiles,
-                table.dims, table.hyper, table.hyper if inv_scale is None else inv_scale, selection,
-                BLOCK=BLOCK, **_risk_constants(c, bool(exp_avgs), rank_inactive, inv_scale is not None),
+                table.dims, table.hyper, *factors.pointers(table), selection, BLOCK=BLOCK,
+                **_risk_constants(c, bool(exp_avgs), rank_inactive, factors),
             )  # fmt: skip
 
 
@@ -181,105 +212,292 @@ def _mask_columns(
     return [mask.data_ptr() for mask in masks], kinds
 
 
+class _Update:
+    """The arguments of an update, checked, and its workspaces."""
+
+    def __init__(
+        self, params: list[Tensor], grads: list[Tensor], exp_avgs: list[Tensor],
+        exp_avg_sqs: list[Tensor], steps: list[Tensor], first_masks: list[Tensor],
+        second_masks: list[Tensor], lr: Tensor, hyper: Tensor, group: Tensor, offsets: Tensor,
+        inv_scale: Tensor | None, clip: Tensor | None, found_inf: Tensor | None, gamma: float,
+        rank_inactive: bool, seed: int, stochastic: bool, from_risk: bool,
+    ) -> None:  # fmt: skip
+        device = self.device = _device(params)
+        cpu = torch.device("cpu")
+        grads = self.resolved = _resolved(grads)  # kept for as long as the launches take
+        roles = [
+            Role("params", params, True), Role("grads", grads), Role("exp_avgs", exp_avgs, True),
+            Role("exp_avg_sqs", exp_avg_sqs, True),
+        ]  # fmt: skip
+        check_counts(roles)
+        check_groups(hyper, group, len(grads))
+        check("offsets", offsets, torch.int64, len(params), cpu)
+        check("lr", lr, torch.float64, hyper.numel() // 6, cpu if lr.is_cpu else device)
+        if len(steps) != len(params):
+            raise RuntimeError(
+                f"steps has {len(steps)} tensors; expected one for each of {len(params)} parameters"
+            )
+        for step in steps:
+            check("steps", step, torch.float32, 1, device)
+        self.factors = _Factors(inv_scale, clip, device)
+        _check("found_inf", found_inf, 1, device)
+        flags = hyper.reshape(-1, 6)[:, 5].tolist()
+        selective = [0 <= row < len(flags) and flags[row] != 0 for row in group.tolist()]
+        if any(selective) and not first_masks and not second_masks and not from_risk:
+            raise RuntimeError(
+                f"params[{selective.index(True)}] is selective; expected first_masks, second_masks or "
+                "a selection"
+            )
+        firsts, first_kinds = _mask_columns("first_masks", first_masks, params, selective)
+        seconds, second_kinds = _mask_columns("second_masks", second_masks, params, selective)
+        columns = {
+            2: offsets.tolist(), 7: firsts, 8: seconds, 9: first_kinds, 10: second_kinds,
+            12: [step.data_ptr() for step in steps],
+        }  # fmt: skip
+        rates = lr.tolist() if lr.is_cpu else []
+        extra = [gamma, float(seed % 2**32), *rates]
+        table = self.table = make(roles, hyper, group, BLOCK, extra, columns)
+        self.elements = sum(g.numel() for g, own in zip(grads, selective, strict=True) if own)
+        fractional = bool(first_masks) and (from_risk or bool(second_masks))
+        self.weights = (1, 2) if fractional else (3, 3)
+        self.rules_out = not from_risk and WHOLE in first_kinds + second_kinds
+        self.found = table.hyper if found_inf is None else found_inf
+        # Written by the first launch, before others read them.
+        count = self.count = len(params)
+        self.prepared = torch.empty(max(count, 1), 16, device=device)
+        self.keys = torch.empty(max(count, 1), 2, dtype=torch.int32, device=device)
+        self.lr = table.extra[2:] if lr.is_cpu else lr
+        self.flags = {"FOUND": found_inf is not None}
+        self.constants = {
+            "FRACTIONAL": fractional, "HAS_FIRST": bool(first_masks), "RANK_INACTIVE": rank_inactive,
+            "STOCHASTIC": stochastic, **self.flags, **self.factors.constants(),
+        }  # fmt: skip
+
+    def of(self, c: Class) -> dict[str, Any]:
+        """Constants of kernels that update a class."""
+        dtypes = {f"D{i}": dtype for i, dtype in enumerate(c.dtypes)}
+        return {**dtypes, "LINEAR": c.linear, "ALIGNED": c.aligned, "BLOCK": BLOCK, **self.constants}
+
+
 @keeps_denormals
 def adamw_(
     params: list[Tensor], grads: list[Tensor], exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor],
     steps: list[Tensor], first_masks: list[Tensor], second_masks: list[Tensor],
     selection: Tensor | None, lr: Tensor, hyper: Tensor, group: Tensor, offsets: Tensor,
-    inv_scale: Tensor | None, found_inf: Tensor | None, gamma: float, rank_inactive: bool, seed: int,
+    inv_scale: Tensor | None, clip: Tensor | None, found_inf: Tensor | None, gamma: float,
+    rank_inactive: bool, seed: int, stochastic: bool,
 ) -> Tensor:  # fmt: skip
     """See :func:`rose_ops.reference.adamw_`."""
-    device = _device(params)
-    cpu = torch.device("cpu")
-    grads = _resolved(grads)
-    roles = [
-        Role("params", params, True), Role("grads", grads), Role("exp_avgs", exp_avgs, True),
-        Role("exp_avg_sqs", exp_avg_sqs, True),
-    ]  # fmt: skip
-    check_counts(roles)
-    check_groups(hyper, group, len(grads))
-    check("offsets", offsets, torch.int64, len(params), cpu)
-    check("lr", lr, torch.float64, hyper.numel() // 6, cpu if lr.is_cpu else device)
-    if len(steps) != len(params):
-        raise RuntimeError(
-            f"steps has {len(steps)} tensors; expected one for each of {len(params)} parameters"
-        )
-    for step in steps:
-        check("steps", step, torch.float32, 1, device)
     if selection is not None:
         if second_masks:
             raise RuntimeError(
                 "both selection and second_masks are given; expected one second-order mask"
             )
-        check("selection", selection, torch.int64, Field.SIZE, device)
-    _check_scalar("inv_scale", inv_scale, device)
-    _check_scalar("found_inf", found_inf, device)
-    has_second = selection is not None or bool(second_masks)
-    flags = hyper.reshape(-1, 6)[:, 5].tolist()
-    selective = [0 <= row < len(flags) and flags[row] != 0 for row in group.tolist()]
-    if any(selective) and not first_masks and not has_second:
-        raise RuntimeError(
-            f"params[{selective.index(True)}] is selective; expected first_masks, second_masks or a "
-            "selection"
-        )
-    firsts, first_kinds = _mask_columns("first_masks", first_masks, params, selective)
-    seconds, second_kinds = _mask_columns("second_masks", second_masks, params, selective)
-    columns = {
-        2: offsets.tolist(), 7: firsts, 8: seconds, 9: first_kinds, 10: second_kinds,
-        12: [step.data_ptr() for step in steps],
-    }  # fmt: skip
-    rates = lr.tolist() if lr.is_cpu else []
-    extra = [gamma, float(seed % 2**32), *rates]
-    table = make(roles, hyper, group, BLOCK, extra, columns)
-    fractional = bool(first_masks) and has_second
-    weights = (1, 2) if fractional else (3, 3)
-    found = table.hyper if found_inf is None else found_inf
-    with _on(device):
-        # Workspaces are written by the first kernel before the second reads them.
-        count = max(len(params), 1)
-        prepared = torch.empty(count, 16, device=device)
-        keys = torch.empty(count, 2, dtype=torch.int32, device=device)
-        counts = torch.empty(2, dtype=torch.int64, device=device)
+        check("selection", selection, torch.int64, Field.SIZE, _device(params))
+    u = _Update(
+        params, grads, exp_avgs, exp_avg_sqs, steps, first_masks, second_masks, lr, hyper, group,
+        offsets, inv_scale, clip, found_inf, gamma, rank_inactive, seed, stochastic,
+        selection is not None,
+    )  # fmt: skip
+    table = u.table
+    counts = torch.empty(2, dtype=torch.int64, device=u.device)
+    with _on(u.device):
         _launch(
-            kernels._prepare_kernel, count, table.rows, len(params), table.hyper,
-            table.extra[2:] if lr.is_cpu else lr, found, prepared, keys, counts, table.extra,
-            table.extra[1:], *weights, FOUND=found_inf is not None,
+            kernels._prepare_kernel, max(u.count, 1), table.rows, u.count, table.hyper, u.lr, u.found,
+            u.prepared, u.keys, counts, table.extra, table.extra[1:], *u.weights,
+            RULES_OUT=u.rules_out, **u.flags,
         )  # fmt: skip
         for c in table.classes:
             _launch(
-                kernels._update_kernel, max(c.tiles, 1), c.rows, c.tile_rows, c.tiles,
-                table.dims, table.hyper, table.hyper if inv_scale is None else inv_scale, found,
-                counts if selection is None else selection, prepared, keys, counts, *weights,
-                D0=c.dtypes[0], D1=c.dtypes[1], D2=c.dtypes[2], D3=c.dtypes[3], LINEAR=c.linear,
-                ALIGNED=c.aligned, FRACTIONAL=fractional, FROM_RISK=selection is not None,
-                HAS_FIRST=bool(first_masks), HAS_SECOND=bool(second_masks), RANK_INACTIVE=rank_inactive,
-                SCALED=inv_scale is not None, FOUND=found_inf is not None, BLOCK=BLOCK,
+                kernels._update_kernel, max(c.tiles, 1), c.rows, c.tile_rows, c.tiles, table.dims,
+                table.hyper, *u.factors.pointers(table), u.found,
+                counts if selection is None else selection, u.prepared, u.keys, counts, *u.weights,
+                FROM_RISK=selection is not None, HAS_SECOND=bool(second_masks), RULES_OUT=u.rules_out,
+                **u.of(c),
             )  # fmt: skip
     return counts
 
 
+@dataclass
+class _Bracket:
+    """Workspaces of a bracketed pass, within 1 bit for each element and 16 MiB."""
+
+    stratum: int  # lines of which one is sampled
+    strata: list[int]  # of each class
+    capacity: int  # of the log
+    state: Tensor
+    record: Tensor
+    log: tuple[Tensor, ...]  # keys, places, and old p, m and v
+    sample: Tensor  # in the memory of the log, which is written later
+
+    @classmethod
+    def of(cls, tiles: Sequence[int], elements: int, updates: bool, device: torch.device) -> _Bracket:
+        # The log shrinks as 1 / sqrt(lines): n^(2/3) lines balance its cost and the sample's. More, so
+        # that it fits, where 1 bit for each element is much of the memory.
+        wanted = max(1.0, 0.4 * elements ** (2 / 3), elements / 640)
+        lines = [count * (BLOCK // 16) for count in tiles]
+        stratum = max(1, int(sum(lines) / wanted))
+        strata = [-(-count // stratum) for count in lines]
+        size = 6 if updates else 3  # int32 words of an entry
+        capacity = max(1, min(elements, (elements // 8 + (14 << 20)) // (4 * size)))
+        words = max(capacity * size, 16 * sum(strata))
+        memory = torch.empty((words + 1) // 2, dtype=torch.int64, device=device)
+        places, rest = memory[:capacity], memory.view(torch.int32)[2 * capacity :]
+        log = (rest[:capacity], places, *([rest[capacity:].view(torch.float32)] if updates else []))
+        return cls(
+            stratum, strata, capacity,
+            torch.empty(_BRACKET_STATE, dtype=torch.int64, device=device),
+            torch.empty(Field.SIZE + 2 * updates, dtype=torch.int64, device=device),
+            log, memory.view(torch.int32),
+        )  # fmt: skip
+
+
+def _bracketed(
+    table: Table, device: torch.device, ranked: Sequence[int], elements: int, upper: int, lower: int,
+    draw: int, width: float, found: Tensor, pointers: tuple[Tensor, ...], prepare: tuple[Any, ...],
+    constants: list[dict[str, Any]], update: _Update | None,
+) -> Tensor:  # fmt: skip
+    """The launches of bracket.py.
+
+    Args:
+        ranked: tiles of each class whose elements are ranked, the first ones.
+        prepare: arguments of the first kernel to prepare the update.
+        constants: of the kernels that find keys, for each class.
+        update: or None for a capture.
+    """
+    b = _Bracket.of(ranked, elements, update is not None, device)
+    two, flags = {"TWO": lower > 0}, {"FOUND": False} if update is None else update.flags
+    grad = {"GRAD": 0 if update is None else 1}
+    lines, before = sum(b.strata), 0
+    programs = [_programs(c.tiles, device) for c in table.classes]
+    with _on(device):
+        for i, (c, tiles, strata) in enumerate(zip(table.classes, ranked, b.strata, strict=True)):
+            prepared = update.count if i == 0 and update is not None else 0
+            keys = {k: v for k, v in constants[i].items() if k != "ALIGNED"}
+            _launch(
+                bracket._sample_kernel, max(-(-strata // DRAWN_LINES), prepared, 1),
+                c.rows, c.tile_rows, tiles, table.dims, table.hyper, *pointers, found, b.state,
+                b.record, len(b.record), b.sample, draw % 2**31, before, strata, b.stratum, *prepare,
+                **keys, **grad, PREPARES=prepared > 0, LINES=DRAWN_LINES,
+                BLOCK=BLOCK, **flags,
+            )  # fmt: skip
+            before += strata
+        _launch(
+            bracket._bracket_kernel, _programs(-(-lines // LINES), device, each=1), found, b.state,
+            b.sample, lines, b.stratum, upper, lower, float(width), elements, b.capacity, **two,
+            LINES=LINES, num_warps=8, **flags,
+        )  # fmt: skip
+        for i, (c, tiles) in enumerate(zip(table.classes, ranked, strict=True)):
+            place = c.base * BLOCK
+            if update is None:
+                _launch(
+                    bracket._capture_pass_kernel, max(c.tiles, 1), c.rows, c.tile_rows, c.tiles,
+                    table.dims, table.hyper, *pointers, b.state, *b.log, b.capacity, place,
+                    BLOCK=BLOCK, **two, **constants[i],
+                )  # fmt: skip
+            else:
+                _launch(
+                    bracket._update_pass_kernel, max(c.tiles, 1), c.rows, c.tile_rows, c.tiles, tiles,
+                    table.dims, table.hyper, *pointers, found, b.state, *b.log, b.capacity, place,
+                    update.prepared, update.keys, *update.weights, **two, **update.of(c),
+                )  # fmt: skip
+        for i, (c, tiles) in enumerate(zip(table.classes, ranked, strict=True)):
+            _launch(
+                bracket._resolve_kernel, programs[i], c.rows, c.tile_rows, tiles, table.dims,
+                table.hyper, *pointers, found, b.state, b.record, b.log[0], b.capacity, elements, upper,
+                lower, sum(programs), FIRST=i == 0, UPDATES=update is not None, BLOCK=BLOCK, **two,
+                **grad, **flags, **constants[i],
+            )  # fmt: skip
+        for i, (c, tiles) in enumerate(zip(table.classes, ranked, strict=True)):
+            place = c.base * BLOCK
+            if update is None:
+                _launch(
+                    bracket._capture_fix_kernel, programs[i], c.rows, c.tile_rows, c.tiles, table.dims,
+                    table.hyper, *pointers, b.state, b.record, *b.log, b.capacity, place, BLOCK=BLOCK,
+                    **constants[i],
+                )  # fmt: skip
+            else:
+                _launch(
+                    bracket._update_fix_kernel, programs[i], c.rows, c.tile_rows, c.tiles, tiles,
+                    table.dims, table.hyper, *pointers, found, b.state, b.record, *b.log, b.capacity,
+                    place, update.prepared, update.keys, *update.weights, **update.of(c),
+                )  # fmt: skip
+    return b.record
+
+
 @keeps_denormals
-def tensor_norms(tensors: list[Tensor], inv_scale: Tensor | None) -> Tensor:
-    """See :func:`rose_ops.reference.tensor_norms`."""
+def bracket_capture_(
+    masks: list[Tensor], grads: list[Tensor], exp_avgs: list[Tensor], hyper: Tensor, group: Tensor,
+    inv_scale: Tensor | None, clip: Tensor | None, upper: int, lower: int, rank_inactive: bool,
+    draw: int, width: float,
+) -> Tensor:  # fmt: skip
+    """See :func:`rose_ops.reference.bracket_capture_`."""
+    _check_fractions(upper, lower)
+    device = _device(grads)
+    grads = _resolved(grads)
+    table = _capture_table(masks, grads, exp_avgs, hyper, group)
+    factors = _Factors(inv_scale, clip, device)
+    constants = [_risk_constants(c, bool(exp_avgs), rank_inactive, factors) for c in table.classes]
+    unused = table.hyper
+    prepare = (table.rows, 0, unused, unused, unused, unused, unused, 0, 0)
+    return _bracketed(
+        table, device, [c.tiles for c in table.classes], sum(g.numel() for g in grads), upper, lower,
+        draw, width, unused, factors.pointers(table), prepare, constants, None,
+    )  # fmt: skip
+
+
+@keeps_denormals
+def bracket_adamw_(
+    params: list[Tensor], grads: list[Tensor], exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor],
+    steps: list[Tensor], first_masks: list[Tensor], lr: Tensor, hyper: Tensor, group: Tensor,
+    offsets: Tensor, inv_scale: Tensor | None, clip: Tensor | None, found_inf: Tensor | None,
+    gamma: float, upper: int, lower: int, rank_inactive: bool, seed: int, stochastic: bool, draw: int,
+    width: float,
+) -> Tensor:  # fmt: skip
+    """See :func:`rose_ops.reference.bracket_adamw_`."""
+    _check_fractions(upper, lower)
+    u = _Update(
+        params, grads, exp_avgs, exp_avg_sqs, steps, first_masks, [], lr, hyper, group, offsets,
+        inv_scale, clip, found_inf, gamma, rank_inactive, seed, stochastic, True,
+    )  # fmt: skip
+    table = u.table
+    constants = [
+        {
+            **_risk_constants(c, True, rank_inactive, u.factors),
+            "D0": c.dtypes[min(1, len(c.dtypes) - 1)],
+            "D1": c.dtypes[min(2, len(c.dtypes) - 1)],
+        }
+        for c in table.classes
+    ]
+    prepare = (
+        table.rows, u.count, u.lr, u.prepared, u.keys, table.extra, table.extra[1:], *u.weights,
+    )  # fmt: skip
+    return _bracketed(
+        table, u.device, [c.selective for c in table.classes], u.elements, upper, lower, draw, width,
+        u.found, u.factors.pointers(table), prepare, constants, u,
+    )  # fmt: skip
+
+
+@keeps_denormals
+def sums_of_squares(tensors: list[Tensor], inv_scale: Tensor | None) -> Tensor:
+    """See :func:`rose_ops.reference.sums_of_squares`."""
     device = _device(tensors)
-    _check_scalar("inv_scale", inv_scale, device)
+    factors = _Factors(inv_scale, None, device)
     hyper, group = torch.zeros(1, 6, dtype=torch.float64), torch.zeros(len(tensors), dtype=torch.int64)
     tensors = _resolved(tensors)
     table: Table = make([Role("tensors", tensors)], hyper, group, BLOCK)
-    norms = torch.empty(len(tensors), device=device)
+    sums = torch.empty(len(tensors), dtype=torch.float64, device=device)
     if not tensors:
-        return norms
+        return sums
     partial = torch.empty(table.tiles + 1, dtype=torch.float64, device=device)
     with _on(device):
         for c in table.classes:
             _launch(
                 kernels._squares_kernel, _programs(c.tiles, device), c.rows, c.tile_rows, c.tiles,
-                table.dims, table.hyper if inv_scale is None else inv_scale, partial, c.base,
-                D0=c.dtypes[0], LINEAR=c.linear, ALIGNED=c.aligned, SCALED=inv_scale is not None,
-                BLOCK=BLOCK,
+                table.dims, factors.pointers(table)[0], partial, c.base, D0=c.dtypes[0],
+                LINEAR=c.linear, ALIGNED=c.aligned, SCALED=inv_scale is not None, BLOCK=BLOCK,
             )  # fmt: skip
             _launch(
-                kernels._norms_kernel, len(c.rows), c.rows, partial, c.base, norms, BLOCK=BLOCK,
-                PARTS=256,
-            )  # fmt: skip
-    return norms
+                kernels._sums_kernel, len(c.rows), c.rows, partial, c.base, sums, BLOCK=BLOCK, PARTS=256
+            )
+    return sums

@@ -108,18 +108,24 @@ def _mix(x):
 
 
 @triton.jit
-def _locate(row, dims, index, OPERAND: tl.constexpr, LINEAR: tl.constexpr):
-    """Where the elements ``index`` (row-major) of one operand are in its memory."""
+def _locate(
+    row, dims, index, OPERAND: tl.constexpr, LINEAR: tl.constexpr, ROWS: tl.constexpr = False
+):  # fmt: skip
+    """Where the elements ``index`` (row-major) of one operand are in its memory. ROWS: a row each."""
     if LINEAR:
         return index
     at = tl.zeros_like(index)
     first = tl.load(row + FIRST_DIM)
     count = tl.load(row + DIMS)
-    for k in range(0, count):
+    most = count
+    if ROWS:
+        most = tl.max(count)
+    for k in range(0, most):
+        used = k < count
         dim = dims + (first + count - 1 - k) * 5  # size, strides
-        size = tl.load(dim)
+        size = tl.load(dim, mask=used, other=1)
         rest = index // size
-        at += (index - rest * size) * tl.load(dim + 1 + OPERAND)
+        at += (index - rest * size) * tl.load(dim + 1 + OPERAND, mask=used, other=0)
         index = rest
     return tl.where(count == 0, index, at)
 
@@ -166,19 +172,24 @@ def _is_selected(key, selection):
 
 @triton.jit
 def _keys_of_tile(
-    row, dims, index, valid, hyper, inv_scale,
+    row, dims, index, valid, hyper, inv_scale, clip,
     D0: tl.constexpr, D1: tl.constexpr, LINEAR: tl.constexpr, ALIGNED: tl.constexpr,
-    SECOND: tl.constexpr, RANK_INACTIVE: tl.constexpr, SCALED: tl.constexpr,
+    SECOND: tl.constexpr, RANK_INACTIVE: tl.constexpr, SCALED: tl.constexpr, CLIPPED: tl.constexpr,
+    GRAD: tl.constexpr = 0, ROWS: tl.constexpr = False,
 ):  # fmt: skip
-    g = _load(tl.load(row + DATA), _locate(row, dims, index, 0, LINEAR), valid, D0, ALIGNED)
+    """Keys of gradients (operand GRAD, of dtype D0) and first moments (the next, D1)."""
+    at = _locate(row, dims, index, GRAD, LINEAR, ROWS)
+    g = _load(tl.load(row + DATA + GRAD), at, valid, D0, ALIGNED)
     m = g
     alpha = 1.0
     if SECOND:
-        at = _locate(row, dims, index, 1, LINEAR)
-        m = _load(tl.load(row + DATA + 1), at, valid, D1, ALIGNED)
+        at = _locate(row, dims, index, GRAD + 1, LINEAR, ROWS)
+        m = _load(tl.load(row + DATA + GRAD + 1), at, valid, D1, ALIGNED)
         alpha = (1.0 - tl.load(hyper + tl.load(row + GROUP) * 6)).to(tl.float32)
     if SCALED:
         g = g * tl.load(inv_scale)
+    if CLIPPED:
+        g = g * tl.load(clip)
     return _key(g, m, alpha, SECOND, RANK_INACTIVE)
 
 
@@ -189,10 +200,11 @@ def _rank_of(fraction, n):
 
 @triton.jit
 def _select_kernel(
-    rows, tile_rows, tiles, dims, hyper, inv_scale, state, selection, upper, lower, programs,
+    rows, tile_rows, tiles, dims, hyper, inv_scale, clip, state, selection, upper, lower, programs,
     PASS: tl.constexpr, LAST: tl.constexpr, APPROX: tl.constexpr,
     D0: tl.constexpr, D1: tl.constexpr, LINEAR: tl.constexpr, ALIGNED: tl.constexpr,
-    SECOND: tl.constexpr, RANK_INACTIVE: tl.constexpr, SCALED: tl.constexpr, BLOCK: tl.constexpr,
+    SECOND: tl.constexpr, RANK_INACTIVE: tl.constexpr, SCALED: tl.constexpr, CLIPPED: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One digit of both thresholds: 11, 11 and 9 bits. The last program of a pass scans."""
     SHIFT: tl.constexpr = 20 if PASS == 0 else (9 if PASS == 1 else 0)
@@ -211,8 +223,8 @@ def _select_kernel(
         for tile in range(first, tiles, tl.num_programs(0)):
             row, index, valid = _tile(rows, tile_rows, tile, ALIGNED, BLOCK)
             key = _keys_of_tile(
-                row, dims, index, valid, hyper, inv_scale, D0, D1, LINEAR, ALIGNED, SECOND,
-                RANK_INACTIVE, SCALED,
+                row, dims, index, valid, hyper, inv_scale, clip, D0, D1, LINEAR, ALIGNED, SECOND,
+                RANK_INACTIVE, SCALED, CLIPPED,
             )  # fmt: skip
             digit = (key >> SHIFT) & ((1 << DIGIT) - 1)
             ranked = valid & (key >= 0)
@@ -274,37 +286,55 @@ def _select_kernel(
 
 
 @triton.jit
-def _capture_kernel(
-    rows, tile_rows, tiles, dims, hyper, inv_scale, selection,
-    D0: tl.constexpr, D1: tl.constexpr, LINEAR: tl.constexpr, ALIGNED: tl.constexpr,
-    SECOND: tl.constexpr, RANK_INACTIVE: tl.constexpr, SCALED: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+def _store_mask_bits(row, tile, selected, BLOCK: tl.constexpr):
     """One bit for each element, 8 to a byte, the lowest first."""
+    bit = selected.to(tl.int32).reshape([BLOCK // 8, 8])
+    byte = tl.sum(bit << tl.arange(0, 8)[None, :], axis=1)
+    start = (tile - tl.load(row + FIRST_TILE)) * (BLOCK // 8)
+    at = start + tl.arange(0, BLOCK // 8).to(tl.int64)
+    pointer = tl.load(row + BITS).to(tl.pointer_type(tl.uint8))
+    tl.store(pointer + at, byte.to(tl.uint8), mask=at * 8 < tl.load(row + N))
+
+
+@triton.jit
+def _capture_kernel(
+    rows, tile_rows, tiles, dims, hyper, inv_scale, clip, selection,
+    D0: tl.constexpr, D1: tl.constexpr, LINEAR: tl.constexpr, ALIGNED: tl.constexpr,
+    SECOND: tl.constexpr, RANK_INACTIVE: tl.constexpr, SCALED: tl.constexpr, CLIPPED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
     first = tl.program_id(0).to(tl.int64)
     for tile in range(first, tiles, tl.num_programs(0)):
         row, index, valid = _tile(rows, tile_rows, tile, ALIGNED, BLOCK)
         key = _keys_of_tile(
-            row, dims, index, valid, hyper, inv_scale, D0, D1, LINEAR, ALIGNED, SECOND, RANK_INACTIVE,
-            SCALED,
+            row, dims, index, valid, hyper, inv_scale, clip, D0, D1, LINEAR, ALIGNED, SECOND,
+            RANK_INACTIVE, SCALED, CLIPPED,
         )  # fmt: skip
-        bit = (_is_selected(key, selection) & valid).to(tl.int32).reshape([BLOCK // 8, 8])
-        byte = tl.sum(bit << tl.arange(0, 8)[None, :], axis=1)
-        start = (tile - tl.load(row + FIRST_TILE)) * (BLOCK // 8)
-        at = start + tl.arange(0, BLOCK // 8).to(tl.int64)
-        pointer = tl.load(row + BITS).to(tl.pointer_type(tl.uint8))
-        tl.store(pointer + at, byte.to(tl.uint8), mask=at * 8 < tl.load(row + N))
+        _store_mask_bits(row, tile, _is_selected(key, selection) & valid, BLOCK)
 
 
 @triton.jit
 def _prepare_kernel(
     rows, count, hyper, lr, found_inf, prepared, keys, counts, gamma, seed, first_weight, second_weight,
-    FOUND: tl.constexpr,
+    RULES_OUT: tl.constexpr, FOUND: tl.constexpr,
 ):  # fmt: skip
-    """What all elements of a segment have in common in an update, and its step. A program each."""
-    i = tl.program_id(0).to(tl.int64)
-    if i == 0:
+    """A program for each segment."""
+    if tl.program_id(0) == 0:
         tl.store(counts, 0)
         tl.store(counts + 1, 0)
+    _prepare(
+        rows, count, hyper, lr, found_inf, prepared, keys, gamma, seed, first_weight, second_weight,
+        RULES_OUT, FOUND,
+    )  # fmt: skip
+
+
+@triton.jit
+def _prepare(
+    rows, count, hyper, lr, found_inf, prepared, keys, gamma, seed, first_weight, second_weight,
+    RULES_OUT: tl.constexpr, FOUND: tl.constexpr,
+):  # fmt: skip
+    """What all elements of a segment have in common in an update, and its step."""
+    i = tl.program_id(0).to(tl.int64)
     runs = i < count
     if FOUND:
         runs = runs & (tl.load(found_inf) == 0)
@@ -337,14 +367,19 @@ def _prepare_kernel(
         tl.store(out + 11, (1.0 - rate * weight * decay).to(tl.float32))
         tl.store(out + 12, (1.0 - rate * (1.0 - weight) * decay).to(tl.float32))
         tl.store(out + 13, (1.0 - rate * decay).to(tl.float32))
-        kind = tl.where(tl.load(group + 5) != 0, 0, 3)
+        selective = tl.load(group + 5) != 0
+        kind = tl.where(selective, 0, 3)
+        some = tl.zeros_like(kind)
         for k in tl.static_range(2):
             given = tl.load(row + MASK_KIND + k)
+            some += (given == 1).to(tl.int32)
             added = first_weight if k == 0 else second_weight
             whole = given == 3
             if given == 2:
                 whole = tl.load(tl.load(row + MASK + k).to(tl.pointer_type(tl.uint8))) != 0
             kind += tl.where(whole, added, 0)
+        if RULES_OUT:
+            kind = tl.where(selective & (kind == 0) & (some == 0), -1, kind)
         pair = keys + tl.load(row + INDEX) * 2
         scrambled = step.to(tl.int64).to(tl.uint32) * 0x9E3779B9
         tl.store(
@@ -354,13 +389,109 @@ def _prepare_kernel(
 
 
 @triton.jit
+def _gradient(g, row, hyper, inv_scale, clip, SCALED: tl.constexpr, CLIPPED: tl.constexpr):
+    """Unscaled, clipped, and negated to maximize."""
+    group = hyper + tl.load(row + GROUP) * 6
+    factor = tl.load(group + 4).to(tl.float32)
+    if SCALED:
+        factor = factor * tl.load(inv_scale)
+    g = g * factor
+    if CLIPPED:
+        g = g * tl.load(clip + tl.where(tl.load(group + 5) != 0, 0, 1))
+    return g
+
+
+@triton.jit
+def _mask_bit(row, index, valid, WHICH: tl.constexpr):
+    """The bits of a captured mask; 0 where it is of another kind."""
+    some = valid & (index * 0 + tl.load(row + MASK_KIND + WHICH) == 1)
+    pointer = tl.load(row + MASK + WHICH).to(tl.pointer_type(tl.uint8))
+    byte = tl.load(pointer + index // 8, mask=some, other=0).to(tl.int32)
+    return (byte >> (index % 8).to(tl.int32)) & 1
+
+
+@triton.jit
+def _second_moment(v, g, u):
+    return tl.load(u + 2) * v + tl.load(u + 3) * (g * g)
+
+
+@triton.jit
+def _adamw(p, g, m, v, kind, u, FRACTIONAL: tl.constexpr):
+    """p, m, v after the step; ``u`` is what their segment's prepared constants are at."""
+    off = kind == 0
+    gp = tl.where(off, m, g)
+    step_size = tl.load(u + 10)
+    decay = tl.load(u + 13)
+    if FRACTIONAL:
+        is_gamma = kind == 1
+        is_rest = kind == 2
+        w = tl.where(is_gamma, tl.load(u + 6), tl.load(u + 7))
+        c = tl.where(is_gamma, tl.load(u + 7), tl.load(u + 6))
+        gp = tl.where(is_gamma | is_rest, w * g + c * m, gp)
+        rest_size = tl.where(is_rest, tl.load(u + 9), step_size)
+        rest_decay = tl.where(is_rest, tl.load(u + 12), decay)
+        step_size = tl.where(is_gamma, tl.load(u + 8), rest_size)
+        decay = tl.where(is_gamma, tl.load(u + 11), rest_decay)
+    m_new = tl.where(off, m, tl.load(u) * m + tl.load(u + 1) * gp)
+    v_new = _second_moment(v, gp, u)
+    denominator = tl.sqrt_rn(v_new) * tl.load(u + 5) + tl.load(u + 4)
+    p_new = tl.where(off, p, p * decay - step_size * tl.div_rn(m_new, denominator))
+    return p_new, m_new, v_new
+
+
+@triton.jit
+def _random(row, index, key):
+    """32 bits for each element, of which a parameter takes the upper and a second moment the lower."""
+    position = index + tl.load(row + OFFSET)
+    high = (position >> 32).to(tl.uint32) ^ tl.load(key).to(tl.uint32, bitcast=True)
+    return _mix(_mix(position.to(tl.uint32)) + _mix(high))
+
+
+@triton.jit
+def _store_stochastic(address, at, x, random, valid, ALIGNED: tl.constexpr):
+    a = _bits(x)
+    added = tl.where(a < INFINITY, random & 0xFFFF, 0)
+    quiet = tl.where(a > INFINITY, 0x40, 0).to(tl.uint32)
+    rounded = ((x.to(tl.uint32, bitcast=True) + added) >> 16) | quiet
+    _store_bits(address, at, rounded, valid, ALIGNED)
+
+
+@triton.jit
+def _store_parameter(
+    row, dims, index, x, random, valid, D0: tl.constexpr, LINEAR: tl.constexpr, ALIGNED: tl.constexpr,
+    STOCHASTIC: tl.constexpr, ROWS: tl.constexpr = False,
+):  # fmt: skip
+    at = _locate(row, dims, index, 0, LINEAR, ROWS)
+    if STOCHASTIC and D0 == 1:
+        _store_stochastic(tl.load(row + DATA), at, x, random >> 16, valid, ALIGNED)
+    else:
+        _store(tl.load(row + DATA), at, x, valid, D0, ALIGNED)
+
+
+@triton.jit
+def _store_moments(
+    row, dims, index, m, v, random, valid, D2: tl.constexpr, D3: tl.constexpr, LINEAR: tl.constexpr,
+    ALIGNED: tl.constexpr, BOTH: tl.constexpr, ROWS: tl.constexpr = False,
+):  # fmt: skip
+    if BOTH:
+        at = _locate(row, dims, index, 2, LINEAR, ROWS)
+        _store(tl.load(row + DATA + 2), at, m, valid, D2, ALIGNED)
+    at = _locate(row, dims, index, 3, LINEAR, ROWS)
+    if D3 == 1:
+        _store_stochastic(tl.load(row + DATA + 3), at, v, random, valid, ALIGNED)
+    else:
+        _store(tl.load(row + DATA + 3), at, v, valid, D3, ALIGNED)
+
+
+@triton.jit
 def _update_kernel(
-    rows, tile_rows, tiles, dims, hyper, inv_scale, found_inf, selection, prepared, keys, counts,
+    rows, tile_rows, tiles, dims, hyper, inv_scale, clip, found_inf, selection, prepared, keys, counts,
     first_weight, second_weight,
     D0: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, D3: tl.constexpr,
     LINEAR: tl.constexpr, ALIGNED: tl.constexpr, FRACTIONAL: tl.constexpr, FROM_RISK: tl.constexpr,
-    HAS_FIRST: tl.constexpr, HAS_SECOND: tl.constexpr,
-    RANK_INACTIVE: tl.constexpr, SCALED: tl.constexpr, FOUND: tl.constexpr, BLOCK: tl.constexpr,
+    HAS_FIRST: tl.constexpr, HAS_SECOND: tl.constexpr, RULES_OUT: tl.constexpr,
+    RANK_INACTIVE: tl.constexpr, STOCHASTIC: tl.constexpr, SCALED: tl.constexpr, CLIPPED: tl.constexpr,
+    FOUND: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """AdamW under the mask, in place. A program for each tile: a loop would take registers."""
     runs = tiles > 0
@@ -369,77 +500,44 @@ def _update_kernel(
     if runs:
         tile = tl.program_id(0).to(tl.int64)
         row, index, valid = _tile(rows, tile_rows, tile, ALIGNED, BLOCK)
-        group = hyper + tl.load(row + GROUP) * 6
-        at_p = _locate(row, dims, index, 0, LINEAR)
-        at_m = _locate(row, dims, index, 2, LINEAR)
-        at_v = _locate(row, dims, index, 3, LINEAR)
-        p_data = tl.load(row + DATA)
-        m_data = tl.load(row + DATA + 2)
-        v_data = tl.load(row + DATA + 3)
-        p = _load(p_data, at_p, valid, D0, ALIGNED)
-        g_data = tl.load(row + DATA + 1)
-        g = _load(g_data, _locate(row, dims, index, 1, LINEAR), valid, D1, ALIGNED)
-        m = _load(m_data, at_m, valid, D2, ALIGNED)
-        v = _load(v_data, at_v, valid, D3, ALIGNED)
-        factor = tl.load(group + 4).to(tl.float32)
-        if SCALED:
-            factor = factor * tl.load(inv_scale)
-        g = g * factor
-        selective = tl.zeros([BLOCK], tl.int32) + tl.load(group + 5).to(tl.int32) != 0
         segment = tl.load(row + INDEX)
-        kind = tl.zeros([BLOCK], tl.int32) + tl.load(keys + segment * 2 + 1)
-        if HAS_FIRST:
-            some = valid & (index * 0 + tl.load(row + MASK_KIND) == 1)
-            pointer = tl.load(row + MASK).to(tl.pointer_type(tl.uint8))
-            byte = tl.load(pointer + index // 8, mask=some, other=0).to(tl.int32)
-            kind += ((byte >> (index % 8).to(tl.int32)) & 1) * first_weight
-        if HAS_SECOND:
-            some = valid & (index * 0 + tl.load(row + MASK_KIND + 1) == 1)
-            pointer = tl.load(row + MASK + 1).to(tl.pointer_type(tl.uint8))
-            byte = tl.load(pointer + index // 8, mask=some, other=0).to(tl.int32)
-            kind += ((byte >> (index % 8).to(tl.int32)) & 1) * second_weight
-        if FROM_RISK:
-            alpha = (1.0 - tl.load(group)).to(tl.float32)
-            key = _key(g, m, alpha, True, RANK_INACTIVE)
-            kind += (selective & _is_selected(key, selection)).to(tl.int32) * second_weight
-        bad = selective & ((_bits(g) >= INFINITY) | (_bits(m) >= INFINITY))
-        kind = tl.where(bad, 0, kind)
-        tl.atomic_add(counts, tl.sum((valid & (kind != 0)).to(tl.int64)))
-        tl.atomic_add(counts + 1, tl.sum((valid & bad).to(tl.int64)))
-
+        key = keys + segment * 2
         u = prepared + segment * PREPARED
-        off = kind == 0
-        gp = tl.where(off, m, g)
-        step_size = tl.load(u + 10)
-        decay = tl.load(u + 13)
-        if FRACTIONAL:
-            is_gamma = kind == 1
-            is_rest = kind == 2
-            w = tl.where(is_gamma, tl.load(u + 6), tl.load(u + 7))
-            c = tl.where(is_gamma, tl.load(u + 7), tl.load(u + 6))
-            gp = tl.where(is_gamma | is_rest, w * g + c * m, gp)
-            rest_size = tl.where(is_rest, tl.load(u + 9), step_size)
-            rest_decay = tl.where(is_rest, tl.load(u + 12), decay)
-            step_size = tl.where(is_gamma, tl.load(u + 8), rest_size)
-            decay = tl.where(is_gamma, tl.load(u + 11), rest_decay)
-        m_new = tl.where(off, m, tl.load(u) * m + tl.load(u + 1) * gp)
-        v_new = tl.load(u + 2) * v + tl.load(u + 3) * (gp * gp)
-        denominator = tl.sqrt_rn(v_new) * tl.load(u + 5) + tl.load(u + 4)
-        p_new = tl.where(off, p, p * decay - step_size * tl.div_rn(m_new, denominator))
-        _store(p_data, at_p, p_new, valid, D0, ALIGNED)
-        _store(m_data, at_m, m_new, valid, D2, ALIGNED)
-        if D3 == 0:
-            _store(v_data, at_v, v_new, valid, D3, ALIGNED)
-        else:  # stochastic rounding
-            position = index + tl.load(row + OFFSET)
-            low = position.to(tl.uint32)
-            key = tl.load(keys + segment * 2).to(tl.uint32, bitcast=True)
-            random = _mix(_mix(low) + _mix((position >> 32).to(tl.uint32) ^ key))
-            a = _bits(v_new)
-            added = tl.where(a < INFINITY, random & 0xFFFF, 0)
-            quiet = tl.where(a > INFINITY, 0x40, 0).to(tl.uint32)
-            rounded = ((v_new.to(tl.uint32, bitcast=True) + added) >> 16) | quiet
-            _store_bits(v_data, at_v, rounded, valid, ALIGNED)
+        random = _random(row, index, key)
+        at = _locate(row, dims, index, 2, LINEAR)
+        m = _load(tl.load(row + DATA + 2), at, valid, D2, ALIGNED)
+        at = _locate(row, dims, index, 3, LINEAR)
+        v = _load(tl.load(row + DATA + 3), at, valid, D3, ALIGNED)
+        live = True
+        if RULES_OUT:
+            live = tl.load(key + 1) >= 0
+        if live:
+            at = _locate(row, dims, index, 0, LINEAR)
+            p = _load(tl.load(row + DATA), at, valid, D0, ALIGNED)
+            at = _locate(row, dims, index, 1, LINEAR)
+            g = _load(tl.load(row + DATA + 1), at, valid, D1, ALIGNED)
+            g = _gradient(g, row, hyper, inv_scale, clip, SCALED, CLIPPED)
+            group = hyper + tl.load(row + GROUP) * 6
+            selective = tl.zeros([BLOCK], tl.int32) + tl.load(group + 5).to(tl.int32) != 0
+            kind = tl.zeros([BLOCK], tl.int32) + tl.load(key + 1)
+            if HAS_FIRST:
+                kind += _mask_bit(row, index, valid, 0) * first_weight
+            if HAS_SECOND:
+                kind += _mask_bit(row, index, valid, 1) * second_weight
+            if FROM_RISK:
+                alpha = (1.0 - tl.load(group)).to(tl.float32)
+                risk = _key(g, m, alpha, True, RANK_INACTIVE)
+                kind += (selective & _is_selected(risk, selection)).to(tl.int32) * second_weight
+            bad = selective & ((_bits(g) >= INFINITY) | (_bits(m) >= INFINITY))
+            kind = tl.where(bad, 0, kind)
+            tl.atomic_add(counts, tl.sum((valid & (kind != 0)).to(tl.int64)), sem="relaxed")
+            tl.atomic_add(counts + 1, tl.sum((valid & bad).to(tl.int64)), sem="relaxed")
+            p, m, v = _adamw(p, g, m, v, kind, u, FRACTIONAL)
+            _store_parameter(row, dims, index, p, random, valid, D0, LINEAR, ALIGNED, STOCHASTIC)
+            _store_moments(row, dims, index, m, v, random, valid, D2, D3, LINEAR, ALIGNED, True)
+        else:  # nothing of the tensor is selected
+            v = _second_moment(v, m, u)
+            _store_moments(row, dims, index, m, v, random, valid, D2, D3, LINEAR, ALIGNED, False)
 
 
 @triton.jit
@@ -460,13 +558,13 @@ def _squares_kernel(
 
 
 @triton.jit
-def _norms_kernel(rows, partial, base, norms, BLOCK: tl.constexpr, PARTS: tl.constexpr):
-    """The norm of each segment from its tiles. A program each."""
+def _sums_kernel(rows, partial, base, sums, BLOCK: tl.constexpr, PARTS: tl.constexpr):
+    """The sum of each segment from those of its tiles. A program each."""
     row = rows + tl.program_id(0).to(tl.int64) * COLUMNS
     tiles = (tl.load(row + N) + BLOCK - 1) // BLOCK
     tile = partial + base + tl.load(row + FIRST_TILE)
-    sums = tl.zeros([PARTS], tl.float64)
+    parts = tl.zeros([PARTS], tl.float64)
     for start in range(0, tiles, PARTS):
         part = start + tl.arange(0, PARTS)
-        sums += tl.load(tile + part, mask=part < tiles, other=0.0)
-    tl.store(norms + tl.load(row + INDEX), tl.sqrt(tl.sum(sums)).to(tl.float32))
+        parts += tl.load(tile + part, mask=part < tiles, other=0.0)
+    tl.store(sums + tl.load(row + INDEX), tl.sum(parts))

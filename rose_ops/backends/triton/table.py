@@ -13,6 +13,7 @@ from torch import Tensor
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 COLUMNS = 17  # see kernels.py
+_GROUP = 13
 _DIM = 5  # size, strides of up to 4 operands
 NO_MASK, BITS, WHOLE, ALL = range(4)
 _KEPT = 32
@@ -35,6 +36,7 @@ class Class(NamedTuple):
     rows: Tensor  # [count, COLUMNS]
     tile_rows: Tensor  # int32: row of each tile
     base: int  # tiles of the classes before
+    selective: int  # tiles of selective segments, which are the first ones
 
     @property
     def tiles(self) -> int:
@@ -183,12 +185,16 @@ def make(
         members.setdefault((dtypes, not dims, aligned), []).append(row)
     members = members or {((0,) * len(roles), True, True): []}
 
+    selective = hyper.reshape(-1, 6)[:, 5].tolist()
     tile_rows: list[Tensor] = []
+    selective_tiles: list[int] = []
     for rows in members.values():
+        rows.sort(key=lambda row: selective[row[_GROUP]] == 0)
         tiles = torch.tensor([-(-row[0] // block) for row in rows], dtype=torch.int64)
         for row, before in zip(rows, (tiles.cumsum(0) - tiles).tolist(), strict=True):
             row[1] = before
         tile_rows.append(torch.arange(len(rows), dtype=torch.int32).repeat_interleave(tiles))
+        selective_tiles.append(sum(-(-row[0] // block) for row in rows if selective[row[_GROUP]]))
     all_rows = [*chain(*members.values())] or [[0] * COLUMNS]
     words = [
         torch.tensor(all_rows, dtype=torch.int64).reshape(-1),
@@ -200,33 +206,76 @@ def make(
     rows_, dims_, hyper_, extra_ = blob.split([len(w) for w in words])
     rows_ = rows_.view(-1, COLUMNS)
     classes, at, base = [], 0, 0
-    for (dtypes, linear, aligned), rows, own in zip(members, members.values(), tile_rows, strict=True):
+    for (dtypes, linear, aligned), rows, own, first_tiles in zip(
+        members, members.values(), tile_rows, selective_tiles, strict=True
+    ):
         mine = tiles32[base : base + len(own)]
-        classes.append(Class(dtypes, linear, aligned, rows_[at : at + max(len(rows), 1)], mine, base))
+        its_rows = rows_[at : at + max(len(rows), 1)]
+        classes.append(Class(dtypes, linear, aligned, its_rows, mine, base, first_tiles))
         at, base = at + len(rows), base + len(own)
     return Table(tuple(classes), rows_, dims_, hyper_.view(torch.float64), extra_.view(torch.float64))
 
 
 _uploads: OrderedDict[tuple, list[Tensor]] = OrderedDict()
-_of_graphs: list[Tensor] = []  # pinned memory that CUDA graphs read when they are replayed
+_of_graphs: list[Tensor] = []  # what CUDA graphs read when they are replayed
+_ahead = torch.empty(0, dtype=torch.int64)  # pinned memory for the tables of graphs to come
+_TABLES_AHEAD = 8  # a step has fewer
+
+
+def _stream(device: torch.device) -> tuple[int, bool]:
+    """The current stream, and whether it is being captured."""
+    if device.type != "cuda":
+        return 0, False
+    stream = torch.cuda.current_stream(device)
+    return stream.cuda_stream, torch.cuda.is_current_stream_capturing()
+
+
+def _pinned(words: int) -> Tensor:
+    return torch.empty(words, dtype=torch.int64, pin_memory=True)
+
+
+def _staged(tensors: list[Tensor], capturing: bool) -> list[Tensor]:
+    """Copies in pinned memory, which must not be allocated during a capture, and which a graph reads
+    at every replay: so steps outside of graphs keep room ahead, and captured tables take theirs of it
+    for ever."""
+    global _ahead
+    words = [-(-t.nbytes // 8) for t in tensors]
+    size, room = sum(words), len(_ahead)
+    if not capturing:
+        if room < _TABLES_AHEAD * size:
+            _ahead = _pinned(2 * _TABLES_AHEAD * size)
+        staging = _pinned(size)
+    elif size > room:
+        raise RuntimeError(
+            f"a CUDA graph is being captured, and of the pinned memory for tables {8 * room} bytes "
+            f"are left of {8 * size} needed; expected the step to have run outside of a graph first: "
+            "run it once, as it is captured, before each capture"
+        )
+    else:
+        staging, _ahead = _ahead.split([size, room - size])
+        _of_graphs.append(staging)
+    return [
+        part.view(torch.uint8)[: t.nbytes].view(t.dtype).copy_(t)
+        for part, t in zip(staging.split(words), tensors, strict=True)
+    ]
 
 
 def _upload(tensors: list[Tensor], device: torch.device) -> list[Tensor]:
     """Copies on ``device``, without waiting; those of late are reused if nothing has changed."""
     if device.type == "cpu":
         return tensors
-    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-    key = (device, stream, *(t.numpy().tobytes() for t in tensors))
-    if not capturing and key in _uploads:
-        _uploads.move_to_end(key)
-        return _uploads[key]
-    pinned = [t.pin_memory() for t in tensors]
-    there = [t.to(device, non_blocking=True) for t in pinned]
-    if capturing:
-        _of_graphs.extend(pinned)
-    else:
-        _uploads[key] = there
+    stream, capturing = _stream(device)
+    content = tuple(t.numpy().tobytes() for t in tensors)
+    for key in reversed(_uploads):
+        # A graph has a stream of its own, and comes after the steps before it whatever theirs was.
+        if key[0] == device and (capturing or key[1] == stream) and key[2] == content:
+            _uploads.move_to_end(key)
+            if capturing:
+                _of_graphs.extend(_uploads[key])
+            return _uploads[key]
+    there = [t.to(device, non_blocking=True) for t in _staged(tensors, capturing)]
+    if not capturing:
+        _uploads[device, stream, content] = there
         if len(_uploads) > _KEPT:
             _uploads.popitem(last=False)
     return there

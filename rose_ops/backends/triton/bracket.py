@@ -1,0 +1,836 @@
+"""Selection and its use in one pass, as Triton kernels; see :func:`rose_ops.reference.bracket_adamw_`.
+
+Five launches, whatever the data: the device decides what each has to do.
+
+1. ``sample``: the keys of one line of 16 elements in each of many equal strata.
+2. ``bracket``: a window around the threshold from some of the sample, bins of all of the sample in that
+   window, and from those the bracket. Where a class of ties surely is the threshold, the bracket is
+   that one key ("collapsed"). Where more could be inside than the log takes, the mode is EXACT.
+3. ``pass``: treats every element by the estimated threshold, counts, and logs what is inside the
+   bracket. In the mode EXACT it counts only.
+4. ``resolve``: the threshold, from the counts and a second digit of the log's keys (EXACT: of all).
+5. ``fix``: treats again what was treated wrongly (EXACT: everything, for the first time).
+
+A key inside a bracket has two digits: its bin, of at least 2048, and what is left, at most 16 bits.
+"""
+
+# Kernels are compiled, not run: their annotations are Triton's.
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from rose_ops.backends.triton.kernels import (
+    BITS,
+    COLUMNS,
+    DATA,
+    FIRST_TILE,
+    GROUP,
+    INACTIVE,
+    INDEX,
+    INFINITY,
+    NONFINITE,
+    PREPARED,
+    N,
+    _adamw,
+    _gradient,
+    _is_selected,
+    _key,
+    _keys_of_tile,
+    _load,
+    _locate,
+    _mask_bit,
+    _mix,
+    _prepare,
+    _random,
+    _rank_of,
+    _store_mask_bits,
+    _store_moments,
+    _store_parameter,
+    _tile,
+)
+
+LINE: tl.constexpr = tl.constexpr(16)
+FEW: tl.constexpr = tl.constexpr(512)  # lines that give the window
+WINDOW_BINS: tl.constexpr = tl.constexpr(2048)
+SCANNED: tl.constexpr = tl.constexpr(512)  # bins at a time
+FIRST_BINS: tl.constexpr = tl.constexpr(1 << 15)
+SECOND_BINS: tl.constexpr = tl.constexpr(1 << 16)
+SECOND_DIGIT: tl.constexpr = tl.constexpr(16)
+SLOTS: tl.constexpr = tl.constexpr(64)  # copies of the counters: atomics on one word would queue
+
+SPECULATE: tl.constexpr = tl.constexpr(0)
+EXACT: tl.constexpr = tl.constexpr(1)
+
+# Words of the state; the same as in __init__.py. The first ZEROED ones start as 0.
+BRACKET_TICKET: tl.constexpr = tl.constexpr(0)
+RESOLVE_TICKET: tl.constexpr = tl.constexpr(1)
+LOGGED: tl.constexpr = tl.constexpr(2)
+MODE: tl.constexpr = tl.constexpr(3)
+SAMPLED: tl.constexpr = tl.constexpr(4)
+TARGETS: tl.constexpr = tl.constexpr(16)  # TARGET words for each of two thresholds
+TARGET: tl.constexpr = tl.constexpr(16)
+COUNTERS: tl.constexpr = tl.constexpr(48)  # of the pass: COUNTS in each slot
+COUNTS: tl.constexpr = tl.constexpr(8)
+WINDOWS: tl.constexpr = tl.constexpr(48 + 64 * 8)
+ZEROED: tl.constexpr = tl.constexpr(48 + 64 * 8 + 2 * 2048)
+FIRST_DIGITS: tl.constexpr = tl.constexpr(48 + 64 * 8 + 2 * 2048)
+SECOND_DIGITS: tl.constexpr = tl.constexpr(48 + 64 * 8 + 2 * 2048 + 2 * (1 << 15))
+
+# Words of a target.
+LOW: tl.constexpr = tl.constexpr(0)  # the bracket
+HIGH: tl.constexpr = tl.constexpr(1)
+ESTIMATE: tl.constexpr = tl.constexpr(2)
+SHIFT: tl.constexpr = tl.constexpr(3)  # from a key in the bracket to its bin
+COLLAPSED: tl.constexpr = tl.constexpr(4)
+WINDOW_LOW: tl.constexpr = tl.constexpr(5)
+WINDOW_HIGH: tl.constexpr = tl.constexpr(6)
+MIDDLE: tl.constexpr = tl.constexpr(7)
+# Of the sample: keys below the window, at or below the middle, and at it.
+BELOW_WINDOW: tl.constexpr = tl.constexpr(8)
+UPTO_MIDDLE: tl.constexpr = tl.constexpr(9)
+AT_MIDDLE: tl.constexpr = tl.constexpr(10)
+# Sums of products of the differences between neighbouring lines, of their elements that are ranked (r)
+# and of those that are at or below the middle (c), too.
+CC: tl.constexpr = tl.constexpr(11)
+CR: tl.constexpr = tl.constexpr(12)
+RR: tl.constexpr = tl.constexpr(13)
+
+# Counters of the pass; two more of each target from BELOW and BELOW_LOWER on.
+UPDATED: tl.constexpr = tl.constexpr(0)
+BAD: tl.constexpr = tl.constexpr(1)
+BELOW: tl.constexpr = tl.constexpr(2)  # and INSIDE
+KEPT: tl.constexpr = tl.constexpr(4)  # by the estimate
+PASS_INACTIVE: tl.constexpr = tl.constexpr(5)
+BELOW_LOWER: tl.constexpr = tl.constexpr(6)
+
+
+@triton.jit
+def _programs_of(count, size):
+    """What this program has to do of ``count`` things, ``size`` at a time."""
+    return tl.program_id(0).to(tl.int64) * size, count.to(tl.int64), tl.num_programs(0) * size
+
+
+@triton.jit
+def _zero(words, count):
+    for start in range(0, count, WINDOW_BINS):
+        at = start + tl.arange(0, WINDOW_BINS)
+        tl.store(words + at, tl.zeros([WINDOW_BINS], tl.int64), mask=at < count)
+
+
+# --------------------------------------------------------------------------------------------- sample
+
+
+@triton.jit(do_not_specialize=["draw", "before", "strata", "stratum", "tiles", "count", "words"])
+def _sample_kernel(
+    rows, tile_rows, tiles, dims, hyper, inv_scale, clip, found_inf, state, record, words, sample, draw,
+    before, strata, stratum,
+    all_rows, count, lr, prepared, keys, gamma, seed, first_weight, second_weight,
+    D0: tl.constexpr, D1: tl.constexpr, LINEAR: tl.constexpr, SECOND: tl.constexpr,
+    RANK_INACTIVE: tl.constexpr, SCALED: tl.constexpr, CLIPPED: tl.constexpr, GRAD: tl.constexpr,
+    PREPARES: tl.constexpr, FOUND: tl.constexpr, LINES: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The sample's keys, of ``strata`` lines that follow ``before`` ones of other launches. Positions
+    are counted in whole tiles; a line that is beyond the end of its segment is not there."""
+    if PREPARES:
+        _prepare(
+            all_rows, count, hyper, lr, found_inf, prepared, keys, gamma, seed, first_weight,
+            second_weight, False, FOUND,
+        )  # fmt: skip
+    program = tl.program_id(0).to(tl.int64)
+    for start in range(program * 1024, ZEROED, tl.num_programs(0) * 1024):
+        at = start + tl.arange(0, 1024)
+        tl.store(state + at, tl.zeros([1024], tl.int64), mask=at < ZEROED)
+    if program == 0:
+        word = tl.arange(0, 16)
+        tl.store(record + word, tl.where(word < 2, -1, 0).to(tl.int64), mask=word < words)
+    line = program * LINES + tl.arange(0, LINES).to(tl.int64)
+    number = before + line
+    key = _mix((tl.zeros_like(number) + draw).to(tl.uint32) ^ 0x8E1DC2E3)
+    random = _mix(_mix(number.to(tl.uint32)) + _mix((number >> 32).to(tl.uint32) ^ key))
+    at = line * stratum + ((random.to(tl.int64) * stratum) >> 32)
+    tile = at // (BLOCK // LINE)
+    there = (line < strata) & (tile < tiles)
+    row = rows + tl.load(tile_rows + tile, mask=there, other=0).to(tl.int64) * COLUMNS
+    start = (tile - tl.load(row + FIRST_TILE)) * BLOCK + at % (BLOCK // LINE) * LINE
+    index = start[:, None] + tl.arange(0, LINE)[None, :].to(tl.int64)
+    n = tl.load(row + N)
+    valid = there[:, None] & (index < n[:, None])
+    key = _keys_of_tile(
+        row[:, None], dims, index, valid, hyper, inv_scale, clip, D0, D1, LINEAR, False, SECOND,
+        RANK_INACTIVE, SCALED, CLIPPED, GRAD, True,
+    )  # fmt: skip
+    key = tl.where(valid, key, NONFINITE)
+    to = number[:, None] * LINE + tl.arange(0, LINE)[None, :]
+    tl.store(sample + to, key, mask=(line < strata)[:, None])
+
+
+# -------------------------------------------------------------------------------------------- bracket
+
+
+@triton.jit
+def _window(key, fraction, lines):
+    """Keys at the ``fraction`` of the ranked ones of ``key``, and on each side 5 standard errors (if
+    elements of a line are as alike as 2 in 3) and what a bracket from ``lines`` has at least. A window
+    that does not hold the bracket costs time only."""
+    ranked = key >= 0
+    size = tl.sum(ranked.to(tl.int32)).to(tl.float64)
+    q = fraction.to(tl.float64) * 1e-9
+    position = q * size
+    margin = 5.0 * tl.sqrt(2.0 * size * q * (1.0 - q)) + 2 * LINE
+    margin += size * (8.0 / 3.0 * 25.0) / lines.to(tl.float64)
+    last = tl.maximum(size - 1.0, 0.0)
+    wanted0 = tl.maximum(position - margin, 0.0).to(tl.int64)
+    wanted1 = tl.minimum(position, last).to(tl.int64)
+    wanted2 = tl.minimum(position + margin, last).to(tl.int64)
+    key0 = tl.full([], 0, tl.int32)
+    key1 = key0
+    key2 = key0
+    for i in range(31):  # the largest keys with no more than `wanted` below them
+        bit = 1 << (30 - i)
+        below = (ranked & (key < key0 + bit)).to(tl.int64)
+        below += (ranked & (key < key1 + bit)).to(tl.int64) << 20
+        below += (ranked & (key < key2 + bit)).to(tl.int64) << 40
+        counts = tl.sum(below)
+        key0 += tl.where((counts & 0xFFFFF) <= wanted0, bit, 0)
+        key1 += tl.where(((counts >> 20) & 0xFFFFF) <= wanted1, bit, 0)
+        key2 += tl.where((counts >> 40) <= wanted2, bit, 0)
+    low = tl.where(position > margin, key0, 0)
+    high = tl.where(position + margin < size, key2, INFINITY)
+    return low, high, tl.minimum(key1, INFINITY)
+
+
+@triton.jit
+def _shift_for(span, bins):
+    """The smallest shift that makes of ``span`` less than ``bins``."""
+    shift = span * 0
+    for _ in range(31):
+        shift += ((span >> shift) >= bins).to(tl.int32)
+    return shift
+
+
+@triton.jit
+def _decide(state, t, fraction, stratum, width):
+    """The bracket of a target; returns how much the log has to take."""
+    target = state + TARGETS + t * TARGET
+    low = tl.load(target + WINDOW_LOW, cache_modifier=".cg")
+    high = tl.load(target + WINDOW_HIGH, cache_modifier=".cg")
+    middle = tl.load(target + MIDDLE, cache_modifier=".cg")
+    shift = _shift_for((high - low).to(tl.int32), WINDOW_BINS)
+    at = tl.arange(0, WINDOW_BINS)
+    bins = tl.load(state + WINDOWS + t * WINDOW_BINS + at, cache_modifier=".cg")
+    weight = stratum.to(tl.float64)
+    q = fraction.to(tl.float64) * 1e-9
+    sampled = tl.load(state + SAMPLED, cache_modifier=".cg")
+
+    cc = tl.load(target + CC, cache_modifier=".cg").to(tl.float64)
+    cr = tl.load(target + CR, cache_modifier=".cg").to(tl.float64)
+    rr = tl.load(target + RR, cache_modifier=".cg").to(tl.float64)
+    u = tl.maximum(cc - 2.0 * q * cr + q * q * rr, 0.0)
+    margin = weight * width * (tl.sqrt(2.0 * 25.0 * u) + 8.0 / 3.0 * LINE * 25.0)
+    # Estimated numbers of elements less the fraction of all that are ranked: below the window, up to
+    # each bin, up to the middle.
+    all_ranked = q * weight * sampled.to(tl.float64)
+    start = weight * tl.load(target + BELOW_WINDOW, cache_modifier=".cg").to(tl.float64) - all_ranked
+    upto = start + weight * tl.cumsum(bins, 0).to(tl.float64)
+    upto_middle = tl.load(target + UPTO_MIDDLE, cache_modifier=".cg")
+    below_middle = upto_middle - tl.load(target + AT_MIDDLE, cache_modifier=".cg")
+
+    first = tl.sum((upto < -1.0 - margin).to(tl.int32))
+    estimate = tl.sum((upto < 0.0).to(tl.int32))
+    last = tl.sum((upto <= margin).to(tl.int32))
+    last_bin = ((high - low) >> shift).to(tl.int32)
+    fails = ((low > 0) & (start >= -1.0 - margin)) | ((high < INFINITY) & (last > last_bin))
+    last = tl.minimum(last, last_bin)
+    first = tl.minimum(first, last)
+    inside = tl.where(fails, sampled, tl.sum(tl.where((at >= first) & (at <= last), bins, 0)))
+    to = tl.minimum(low + ((last + 1).to(tl.int64) << shift) - 1, high)
+    guess = tl.minimum(low + ((tl.minimum(estimate, last) + 1).to(tl.int64) << shift) - 1, high)
+    low = tl.where(fails, 0, low + (first.to(tl.int64) << shift))
+    high = tl.where(fails, INFINITY, to)
+    guess = tl.where(fails, middle, guess)
+
+    collapsed = (weight * below_middle.to(tl.float64) - all_ranked < -1.0 - margin) & (
+        weight * upto_middle.to(tl.float64) - all_ranked > margin
+    )
+    low = tl.where(collapsed, middle, low)
+    high = tl.where(collapsed, middle, high)
+    tl.store(target + LOW, low)
+    tl.store(target + HIGH, high)
+    tl.store(target + ESTIMATE, tl.where(collapsed, middle, guess))
+    tl.store(target + COLLAPSED, collapsed.to(tl.int64))
+    shift = tl.minimum(_shift_for((high - low).to(tl.int32), WINDOW_BINS), SECOND_DIGIT)
+    tl.store(target + SHIFT, shift.to(tl.int64))
+    _zero(state + FIRST_DIGITS + t * FIRST_BINS, ((high - low) >> shift) + 1)
+    _zero(state + SECOND_DIGITS + t * SECOND_BINS, 1 << shift)
+    # At most, but for a probability of exp(-25): the lower tail of a sum of independent terms between 0
+    # and 16, whose squares are at most 16 times as large.
+    root = tl.sqrt(inside.to(tl.float64) + 200.0) + 14.142135623730951  # the root of 200
+    most = tl.where(stratum == 1, inside.to(tl.float64), weight * root * root)
+    return tl.where(collapsed, 0.0, most)
+
+
+@triton.jit(do_not_specialize=["lines", "stratum", "upper", "lower", "width", "elements", "capacity"])
+def _bracket_kernel(
+    found_inf, state, sample, lines, stratum, upper, lower, width, elements, capacity,
+    TWO: tl.constexpr, FOUND: tl.constexpr, LINES: tl.constexpr,
+):  # fmt: skip
+    """Each program finds the windows, which are the same; the last one the brackets."""
+    runs = lines > 0
+    if FOUND:
+        runs = runs & (tl.load(found_inf) == 0)
+    if runs:
+        few = tl.minimum(lines, FEW)
+        element = tl.arange(0, FEW * LINE)
+        there = element // LINE < few
+        line = (element // LINE).to(tl.int64) * (lines // few)
+        some = tl.load(sample + line * LINE + element % LINE, mask=there, other=NONFINITE)
+        bins = tl.arange(0, WINDOW_BINS)
+        sampled = tl.full([], 0, tl.int64)
+        for t in tl.static_range(2 if TWO else 1):
+            target = state + TARGETS + t * TARGET
+            low, high, middle = _window(some, upper if t == 0 else lower, lines)
+            shift = _shift_for(high - low, WINDOW_BINS)
+            tl.store(target + WINDOW_LOW, low.to(tl.int64))
+            tl.store(target + WINDOW_HIGH, high.to(tl.int64))
+            tl.store(target + MIDDLE, middle.to(tl.int64))
+            counts = tl.zeros([WINDOW_BINS], tl.int32)
+            sampled = tl.full([], 0, tl.int64)
+            below = tl.full([], 0, tl.int64)
+            upto_middle = tl.full([], 0, tl.int64)
+            at_middle = tl.full([], 0, tl.int64)
+            cc = tl.full([], 0, tl.int64)
+            cr = tl.full([], 0, tl.int64)
+            rr = tl.full([], 0, tl.int64)
+            begin, end, stride = _programs_of(lines, LINES)
+            for start in range(begin, end, stride):
+                number = start + tl.arange(0, LINES).to(tl.int64)
+                at = number[:, None] * LINE + tl.arange(0, LINE)[None, :]
+                key = tl.load(sample + at, mask=(number < lines)[:, None], other=NONFINITE)
+                ranked = key >= 0
+                r = tl.sum(ranked.to(tl.int32), axis=1)
+                c = tl.sum((ranked & (key <= middle)).to(tl.int32), axis=1)
+                even_r, odd_r = tl.split(r.reshape([LINES // 2, 2]))
+                even_c, odd_c = tl.split(c.reshape([LINES // 2, 2]))
+                dr = (even_r - odd_r).to(tl.int64)
+                dc = (even_c - odd_c).to(tl.int64)
+                rr += tl.sum(dr * dr)
+                cr += tl.sum(dc * dr)
+                cc += tl.sum(dc * dc)
+                sampled += tl.sum(r).to(tl.int64)
+                upto_middle += tl.sum(c).to(tl.int64)
+                flat = key.reshape([LINES * LINE])
+                at_middle += tl.sum((flat == middle).to(tl.int32)).to(tl.int64)
+                below += tl.sum(((flat >= 0) & (flat < low)).to(tl.int32)).to(tl.int64)
+                inside = (flat >= low) & (flat <= high)
+                digit = tl.where(inside, (flat - low) >> shift, 0)
+                counts += tl.histogram(digit, WINDOW_BINS, mask=inside)
+            tl.atomic_add(target + BELOW_WINDOW, below)
+            tl.atomic_add(target + UPTO_MIDDLE, upto_middle)
+            tl.atomic_add(target + AT_MIDDLE, at_middle)
+            tl.atomic_add(target + CC, cc)
+            tl.atomic_add(target + CR, cr)
+            tl.atomic_add(target + RR, rr)
+            tl.atomic_add(
+                state + WINDOWS + t * WINDOW_BINS + bins, counts.to(tl.int64), mask=counts > 0
+            )
+        tl.atomic_add(state + SAMPLED, sampled)
+        tl.debug_barrier()
+        if tl.atomic_add(state + BRACKET_TICKET, 1) == tl.num_programs(0) - 1:
+            most = _decide(state, 0, upper, stratum, width)
+            if TWO:
+                most += _decide(state, 1, lower, stratum, width)
+            most = tl.minimum(most, elements.to(tl.float64))
+            tl.store(state + MODE, tl.where(most <= capacity, SPECULATE, EXACT).to(tl.int64))
+
+
+# ----------------------------------------------------------------------------------------------- pass
+
+
+@triton.jit
+def _count_digits(bins, digit, inside, BLOCK: tl.constexpr):
+    """Adds to bins; those of the first digit together, as atomics would queue in a class of ties."""
+    lane = tl.arange(0, BLOCK)
+    first = tl.min(tl.where(inside, (lane.to(tl.int64) << 32) | digit.to(tl.int64), 1 << 62))
+    common = (first & 0xFFFFFFFF).to(tl.int32)
+    same = inside & (digit == common)
+    count = tl.sum(same.to(tl.int32)).to(tl.int64)
+    tl.atomic_add(bins + common, count, mask=count > 0, sem="relaxed")
+    tl.atomic_add(
+        bins + tl.where(inside, digit, 0), tl.full([BLOCK], 1, tl.int64),
+        mask=inside & (digit != common), sem="relaxed",
+    )  # fmt: skip
+
+
+@triton.jit
+def _inside(state, t, key):
+    """Of a target: whether keys are below its bracket, inside it, and inside it and to be counted."""
+    target = state + TARGETS + t * TARGET
+    low = tl.load(target + LOW).to(tl.int32)
+    high = tl.load(target + HIGH).to(tl.int32)
+    above = key >= low
+    counted = above & (key <= tl.where(tl.load(target + COLLAPSED) != 0, -1, high))
+    return (key >= 0) & (key < low), above & (key <= high), counted
+
+
+@triton.jit
+def _count_first(state, t, key, counted, BLOCK: tl.constexpr):
+    """The first digits of keys in the bracket."""
+    target = state + TARGETS + t * TARGET
+    low = tl.load(target + LOW).to(tl.int32)
+    digit = tl.where(counted, (key - low) >> tl.load(target + SHIFT).to(tl.int32), 0)
+    _count_digits(state + FIRST_DIGITS + t * FIRST_BINS, digit, counted, BLOCK)
+
+
+@triton.jit
+def _by_estimate(state, key, TWO: tl.constexpr):
+    high = tl.load(state + TARGETS + ESTIMATE).to(tl.int32)
+    kept = (key >= 0) & (key <= high)
+    if TWO:
+        kept = kept & (key > tl.load(state + TARGETS + TARGET + ESTIMATE).to(tl.int32))
+    return kept
+
+
+@triton.jit
+def _count(state, tile, key, updated, kept, TWO: tl.constexpr, BLOCK: tl.constexpr):
+    """Counters of a tile, 16 bits for each, and first digits; returns which elements are to be
+    logged, and how many. Elements that are not to be counted have keys of -1."""
+    below, inside, counted = _inside(state, 0, key)
+    four = (
+        updated.to(tl.int64)
+        + ((key == NONFINITE).to(tl.int64) << (16 * BAD))
+        + (below.to(tl.int64) << (16 * BELOW))
+        + (inside.to(tl.int64) << (16 * (BELOW + 1)))
+    )
+    more = kept.to(tl.int64) + ((key == INACTIVE).to(tl.int64) << 16)
+    logged = counted
+    if TWO:
+        below, inside, counted_lower = _inside(state, 1, key)
+        more += (below.to(tl.int64) << 32) + (inside.to(tl.int64) << 48)
+        logged = logged | counted_lower
+    four_sum = tl.sum(four)
+    more_sum = tl.sum(more)
+    field = tl.arange(0, COUNTS)
+    both = tl.where(field < 4, four_sum, more_sum)
+    value = (both >> (field % 4 * 16).to(tl.int64)) & 0xFFFF
+    slot = state + COUNTERS + tile % SLOTS * COUNTS
+    tl.atomic_add(slot + field, value, mask=value > 0, sem="relaxed")
+    count = tl.sum(logged.to(tl.int32))
+    if count > 0:
+        _count_first(state, 0, key, counted, BLOCK)
+        if TWO:
+            _count_first(state, 1, key, counted_lower, BLOCK)
+    return logged, count
+
+
+@triton.jit
+def _append(
+    state, log_keys, log_places, capacity, key, kept, place, logged, count, BLOCK: tl.constexpr
+):  # fmt: skip
+    """Logs keys, with their signs set where ``kept``, and places, for which there are ``count``;
+    returns the first entry and the others' distances from it."""
+    first = tl.atomic_add(state + LOGGED, count.to(tl.int64), sem="relaxed")
+    after = tl.cumsum(logged.to(tl.int32), 0) - 1
+    room = tl.maximum(tl.minimum(capacity - first, BLOCK), 0).to(tl.int32)
+    fits = logged & (after < room)
+    tl.store(log_keys + first + after, tl.where(kept, key | INACTIVE, key), mask=fits)
+    tl.store(log_places + first + after, place + tl.arange(0, BLOCK), mask=fits)
+    return first, after, fits
+
+
+@triton.jit(do_not_specialize=["ranked_tiles", "tiles", "first_place", "capacity"])
+def _capture_pass_kernel(
+    rows, tile_rows, tiles, dims, hyper, inv_scale, clip, state, log_keys, log_places, capacity,
+    first_place, D0: tl.constexpr, D1: tl.constexpr, LINEAR: tl.constexpr, ALIGNED: tl.constexpr,
+    SECOND: tl.constexpr, RANK_INACTIVE: tl.constexpr, SCALED: tl.constexpr, CLIPPED: tl.constexpr,
+    TWO: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The pass of a capture: bits by the estimate."""
+    if tiles > 0:
+        tile = tl.program_id(0).to(tl.int64)
+        row, index, valid = _tile(rows, tile_rows, tile, ALIGNED, BLOCK)
+        key = _keys_of_tile(
+            row, dims, index, valid, hyper, inv_scale, clip, D0, D1, LINEAR, ALIGNED, SECOND,
+            RANK_INACTIVE, SCALED, CLIPPED,
+        )  # fmt: skip
+        key = tl.where(valid, key, -1)
+        kept = _by_estimate(state, key, TWO)
+        logged, count = _count(state, tile, key, kept, kept, TWO, BLOCK)
+        if tl.load(state + MODE) == SPECULATE:
+            _store_mask_bits(row, tile, kept | (key == INACTIVE), BLOCK)
+            if count > 0:
+                place = first_place + tile * BLOCK
+                _append(state, log_keys, log_places, capacity, key, kept, place, logged, count, BLOCK)
+
+
+@triton.jit
+def _gradient_and_moment(
+    row, dims, index, valid, hyper, inv_scale, clip, D1: tl.constexpr, D2: tl.constexpr,
+    LINEAR: tl.constexpr, ALIGNED: tl.constexpr, SCALED: tl.constexpr, CLIPPED: tl.constexpr,
+):  # fmt: skip
+    at = _locate(row, dims, index, 1, LINEAR)
+    g = _load(tl.load(row + DATA + 1), at, valid, D1, ALIGNED)
+    at = _locate(row, dims, index, 2, LINEAR)
+    m = _load(tl.load(row + DATA + 2), at, valid, D2, ALIGNED)
+    return _gradient(g, row, hyper, inv_scale, clip, SCALED, CLIPPED), m
+
+
+@triton.jit
+def _parameter_and_square(
+    row, dims, index, valid, D0: tl.constexpr, D3: tl.constexpr, LINEAR: tl.constexpr,
+    ALIGNED: tl.constexpr,
+):  # fmt: skip
+    at = _locate(row, dims, index, 0, LINEAR)
+    p = _load(tl.load(row + DATA), at, valid, D0, ALIGNED)
+    at = _locate(row, dims, index, 3, LINEAR)
+    return p, _load(tl.load(row + DATA + 3), at, valid, D3, ALIGNED)
+
+
+@triton.jit
+def _kind(row, index, valid, base, selected, first_weight, second_weight, HAS_FIRST: tl.constexpr):
+    """Of a selective segment's masks, for elements that are finite."""
+    kind = base + selected.to(tl.int32) * second_weight
+    if HAS_FIRST:
+        kind += _mask_bit(row, index, valid, 0) * first_weight
+    return kind
+
+
+@triton.jit(do_not_specialize=["ranked_tiles", "tiles", "first_place", "capacity"])
+def _update_pass_kernel(
+    rows, tile_rows, tiles, ranked_tiles, dims, hyper, inv_scale, clip, found_inf, state, log_keys,
+    log_places, log_old, capacity, first_place, prepared, keys, first_weight, second_weight,
+    D0: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, D3: tl.constexpr, LINEAR: tl.constexpr,
+    ALIGNED: tl.constexpr, FRACTIONAL: tl.constexpr, HAS_FIRST: tl.constexpr,
+    RANK_INACTIVE: tl.constexpr, STOCHASTIC: tl.constexpr, SCALED: tl.constexpr, CLIPPED: tl.constexpr,
+    FOUND: tl.constexpr, TWO: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The pass of an update. Segments from ``ranked_tiles`` on are not selective."""
+    runs = tiles > 0
+    if FOUND:
+        runs = runs & (tl.load(found_inf) == 0)
+    if runs:
+        tile = tl.program_id(0).to(tl.int64)
+        row, index, valid = _tile(rows, tile_rows, tile, ALIGNED, BLOCK)
+        speculate = tl.load(state + MODE) == SPECULATE
+        is_ranked = valid & (tl.zeros([BLOCK], tl.int64) + tile < ranked_tiles)
+        if speculate:
+            g, m = _gradient_and_moment(
+                row, dims, index, valid, hyper, inv_scale, clip, D1, D2, LINEAR, ALIGNED, SCALED,
+                CLIPPED,
+            )  # fmt: skip
+            segment = tl.load(row + INDEX)
+            alpha = (1.0 - tl.load(hyper + tl.load(row + GROUP) * 6)).to(tl.float32)
+            key = tl.where(is_ranked, _key(g, m, alpha, True, RANK_INACTIVE), -1)
+            kept = _by_estimate(state, key, TWO)
+            base = tl.zeros([BLOCK], tl.int32) + tl.load(keys + segment * 2 + 1)
+            kind = _kind(
+                row, index, valid, base, kept | (key == INACTIVE), first_weight, second_weight,
+                HAS_FIRST,
+            )  # fmt: skip
+            kind = tl.where(key == NONFINITE, 0, kind)
+            logged, count = _count(state, tile, key, valid & (kind != 0), kept, TWO, BLOCK)
+            # Not earlier: registers would not do for these and for counting.
+            p, v = _parameter_and_square(row, dims, index, valid, D0, D3, LINEAR, ALIGNED)
+            if count > 0:
+                place = first_place + tile * BLOCK
+                first, after, fits = _append(
+                    state, log_keys, log_places, capacity, key, kept, place, logged, count, BLOCK
+                )
+                tl.store(log_old + first + after, p, mask=fits)
+                tl.store(log_old + capacity + first + after, m, mask=fits)
+                tl.store(log_old + 2 * capacity + first + after, v, mask=fits)
+            u = prepared + segment * PREPARED
+            random = _random(row, index, keys + segment * 2)
+            p, m, v = _adamw(p, g, m, v, kind, u, FRACTIONAL)
+            _store_parameter(row, dims, index, p, random, valid, D0, LINEAR, ALIGNED, STOCHASTIC)
+            _store_moments(row, dims, index, m, v, random, valid, D2, D3, LINEAR, ALIGNED, True)
+        else:
+            key = _keys_of_tile(
+                row, dims, index, is_ranked, hyper, inv_scale, clip, D1, D2, LINEAR, ALIGNED, True,
+                RANK_INACTIVE, SCALED, CLIPPED, 1,
+            )  # fmt: skip
+            key = tl.where(is_ranked, key, -1)
+            none = key != key
+            _count(state, tile, key, none, none, TWO, BLOCK)
+
+
+# -------------------------------------------------------------------------------------------- resolve
+
+
+@triton.jit
+def _find(bins, count, rank):
+    """The bin that holds the ``rank``-th smallest, from 1; how many are before it and in it."""
+    total = tl.full([], 0, tl.int64)
+    index = tl.full([], 0, tl.int64)
+    before = tl.full([], 0, tl.int64)
+    inside = tl.full([], 0, tl.int64)
+    for start in range(0, count, SCANNED):
+        at = start + tl.arange(0, SCANNED).to(tl.int64)
+        counts = tl.load(bins + at, mask=at < count, other=0, cache_modifier=".cg")
+        upto = total + tl.cumsum(counts, 0)
+        here = (upto >= rank) & (upto - counts < rank)
+        index += tl.sum(tl.where(here, at, 0))
+        before += tl.sum(tl.where(here, upto - counts, 0))
+        inside += tl.sum(tl.where(here, counts, 0))
+        total += tl.sum(counts)
+    return index, before, inside
+
+
+@triton.jit
+def _total(state, field):
+    at = tl.arange(0, SLOTS)
+    return tl.sum(tl.load(state + COUNTERS + at * COUNTS + field))
+
+
+@triton.jit
+def _narrow(state, t, fraction, elements):
+    """What the counts of the pass say about a threshold: its rank inside the bracket (0: it is not
+    there), how many are below and in the bracket, its bin's first key, its rank in the bin, and how
+    many the bin has."""
+    target = state + TARGETS + t * TARGET
+    ranked = elements - _total(state, PASS_INACTIVE) - _total(state, BAD)
+    rank = _rank_of(fraction.to(tl.int64), ranked)
+    field = BELOW if t == 0 else BELOW_LOWER
+    below = _total(state, field)
+    inside = _total(state, field + 1)
+    rank -= below
+    found = (rank > 0) & (rank <= inside)
+    low = tl.load(target + LOW)
+    shift = tl.load(target + SHIFT)
+    count = ((tl.load(target + HIGH) - low) >> shift) + 1
+    searches = found & (tl.load(target + COLLAPSED) == 0)
+    count = tl.where(searches, count, 0)
+    index, before, in_bin = _find(state + FIRST_DIGITS + t * FIRST_BINS, count, rank)
+    return rank, below, inside, searches, low + (index << shift), before, in_bin
+
+
+@triton.jit
+def _threshold(state, t, fraction, elements):
+    """Key of a threshold, how many are at or below it, and whether it was missed."""
+    target = state + TARGETS + t * TARGET
+    rank, below, inside, searches, start, before, in_bin = _narrow(state, t, fraction, elements)
+    shift = tl.load(target + SHIFT)
+    count = tl.where(searches & (shift > 0), tl.full([], 1, tl.int64) << shift, 0)
+    digits = state + SECOND_DIGITS + t * SECOND_BINS
+    index, before_key, of_key = _find(digits, count, rank - before)
+    found = start + index
+    upto = below + before + tl.where(shift > 0, before_key + of_key, in_bin)
+    # Outside: the nearest end of the bracket. There is nothing to miss if the rank is 0.
+    low = tl.load(target + LOW)
+    high = tl.load(target + HIGH)
+    collapsed = tl.load(target + COLLAPSED) != 0
+    some = (rank != 0) | (below != 0)
+    key = tl.where(searches, found, tl.where(rank > 0, high, low - 1))
+    upto = tl.where(searches, upto, tl.where(rank > 0, below + inside, below))
+    key = tl.where(collapsed, low, tl.where(some, key, -1))
+    upto = tl.where(collapsed, below + inside, tl.where(some, upto, 0))
+    missed = (rank <= 0) | (rank > inside)
+    return key, upto, missed & (collapsed | some)
+
+
+@triton.jit
+def _count_second(state, t, key, start, searches, BLOCK: tl.constexpr):
+    target = state + TARGETS + t * TARGET
+    shift = tl.load(target + SHIFT)
+    size = tl.where(searches & (shift > 0), tl.full([], 1, tl.int64) << shift, 0)
+    above = key.to(tl.int64) - start
+    inside = (above >= 0) & (above < size)
+    if tl.sum(inside.to(tl.int32)) > 0:
+        digit = tl.where(inside, above, 0).to(tl.int32)
+        _count_digits(state + SECOND_DIGITS + t * SECOND_BINS, digit, inside, BLOCK)
+
+
+@triton.jit(do_not_specialize=["tiles", "capacity", "elements", "upper", "lower", "programs"])
+def _resolve_kernel(
+    rows, tile_rows, tiles, dims, hyper, inv_scale, clip, found_inf, state, record, log_keys, capacity,
+    elements, upper, lower, programs,
+    D0: tl.constexpr, D1: tl.constexpr, LINEAR: tl.constexpr, ALIGNED: tl.constexpr,
+    SECOND: tl.constexpr, RANK_INACTIVE: tl.constexpr, SCALED: tl.constexpr, CLIPPED: tl.constexpr,
+    GRAD: tl.constexpr, FIRST: tl.constexpr, TWO: tl.constexpr, UPDATES: tl.constexpr,
+    FOUND: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Second digits of the log (by the FIRST launch) or of all keys; the last program scans."""
+    runs = programs > 0
+    if FOUND:
+        runs = runs & (tl.load(found_inf) == 0)
+    if runs:
+        exact = tl.load(state + MODE) == EXACT
+        _, _, _, searches, start, _, _ = _narrow(state, 0, upper, elements)
+        lower_searches = searches
+        lower_start = start
+        if TWO:
+            _, _, _, lower_searches, lower_start, _, _ = _narrow(state, 1, lower, elements)
+        if exact:
+            begin, end, stride = _programs_of(tiles, 1)
+            for tile in range(begin, end, stride):
+                row, index, valid = _tile(rows, tile_rows, tile, ALIGNED, BLOCK)
+                key = _keys_of_tile(
+                    row, dims, index, valid, hyper, inv_scale, clip, D0, D1, LINEAR, ALIGNED, SECOND,
+                    RANK_INACTIVE, SCALED, CLIPPED, GRAD,
+                )  # fmt: skip
+                key = tl.where(valid, key, -1)
+                _count_second(state, 0, key, start, searches, BLOCK)
+                if TWO:
+                    _count_second(state, 1, key, lower_start, lower_searches, BLOCK)
+        elif FIRST:
+            logged = tl.minimum(tl.load(state + LOGGED), capacity)
+            begin, end, stride = _programs_of(logged, BLOCK)
+            for entry in range(begin, end, stride):
+                at = entry + tl.arange(0, BLOCK)
+                key = tl.load(log_keys + at, mask=at < logged, other=0) & 0x7FFFFFFF
+                key = tl.where(at < logged, key, -1)
+                _count_second(state, 0, key, start, searches, BLOCK)
+                if TWO:
+                    _count_second(state, 1, key, lower_start, lower_searches, BLOCK)
+        tl.debug_barrier()
+        if tl.atomic_add(state + RESOLVE_TICKET, 1) == programs - 1:
+            high, upto, missed = _threshold(state, 0, upper, elements)
+            low = tl.full([], -1, tl.int64)
+            upto_low = tl.full([], 0, tl.int64)
+            if TWO:
+                low, upto_low, missed_low = _threshold(state, 1, lower, elements)
+                missed = missed | missed_low
+            kept = tl.maximum(upto - upto_low, 0)
+            # More was logged than the log takes: the estimate has to do.
+            full = (tl.load(state + MODE) == SPECULATE) & (tl.load(state + LOGGED) > capacity)
+            if full:
+                high = tl.load(state + TARGETS + ESTIMATE)
+                if TWO:
+                    low = tl.load(state + TARGETS + TARGET + ESTIMATE)
+                kept = _total(state, KEPT)
+            inactive = _total(state, PASS_INACTIVE)
+            bad = _total(state, BAD)
+            tl.store(record, high)
+            tl.store(record + 1, low)
+            tl.store(record + 2, kept)
+            tl.store(record + 3, elements - inactive - bad)
+            tl.store(record + 4, inactive)
+            tl.store(record + 5, bad)
+            tl.store(record + 6, (missed | full).to(tl.int64))
+            if UPDATES:
+                tl.store(record + 8, _total(state, UPDATED))
+                tl.store(record + 9, bad)
+
+
+# ------------------------------------------------------------------------------------------------ fix
+
+
+@triton.jit
+def _wrong(
+    record, log_keys, log_places, entry, logged, first_place, tiles, BLOCK: tl.constexpr
+):  # fmt: skip
+    """Entries of the log, of this launch's tiles, that were not treated by the threshold: which, their
+    tiles and elements there, and whether they are selected."""
+    at = entry + tl.arange(0, BLOCK).to(tl.int64)
+    word = tl.load(log_keys + at, mask=at < logged, other=0)
+    selected = _is_selected(word & 0x7FFFFFFF, record)
+    wrong = (at < logged) & (selected != (word < 0))
+    place = tl.load(log_places + at, mask=wrong, other=0) - first_place
+    wrong = wrong & (place >= 0) & (place < tiles.to(tl.int64) * BLOCK)
+    return at, wrong, place // BLOCK, place % BLOCK, selected
+
+
+@triton.jit(do_not_specialize=["tiles", "capacity", "first_place"])
+def _capture_fix_kernel(
+    rows, tile_rows, tiles, dims, hyper, inv_scale, clip, state, record, log_keys, log_places, capacity,
+    first_place, D0: tl.constexpr, D1: tl.constexpr, LINEAR: tl.constexpr, ALIGNED: tl.constexpr,
+    SECOND: tl.constexpr, RANK_INACTIVE: tl.constexpr, SCALED: tl.constexpr, CLIPPED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    logged = tl.load(state + LOGGED)
+    if tl.load(state + MODE) == EXACT:
+        begin, end, stride = _programs_of(tiles, 1)
+        for tile in range(begin, end, stride):
+            row, index, valid = _tile(rows, tile_rows, tile, ALIGNED, BLOCK)
+            key = _keys_of_tile(
+                row, dims, index, valid, hyper, inv_scale, clip, D0, D1, LINEAR, ALIGNED, SECOND,
+                RANK_INACTIVE, SCALED, CLIPPED,
+            )  # fmt: skip
+            _store_mask_bits(row, tile, _is_selected(key, record) & valid, BLOCK)
+    elif logged <= capacity:
+        begin, end, stride = _programs_of(logged, BLOCK)
+        for entry in range(begin, end, stride):
+            _, wrong, tile, element, _ = _wrong(
+                record, log_keys, log_places, entry, logged, first_place, tiles, BLOCK
+            )
+            if tl.sum(wrong.to(tl.int32)) > 0:
+                row = rows + tl.load(tile_rows + tile, mask=wrong, other=0).to(tl.int64) * COLUMNS
+                index = (tile - tl.load(row + FIRST_TILE)) * BLOCK + element
+                # Bits are flipped in whole words, as several may have to be in one byte.
+                byte = tl.load(row + BITS) + index // 8
+                bit = (index % 8 + byte % 4 * 8).to(tl.int32)
+                word = (byte // 4 * 4).to(tl.pointer_type(tl.int32))
+                one = tl.full([BLOCK], 1, tl.int32)
+                tl.atomic_xor(word, one << bit, mask=wrong, sem="relaxed")
+
+
+@triton.jit(do_not_specialize=["tiles", "ranked_tiles", "capacity", "first_place"])
+def _update_fix_kernel(
+    rows, tile_rows, tiles, ranked_tiles, dims, hyper, inv_scale, clip, found_inf, state, record,
+    log_keys, log_places, log_old, capacity, first_place, prepared, keys, first_weight, second_weight,
+    D0: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, D3: tl.constexpr, LINEAR: tl.constexpr,
+    ALIGNED: tl.constexpr, FRACTIONAL: tl.constexpr, HAS_FIRST: tl.constexpr,
+    RANK_INACTIVE: tl.constexpr, STOCHASTIC: tl.constexpr, SCALED: tl.constexpr, CLIPPED: tl.constexpr,
+    FOUND: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    runs = tiles > 0
+    if FOUND:
+        runs = runs & (tl.load(found_inf) == 0)
+    if runs:
+        logged = tl.load(state + LOGGED)
+        updated = tl.full([], 0, tl.int64)
+        if tl.load(state + MODE) == EXACT:
+            begin, end, stride = _programs_of(tiles, 1)
+            for tile in range(begin, end, stride):
+                row, index, valid = _tile(rows, tile_rows, tile, ALIGNED, BLOCK)
+                g, m = _gradient_and_moment(
+                    row, dims, index, valid, hyper, inv_scale, clip, D1, D2, LINEAR, ALIGNED, SCALED,
+                    CLIPPED,
+                )  # fmt: skip
+                p, v = _parameter_and_square(row, dims, index, valid, D0, D3, LINEAR, ALIGNED)
+                segment = tl.load(row + INDEX)
+                alpha = (1.0 - tl.load(hyper + tl.load(row + GROUP) * 6)).to(tl.float32)
+                is_ranked = valid & (tl.zeros([BLOCK], tl.int64) + tile < ranked_tiles)
+                key = tl.where(is_ranked, _key(g, m, alpha, True, RANK_INACTIVE), -1)
+                base = tl.zeros([BLOCK], tl.int32) + tl.load(keys + segment * 2 + 1)
+                selected = is_ranked & _is_selected(key, record)
+                kind = _kind(row, index, valid, base, selected, first_weight, second_weight, HAS_FIRST)
+                kind = tl.where(key == NONFINITE, 0, kind)
+                updated += tl.sum((valid & (kind != 0)).to(tl.int32)).to(tl.int64)
+                random = _random(row, index, keys + segment * 2)
+                p, m, v = _adamw(p, g, m, v, kind, prepared + segment * PREPARED, FRACTIONAL)
+                _store_parameter(row, dims, index, p, random, valid, D0, LINEAR, ALIGNED, STOCHASTIC)
+                _store_moments(row, dims, index, m, v, random, valid, D2, D3, LINEAR, ALIGNED, True)
+        elif logged <= capacity:
+            begin, end, stride = _programs_of(logged, BLOCK)
+            for entry in range(begin, end, stride):
+                at, wrong, tile, element, selected = _wrong(
+                    record, log_keys, log_places, entry, logged, first_place, tiles, BLOCK
+                )
+                if tl.sum(wrong.to(tl.int32)) > 0:
+                    row = rows + tl.load(tile_rows + tile, mask=wrong, other=0).to(tl.int64) * COLUMNS
+                    index = (tile - tl.load(row + FIRST_TILE)) * BLOCK + element
+                    p = tl.load(log_old + at, mask=wrong, other=0.0)
+                    m = tl.load(log_old + capacity + at, mask=wrong, other=0.0)
+                    v = tl.load(log_old + 2 * capacity + at, mask=wrong, other=0.0)
+                    to_g = _locate(row, dims, index, 1, LINEAR, True)
+                    g = _load(tl.load(row + DATA + 1), to_g, wrong, D1, False)
+                    g = _gradient(g, row, hyper, inv_scale, clip, SCALED, CLIPPED)
+                    segment = tl.load(row + INDEX)
+                    base = tl.load(keys + segment * 2 + 1)
+                    kind = _kind(
+                        row, index, wrong, base, selected, first_weight, second_weight, HAS_FIRST
+                    )
+                    was = kind + tl.where(selected, -second_weight, second_weight)
+                    change = (kind != 0).to(tl.int32) - (was != 0).to(tl.int32)
+                    updated += tl.sum(tl.where(wrong, change, 0)).to(tl.int64)
+                    random = _random(row, index, keys + segment * 2)
+                    p, m, v = _adamw(p, g, m, v, kind, prepared + segment * PREPARED, FRACTIONAL)
+                    _store_parameter(
+                        row, dims, index, p, random, wrong, D0, LINEAR, False, STOCHASTIC, True
+                    )
+                    _store_moments(
+                        row, dims, index, m, v, random, wrong, D2, D3, LINEAR, False, True, True
+                    )
+        if updated != 0:
+            tl.atomic_add(record + 8, updated, sem="relaxed")

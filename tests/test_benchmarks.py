@@ -1,0 +1,578 @@
+"""The benchmarks measure what they say, at small sizes.
+
+What runs on a GPU is rehearsed on the CPU, with the calls of torch.cuda replaced.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+for module in ("pandas", "psutil", "cpuinfo", "tabulate", "tqdm", "matplotlib"):
+    pytest.importorskip(module, reason=f"the benchmarks need {module}: pip install -e '.[bench]'")
+sys.path.append(str(Path(__file__).parents[1]))
+
+import pandas as pd  # noqa: E402
+
+from benchmarks import contenders, device, memory, parity, record, report, run, specs, work  # noqa: E402
+from benchmarks.device import Clock, Cpu, Cuda  # noqa: E402
+from benchmarks.work import Numbers, Problem, Work  # noqa: E402
+from rose_ops import RoseFusedAdamW  # noqa: E402
+
+CPU = torch.device("cpu")
+FLOAT, BF16 = torch.float32, torch.bfloat16
+SHAPES = [(40, 50), (7,), (3, 4, 5), (1,), (800,), (8,), (64, 9), (33,)]
+
+
+@pytest.fixture(autouse=True)
+def few(monkeypatch):
+    """One thread; tiles so short that they repeat; compilers off, which take seconds."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    monkeypatch.setattr(work, "_LENGTHS", dict(zip(work.ROLES, (401, 397, 389, 383, 379), strict=True)))
+    monkeypatch.setattr(work, "_MAX_CHUNK", 512)
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    work._tiles.cache_clear()
+    yield
+    work._tiles.cache_clear()
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def recorded(monkeypatch, generator):
+    """Instead of a fine-tuning run: numbers of one length, some without history or signal."""
+    roles = {role: torch.randn(1000, generator=generator) for role in work.ROLES}
+    for role in ("grads", "kl_grads", "exp_avgs"):
+        roles[role][:300] = 0
+    roles["exp_avg_sqs"].square_()
+    monkeypatch.setattr(record, "load", lambda: roles)
+
+
+class Small(Cpu):
+    _CACHE = 1 << 16
+    chunk = 256
+
+
+# ------------------------------------------------------------------------------------------- numbers
+
+
+def test_works_have_the_sizes_that_they_say():
+    assert (work.roberta().elements, len(work.roberta().shapes)) == (124_647_170, 201)
+    assert (work.llama().elements, len(work.llama().shapes)) == (1_235_814_400, 146)
+    assert (work.minilm().elements, len(work.minilm().shapes)) == (22_713_986, 105)
+    assert work.tiny().elements == 640_000
+    assert work.flat(1 << 26).name == "flat-64Mi"
+
+
+@pytest.mark.parametrize("dtype", [FLOAT, BF16], ids=str)
+@pytest.mark.parametrize("data", work.DATA)
+def test_any_part_of_the_numbers_is_the_same_again(recorded, data, dtype):
+    numbers = Numbers(Work("mixed", SHAPES, dtype), data, CPU)
+    for role in work.ROLES:
+        tensors = [torch.full(shape, torch.nan, dtype=dtype) for shape in SHAPES]
+        numbers.fill(role, tensors)
+        for chunk in (64, 512):
+            for part in numbers.parts(chunk):
+                i, start, stop = part
+                expected = tensors[i].view(-1)[start:stop]
+                assert torch.equal(numbers.part(role, *part, dtype), expected), (role, part)
+    covered = sum(stop - start for _, start, stop in numbers.parts(64))
+    assert covered == numbers.work.elements
+
+
+@pytest.mark.parametrize("data", ["gaussian", "heavy", "ties", "denormals"])
+def test_the_numbers_are_what_their_description_says(monkeypatch, data):
+    n = 100_000
+    monkeypatch.setattr(work, "_LENGTHS", dict.fromkeys(work.ROLES, n))
+    problem = Problem(work.flat(n), data, CPU)
+    (g,), (kl,) = problem.grads, problem.kl_grads
+    (m,), (v,) = problem.moments(FLOAT)
+    assert (m != 0).all()
+    assert (kl != 0).all()
+    assert (v > 0).all()
+    denormal = [float(((t.abs() < 2.0**-126) & (t != 0)).float().mean()) for t in (g, kl, m, v)]
+    expected = 0.1 if data == "denormals" else 0.0
+    assert denormal == pytest.approx([expected] * 4, abs=0.01)
+    risk = (0.1 * g.abs() / m.abs() - 1).abs()
+    tied = float((risk == 1).float().mean())
+    # A denormal gradient over a normal moment is next to nothing.
+    assert tied == pytest.approx({"ties": 0.5, "denormals": 0.09}.get(data, 0.0), abs=0.01)
+    if data == "ties":
+        assert risk.kthvalue(int(0.6 * n)).values == 1
+        assert len(kl.unique()) < 100
+    kurtosis = float((g / g.std()).pow(4).mean())
+    assert (kurtosis > 50) == (data == "heavy")
+
+
+def test_seeds_make_other_numbers():
+    a, b = (Problem(work.flat(1000), "gaussian", CPU, seed).grads[0] for seed in (0, 1))
+    assert not torch.equal(a, b)
+
+
+def test_the_share_of_tensors_is_the_nearest(generator):
+    problem = Problem(Work("mixed", SHAPES), "gaussian", CPU)
+    upper, kept = contenders.share_of_tensors(problem, 0.4)
+    contender = contenders.RoseTensor(problem, 0.4)
+    contender.restore()
+    contender.step(Clock())
+    assert contender.kept() == pytest.approx(kept)
+    shares = [contenders.share_of_tensors(problem, x / 20)[1] for x in range(1, 20)]
+    assert abs(kept - 0.4) == min(abs(share - 0.4) for share in shares)
+    assert 0 < upper < 1
+
+
+class _Classifier(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(6, 16), nn.Dropout(0.2), nn.Linear(16, 3))
+        self.unused = nn.Parameter(torch.zeros(2))
+
+    def forward(self, inputs):
+        return SimpleNamespace(logits=self.layers(inputs))
+
+
+def test_recording_keeps_what_the_next_step_meets(generator):
+    batches = [
+        (torch.randn(8, 6, generator=generator), torch.randint(3, (8,), generator=generator))
+        for _ in range(4)
+    ]
+    model = _Classifier()
+    start = [p.detach().clone() for p in model.layers.parameters()]
+    kept = record.record(model, batches, lr=1e-2)
+    assert list(kept) == list(work.ROLES)
+    for role in kept:
+        assert [t.shape for t in kept[role]] == [p.shape for p in start], role
+        assert all(t.isfinite().all() and t.any() for t in kept[role]), role
+    assert not any(torch.equal(p, s) for p, s in zip(kept["params"], start, strict=True))
+    # Two passes differ by their dropout alone: the gradient of their divergence is not that of ce.
+    assert not torch.allclose(kept["grads"][0], kept["kl_grads"][0])
+    assert all((v >= 0).all() for v in kept["exp_avg_sqs"])
+
+
+# --------------------------------------------------------------------------------------------- parity
+
+
+def _check(name: str, problem: Problem, where: device.Device | None = None) -> None:
+    where = where or Small()
+    spec = specs.specs(where)[name]
+    parity.check(name, spec.rtol, spec.make(problem), parity.Expected(problem, where))
+
+
+@pytest.mark.parametrize("data", ["gaussian", "ties", "recorded"])
+@pytest.mark.parametrize("shapes", [[(5000,)], SHAPES], ids=["flat", "list"])
+@pytest.mark.parametrize("dtype", [FLOAT, BF16], ids=str)
+def test_everyone_computes_the_same(recorded, data, shapes, dtype):
+    problem = Problem(Work("work", shapes, dtype), data, CPU)
+    parity.check_kernels(problem)
+    where = Small()
+    ran = set()
+    for name, spec in specs.specs(where).items():
+        if spec.obstacle(problem, where) is None:
+            with suppress(contenders.Unavailable, NotImplementedError):
+                _check(name, problem, where)
+                ran.add(name)
+    assert {"AdamW fused", "AdamW fused, clip", "AdamW foreach", "AdamW single", "kthvalue"} <= ran
+    assert {"rose exact", "rose approx", "rose first", "rose ensemble", "rose select"} <= ran
+    assert {"rose bracket", "rose bracket, clip", "rose ensemble, bracket", "rose exact, clip"} <= ran
+    assert ("rose bracket, flat" in ran) == (len(shapes) > 1)
+    assert ("rose bracket, stochastic" in ran) == (dtype == BF16)
+    assert ("eager ROSE" in ran) == (dtype == FLOAT and data != "recorded")
+    assert ("rose tensors, 40%" in ran) == (len(shapes) > 1)
+    assert ("eager ROSE, tensors" in ran) == (len(shapes) > 1 and dtype == FLOAT and data != "recorded")
+    assert ("rose exact, bf16 moments" in ran) == (dtype == FLOAT)
+
+
+def _break_update(step):
+    def wrong(self, closure=None):
+        step(self, closure)
+        p = self.param_groups[0]["params"][0]
+        p.data.view(-1)[0] *= 1.01
+
+    return wrong
+
+
+def _break_moment(step):
+    def wrong(self, closure=None):
+        step(self, closure)
+        p = self.param_groups[0]["params"][0]
+        self.state[p]["exp_avg_sq"].mul_(1.0001)
+
+    return wrong
+
+
+def _break_gradient(step):
+    def wrong(self, closure=None):
+        step(self, closure)
+        self.param_groups[0]["params"][0].grad.view(-1)[1] += 1
+
+    return wrong
+
+
+@pytest.mark.parametrize("fault", [_break_update, _break_moment, _break_gradient])
+@pytest.mark.parametrize("name", ["rose bracket", "rose exact", "rose upper=1"])
+def test_a_wrong_step_is_noticed(monkeypatch, fault, name):
+    problem = Problem(work.flat(5000), "gaussian", CPU)
+    _check(name, problem)
+    monkeypatch.setattr(RoseFusedAdamW, "step", fault(RoseFusedAdamW.step))
+    with pytest.raises(parity.ParityError, match=name):
+        _check(name, problem)
+
+
+@pytest.mark.parametrize("module", ["parity", "contenders"])
+def test_a_threshold_one_rank_off_is_noticed(monkeypatch, module):
+    problem = Problem(work.flat(1000), "gaussian", CPU)
+    owner = {"parity": parity, "contenders": contenders}[module]
+    right = owner.select_threshold
+
+    def wrong(*args, upper, **how):
+        return right(*args, upper=upper + 0.001, **how)
+
+    monkeypatch.setattr(owner, "select_threshold", wrong)
+    with pytest.raises(parity.ParityError, match="threshold"):
+        _check("rose select", problem)
+
+
+def test_a_mask_with_one_wrong_bit_is_noticed(monkeypatch):
+    problem = Problem(work.flat(1000), "gaussian", CPU)
+    right = parity.capture_mask
+
+    def wrong(*args, **how):
+        masks, selection = right(*args, **how)
+        masks[0][60] ^= 4
+        return masks, selection
+
+    monkeypatch.setattr(parity, "capture_mask", wrong)
+    with pytest.raises(parity.ParityError, match="mask differs"):
+        _check("rose exact", problem)
+    with pytest.raises(parity.ParityError, match="reference"):
+        parity.check_kernels(problem)
+
+
+# ------------------------------------------------------------------------------------------ whole runs
+
+
+def _main(tmp_path: Path, *args: str, where: device.Device | None = None) -> tuple[int, pd.DataFrame]:
+    status = run.main([*args, "--output", str(tmp_path)], where or Small())
+    (path,) = tmp_path.glob("*.csv")
+    return status, pd.read_csv(path)
+
+
+def _replace_work(monkeypatch, name: str, by: Work) -> None:
+    monkeypatch.setitem(run._WORKS, name, (lambda sizes: [by], run._WORKS[name][1]))
+
+
+def test_a_run_lists_everyone_with_a_time_or_a_reason(tmp_path, capsys, recorded):
+    status, frame = _main(
+        tmp_path, "--works", "flat", "--sizes", "2000", "--no-memory", "--repeats", "2"
+    )
+    assert status == 0
+    names = list(specs.specs(Small()))
+    for _, case in frame.groupby(report.CASE):
+        assert list(case["contender"]) == names
+    assert set(frame["data"]) == set(work.DATA)
+    timed = frame["ms_p50"].notna()
+    assert (timed ^ frame["skipped"].notna()).all()
+    assert (frame.loc[timed, "rounds"] >= 1).all()
+    steps = timed & (frame["against"] == "AdamW fused")
+    assert frame.loc[steps, "ratio"].notna().all()
+    assert (frame.loc[frame["contender"] == "AdamW fused", "ratio"] == 1).all()
+    exact = frame["contender"] == "rose exact"
+    assert (frame.loc[exact, "bytes_per_element"] == 36).all()
+    assert [path.name for path in tmp_path.glob("*.png")] == ["cpu.png"]
+    assert "Not run: rose" in capsys.readouterr().out
+
+
+def test_a_run_of_several_works(tmp_path, monkeypatch, recorded):
+    for name, dtype in (("roberta", FLOAT), ("llama", BF16)):
+        _replace_work(monkeypatch, name, Work(name, SHAPES, dtype))
+    status, frame = _main(
+        tmp_path, "--works", "roberta", "llama", "--no-memory", "--repeats", "1", "--threads", "2", "1",
+        "--inputs", "2",
+    )  # fmt: skip
+    assert status == 0
+    assert set(zip(frame["work"], frame["data"], frame["threads"], strict=True)) == {
+        (name, data, threads)
+        for threads in (1, 2)
+        for name, data in (("roberta", "gaussian"), ("roberta", "recorded"), ("llama", "gaussian"))
+    }
+    row = frame[(frame["work"] == "llama") & (frame["contender"] == "rose exact")].iloc[0]
+    assert row["bytes_per_element"] == 18  # half of that in float32
+
+
+def test_nothing_is_timed_if_parity_fails(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(RoseFusedAdamW, "step", _break_update(RoseFusedAdamW.step))
+    args = ["--works", "flat", "--sizes", "2000", "--data", "gaussian", "--output", str(tmp_path)]
+    assert run.main(args, Small()) == 1
+    assert not list(tmp_path.iterdir())
+    assert "PARITY FAILED: flat-2000" in capsys.readouterr().err
+
+
+def test_settings_that_are_not_there_yet_are_listed(tmp_path, monkeypatch):
+    def old(*args, selection="exact", **settings):
+        if selection == "bracket":
+            raise NotImplementedError("not in this year")
+        return RoseFusedAdamW(*args, selection=selection, **settings)
+
+    monkeypatch.setattr(contenders, "RoseFusedAdamW", old)
+    status, frame = _main(
+        tmp_path, "--works", "flat", "--sizes", "2000", "--data", "gaussian", "--repeats", "1",
+        "--only", "rose bracket", "--no-memory",
+    )  # fmt: skip
+    assert status == 0
+    frame = frame.set_index("contender")
+    assert frame.at["rose bracket", "skipped"] == "not in this year"
+    assert list(frame.index[frame["ms_p50"].notna()]) == ["AdamW fused"]
+
+
+def test_wrong_names_are_refused(capsys):
+    assert run.main(["--only", "sgd"], Small()) == 2
+    assert "--only sgd: no such contender" in capsys.readouterr().err
+
+
+def test_recordings_that_fail_are_a_reason(tmp_path, monkeypatch, capsys):
+    def fail():
+        raise record.NoRecording("no network")
+
+    monkeypatch.setattr(record, "load", fail)
+    args = ["--works", "flat", "--sizes", "99", "--data", "recorded", "--output", str(tmp_path)]
+    assert run.main(args, Small()) == 0
+    assert "skipped: no network" in capsys.readouterr().out
+
+
+def test_temporaries_are_those_of_the_step():
+    n = 1 << 23
+    foreach = memory.measure("AdamW foreach", work.flat(n), Cpu(), 1)
+    exact = memory.measure("rose exact", work.flat(n), Cpu(), 1)
+    if isinstance(foreach, str) or isinstance(exact, str):
+        pytest.skip(f"not measured here: {foreach}, {exact}")
+    assert 3.5 * n < foreach < 10 * n
+    assert exact < n
+
+
+# --------------------------------------------------------------------------------------------- targets
+
+
+def _frame(ratios: dict[str, float], **columns) -> pd.DataFrame:
+    rows = [
+        {
+            "device": "cpu", "work": "flat-64Mi", "data": "gaussian", "threads": 2, "elements": 1 << 26,
+            "full_size": True, "others_busy_cores": 0.0, "contender": name, "against": "AdamW fused",
+            "ms_p50": ratio, "peak_bytes": 1 << 20, "gb_per_s": 1.0, **columns,
+        }
+        for name, ratio in ratios.items()
+    ]  # fmt: skip
+    return report.compare(rows)
+
+
+@pytest.mark.parametrize(
+    ("ratio", "verdict"),
+    [
+        (0.9, "PASS: 0.9 (at most 1.2; aim 1 met)"),
+        (1.1, "PASS: 1.1 (at most 1.2; aim 1 missed)"),
+        (1.3, "FAIL: 1.3 (at most 1.2; aim 1 missed)"),
+    ],
+)
+def test_targets(ratio, verdict):
+    says = "flat-64Mi, gaussian, 2 threads: second order over AdamW fused: "
+    ratios = {"AdamW fused": 1.0, "rose bracket": ratio}
+    assert says + verdict in report.judge(_frame(ratios))
+    (busy, *_) = report.judge(_frame(ratios, others_busy_cores=0.5))
+    assert busy == says + verdict.replace(")", "; on a busy machine)")
+    (other, *_) = report.judge(_frame(ratios, threads=1))
+    assert "not judged" in other
+    assert "PASS" not in other
+    assert report.judge(_frame(ratios, device="cuda")) == []
+
+
+def test_target_of_scaling():
+    parts = [
+        _frame({"AdamW fused": 1.0, "rose bracket": ratio}, work=f"flat-{n}Mi", elements=n << 20)
+        for n, ratio in ((16, 1.0), (512, 1.1))
+    ]
+    verdicts = report.judge(pd.concat(parts))
+    assert "at 512Mi over at 16Mi: PASS: 1.1 (at most 1.15; aim 1.05 missed)" in verdicts[-1]
+
+
+def test_plots(tmp_path):
+    ratios = {"copy": 0.5, "AdamW fused": 1.0, "rose bracket": 1.1}
+    parts = [
+        _frame(ratios, work=f"flat-{n}Mi", elements=n << 20, full_size=n >= 64, ns_per_element=1.0,
+               ms_p20=1.0, ms_p80=1.0, machine="a machine", isa="AVX", torch="2")
+        for n in (1, 64)
+    ]  # fmt: skip
+    report.plot(pd.concat(parts), tmp_path / "bars.png")
+    assert not report.plot_scaling(pd.concat(parts), tmp_path / "lines.png")
+    parts.append(parts[0].assign(work="flat-4Mi", elements=4 << 20))
+    assert report.plot_scaling(pd.concat(parts), tmp_path / "lines.png")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bars.png", "lines.png"]
+
+
+# ------------------------------------------------------------------------------------------------ GPUs
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_says_so(capsys):
+    assert run.main(["--device", "cuda"]) == 2
+    assert "finds no GPU" in capsys.readouterr().err
+
+
+class _Event:
+    def __init__(self, enable_timing: bool) -> None:
+        assert enable_timing
+
+    def record(self) -> None:
+        self.at = time.perf_counter()
+
+    def synchronize(self) -> None:
+        assert self.at
+
+    def elapsed_time(self, end: _Event) -> float:
+        return (end.at - self.at) * 1e3
+
+
+class _Graph:
+    """Remembers nothing: replays are counted."""
+
+    replays = 0
+
+    def replay(self) -> None:
+        self.replays += 1
+
+
+class _Cuda:
+    """What benchmarks/device.py uses of torch.cuda, on the CPU."""
+
+    Event, CUDAGraph = _Event, _Graph
+
+    def __init__(self) -> None:
+        self.slept: list[int] = []
+
+    def _sleep(self, cycles: int) -> None:
+        self.slept.append(cycles)
+        time.sleep(cycles / 2e9)
+
+    def get_device_properties(self, place) -> SimpleNamespace:
+        return SimpleNamespace(
+            name="Model", total_memory=1 << 30, multi_processor_count=2, L2_cache_size=1 << 10,
+            major=9, minor=0,
+        )  # fmt: skip
+
+    def is_available(self) -> bool:
+        return True
+
+    def mem_get_info(self) -> tuple[int, int]:
+        return 8 << 30, 16 << 30
+
+    def max_memory_allocated(self) -> int:
+        return 5
+
+    def memory_allocated(self) -> int:
+        return 3
+
+    def memory_reserved(self) -> int:
+        return 7
+
+    def Stream(self) -> SimpleNamespace:
+        return SimpleNamespace(wait_stream=lambda other: None)
+
+    current_stream = Stream
+
+    @contextmanager
+    def stream(self, stream):
+        yield
+
+    graph = stream
+
+    def synchronize(self) -> None: ...
+    def reset_peak_memory_stats(self) -> None: ...
+    def empty_cache(self) -> None: ...
+
+
+@pytest.fixture
+def fake(monkeypatch) -> _Cuda:
+    fake = _Cuda()
+    for name in dir(fake):
+        if not name.startswith("__") and name != "slept":
+            assert hasattr(torch.cuda, name), name
+    monkeypatch.setattr(torch, "cuda", fake)
+    return fake
+
+
+def test_the_cuda_device(fake):
+    assert Cuda.why_not() is None
+    cuda = Cuda("cpu")
+    clock = cuda.clock()
+    for _ in range(2):
+        with clock:
+            time.sleep(0.01)
+    assert clock.seconds == pytest.approx(clock.host_seconds, rel=0.1)
+    assert clock.seconds >= 0.02
+    fake.slept.clear()
+    cuda.cool()
+    assert fake.slept == []
+    cuda.cool(0.01)
+    assert fake.slept[0] == pytest.approx(0.01 * 2e9, rel=0.5)  # that the clock's rate was measured
+    assert cuda.free_bytes() == (8 << 30) + 4
+    calls: list[int] = []
+    assert cuda.temporaries(lambda: calls.append(1)) == 2
+    cuda.graph(lambda: calls.append(2))()
+    assert calls == [1, 2, 2]  # to warm up, and to record
+    assert cuda.describe()["capability"] == "9.0"
+
+
+class Rehearsal(Cuda):
+    """As a GPU, on the CPU, with two backends; graphs call what they recorded."""
+
+    backends = ("cpu", "reference")
+    chunk = 512
+
+    def graph(self, call):
+        super().graph(call)
+        return call
+
+
+def test_a_run_on_a_gpu_rehearsed(tmp_path, monkeypatch, fake, recorded):
+    # CPUs refuse it, rightly.
+    def without_capturable(make):
+        return lambda *args, capturable=False, **how: make(*args, **how)
+
+    monkeypatch.setattr(contenders, "RoseFusedAdamW", without_capturable(RoseFusedAdamW))
+    monkeypatch.setattr(torch.optim, "AdamW", without_capturable(torch.optim.AdamW))
+    _replace_work(monkeypatch, "roberta", Work("list", SHAPES))
+    status, frame = _main(
+        tmp_path, "--works", "roberta", "--repeats", "3", "--inputs", "2", where=Rehearsal("cpu")
+    )
+    assert status == 0
+    assert (tmp_path / "cuda.png").exists()
+    assert set(frame["device"]) == {"cuda"}
+    assert "gpu" in frame
+    timed = frame[frame["ms_p50"].notna()]
+    assert (timed["rounds"] == 3).all()
+    assert (timed["host_ms"] > 0).all()
+    names = set(timed["contender"])
+    for backend in Rehearsal.backends:
+        assert {f"rose exact [{backend}]", f"rose ensemble, bracket [{backend}, graph]"} <= names
+        assert f"rose select [{backend}]" not in names  # of lists by default
+    assert {"AdamW fused, graph", "AdamW foreach, graph", "AdamW fused, clip", "eager ROSE"} <= names
+    skipped = frame[frame["skipped"].notna()].set_index("contender")["skipped"]
+    assert "not installed" in skipped["apex FusedAdam"].iloc[0]
+    assert (timed["peak_bytes"].dropna() == 2).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_run_on_a_gpu(tmp_path):
+    assert run.main(
+        ["--device", "cuda", "--works", "flat", "--sizes", "1Mi", "--data", "gaussian", "ties",
+         "--repeats", "3", "--output", str(tmp_path)]
+    ) == 0  # fmt: skip
+    frame = pd.read_csv(tmp_path / "cuda.csv")
+    assert frame["ms_p50"].notna().any()
+    assert (tmp_path / "cuda.png").exists()
