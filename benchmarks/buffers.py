@@ -57,9 +57,9 @@ def _trial(trial: tuple[float, str, float]) -> tuple[float, str, float]:
     n = int(mebi * 2**20)
     [flat] = params = flatten_parameters([nn.Parameter(torch.randn(n))])
     optimizer = RoseFusedAdamW(params, upper=upper)
+    flat.grad = torch.randn(n)
     times = []
     for step in range(_STEPS):
-        flat.grad = torch.randn(n)
         start = time.process_time()
         optimizer.step()
         if step:  # the first one makes the state
