@@ -8,7 +8,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-MIN_BYTES = 8 << 20  # four huge pages; below, the system's usual pages do
+MIN_BYTES = 8 << 20  # below, it hardly matters where a buffer lies
+_ADVICE: int | None = getattr(mmap, "MADV_HUGEPAGE", None)  # Linux
+_HUGE_PAGE = 2 << 20
+# Buffers of 2^n bytes, one right after the other, would meet in the same sets of caches and banks of
+# memory at every element: a huge page between them, which nobody touches, keeps them apart.
+_GAP = _HUGE_PAGE
 _CACHE_LINE = 64
 
 
@@ -20,11 +25,12 @@ def empty(numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     ``/proc/self/smaps``); where it will not hear of it, this is ``torch.empty``.
     """
     nbytes = numel * dtype.itemsize
-    if device.type == "cpu" and nbytes >= MIN_BYTES and hasattr(mmap, "MADV_HUGEPAGE"):
+    if device.type == "cpu" and nbytes >= MIN_BYTES and _ADVICE is not None:
+        whole_pages = -(-nbytes // _HUGE_PAGE) * _HUGE_PAGE  # of such lengths, Linux aligns mappings
         try:
             # Private, as the heap is: a forked process writes into a copy.
-            mapping = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-            mapping.madvise(mmap.MADV_HUGEPAGE)
+            mapping = mmap.mmap(-1, whole_pages + _GAP, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            mapping.madvise(_ADVICE)
             return torch.frombuffer(mapping, dtype=dtype, count=numel)
         except OSError:
             pass

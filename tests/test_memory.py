@@ -103,18 +103,22 @@ def test_small_buffers_are_left_alone(monkeypatch):
     for nbytes in (0, 4, memory.MIN_BYTES - 4, memory.MIN_BYTES):
         memory.empty(nbytes // 4, torch.float32, torch.device("cpu"))
     memory.empty(memory.MIN_BYTES, torch.float32, torch.device("meta"))
-    assert advised == ([memory.MIN_BYTES] if hasattr(mmap, "MADV_HUGEPAGE") else [])
+    assert len(advised) == hasattr(mmap, "MADV_HUGEPAGE")
 
 
 @pytest.mark.parametrize("advice", [None, 9999], ids=["no such advice", "refused"])
 def test_without_huge_pages(advice, monkeypatch):
-    if advice is None:
-        monkeypatch.delattr(mmap, "MADV_HUGEPAGE", raising=False)
-    else:
-        monkeypatch.setattr(mmap, "MADV_HUGEPAGE", advice, raising=False)
+    monkeypatch.setattr(memory, "_ADVICE", advice)
     buffer = memory.empty(16 * MIB, torch.float32, torch.device("cpu"))
     assert not buffer.zero_().any()
     assert buffer.numel() == 16 * MIB
+
+
+def test_nothing_but_the_buffer_is_saved():
+    # Of the mapping, which is longer.
+    buffer = memory.empty(3 * MIB + 5, torch.float32, torch.device("cpu")).zero_()
+    assert buffer.untyped_storage().nbytes() == buffer.nbytes == 12 * MIB + 20
+    assert torch.equal(copy.deepcopy(buffer), buffer)
 
 
 def test_memory_is_given_back():
