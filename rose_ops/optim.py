@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from itertools import groupby
 from numbers import Real
-from typing import Any, TypeGuard
+from typing import Any, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -155,6 +155,13 @@ class _Batch:
         return _Batch(*map(list, zip(*rows, strict=True)))
 
 
+class _Clip(NamedTuple):
+    """What gradients are multiplied by, and the sums of squares behind it; None without clipping."""
+
+    factors: Tensor | None = None
+    sums: Tensor | None = None
+
+
 class _Kept:
     """Carries a state tensor through ``Optimizer.load_state_dict``, which would cast it."""
 
@@ -293,6 +300,7 @@ class RoseFusedAdamW(Optimizer):
         self._captured: set[str] = set()
         self._dtypes: dict[Tensor, torch.dtype] = {}
         self._records: dict[str, Tensor] = {}
+        self._sums: dict[Tensor, tuple[Tensor, int, Tensor]] = {}  # see _exp_avg_sums
         self.grad_norm: Tensor | None = None
 
     # ------------------------------------------------------------------------------------- groups
@@ -453,11 +461,11 @@ class RoseFusedAdamW(Optimizer):
     def _selective(self, batch: _Batch) -> _Batch:
         return batch.subset([self.param_groups[row]["selective"] for row in batch.groups])
 
-    def _clip(self, batch: _Batch, inv_scale: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-        """Clipping factors for gradients of all parameters, and the sums of squares behind them."""
+    def _clip(self, batch: _Batch, inv_scale: Tensor | None) -> _Clip:
+        """Of the gradients of all parameters."""
         settings = self.settings
         if settings.max_grad_norm is None:
-            return None, None
+            return _Clip()
         sums = self._ops(batch).sums_of_squares(batch.grads, inv_scale)
         self.grad_norm = norm = norm_of(sums.sum())
         if settings.error_if_nonfinite and not norm.isfinite():
@@ -468,19 +476,38 @@ class RoseFusedAdamW(Optimizer):
                     f"max_grad_norm={settings.max_grad_norm}; nothing was changed (with "
                     "error_if_nonfinite=False such a step leaves selective parameters alone)"
                 )
-        return clip_factors(norm, settings.max_grad_norm), sums
+        return _Clip(clip_factors(norm, settings.max_grad_norm), sums)
+
+    def _exp_avg_sums(self, batch: _Batch) -> Tensor:
+        """Sums of squares of first moments.
+
+        On the CPU, those of tensors that the latest step left alone are remembered, with the version
+        of the moment. (A GPU's masks are not read back.)
+        """
+        moments, sums_of_squares = self._states(batch, "exp_avg"), self._ops(batch).sums_of_squares
+        if not moments[0].is_cpu:
+            return sums_of_squares(moments, None)
+        keys = [(m := self.state[p]["exp_avg"], m._version) for p in batch.params]
+        new = []
+        for i, (p, (m, version)) in enumerate(zip(batch.params, keys, strict=True)):
+            known = self._sums.get(p)
+            if known is None or known[0] is not m or known[1] != version:
+                new.append(i)
+        if new:
+            sums = sums_of_squares([moments[i] for i in new], None).unbind()
+            for i, value in zip(new, sums, strict=True):
+                self._sums[batch.params[i]] = (*keys[i], value)
+        return torch.stack([self._sums[p][2] for p in batch.params])
 
     def _tensor_masks(
-        self, kind: str, batch: _Batch, inv_scale: Tensor | None, clip: Tensor | None
+        self, kind: str, batch: _Batch, inv_scale: Tensor | None, clip: _Clip
     ) -> list[Tensor]:
         """Rank the tensors of ``batch`` by their norms."""
-        ops = self._ops(batch)
-        norms = norm_of(ops.sums_of_squares(batch.grads, inv_scale), clip)
-        exp_avg_norms = (
-            norm_of(ops.sums_of_squares(self._states(batch, "exp_avg"), None))
-            if kind == "second"
-            else None
-        )
+        sums = clip.sums
+        if sums is None or len(sums) != len(batch.params):
+            sums = self._ops(batch).sums_of_squares(batch.grads, inv_scale)
+        norms = norm_of(sums, clip.factors)
+        exp_avg_norms = norm_of(self._exp_avg_sums(batch)) if kind == "second" else None
         # Filled where it is needed: a copy from the CPU could not be part of a CUDA graph.
         alphas = [float32(1.0 - group["betas"][0]) for group in self.param_groups]
         alpha = torch.cat(
@@ -527,7 +554,7 @@ class RoseFusedAdamW(Optimizer):
         if self._is_selecting():
             inv_scale = _reciprocal(grad_scale)
             # What is clipped is the gradient to update with; ranks of the other do not depend on it.
-            clip = self._clip(batch, inv_scale)[0] if kind == "second" else None
+            clip = self._clip(batch, inv_scale) if kind == "second" else _Clip()
             batch = self._selective(batch)
             masks = self._capture(kind, batch, inv_scale, clip) if batch.params else []
             self._drop_masks(kind)  # a second capture replaces the first
@@ -537,9 +564,7 @@ class RoseFusedAdamW(Optimizer):
         if clear:
             self.zero_grad(set_to_none=True)
 
-    def _capture(
-        self, kind: str, batch: _Batch, inv_scale: Tensor | None, clip: Tensor | None
-    ) -> list[Tensor]:
+    def _capture(self, kind: str, batch: _Batch, inv_scale: Tensor | None, clip: _Clip) -> list[Tensor]:
         self._init_state(batch)
         settings = self.settings
         if settings.granularity == "tensor":
@@ -548,7 +573,7 @@ class RoseFusedAdamW(Optimizer):
         ops, fractions = self._ops(batch), settings.fractions(kind)
         masks = empty_masks([view.numel() for view in batch.views], batch.views[0].device)
         tensors = (batch.grads, self._states(batch, "exp_avg") if kind == "second" else [])
-        table = (hyper, torch.tensor(batch.groups), inv_scale, clip)
+        table = (hyper, torch.tensor(batch.groups), inv_scale, clip.factors)
         if settings.selection == "bracket":
             self._records[kind] = ops.bracket_capture_(
                 masks, *tensors, *table, *fractions, self._rank_inactive, self._steps_done, 1.0
@@ -613,7 +638,7 @@ class RoseFusedAdamW(Optimizer):
         if found_inf is not None and found_inf.device.type == "cpu" and found_inf.item() != 0:
             return  # nothing to read back here; on a GPU the kernels look
         inv_scale = _reciprocal(getattr(self, "grad_scale", None))
-        clip, _ = self._clip(batch, inv_scale)
+        clip = self._clip(batch, inv_scale)
         self._init_state(batch)
         lr, hyper = self._tables()
         ops = self._ops(batch)
@@ -637,7 +662,7 @@ class RoseFusedAdamW(Optimizer):
             batch.views, batch.grads, self._states(batch, "exp_avg"),
             self._states(batch, "exp_avg_sq"), self._states(batch, "step"), masks["first"],
         )  # fmt: skip
-        tables = (lr, hyper, group, torch.tensor(batch.offsets), inv_scale, clip, found_inf)
+        tables = (lr, hyper, group, torch.tensor(batch.offsets), inv_scale, clip.factors, found_inf)
         stochastic = settings.param_rounding == "stochastic"
         if ranks and settings.selection == "bracket":
             result = ops.bracket_adamw_(
@@ -650,13 +675,16 @@ class RoseFusedAdamW(Optimizer):
             if ranks:
                 self._records["second"] = record = ops.select(
                     selective.grads, self._states(selective, "exp_avg"), hyper,
-                    torch.tensor(selective.groups), inv_scale, clip, *fractions, self._rank_inactive,
-                    settings.selection == "approx",
+                    torch.tensor(selective.groups), inv_scale, clip.factors, *fractions,
+                    self._rank_inactive, settings.selection == "approx",
                 )  # fmt: skip
             self._records["update"] = ops.adamw_(
                 *tensors, masks["second"], record, *tables, settings.gamma, self._rank_inactive,
                 settings.seed, stochastic,
             )  # fmt: skip
+        for i, p in enumerate(batch.params if self._sums else ()):
+            if not _rules_out([found[i] for found in masks.values() if found]):
+                self._sums.pop(p, None)
         # As after any in-place operation: a backward that still needs the old values is an error.
         torch.autograd.graph.increment_version([m for p in batch.params for m in members(p)])
         self._steps_done += 1
@@ -812,6 +840,11 @@ class RoseFusedAdamW(Optimizer):
 
     def __repr__(self) -> str:
         return f"{super().__repr__()[:-1]}\n{self.settings}\n)"
+
+
+def _rules_out(masks: list[Tensor]) -> bool:
+    """Whether a tensor's masks are for the whole of it and select nothing, so that m stays."""
+    return bool(masks) and all(mask.dtype == torch.bool and not mask for mask in masks)
 
 
 def _check_graph(optimizer: Optimizer, lacks_state: bool) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from fractions import Fraction
+from typing import Any
 
 import pytest
 import torch
@@ -309,3 +310,62 @@ def test_the_two_backends_agree_over_a_run(generator):
         runs[backend] = [optimizer.state[p]["exp_avg"] for p in params]
     for a, b in zip(*runs.values(), strict=True):
         assert_same_bits(a, b)
+
+
+class _Spy:
+    """Operators that note what sums of squares are taken of."""
+
+    def __init__(self, ops: Any, seen: list[Tensor]) -> None:
+        self._ops, self._seen = ops, seen
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._ops, name)
+
+    def sums_of_squares(self, tensors: list[Tensor], inv_scale: Tensor | None) -> Tensor:
+        self._seen += tensors
+        return self._ops.sums_of_squares(tensors, inv_scale)
+
+
+@pytest.mark.parametrize("max_grad_norm", [None, 0.5])
+def test_norms_are_taken_of_what_changed(max_grad_norm, generator, monkeypatch):
+    """Of gradients, once; of first moments that the latest step or somebody else wrote to."""
+    params = tensors(generator)
+    options = {"upper": 0.4, "granularity": "tensor", "max_grad_norm": max_grad_norm}
+    optimizer = RoseFusedAdamW(params, **options)
+    again = RoseFusedAdamW(clones(params), **options)
+    copies = again.param_groups[0]["params"]
+    seen: list[Tensor] = []
+    ops = RoseFusedAdamW._ops
+    changed = [True] * len(params)
+    for step in range(5):
+        if step == 3:  # moments share a buffer, and so a version
+            optimizer.state[params[4]]["exp_avg"].mul_(2)
+        if step == 4:
+            optimizer.load_state_dict(optimizer.state_dict())
+        if step in (3, 4):
+            changed = [True] * len(params)
+        give(params, gradients(params, generator))
+        give(copies, [p.grad.clone() for p in params])
+        if step:  # one that remembers nothing
+            again.load_state_dict(optimizer.state_dict())
+        before = [optimizer.state[p]["exp_avg"].clone() if step else None for p in params]
+        monkeypatch.setattr(RoseFusedAdamW, "_ops", lambda self, batch: _Spy(ops(self, batch), seen))
+        seen.clear()
+        optimizer.step()
+        monkeypatch.undo()
+        again.step()
+        moments = [optimizer.state[p]["exp_avg"] for p in params]
+        looked_at = {(t.data_ptr(), t.shape) for t in seen if t.numel()}
+        for p, m, is_new in zip(params, moments, changed, strict=True):
+            assert p.grad is not None
+            assert p.numel() == 0 or (p.grad.data_ptr(), p.shape) in looked_at
+            assert p.numel() == 0 or ((m.data_ptr(), m.shape) in looked_at) == is_new
+        assert len(seen) == len(params) + sum(changed)
+        assert optimizer.selection["second"].kept == again.selection["second"].kept
+        for p, copy in zip(params, copies, strict=True):
+            assert_same_bits(p.detach(), copy.detach())
+        changed = [
+            old is None or m.numel() == 0 or not torch.equal(old, m)
+            for old, m in zip(before, moments, strict=True)
+        ]
+        assert step == 0 or not all(changed)
