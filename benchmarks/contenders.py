@@ -19,7 +19,7 @@ import rose_ops
 from benchmarks import eager
 from benchmarks.device import Call, Clock
 from benchmarks.work import STEP, Gradient, Problem
-from rose_ops import RoseFusedAdamW, select_threshold
+from rose_ops import RoseFusedAdamW, memory, select_threshold
 
 UPPER = 0.6
 GAMMA = 0.5
@@ -86,12 +86,13 @@ class Contender(ABC):
     rule: Rule | None = None
     writes_grads = False
     traffic: Traffic | None = None
+    is_rose = False
 
     def __init__(self, problem: Problem, moments: torch.dtype | None = None) -> None:
         self.problem = problem
         self.elements = problem.work.elements
         self.params: Sequence[Tensor] = [p.data for p in problem.params]
-        self.exp_avgs, self.exp_avg_sqs = problem.moments(moments or problem.work.dtype)
+        self.exp_avgs, self.exp_avg_sqs = problem.moments(moments or problem.work.dtype, self.is_rose)
 
     def restore(self) -> None:
         """Back to before the step."""
@@ -211,6 +212,7 @@ class Rose(_Optimizer):
     """
 
     optimizer: RoseFusedAdamW
+    is_rose = True
 
     def __init__(
         self, problem: Problem, *, graph: Callable[[Call], Call] | None = None, **settings: Any
@@ -304,8 +306,6 @@ class RoseFlat(Rose):
     def __init__(self, problem: Problem, **settings: Any) -> None:
         if not hasattr(rose_ops, "flatten_parameters"):
             raise Unavailable("rose_ops has no flatten_parameters")
-        if len(problem.work.shapes) == 1:
-            raise Unavailable("one tensor: flat already")
         super().__init__(problem, **settings)
 
     def _make(self, params: Any, capturable: bool) -> RoseFusedAdamW:
@@ -321,7 +321,7 @@ class RoseFlat(Rose):
     def adopt(self, optimizer: Optimizer, step: Tensor | int) -> None:
         self.optimizer = optimizer
         (flat,) = optimizer.param_groups[0]["params"]
-        state = {key: torch.empty_like(flat) for key in ("exp_avg", "exp_avg_sq")}
+        state = {key: memory.zeros_like([flat], flat.dtype)[0] for key in ("exp_avg", "exp_avg_sq")}
         optimizer.state[flat] = {"step": step.clone(), **state}
         self.exp_avgs, self.exp_avg_sqs = (self._parts(t) for t in state.values())
 
@@ -398,6 +398,7 @@ class Select(Contender):
 
 class RoseSelect(Contender):
     found: Tensor
+    is_rose = True
 
     def __init__(self, problem: Problem, **settings: Any) -> None:
         super().__init__(problem)

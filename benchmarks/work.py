@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import record
+from rose_ops import memory
 
 Gradient = Literal["ce", "kl"]
 Shapes = Sequence[tuple[int, ...]]
@@ -201,8 +202,9 @@ class Numbers:
 class Problem:
     """Parameters, gradients and moments of one step, shared by everyone who is compared.
 
-    Sharing makes them equal in what the allocator and the pages do; filled again before every step,
-    they are the same numbers each time (with a gradient that stays, m would converge to it).
+    Sharing makes them equal in what the allocator and the pages do, but for moments, which optimizers
+    make: those of RoseFusedAdamW lie where it puts them. Filled again before every step, they are the
+    same numbers each time (with a gradient that stays, m would converge to it).
 
     Args:
         data: one of ``DATA``.
@@ -213,7 +215,7 @@ class Problem:
         self.numbers = Numbers(work, data, place, seed)
         self.params = [nn.Parameter(t) for t in self.made("params", work.dtype)]
         self.grads = self.made("grads", work.dtype)
-        self._moments: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = {}
+        self._moments: dict[tuple[torch.dtype, bool], tuple[list[Tensor], list[Tensor]]] = {}
         self._cached: dict[str, Tensor] = {}
         self.moments(work.dtype)
         self.use("ce")
@@ -228,11 +230,23 @@ class Problem:
     def kl_grads(self) -> list[Tensor]:
         return self.made("kl_grads", self.work.dtype)
 
-    def moments(self, dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
-        """First and second, in a precision of one's own."""
-        if dtype not in self._moments:
-            self._moments[dtype] = self.made("exp_avgs", dtype), self.made("exp_avg_sqs", dtype)
-        return self._moments[dtype]
+    def moments(self, dtype: torch.dtype, of_rose: bool = False) -> tuple[list[Tensor], list[Tensor]]:
+        """First and second, in a precision of one's own.
+
+        Args:
+            of_rose: as RoseFusedAdamW makes them.
+        """
+        if (dtype, of_rose) not in self._moments:
+            m, v = (
+                memory.zeros_like(self.grads, dtype)
+                if of_rose
+                else [torch.empty_like(g, dtype=dtype) for g in self.grads]
+                for _ in range(2)
+            )
+            self.numbers.fill("exp_avgs", m)
+            self.numbers.fill("exp_avg_sqs", v)
+            self._moments[dtype, of_rose] = m, v
+        return self._moments[dtype, of_rose]
 
     def once(self, name: str, make: Callable[[], Tensor]) -> Tensor:
         """What several contenders share."""
