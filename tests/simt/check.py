@@ -17,9 +17,26 @@ import torch
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
 
 # ruff: noqa: E402
-from support import BF16, FLOAT, HALF, ONE, Problem, bits, compare_update, place, tensor_norms, values
+from support import (
+    BF16,
+    FLOAT,
+    HALF,
+    ONE,
+    PLAIN,
+    ROSE,
+    Problem,
+    assert_consistent,
+    bits,
+    compare_bracket,
+    compare_update,
+    hyper_table,
+    place,
+    tensor_norms,
+    values,
+)
 
 from rose_ops import reference
+from rose_ops.reference import Field
 
 MIXES = (
     ("normal",), ("ties",), ("normal", "zero", "nan", "inf", "denormal"), ("one",), ("zero", "one"),
@@ -40,7 +57,12 @@ def problem_of(n: int, mix, pieces: int, dtype, moment, generator) -> Problem:
 
     p, g, m, v = tensors(0, dtype), tensors(1, dtype), tensors(2, moment), tensors(3, moment)
     v = [t.abs_() for t in v]
-    return Problem.of(g, m, params=p, exp_avg_sqs=v, gamma=0.3, seed=3)
+    group = (torch.arange(pieces) % 4 == 3).long()  # some are not selective
+    return Problem.of(
+        g, m, params=p, exp_avg_sqs=v, gamma=0.3, seed=3, stochastic=True,
+        clip=torch.tensor([0.75, 0.5]), hyper=hyper_table(ROSE, PLAIN), group=group,
+        lr=torch.tensor([1e-2, 1e-3], dtype=torch.float64),
+    )  # fmt: skip
 
 
 def check(ops, problem: Problem) -> None:
@@ -58,11 +80,52 @@ def check(ops, problem: Problem) -> None:
     assert torch.allclose(norms[finite], truth[finite], rtol=1e-6)
     everything = [torch.empty(0, dtype=torch.uint8) for _ in problem.grads]
     compare_update(ops, problem.copy(), everything)
+    compare_update(ops, problem.copy(), [torch.zeros(1, dtype=torch.bool) for _ in problem.grads])
     compare_update(ops, problem, [place(mask, offset=9) for mask in masks], selection=record)
+    compare_bracket(ops, problem.copy(), 600_000_000)  # too few elements for one
     problem.found_inf = torch.ones(())
     before = [bits(t) for t in problem.params]
     problem.update(ops, masks)
+    assert problem.bracket_update(ops, 600_000_000).tolist() == [-1, -1] + [0] * Field.SIZE
     assert all(torch.equal(a, bits(b)) for a, b in zip(before, problem.params, strict=True))
+
+
+def check_brackets(ops, problem: Problem) -> None:
+    """As after a selection, and consistent after a forced miss."""
+    masks = problem.masks(reference, 500_000_000, first=True)
+    for kept in KEPT:
+        assert compare_bracket(ops, problem.copy(), *kept)[Field.MISSES] == 0
+    for draw in range(3):
+        for width in (1.0, 0.0):
+            options = {"draw": draw, "width": width}
+            for first in ((), masks):
+                compare_bracket(ops, problem.copy(), 600_000_000, 300_000_000, first, **options)
+            for first in (True, False):
+                found, record = problem.bracket_capture(ops, 600_000_000, first=first, **options)
+                if width == 1:
+                    exact = problem.select(reference, 600_000_000, first=first)
+                    assert record.tolist() == exact.tolist()
+                elif first:  # of second order, all tensors are ranked, selective or not
+                    assert_consistent(problem, record, first=True)
+                expected = problem.capture(reference, record, first=first)
+                assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def overflowing(generator) -> Problem:
+    """A step with ``draw=0`` whose log overflows: the lines that are sampled say nothing of the others.
+
+    They have risks all over [0, 1], and the other elements have risks close to the threshold.
+    """
+    n = 1 << 20
+    lines = n // 16
+    apart = lines // int(0.5 * round(n ** (1 / 3), 9) ** 2)
+    strata = torch.arange(-(-lines // apart))
+    line = strata * apart + (reference.hash_u32(strata, 0, 0x5A3B) * apart >> 32)
+    risk = 0.595 + 0.01 * torch.rand(lines, 16, generator=generator)
+    line = line[line < lines]
+    risk[line] = torch.rand(len(line), 16, generator=generator)
+    m = torch.rand(n, generator=generator) + 0.5
+    return Problem.of([10 * m * (1 - risk.reshape(-1))], [m])
 
 
 def main(library: str) -> None:
@@ -74,12 +137,17 @@ def main(library: str) -> None:
     ops = torch.ops.rose_simt
     generator = torch.Generator()
     generator.seed()
-    for order in ("forward", "reverse", "random"):
+    for order in ("random", "forward", "reverse"):
         module.configure(order, seed=torch.seed() % 2**32, resident=3)
         for i, mix in enumerate(MIXES):
             for n, pieces in ((9_001, 1), (30_011, 17)):
                 dtype, moment = ((FLOAT, FLOAT), (BF16, BF16), (HALF, FLOAT))[i % 3]
                 check(ops, problem_of(n, mix, pieces, dtype, moment, generator))
+        if order == "random":  # the one that finds most
+            brackets = (("normal",), 300_007, 1), (MIXES[2], 100_003, 17), (("ties",), 100_003, 5)
+            for mix, n, pieces in brackets:
+                check_brackets(ops, problem_of(n, mix, pieces, FLOAT, FLOAT, generator))
+    assert compare_bracket(ops, overflowing(generator), 600_000_000)[Field.MISSES] == 1
     # Large enough to be sampled: a window, a log that is used, and one that overflows.
     for mix in (("normal",), ("normal", "ties", "ties"), ("one",) * 30 + ("normal",)):
         g, m = (values(300_007, mix, FLOAT, generator) for _ in range(2))

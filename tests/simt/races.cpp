@@ -1,5 +1,6 @@
 // All kernels on two OS threads, for ThreadSanitizer: no Python and no PyTorch, so that whatever it
-// reports is in a kernel. Prints a digest of the results, which must not depend on the order.
+// reports is in a kernel. Prints a digest of the results, which must not depend on the order of
+// threads, and checks that they do not depend on how thresholds are found.
 #include <cinttypes>
 #include <cstdio>
 #include <cstdlib>
@@ -16,15 +17,25 @@ namespace {
 
 constexpr int kSegments = 3;
 constexpr int64_t kSizes[kSegments] = {9000, 77, 4096};
-constexpr float clip[2] = {0.5f, 0.5f};
+constexpr float kClip[2] = {0.5f, 0.5f};
 
-uint64_t digest = 0;
+// How thresholds are found, always the same ones.
+enum class Way {
+  kLogged,       // all keys are logged
+  kSampled,      // those of a window
+  kSpeculative,  // in the pass that updates or captures
+  kNoRoom,       // that pass has no room for a bracket
+};
 
-template <typename T>
-void add_to_digest(const std::vector<T>& values) {
-  const auto* bytes = reinterpret_cast<const unsigned char*>(values.data());
-  for (size_t i = 0; i < values.size() * sizeof(T); ++i) digest = (digest ^ bytes[i]) * 1099511628211u;
-}
+class Digest {
+ public:
+  template <typename T>
+  void add(const std::vector<T>& values) {
+    const auto* bytes = reinterpret_cast<const unsigned char*>(values.data());
+    for (size_t i = 0; i < values.size() * sizeof(T); ++i) value = (value ^ bytes[i]) * 1099511628211u;
+  }
+  uint64_t value = 0;
+};
 
 void check(const char* error) {
   if (error == nullptr) return;
@@ -32,7 +43,7 @@ void check(const char* error) {
   std::exit(1);
 }
 
-void run(bool sampled) {
+uint64_t run(Way way) {
   std::mt19937 random(7);
   std::normal_distribution<float> normal;
   std::vector<std::vector<float>> data[4];
@@ -40,15 +51,18 @@ void run(bool sampled) {
   std::vector<Segment> segments(kSegments);
   std::vector<float> steps(kSegments, 3.0f);
   const Hyper hyper = {0.9, 0.999, 1e-8, 0.1, 1.0, 1.0};
-  // The second segment is read backwards in rows of 7: it goes the way of tensors that are not linear.
+  // The second segment is in rows of 7: it goes the way of tensors that are not linear.
   const Dim dims[2] = {{11, 1.0 / 11, {7, 7, 7, 7}}, {7, 1.0 / 7, {1, 1, 1, 1}}};
-  int64_t tiles = 0;
+  int64_t n = 0, tiles = 0, lines = 0;
   for (int i = 0; i < kSegments; ++i) {
     Segment& segment = segments[i];
     segment = {};
     segment.n = kSizes[i];
     segment.first_tile = tiles;
+    segment.first_line = lines;
+    n += kSizes[i];
     tiles += (kSizes[i] + kTile - 1) / kTile;
+    lines += (kSizes[i] + kLine - 1) / kLine;
     segment.dims = i == 1 ? 2 : 0;
     segment.alpha = 0.1f;
     segment.sign = 1.0f;
@@ -62,39 +76,48 @@ void run(bool sampled) {
     for (float& x : data[3].back()) x = x * x;
     masks.emplace_back((kSizes[i] + 7) / 8);
     segment.bits = masks.back().data();
+    for (int k = 0; k < 4; ++k) segment.data[k] = reinterpret_cast<char*>(data[k][i].data());
   }
-  const auto table_of = [&](std::vector<int> operands) {
-    for (int i = 0; i < kSegments; ++i) {
-      for (size_t k = 0; k < operands.size(); ++k) {
-        segments[i].data[k] = reinterpret_cast<char*>(data[operands[k]][i].data());
-      }
-    }
-    return Table{segments.data(), &hyper, dims, tiles, kSegments, 0};
-  };
+  const Table table = {segments.data(), &hyper, dims, tiles, lines, kSegments, 0};
+  const Risk risk = {table, nullptr, kClip, true, false, 1};
   static Sample sample;
   std::vector<SelectState> state(1);
-  const int64_t capacity = sampled ? 512 : 1 << 15;
-  std::vector<uint32_t> log(2 * capacity);
-  std::vector<int64_t> record(8);
-  const Risk risk = {table_of({1, 2}), nullptr, clip, true, false};
-  check(select({risk,
-                &sample,
-                sampled ? 32 : 0,
-                tiles * kTile / 32,
-                0,
-                state.data(),
-                log.data(),
-                capacity,
-                record.data(),
-                600000000,
-                300000000,
-                false,
-                {}},
-               nullptr));
-  check(capture({risk, record.data()}, nullptr));
+  std::vector<int64_t> record(8), places(n);
+  std::vector<uint32_t> log(2 * n);
+  std::vector<float> old(3 * n);
+  SelectArguments s = {};
+  s.risk = risk;
+  s.sample = &sample;
+  s.state = state.data();
+  s.log = log.data();
+  s.selection = record.data();
+  s.upper = 600000000;
+  s.lower = 300000000;
+  s.log_capacity = way == Way::kSampled ? 512 : n;
+  if (way != Way::kLogged) {
+    s.stratum = 8;
+    s.lines = (lines + s.stratum - 1) / s.stratum;
+  }
+  const bool is_one_pass = way == Way::kSpeculative || way == Way::kNoRoom;
+  if (is_one_pass) {
+    const int32_t capacity = way == Way::kSpeculative ? static_cast<int32_t>(n) : 16;
+    s.brackets = {capacity, places.data(), old.data(), n, 0.2};
+  }
+  const Mode mode = way == Way::kSpeculative ? Mode::kSpeculative : Mode::kExact;
+  const auto check_mode = [&] {
+    if (state[0].mode != mode) check("thresholds were not found in the way meant");
+  };
+
+  if (is_one_pass) {
+    check(bracket_capture(s, nullptr));
+  } else {
+    check(select(s, nullptr));
+    check(capture({risk, record.data()}, nullptr));
+  }
+  check_mode();
   std::vector<double> partial(tiles);
   std::vector<double> sums(kSegments);
-  check(sums_of_squares({risk.table, nullptr, partial.data(), sums.data()}, nullptr));
+  check(sums_of_squares({table, nullptr, partial.data(), sums.data()}, nullptr));
   std::vector<Prepared> prepared(kSegments);
   std::vector<Count> counts(2);
   const double lr = 1e-2;
@@ -102,17 +125,25 @@ void run(bool sampled) {
     segments[i].mask_kinds[0] = MaskKind::kBits;
     segments[i].masks[0] = masks[i].data();
   }
-  UpdateArguments a = {
-      table_of({0, 1, 2, 3}), &lr, nullptr, clip, nullptr, record.data(), true, prepared.data(),
-      counts.data(),          0.3, 1,       2,    true,    false,         true, 5};
-  check(update(a, nullptr));
-  add_to_digest(record);
-  add_to_digest(sums);
-  add_to_digest(counts);
-  for (auto& operand : data) {
-    for (auto& values : operand) add_to_digest(values);
+  const UpdateArguments a = {
+      table,         &lr, nullptr, kClip, nullptr, record.data(), true, prepared.data(),
+      counts.data(), 0.3, 1,       2,     true,    false,         true, 5};
+  if (is_one_pass) {
+    s.draw = 1;
+    check(bracket_update({s, a}, nullptr));
+    check_mode();
+  } else {
+    check(update(a, nullptr));
   }
-  for (auto& mask : masks) add_to_digest(mask);
+  Digest digest;
+  digest.add(record);
+  digest.add(sums);
+  digest.add(counts);
+  for (auto& operand : data) {
+    for (auto& values : operand) digest.add(values);
+  }
+  for (auto& mask : masks) digest.add(mask);
+  return digest.value;
 }
 
 }  // namespace
@@ -120,7 +151,9 @@ void run(bool sampled) {
 int main(int argc, char** argv) {
   simt::settings = {argc > 1 ? simt::Order::kRandom : simt::Order::kForward,
                     argc > 1 ? std::strtoull(argv[1], nullptr, 10) : 0, 2, 3};
-  run(false);
-  run(true);
+  const uint64_t digest = run(Way::kLogged);
+  for (const Way way : {Way::kSampled, Way::kSpeculative, Way::kNoRoom}) {
+    if (run(way) != digest) check("results depend on how thresholds are found");
+  }
   std::printf("%016" PRIx64 "\n", digest);
 }
