@@ -63,10 +63,10 @@ class Lines {
   }
 
   // body(line, place, keys) for lines first, first + step, ... before last. Lines are far apart: they
-  // are copied a batch at a time, so that many reads are under way at once.
+  // are fetched a batch at a time, so that many reads are under way at once.
   template <typename Body>
   void for_each(int64_t first, int64_t last, int64_t step, Body body) const {
-    constexpr int kBatch = 16;
+    constexpr int kBatch = 64;
     Place places[kBatch];
     float g[kBatch * kLine], m[kBatch * kLine], scaled[kBatch * kLine];
     uint32_t keys[kBatch * kLine];
@@ -77,6 +77,8 @@ class Lines {
         places[size] = place(line + size * step, index);
         index = places[size].index;
         if (size > 0 && source_.alpha[index] != source_.alpha[places[0].index]) break;
+        prefetch(places[size], 0);
+        if (source_.second_order) prefetch(places[size], 1);
       }
       for (int i = 0; i < size; ++i) copy(places[i], 0, g + i * kLine);
       for (int i = 0; source_.second_order && i < size; ++i) copy(places[i], 1, m + i * kLine);
@@ -86,6 +88,11 @@ class Lines {
   }
 
  private:
+  void prefetch(const Place& place, size_t operand) const {
+    const Operand& from = source_.segments[place.index].operands[operand];
+    if (from.linear) __builtin_prefetch(from.data + place.start * from.element_size());
+  }
+
   void copy(const Place& place, size_t operand, float* to) const {
     const Segment& segment = source_.segments[place.index];
     std::memset(to + place.n, 0, static_cast<size_t>(kLine - place.n) * sizeof(float));
@@ -274,7 +281,7 @@ void find_windows(const Lines& lines, std::vector<Target>& targets) {
 struct Log {
   std::vector<uint32_t> keys;
   std::vector<int64_t> places;
-  std::vector<std::array<float, 3>> old;
+  std::vector<std::array<float, 4>> old;
   int64_t logged = 0;
 
   void resize(size_t size, bool updates) {
@@ -342,8 +349,9 @@ class Pass {
   std::optional<Selection> run() {
     find_windows(lines_, targets_);
     take_sample();
-    // A log of p, m, v, key and place within 1 bit for each element and 14 MiB, with room to be wrong.
-    constexpr double kRecord = 24 * 1.25;
+    // A log of p, m, v, g, key and place within 1 bit for each element and 14 MiB, and room to be
+    // wrong.
+    constexpr double kRecord = 28 * 1.25;
     const auto n = static_cast<double>(source_.segments.elements());
     const double capacity = (n / 8 + (14 << 20)) / kRecord / static_cast<double>(targets_.size());
     for (Target& target : targets_) {
@@ -359,7 +367,7 @@ class Pass {
   // The log shrinks as 1 / sqrt(lines): n^(2/3) lines balance its cost and the sample's.
   static int64_t lines_for(int64_t n) {
     const double root = std::cbrt(static_cast<double>(n));
-    return std::max(static_cast<int64_t>(0.2 * root * root), std::min<int64_t>(1 << 14, n / kLine / 4));
+    return std::max(static_cast<int64_t>(0.4 * root * root), std::min<int64_t>(1 << 14, n / kLine / 4));
   }
 
   int64_t phase_start(int64_t phase) const { return segments_.tiles() * phase / kPhases; }
@@ -476,7 +484,7 @@ class Pass {
           BracketLog& note = state.note;
           note.keys = state.log.keys.data();
           note.places = state.log.places.data();
-          note.old = body_.updates() ? reinterpret_cast<float (*)[3]>(state.log.old.data()) : nullptr;
+          note.old = body_.updates() ? reinterpret_cast<float (*)[4]>(state.log.old.data()) : nullptr;
           note.place = segments_[index].first_tile * kTile + start;
           body_.tile(index, start, n, bounds(), note, state.counts);
           state.log.logged = note.logged;

@@ -58,7 +58,7 @@ struct BracketLog {
   int64_t below[2] = {}, at_pivot[2] = {}, inactive = 0, nonfinite = 0;
   uint32_t* keys = nullptr;
   int64_t* places = nullptr;
-  float (*old)[3] = nullptr;  // p, m, v before the update; null where none is updated
+  float (*old)[4] = nullptr;  // p, m, v before the update, and g; null where none is updated
   int64_t logged = 0;
   int64_t place = 0;  // of the tile's first element
 };

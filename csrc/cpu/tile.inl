@@ -350,22 +350,27 @@ ROSE_INLINE uint32_t selected_of_16(const uint32_t* keys, int lanes, Bounds boun
   return inside | lanes_in_range(keys, lanes, kInactiveKey, 0);
 }
 
-ROSE_INLINE void log_element(uint32_t key, const float* p, const float* m, const float* v, int at,
-                             int i, Bounds bounds, BracketLog& log) {
+// Of a block that is updated; null where none is.
+struct Elements {
+  const float *p, *m, *v, *g;
+};
+
+ROSE_INLINE void log_element(uint32_t key, const Elements& x, int at, int i, Bounds bounds,
+                             BracketLog& log) {
   const int64_t to = log.logged++;
   log.keys[to] = key | (uint32_t)if_selected(key, bounds, 1) << 31;
   log.places[to] = log.place + at + i;
   if (log.old) {
-    log.old[to][0] = p[i];
-    log.old[to][1] = m[i];
-    log.old[to][2] = v[i];
+    log.old[to][0] = x.p[i];
+    log.old[to][1] = x.m[i];
+    log.old[to][2] = x.v[i];
+    log.old[to][3] = x.g[i];
   }
 }
 
-// Notes a block of n elements, the first of which is element `at` of the tile. p, m and v are the
-// block's.
-ROSE_INLINE void note(const uint32_t* keys, const float* p, const float* m, const float* v, int at,
-                      int n, Bounds bounds, BracketLog& log) {
+// Notes a block of n elements, the first of which is element `at` of the tile.
+ROSE_INLINE void note(const uint32_t* keys, const Elements& x, int at, int n, Bounds bounds,
+                      BracketLog& log) {
   int32_t inactive = 0, unranked = 0;
   for (int i = 0; i < n; ++i) {
     inactive += keys[i] == kInactiveKey;
@@ -397,14 +402,14 @@ ROSE_INLINE void note(const uint32_t* keys, const float* p, const float* m, cons
     }
     for (; set != 0; set &= set - 1) {
       const int i = start + __builtin_ctz(set);
-      log_element(keys[i], p, m, v, at, i, bounds, log);
+      log_element(keys[i], x, at, i, bounds, log);
     }
   });
 }
 
 // The same of one element, by one bracket.
-ROSE_INLINE void note_one(uint32_t key, const float* p, const float* m, const float* v, int at, int i,
-                          Bounds bounds, BracketLog& log) {
+ROSE_INLINE void note_one(uint32_t key, const Elements& x, int at, int i, Bounds bounds,
+                          BracketLog& log) {
   const int32_t k = (int32_t)key;
   const Bracket bracket = log.brackets[0];
   if (k < 0) {
@@ -415,22 +420,8 @@ ROSE_INLINE void note_one(uint32_t key, const float* p, const float* m, const fl
   } else if (k == bracket.pivot) {
     ++log.at_pivot[0];
   } else if (k <= bracket.high) {
-    log_element(key, p, m, v, at, i, bounds, log);
+    log_element(key, x, at, i, bounds, log);
   }
-}
-
-void pack(const Risk& risk, int n, Bounds bounds, uint8_t* __restrict bits, BracketLog* log) {
-  for_each_block(n, [&](int at, int n) ROSE_ALWAYS_INLINE {
-    uint32_t keys[kBlock];
-    block_keys(risk, at, n, keys);
-    if (log) note(keys, nullptr, nullptr, nullptr, at, n, bounds, *log);
-    uint8_t* __restrict out = bits + at / 8;
-    for_each_16(n, [&](int start, int lanes) ROSE_ALWAYS_INLINE {
-      const uint32_t selected = selected_of_16(keys + start, lanes, bounds);
-      out[start / 8] = (uint8_t)selected;
-      if (lanes > 8) out[start / 8 + 1] = (uint8_t)(selected >> 8);
-    });
-  });
 }
 
 void adamw(float* __restrict p, float* __restrict m, float* __restrict v, const float* __restrict g,
@@ -516,11 +507,70 @@ ROSE_INLINE int sides_of_block(const float* g, const float* m, float alpha, Side
   return count(unsure);
 }
 
+// First-order risks between two keys, of which all that are finite are sure, and those of zeros, which
+// are inactive unless they are ranked.
+ROSE_INLINE int sides_of_magnitudes(const float* g, bool rank_inactive, Bracket bracket, int n,
+                                    BlockBits& below, BlockBits& inactive, BlockBits& unsure) {
+  const Lanes low = all_lanes(bits_float((uint32_t)bracket.low));
+  const Lanes high = all_lanes(bits_float((uint32_t)bracket.high));
+  const Lanes infinity = all_lanes(bits_float(kInfinityBits)), zero = all_lanes(0.0f);
+  const uint32_t inactive_lanes = rank_inactive ? 0 : kAllLanes;
+  below = inactive = unsure = all_or_none(false);
+  int i = for_each_vector(n, [&](int i, int w, int bit) ROSE_ALWAYS_INLINE {
+    const Lanes a = magnitude(load_lanes(g + i));
+    const uint32_t none = bits_of(at_most(a, zero)) & inactive_lanes;
+    const Condition less_than_low = less(a, low), above = both(less(high, a), less(a, infinity));
+    below.words[w] |= (uint64_t)(bits_of(less_than_low) & ~none) << bit;
+    inactive.words[w] |= (uint64_t)none << bit;
+    unsure.words[w] |= (uint64_t)(~(bits_of(either(less_than_low, above)) | none) & kAllLanes) << bit;
+  });
+  for (; i < n; ++i) unsure.add(i, 1);
+  return count(unsure);
+}
+
 template <typename Fn>
 ROSE_INLINE void for_each_set(const BlockBits& bits, Fn fn) {
   for (int w = 0; w < kBlock / 64; ++w) {
     for (uint64_t set = bits.words[w]; set != 0; set &= set - 1) fn(64 * w + __builtin_ctzll(set));
   }
+}
+
+void pack(const Risk& risk, int n, Bounds bounds, uint8_t* __restrict bits, BracketLog* log) {
+  const Bracket bracket = log ? log->brackets[0] : Bracket{bounds.high, bounds.high, -1};
+  const Sides sides = sides_between(bracket.low, bracket.high);
+  bool by_sides = bounds.low < 0 && bracket.low >= 0 && !(risk.m && risk.rank_inactive);
+  for_each_block(n, [&](int at, int n) ROSE_ALWAYS_INLINE {
+    if (by_sides) {
+      BlockBits selected, inactive = all_or_none(false), unsure;
+      const int open =
+          risk.m ? sides_of_block(risk.g + at, risk.m + at, risk.alpha, sides, n, selected, unsure)
+                 : sides_of_magnitudes(risk.g + at, risk.rank_inactive, bracket, n, selected, inactive,
+                                       unsure);
+      by_sides = open <= kBlock / 4;
+      if (log) {
+        log->below[0] += count(selected);
+        log->inactive += count(inactive);
+      }
+      for (int w = 0; w < kBlock / 64; ++w) selected.words[w] |= inactive.words[w];
+      for_each_set(unsure, [&](int i) ROSE_ALWAYS_INLINE {
+        uint32_t key;
+        block_keys(risk, at + i, 1, &key);
+        selected.add(i, (uint32_t)if_selected(key, bounds, 1));
+        if (log) note_one(key, {}, at, i, bounds, *log);
+      });
+      __builtin_memcpy(bits + at / 8, selected.words, (size_t)(n + 7) / 8);
+      return;
+    }
+    uint32_t keys[kBlock];
+    block_keys(risk, at, n, keys);
+    if (log) note(keys, {}, at, n, bounds, *log);
+    uint8_t* __restrict out = bits + at / 8;
+    for_each_16(n, [&](int start, int lanes) ROSE_ALWAYS_INLINE {
+      const uint32_t selected = selected_of_16(keys + start, lanes, bounds);
+      out[start / 8] = (uint8_t)selected;
+      if (lanes > 8) out[start / 8 + 1] = (uint8_t)(selected >> 8);
+    });
+  });
 }
 
 // Elements of a block that are selected by their risk; those that are not finite are set in `bad`.
@@ -540,14 +590,14 @@ ROSE_INLINE BlockBits selected_by_risk(const float* p, const float* m, const flo
       const uint32_t key = second_order_key(g[i], m[i], masks.alpha, false);
       selected.add(i, (uint32_t)if_selected(key, masks.bounds, 1));
       bad.add(i, key == kNonfiniteKey);
-      if (log) note_one(key, p, m, v, at, i, masks.bounds, *log);
+      if (log) note_one(key, {p, m, v, g}, at, i, masks.bounds, *log);
     });
     return selected;
   }
   dense -= dense > 0;
   uint32_t keys[kBlock];
   block_keys({g, m, masks.alpha, masks.rank_inactive}, 0, n, keys);
-  if (log) note(keys, p, m, v, at, n, masks.bounds, *log);
+  if (log) note(keys, {p, m, v, g}, at, n, masks.bounds, *log);
   selected = all_or_none(false);
   for_each_16(n, [&](int start, int lanes) ROSE_ALWAYS_INLINE {
     selected.add(start, selected_of_16(keys + start, lanes, masks.bounds));
@@ -600,11 +650,22 @@ void masked_adamw(float* p, float* m, float* v, const float* g, const Masks& mas
 
 // Sixteen lanes in a fixed order, so that every instruction set and every thread count agrees.
 double sum_of_squares(const float* __restrict x, int n) {
-  double lanes[16] = {};
+  // In the compiler's own vectors: it unrolls a loop over an array, and then computes one by one.
+  typedef float Floats __attribute__((vector_size(16)));
+  typedef double Doubles __attribute__((vector_size(32)));
+  Doubles quarters[4] = {};
   int i = 0;
   for (; i + 16 <= n; i += 16) {
-    for (int j = 0; j < 16; ++j) lanes[j] += (double)x[i + j] * (double)x[i + j];
+#pragma GCC unroll 4
+    for (int q = 0; q < 4; ++q) {
+      Floats narrow;
+      __builtin_memcpy(&narrow, x + i + 4 * q, sizeof(narrow));
+      const Doubles wide = __builtin_convertvector(narrow, Doubles);
+      quarters[q] += wide * wide;
+    }
   }
+  double lanes[16];
+  __builtin_memcpy(lanes, quarters, sizeof(lanes));
   for (int j = 0; i < n; ++i, ++j) lanes[j] += (double)x[i] * (double)x[i];
   for (int width = 8; width > 0; width /= 2) {
     for (int j = 0; j < width; ++j) lanes[j] += lanes[j + width];

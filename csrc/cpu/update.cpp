@@ -4,6 +4,8 @@ namespace rose {
 namespace cpu {
 namespace {
 
+constexpr size_t kWritten[3] = {0, 2, 3};  // operands: p, m, v
+
 // Adds a captured mask to the masks of each tensor.
 void add_masks(const std::vector<Tensor>& tensors, const Segments& segments, const char* name,
                int32_t weight, const uint8_t* Masks::* bits, std::vector<Masks>& masks) {
@@ -143,7 +145,8 @@ void Updater::tile(size_t index, int64_t start, int n, Bounds bounds, BracketLog
 }
 
 void Updater::prefetch(size_t index, int64_t element) const {
-  for (const Operand& operand : segments_[index].operands) {
+  for (const size_t k : kWritten) {
+    const Operand& operand = segments_[index].operands[k];
     if (operand.linear) __builtin_prefetch(operand.data + element * operand.element_size(), 1);
   }
 }
@@ -156,9 +159,8 @@ int Updater::redo(size_t index, int64_t element, const float* old, bool selected
     rest += (masks.first_bits[element / 8] >> (element % 8) & 1) * masks.first_weight;
   }
   const int kind = rest + (selected ? masks.second_weight : 0);
-  float g, p = old[0], m = old[1], v = old[2], buffer;
-  g = mul(*load(segment, segment.operands[1], element, 1, &buffer), gradient_factor(index));
-  g = mul(g, clip(index));
+  float p = old[0], m = old[1], v = old[2], buffer;
+  const float g = old[3];
   if (masks.fractional) {
     adamw_element<true>(p, m, v, g, kind, updates_[index]);
   } else {
@@ -166,9 +168,8 @@ int Updater::redo(size_t index, int64_t element, const float* old, bool selected
   }
   // store() leaves alone what is float32 and linear, since a tile's is updated in place.
   const float values[3] = {p, m, v};
-  const size_t which[3] = {0, 2, 3};
   for (int k = 0; k < 3; ++k) {
-    *load(segment, segment.operands[which[k]], element, 1, &buffer) = values[k];
+    *load(segment, segment.operands[kWritten[k]], element, 1, &buffer) = values[k];
   }
   store_all(index, element, 1, &p, &m, &v);
   return (kind != 0) - (rest + (selected ? 0 : masks.second_weight) != 0);
