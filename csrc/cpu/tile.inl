@@ -619,6 +619,10 @@ ROSE_INLINE void masked_block(float* p, float* m, float* v, const float* g, cons
     for (int w = 0; w < kBlock / 64; ++w) second.words[w] |= risk.words[w];
   } else {
     bad = not_finite(m, g, n);
+    if (masks.base == 3 && count(bad) == 0) {  // all of the tensor
+      counts.updated += n;
+      return adamw(p, m, v, g, n, u);
+    }
   }
   for (int w = 0; w < kBlock / 64; ++w) {
     first.words[w] &= ~bad.words[w];
