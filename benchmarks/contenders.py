@@ -267,8 +267,12 @@ class RoseTensor(Rose):
     def __init__(self, problem: Problem, share: float, **settings: Any) -> None:
         upper, kept = share_of_tensors(problem, share)
         super().__init__(problem, granularity="tensor", upper=upper, **settings)
-        # The norms; m and v of every tensor; and what only the kept ones need.
-        self.traffic = Traffic(2 * kept, 1 + kept, 1 + 3 + kept)
+        # Of every tensor, the gradient's norm, and m and v, of which v changes; of those that are kept,
+        # the rest. On the CPU, the moment's norm is taken only where the last step changed it:
+        # restoring what the others have does not count as a change.
+        self.exp_avgs = [m.data for m in self.exp_avgs]
+        ranked = kept if problem.place.type == "cpu" else 1
+        self.traffic = Traffic(2 * kept, 1 + kept, ranked + 3 + kept)
 
 
 def share_of_tensors(problem: Problem, share: float) -> tuple[float, float]:
