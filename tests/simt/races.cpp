@@ -83,17 +83,17 @@ uint64_t run(Way way) {
   static Sample sample;
   std::vector<SelectState> state(1);
   std::vector<int64_t> record(8), places(n);
-  std::vector<uint32_t> log(2 * n);
   std::vector<float> old(3 * n);
   SelectArguments s = {};
   s.risk = risk;
   s.sample = &sample;
   s.state = state.data();
-  s.log = log.data();
   s.selection = record.data();
   s.upper = 600000000;
   s.lower = 300000000;
-  s.log_capacity = way == Way::kSampled ? 512 : n;
+  s.log_capacity = way == Way::kSampled ? 512 : n;  // 512: fewer than there are in a window
+  std::vector<uint32_t> log(2 * s.log_capacity);
+  s.log = log.data();
   if (way != Way::kLogged) {
     s.stratum = 8;
     s.lines = (lines + s.stratum - 1) / s.stratum;
