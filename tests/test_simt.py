@@ -385,6 +385,9 @@ MUTANTS: dict[str, tuple[str, str, str]] = {
         "select.cuh", "__ballot_sync(kFullWarp, take);", "__ballot_sync(0xFFFFu, take);",
     ),
     "log full by one": ("select.cuh", "at < (Count)capacity) write", "at <= (Count)capacity) write"),
+    "log full by one, bracketed": (
+        "bracket.cuh", "if (at < a_.brackets.capacity) {", "if (at <= a_.brackets.capacity) {",
+    ),
     "log that overflowed": (
         "select.cuh", "__ldcg(&state.log_size[t]) <= (Count)a.log_capacity};", "true};",
     ),
@@ -489,6 +492,9 @@ MUTANTS: dict[str, tuple[str, str, str]] = {
     "miss that is not reported": ("bracket.cuh", "state.missed = true;", "state.missed = false;"),
     "overflow that is not noticed": (
         "bracket.cuh", "if (overflow || !window.logged) {", "if (!window.logged) {",
+    ),
+    "entries of a log that overflowed": (
+        "bracket.cuh", "(logged < capacity ? logged : capacity)", "logged",
     ),
     "count after an overflow": ("bracket.cuh", "i <= last; i += kThreads", "i < last; i += kThreads"),
     "element done again, its mask": (

@@ -140,7 +140,7 @@ def overflowing(generator) -> Problem:
 
 
 def check_misleading_samples(ops, generator) -> None:
-    """Thresholds below and above of where the sample has them; a window with more than its log takes."""
+    """Thresholds below and above of where the sample has them, and a log that overflows."""
     n = 300_000
     is_sampled, (anywhere, near) = sampled(n, False), torch.rand(2, n, generator=generator)
     for others in (near, near + 2, 1.595 + 0.01 * near):
