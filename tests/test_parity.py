@@ -23,6 +23,7 @@ from support import (
     assert_all_same_bits,
     assert_same_bits,
     bits,
+    compare_rounding,
     compare_update,
     examples,
     fewer,
@@ -564,6 +565,10 @@ def test_narrowing_is_that_of_torch(ops, generator, dtype, layout):
     )  # fmt: skip
     problem.update(ops)
     assert_same_bits(problem.params[0], (0.0 - 2 * (0.5 * x)).to(dtype))
+
+
+def test_stochastic_rounding_bit_for_bit(ops, generator):
+    compare_rounding(ops, generator)
 
 
 # ----------------------------------------------------------------------------------------- norms

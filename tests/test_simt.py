@@ -324,6 +324,12 @@ def test_address_and_undefined_behaviour_sanitizers(tmp_path):
 
 # ------------------------------------------------------------------------------------------- mutants
 
+SUMS_OF_PASS = """    for (int field = 1; field < kFields; ++field) {
+      add_to(&state.nonfinite + (field - 1), counts[field], shared_.scratch);
+    }
+"""
+FLUSH_OF_PASS = "    flush<2 * kBins>(shared_.of_windows[0], state.of_windows[0]);\n"
+
 # What is broken: file, text, replacement, and which occurrence.
 MUTANTS: dict[str, tuple[str, str, str]] = {
     "barrier after clearing the histogram": (
@@ -379,6 +385,9 @@ MUTANTS: dict[str, tuple[str, str, str]] = {
         "select.cuh", "__ballot_sync(kFullWarp, take);", "__ballot_sync(0xFFFFu, take);",
     ),
     "log full by one": ("select.cuh", "at < (Count)capacity) write", "at <= (Count)capacity) write"),
+    "log full by one, bracketed": (
+        "bracket.cuh", "if (at < a_.brackets.capacity) {", "if (at <= a_.brackets.capacity) {",
+    ),
     "log that overflowed": (
         "select.cuh", "__ldcg(&state.log_size[t]) <= (Count)a.log_capacity};", "true};",
     ),
@@ -452,9 +461,10 @@ MUTANTS: dict[str, tuple[str, str, str]] = {
         "shared.windows[threadIdx.x] = a.state->windows[threadIdx.x];\n    __syncthreads();",
         "shared.windows[threadIdx.x] = a.state->windows[threadIdx.x];",
     ),
-    "barrier after the pass": (
-        "bracket.cuh", "SelectState& state = *a_.state;\n    __syncthreads();",
-        "SelectState& state = *a_.state;",
+    "flush before all have counted": (
+        "bracket.cuh",
+        "    __syncthreads();\n#pragma unroll 1\n" + SUMS_OF_PASS + FLUSH_OF_PASS,
+        FLUSH_OF_PASS + SUMS_OF_PASS,
     ),
     "atomic of the bracket's histogram": (
         "bracket.cuh", "atomicAdd(&shared_.of_windows[t][(key - window.low) >> window.shift], 1u);",
@@ -483,6 +493,9 @@ MUTANTS: dict[str, tuple[str, str, str]] = {
     "overflow that is not noticed": (
         "bracket.cuh", "if (overflow || !window.logged) {", "if (!window.logged) {",
     ),
+    "entries of a log that overflowed": (
+        "bracket.cuh", "(logged < capacity ? logged : capacity)", "logged",
+    ),
     "count after an overflow": ("bracket.cuh", "i <= last; i += kThreads", "i < last; i += kThreads"),
     "element done again, its mask": (
         "bracket.cuh", "rest + (was ? 0 : a.second_weight);", "rest + (was ? a.second_weight : 0);",
@@ -502,7 +515,9 @@ MUTANTS: dict[str, tuple[str, str, str]] = {
 
 
 # Which check is likely to fail: it is made first.
-LIKELY = {"barrier": "races", "atomic": "races", "byte beyond": "addresses"}
+LIKELY = {
+    "barrier": "races", "atomic": "races", "byte beyond": "addresses", "log full": "addresses",
+}  # fmt: skip
 
 
 def failures(folder: Path, csrc: Path, likely: str = "results") -> list[str]:

@@ -28,6 +28,7 @@ from support import (
     assert_consistent,
     bits,
     compare_bracket,
+    compare_rounding,
     compare_update,
     hyper_table,
     place,
@@ -80,7 +81,10 @@ def check(ops, problem: Problem) -> None:
     assert torch.allclose(norms[finite], truth[finite], rtol=1e-6)
     everything = [torch.empty(0, dtype=torch.uint8) for _ in problem.grads]
     compare_update(ops, problem.copy(), everything)
-    compare_update(ops, problem.copy(), [torch.zeros(1, dtype=torch.bool) for _ in problem.grads])
+    nothing = [torch.zeros(1, dtype=torch.bool) for _ in problem.grads]
+    compare_update(ops, problem.copy(), nothing)
+    compare_update(ops, problem.copy(), nothing, masks)
+    compare_update(ops, problem.copy(), masks, nothing)
     compare_update(ops, problem, [place(mask, offset=9) for mask in masks], selection=record)
     compare_bracket(ops, problem.copy(), 600_000_000)  # too few elements for one
     problem.found_inf = torch.ones(())
@@ -111,21 +115,50 @@ def check_brackets(ops, problem: Problem) -> None:
                 assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
+def sampled(n: int, of_bracket: bool) -> torch.Tensor:
+    """Which of n elements (a multiple of 16) in one tensor are in the sample, with ``draw=0``."""
+    lines = n // 16
+    share, step = (0.5, 0x5A3B) if of_bracket else (0.1, 0)
+    apart = lines // int(share * round(n ** (1 / 3), 9) ** 2)
+    strata = torch.arange(-(-lines // apart))
+    line = strata * apart + (reference.hash_u32(strata, 0, step) * apart >> 32)
+    is_sampled = torch.zeros(lines, 16, dtype=torch.bool)
+    is_sampled[line[line < lines]] = True
+    return is_sampled.reshape(-1)
+
+
 def overflowing(generator) -> Problem:
     """A step with ``draw=0`` whose log overflows: the lines that are sampled say nothing of the others.
 
     They have risks all over [0, 1], and the other elements have risks close to the threshold.
     """
     n = 1 << 20
-    lines = n // 16
-    apart = lines // int(0.5 * round(n ** (1 / 3), 9) ** 2)
-    strata = torch.arange(-(-lines // apart))
-    line = strata * apart + (reference.hash_u32(strata, 0, 0x5A3B) * apart >> 32)
-    risk = 0.595 + 0.01 * torch.rand(lines, 16, generator=generator)
-    line = line[line < lines]
-    risk[line] = torch.rand(len(line), 16, generator=generator)
+    anywhere, close = torch.rand(2, n, generator=generator)
+    risk = torch.where(sampled(n, True), anywhere, 0.595 + 0.01 * close)
     m = torch.rand(n, generator=generator) + 0.5
-    return Problem.of([10 * m * (1 - risk.reshape(-1))], [m])
+    return Problem.of([10 * m * (1 - risk)], [m])
+
+
+def check_misleading_samples(ops, generator) -> None:
+    """Thresholds below and above of where the sample has them, and a log that overflows."""
+    n = 300_000
+    is_sampled, (anywhere, near) = sampled(n, False), torch.rand(2, n, generator=generator)
+    for others in (near, near + 2, 1.595 + 0.01 * near):
+        problem = Problem.of([torch.where(is_sampled, anywhere + 1, others)])
+        for kept in ((600_000_000, 0), (600_000_000, 300_000_000)):
+            record = problem.select(ops, *kept, first=True)
+            assert record.tolist() == problem.select(reference, *kept, first=True).tolist()
+    n = 100_000
+    for shift in (500, -500):
+        # Every key is that of many elements, those at the ends of a bracket, too.
+        key = torch.randint(500, 1500, (n,), generator=generator)
+        key += shift * sampled(n, True)
+        problem = Problem.of([1 + key * 2.0**-23])
+        for kept in ((600_000_000, 0), (600_000_000, 300_000_000)):
+            masks, record = problem.bracket_capture(ops, *kept, first=True, width=0.0)
+            assert record[Field.MISSES] == 1
+            assert_consistent(problem, record, first=True)
+            assert torch.equal(masks[0], problem.capture(reference, record, first=True)[0])
 
 
 def main(library: str) -> None:
@@ -137,6 +170,9 @@ def main(library: str) -> None:
     ops = torch.ops.rose_simt
     generator = torch.Generator()
     generator.seed()
+    module.configure("random", seed=torch.seed() % 2**32, resident=3)
+    compare_rounding(ops, generator)
+    check_misleading_samples(ops, generator)
     for order in ("random", "forward", "reverse"):
         module.configure(order, seed=torch.seed() % 2**32, resident=3)
         for i, mix in enumerate(MIXES):
@@ -147,7 +183,7 @@ def main(library: str) -> None:
             brackets = (("normal",), 300_007, 1), (MIXES[2], 100_003, 17), (("ties",), 100_003, 5)
             for mix, n, pieces in brackets:
                 check_brackets(ops, problem_of(n, mix, pieces, FLOAT, FLOAT, generator))
-    assert compare_bracket(ops, overflowing(generator), 600_000_000)[Field.MISSES] == 1
+            assert compare_bracket(ops, overflowing(generator), 600_000_000)[Field.MISSES] == 1
     # Large enough to be sampled: a window, a log that is used, and one that overflows.
     for mix in (("normal",), ("normal", "ties", "ties"), ("one",) * 30 + ("normal",)):
         g, m = (values(300_007, mix, FLOAT, generator) for _ in range(2))

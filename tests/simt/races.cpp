@@ -19,12 +19,13 @@ constexpr int kSegments = 3;
 constexpr int64_t kSizes[kSegments] = {9000, 77, 4096};
 constexpr float kClip[2] = {0.5f, 0.5f};
 
-// How thresholds are found, always the same ones.
+// How thresholds are found: always the same ones, but for a miss.
 enum class Way {
   kLogged,       // all keys are logged
   kSampled,      // those of a window
   kSpeculative,  // in the pass that updates or captures
   kNoRoom,       // that pass has no room for a bracket
+  kOverflow,     // its log overflows, and it misses
 };
 
 class Digest {
@@ -41,6 +42,28 @@ void check(const char* error) {
   if (error == nullptr) return;
   std::fprintf(stderr, "%s\n", error);
   std::exit(1);
+}
+
+// Risks all over [0, 1] where a line is sampled, and elsewhere close to the upper threshold of those.
+void mislead(const SelectArguments& s, std::vector<std::vector<float>> (&data)[4]) {
+  float next[2] = {};
+  const auto uniform = [&](bool is_sampled) {  // evenly, so that quantiles are what they should be
+    float& x = next[is_sampled];
+    x += x < 0.382f ? 0.618f : -0.382f;
+    return x;
+  };
+  for (int i = 0; i < kSegments; ++i) {
+    const Segment& segment = s.risk.table.segments[i];
+    for (int64_t e = 0; e < segment.n; ++e) {
+      const int64_t line = segment.first_line + e / kLine, stratum = line / s.stratum;
+      const uint64_t bits = random_bits(s.draw, 0, static_cast<uint32_t>(stratum));
+      const bool is_sampled = line % s.stratum == static_cast<int64_t>(bits * s.stratum >> 32);
+      const float m = data[2][i][e];
+      if (m == 0) continue;
+      const float risk = is_sampled ? uniform(true) : 0.595f + 0.01f * uniform(false);
+      data[1][i][e] = m * (1.0f - risk) / (kClip[0] * segment.alpha);
+    }
+  }
 }
 
 uint64_t run(Way way) {
@@ -82,30 +105,38 @@ uint64_t run(Way way) {
   const Risk risk = {table, nullptr, kClip, true, false, 1};
   static Sample sample;
   std::vector<SelectState> state(1);
-  std::vector<int64_t> record(8), places(n);
-  std::vector<uint32_t> log(2 * n);
-  std::vector<float> old(3 * n);
+  std::vector<int64_t> record(8), places;
+  std::vector<uint32_t> log;
+  std::vector<float> old;
   SelectArguments s = {};
   s.risk = risk;
   s.sample = &sample;
   s.state = state.data();
-  s.log = log.data();
   s.selection = record.data();
   s.upper = 600000000;
   s.lower = 300000000;
-  s.log_capacity = way == Way::kSampled ? 512 : n;
+  s.log_capacity = way == Way::kSampled ? 512 : n;  // 512: fewer than there are in a window
   if (way != Way::kLogged) {
     s.stratum = 8;
     s.lines = (lines + s.stratum - 1) / s.stratum;
   }
-  const bool is_one_pass = way == Way::kSpeculative || way == Way::kNoRoom;
+  const bool is_one_pass = way != Way::kLogged && way != Way::kSampled;
   if (is_one_pass) {
-    const int32_t capacity = way == Way::kSpeculative ? static_cast<int32_t>(n) : 16;
-    s.brackets = {capacity, places.data(), old.data(), n, 0.2};
+    const int32_t capacity = way == Way::kSpeculative ? n : way == Way::kOverflow ? 4096 : 16;
+    places.resize(capacity);
+    old.resize(3 * capacity);
+    s.brackets = {capacity, places.data(), old.data(), n, way == Way::kOverflow ? 0.02 : 0.2};
   }
-  const Mode mode = way == Way::kSpeculative ? Mode::kSpeculative : Mode::kExact;
+  if (way == Way::kOverflow) mislead(s, data);
+  const Mode mode = !is_one_pass || way == Way::kNoRoom ? Mode::kExact : Mode::kSpeculative;
+  log.resize(mode == Mode::kExact ? 2 * s.log_capacity : s.brackets.capacity);
+  s.log = log.data();
   const auto check_mode = [&] {
-    if (state[0].mode != mode) check("thresholds were not found in the way meant");
+    const bool overflows =
+        mode == Mode::kSpeculative && state[0].log_size[0] > static_cast<Count>(s.brackets.capacity);
+    if (state[0].mode != mode || overflows != (way == Way::kOverflow)) {
+      check("thresholds were not found in the way meant");
+    }
   };
 
   if (is_one_pass) {
@@ -129,7 +160,7 @@ uint64_t run(Way way) {
       table,         &lr, nullptr, kClip, nullptr, record.data(), true, prepared.data(),
       counts.data(), 0.3, 1,       2,     true,    false,         true, 5};
   if (is_one_pass) {
-    s.draw = 1;
+    if (way != Way::kOverflow) s.draw = 1;
     check(bracket_update({s, a}, nullptr));
     check_mode();
   } else {
@@ -155,5 +186,6 @@ int main(int argc, char** argv) {
   for (const Way way : {Way::kSampled, Way::kSpeculative, Way::kNoRoom}) {
     if (run(way) != digest) check("results depend on how thresholds are found");
   }
+  run(Way::kOverflow);
   std::printf("%016" PRIx64 "\n", digest);
 }
