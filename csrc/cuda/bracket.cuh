@@ -179,8 +179,8 @@ class Logged {
 
 // ---------------------------------------------------------------------------------------------- finish
 
-// body(i, size, is_wrong) for the entries i of the log, which has `size`, whose elements were not treated
-// as they should have been.
+// body(i, size, is_wrong) for the entries i of the log, which has `size`, whose elements were not
+// treated as they should have been.
 template <typename Body>
 ROSE_DEVICE void for_each_wrong(const SelectArguments& a, Bounds bounds, Body body) {
   const Count logged = a.state->log_size[0], capacity = (Count)a.brackets.capacity;
