@@ -6,8 +6,9 @@ namespace cpu {
 namespace {
 
 // What takes several loops takes them in blocks so short that the CPU reads the next block from memory
-// while it computes this one. (In one loop, compilers give up on vectorizing.)
-constexpr int kBlock = 128;
+// while it computes this one. (In one loop, compilers give up on vectorizing, and fewer elements are on
+// their way at a time.) A block's masks are the bits of one word.
+constexpr int kBlock = 64;
 
 // fn(first element, elements) for each block; inlined, so that the length is a constant but for the
 // last.
@@ -16,6 +17,16 @@ ROSE_INLINE void for_each_block(int n, Fn fn) {
   int i = 0;
   for (; i + kBlock <= n; i += kBlock) fn(i, kBlock);
   if (i < n) fn(i, n - i);
+}
+
+// For passes that only read: a block one tile ahead. What the CPU fetches by itself ends with the page.
+ROSE_INLINE void prefetch_ahead(const float* x) {
+  for (int i = 0; i < kBlock; i += kLine) __builtin_prefetch(x + kTile + i);
+}
+
+ROSE_INLINE void prefetch_ahead(const Risk& risk, int at) {
+  prefetch_ahead(risk.g + at);
+  if (risk.m) prefetch_ahead(risk.m + at);
 }
 
 template <typename Load>
@@ -202,33 +213,18 @@ ROSE_INLINE Lanes operator+(Lanes a, float b) { return a + all_lanes(b); }
 
 constexpr uint32_t kAllLanes = (1u << kLanes) - 1;
 
-// One bit for each element of a block.
-struct BlockBits {
-  uint64_t words[kBlock / 64];
+ROSE_INLINE uint64_t lowest_bits(int n) { return n < 64 ? ((uint64_t)1 << n) - 1 : ~(uint64_t)0; }
 
-  uint32_t from(int i) const { return (uint32_t)(words[i / 64] >> (i % 64)); }
-  bool has(int i) const { return (from(i) & 1) != 0; }
-  void add(int i, uint32_t bits) { words[i / 64] |= (uint64_t)bits << (i % 64); }
-  void remove(int i) { words[i / 64] &= ~((uint64_t)1 << (i % 64)); }
-  // Of a captured mask.
-  void add(const uint8_t* bytes, int n) {
-    uint64_t more[kBlock / 64] = {};
-    __builtin_memcpy(more, bytes, (size_t)(n + 7) / 8);
-    for (int w = 0; w < kBlock / 64; ++w) words[w] |= more[w];
-  }
-  // Forgets what is beyond n elements.
-  void trim(int n) {
-    for (int w = 0; w < kBlock / 64; ++w) {
-      const int left = n - 64 * w;
-      if (left < 64) words[w] &= left <= 0 ? 0 : ((uint64_t)1 << left) - 1;
-    }
-  }
-};
+// The first n bits of a captured mask.
+ROSE_INLINE uint64_t load_bits(const uint8_t* bytes, int n) {
+  uint64_t bits = 0;
+  __builtin_memcpy(&bits, bytes, (size_t)(n + 7) / 8);
+  return bits & lowest_bits(n);
+}
 
-ROSE_INLINE BlockBits all_or_none(bool all) {
-  BlockBits bits;
-  for (int w = 0; w < kBlock / 64; ++w) bits.words[w] = all ? ~(uint64_t)0 : 0;
-  return bits;
+template <typename Fn>
+ROSE_INLINE void for_each_set(uint64_t bits, Fn fn) {
+  for (; bits != 0; bits &= bits - 1) fn(__builtin_ctzll(bits));
 }
 
 // Second-order risks between two values `low` <= `high`, without a division. With a = alpha |g| and
@@ -261,12 +257,6 @@ ROSE_INLINE SidesOfLanes sides_of(Lanes g, Lanes m, float alpha, Sides sides) {
   return {below, either(below, both(less(mul(b, sides.above), s), fit))};
 }
 
-ROSE_INLINE int count(const BlockBits& bits) {
-  int sum = 0;
-  for (int w = 0; w < kBlock / 64; ++w) sum += __builtin_popcountll(bits.words[w]);
-  return sum;
-}
-
 // Appends the keys whose bits are set, and returns how many; `out` has room for 16.
 ROSE_INLINE int append(const uint32_t* keys, uint32_t set, uint32_t* out) {
 #if ROSE_VECTOR_BITS == 512
@@ -283,6 +273,7 @@ ROSE_INLINE int append(const uint32_t* keys, uint32_t set, uint32_t* out) {
 
 void histogram(const Risk& risk, int n, uint32_t* __restrict counts) {
   for_each_block(n, [&](int at, int n) ROSE_ALWAYS_INLINE {
+    prefetch_ahead(risk, at);
     uint32_t keys[kBlock];
     block_keys(risk, at, n, keys);
     int i = 0;
@@ -298,6 +289,7 @@ void histogram(const Risk& risk, int n, uint32_t* __restrict counts) {
 void scan(const Risk& risk, int n, ClassCounts& classes, WindowLog* windows, int count) {
   int ranked = 0, inactive = 0;
   for_each_block(n, [&](int at, int n) ROSE_ALWAYS_INLINE {
+    prefetch_ahead(risk, at);
     uint32_t keys[kBlock];
     block_keys(risk, at, n, keys);
     for_each_16(n, [&](int start, int lanes) ROSE_ALWAYS_INLINE {
@@ -332,6 +324,7 @@ void scan(const Risk& risk, int n, ClassCounts& classes, WindowLog* windows, int
 int filter(const Risk& risk, int n, uint32_t prefix, int shift, uint32_t* __restrict out) {
   int matches = 0;
   for_each_block(n, [&](int at, int n) ROSE_ALWAYS_INLINE {
+    prefetch_ahead(risk, at);
     uint32_t keys[kBlock];
     block_keys(risk, at, n, keys);
     for_each_16(n, [&](int start, int lanes) ROSE_ALWAYS_INLINE {
@@ -435,104 +428,120 @@ void decay(const float* __restrict m, float* __restrict v, int n, const Update& 
   for (int i = 0; i < n; ++i) v[i] = second_moment(v[i], m[i], u);
 }
 
-ROSE_INLINE BlockBits not_finite(const float* m, const float* g, int n) {
+ROSE_INLINE uint64_t not_finite(const float* m, const float* g, int n) {
   uint32_t largest = 0;
   for (int i = 0; i < n; ++i) {
     const uint32_t ag = abs_bits(g[i]), am = abs_bits(m[i]), larger = ag > am ? ag : am;
     largest = larger > largest ? larger : largest;
   }
-  BlockBits bad = all_or_none(false);
+  uint64_t bad = 0;
   if (largest < kInfinityBits) return bad;
-  for (int i = 0; i < n; ++i)
-    bad.add(i, abs_bits(g[i]) >= kInfinityBits || abs_bits(m[i]) >= kInfinityBits);
+  for (int i = 0; i < n; ++i) {
+    bad |= (uint64_t)(abs_bits(g[i]) >= kInfinityBits || abs_bits(m[i]) >= kInfinityBits) << i;
+  }
   return bad;
 }
 
-// fn(first element, word, its bit) for each whole vector of a block; so that bits of a word are shifted
-// by constants, in registers.
-template <typename Fn>
-ROSE_INLINE int for_each_vector(int n, Fn fn) {
-  int i = 0;
-  for (int w = 0; w < kBlock / 64 && i + 64 <= n; ++w) {
-#pragma GCC unroll 64
-    for (int bit = 0; bit < 64; bit += kLanes) fn(i + bit, w, bit);
-    i += 64;
-  }
-  for (; i + kLanes <= n; i += kLanes) fn(i, i / 64, i % 64);
-  return i;
-}
+// The bits of a block as conditions; elements after the last whole vector have none.
+struct BlockLanes {
+  Condition of[kBlock / kLanes];
 
-// M = 1 where `first` has it, 0 elsewhere; or by both.
-template <bool kFractional>
-ROSE_INLINE void update_block(float* p, float* m, float* v, const float* g, const BlockBits& first,
-                              const BlockBits& second, int n, const Update& u) {
-  int i = for_each_vector(n, [&](int i, int w, int bit) ROSE_ALWAYS_INLINE {
-    Condition on = condition((uint32_t)(first.words[w] >> bit));
-    Lanes pp = load_lanes(p + i), mm = load_lanes(m + i), vv = load_lanes(v + i),
-          gg = load_lanes(g + i);
-    Lanes step_size = all_lanes(u.step_size[3]), decay = all_lanes(u.decay[3]);
-    if (kFractional) {
-      const Condition other = condition((uint32_t)(second.words[w] >> bit)), one = both(on, other);
-      // Where not both are set, `first` means gamma, or nothing is on.
-      const Lanes x = choose(on, all_lanes(u.m[1]), all_lanes(u.m[2]));
-      const Lanes c = choose(on, all_lanes(u.m[2]), all_lanes(u.m[1]));
-      gg = choose(one, gg, add(mul(x, gg), mul(c, mm)));
-      step_size =
-          choose(one, step_size, choose(on, all_lanes(u.step_size[1]), all_lanes(u.step_size[2])));
-      decay = choose(one, decay, choose(on, all_lanes(u.decay[1]), all_lanes(u.decay[2])));
-      on = either(on, other);
-    }
-    adamw_step(pp, mm, vv, gg, on, step_size, decay, u);
+  uint64_t bits(int n) const {
+    uint64_t all = 0;
+    for (int i = 0; i + kLanes <= n; i += kLanes) all |= (uint64_t)bits_of(of[i / kLanes]) << i;
+    return all;
+  }
+  // Of the vector that has element i.
+  void set(uint64_t bits, int i) { of[i / kLanes] = condition((uint32_t)(bits >> (i - i % kLanes))); }
+  void set_all(uint64_t bits, int n) {
+    for (int i = 0; i + kLanes <= n; i += kLanes) of[i / kLanes] = condition((uint32_t)(bits >> i));
+  }
+};
+
+// M = 1 where `lanes` have it, 0 elsewhere.
+ROSE_INLINE void update_lanes(float* __restrict p, float* __restrict m, float* __restrict v,
+                              const float* __restrict g, const BlockLanes& lanes, int n,
+                              const Update& u) {
+  for (int i = 0; i + kLanes <= n; i += kLanes) {
+    const Condition on = lanes.of[i / kLanes];
+    Lanes pp = load_lanes(p + i), mm = load_lanes(m + i), vv = load_lanes(v + i);
+    moments_step(mm, vv, load_lanes(g + i), on, u);
+    parameter_step(pp, mm, vv, on, all_lanes(u.step_size[3]), all_lanes(u.decay[3]), u);
     store_lanes(p + i, pp);
     store_lanes(m + i, mm);
     store_lanes(v + i, vv);
-  });
-  for (; i < n; ++i) {
-    const int kind = kFractional ? first.has(i) + 2 * second.has(i) : 3 * first.has(i);
-    adamw_element<kFractional>(p[i], m[i], v[i], g[i], kind, u);
   }
 }
 
-// Bits of the elements that are surely selected, and of those of which that is not sure; returns how
-// many these are. Elements after the last whole vector are not sure.
-ROSE_INLINE int sides_of_block(const float* g, const float* m, float alpha, Sides sides, int n,
-                               BlockBits& below, BlockBits& unsure) {
-  below = unsure = all_or_none(false);
-  int i = for_each_vector(n, [&](int i, int w, int bit) ROSE_ALWAYS_INLINE {
+// M by both: gamma where only `first` has it, 1 - gamma where only `second` has it.
+ROSE_INLINE void update_lanes(float* __restrict p, float* __restrict m, float* __restrict v,
+                              const float* __restrict g, const BlockLanes& first,
+                              const BlockLanes& second, int n, const Update& u) {
+  for (int i = 0; i + kLanes <= n; i += kLanes) {
+    const Condition is_first = first.of[i / kLanes], is_second = second.of[i / kLanes];
+    Lanes mm = load_lanes(m + i), vv = load_lanes(v + i), gg = load_lanes(g + i);
+    // Where not both are set, `first` means gamma, or nothing is on.
+    const Lanes x = choose(is_first, all_lanes(u.m[1]), all_lanes(u.m[2]));
+    const Lanes c = choose(is_first, all_lanes(u.m[2]), all_lanes(u.m[1]));
+    gg = choose(both(is_first, is_second), gg, add(mul(x, gg), mul(c, mm)));
+    moments_step(mm, vv, gg, either(is_first, is_second), u);
+    store_lanes(m + i, mm);
+    store_lanes(v + i, vv);
+  }
+  for (int i = 0; i + kLanes <= n; i += kLanes) {
+    const Condition is_first = first.of[i / kLanes], is_second = second.of[i / kLanes];
+    const auto by_kind = [&](const float* table) ROSE_ALWAYS_INLINE {
+      return choose(both(is_first, is_second), all_lanes(table[3]),
+                    choose(is_first, all_lanes(table[1]), all_lanes(table[2])));
+    };
+    Lanes pp = load_lanes(p + i);
+    parameter_step(pp, load_lanes(m + i), load_lanes(v + i), either(is_first, is_second),
+                   by_kind(u.step_size), by_kind(u.decay), u);
+    store_lanes(p + i, pp);
+  }
+}
+
+// Bits of a block's elements: surely below; of no side surely. Those after the last whole vector are
+// not sure.
+struct BlockSides {
+  uint64_t below, unsure;
+};
+
+// `lanes`, if there are any: those of `below`.
+ROSE_INLINE BlockSides sides_of_block(const float* g, const float* m, float alpha, Sides sides, int n,
+                                      BlockLanes* lanes) {
+  uint64_t below = 0, sure = 0;
+  for (int i = 0; i + kLanes <= n; i += kLanes) {
     const SidesOfLanes side = sides_of(load_lanes(g + i), load_lanes(m + i), alpha, sides);
-    below.words[w] |= (uint64_t)bits_of(side.below) << bit;
-    unsure.words[w] |= (uint64_t)(bits_of(side.sure) ^ kAllLanes) << bit;
-  });
-  for (; i < n; ++i) unsure.add(i, 1);
-  return count(unsure);
+    if (lanes) lanes->of[i / kLanes] = side.below;
+    below |= (uint64_t)bits_of(side.below) << i;
+    sure |= (uint64_t)bits_of(side.sure) << i;
+  }
+  return {below, lowest_bits(n) & ~sure};
 }
 
 // First-order risks between two keys, of which all that are finite are sure, and those of zeros, which
 // are inactive unless they are ranked.
-ROSE_INLINE int sides_of_magnitudes(const float* g, bool rank_inactive, Bracket bracket, int n,
-                                    BlockBits& below, BlockBits& inactive, BlockBits& unsure) {
+ROSE_INLINE BlockSides sides_of_magnitudes(const float* g, bool rank_inactive, Bracket bracket, int n,
+                                           uint64_t& inactive) {
   const Lanes low = all_lanes(bits_float((uint32_t)bracket.low));
   const Lanes high = all_lanes(bits_float((uint32_t)bracket.high));
   const Lanes infinity = all_lanes(bits_float(kInfinityBits)), zero = all_lanes(0.0f);
-  const uint32_t inactive_lanes = rank_inactive ? 0 : kAllLanes;
-  below = inactive = unsure = all_or_none(false);
-  int i = for_each_vector(n, [&](int i, int w, int bit) ROSE_ALWAYS_INLINE {
+  uint64_t below = 0;
+  BlockLanes zeros, sure;
+  Condition any_zero = condition(0), all_sure = condition(kAllLanes);
+  for (int i = 0; i + kLanes <= n; i += kLanes) {
     const Lanes a = magnitude(load_lanes(g + i));
-    const uint32_t none = bits_of(at_most(a, zero)) & inactive_lanes;
-    const Condition less_than_low = less(a, low), above = both(less(high, a), less(a, infinity));
-    below.words[w] |= (uint64_t)(bits_of(less_than_low) & ~none) << bit;
-    inactive.words[w] |= (uint64_t)none << bit;
-    unsure.words[w] |= (uint64_t)(~(bits_of(either(less_than_low, above)) | none) & kAllLanes) << bit;
-  });
-  for (; i < n; ++i) unsure.add(i, 1);
-  return count(unsure);
-}
-
-template <typename Fn>
-ROSE_INLINE void for_each_set(const BlockBits& bits, Fn fn) {
-  for (int w = 0; w < kBlock / 64; ++w) {
-    for (uint64_t set = bits.words[w]; set != 0; set &= set - 1) fn(64 * w + __builtin_ctzll(set));
+    const Condition is_zero = at_most(a, zero), is_below = less(a, low);
+    const Condition is_sure = either(is_below, both(less(high, a), less(a, infinity)));
+    any_zero = either(any_zero, zeros.of[i / kLanes] = is_zero);
+    all_sure = both(all_sure, sure.of[i / kLanes] = is_sure);
+    below |= (uint64_t)bits_of(is_below) << i;
   }
+  // Most blocks have no zero and none that is not sure: bits cost more than the comparisons.
+  inactive = rank_inactive || bits_of(any_zero) == 0 ? 0 : zeros.bits(n);
+  const uint64_t others = bits_of(all_sure) == kAllLanes ? lowest_bits(n - n % kLanes) : sure.bits(n);
+  return {below & ~inactive, lowest_bits(n) & ~(others | inactive)};
 }
 
 void pack(const Risk& risk, int n, Bounds bounds, uint8_t* __restrict bits, BracketLog* log) {
@@ -540,25 +549,25 @@ void pack(const Risk& risk, int n, Bounds bounds, uint8_t* __restrict bits, Brac
   const Sides sides = sides_between(bracket.low, bracket.high);
   bool by_sides = bounds.low < 0 && bracket.low >= 0 && !(risk.m && risk.rank_inactive);
   for_each_block(n, [&](int at, int n) ROSE_ALWAYS_INLINE {
+    prefetch_ahead(risk, at);
     if (by_sides) {
-      BlockBits selected, inactive = all_or_none(false), unsure;
-      const int open =
-          risk.m ? sides_of_block(risk.g + at, risk.m + at, risk.alpha, sides, n, selected, unsure)
-                 : sides_of_magnitudes(risk.g + at, risk.rank_inactive, bracket, n, selected, inactive,
-                                       unsure);
-      by_sides = open <= kBlock / 4;
+      uint64_t inactive = 0;
+      const BlockSides side =
+          risk.m ? sides_of_block(risk.g + at, risk.m + at, risk.alpha, sides, n, nullptr)
+                 : sides_of_magnitudes(risk.g + at, risk.rank_inactive, bracket, n, inactive);
+      by_sides = __builtin_popcountll(side.unsure) <= kBlock / 4;
       if (log) {
-        log->below[0] += count(selected);
-        log->inactive += count(inactive);
+        log->below[0] += __builtin_popcountll(side.below);
+        log->inactive += __builtin_popcountll(inactive);
       }
-      for (int w = 0; w < kBlock / 64; ++w) selected.words[w] |= inactive.words[w];
-      for_each_set(unsure, [&](int i) ROSE_ALWAYS_INLINE {
+      uint64_t selected = side.below | inactive;
+      for_each_set(side.unsure, [&](int i) ROSE_ALWAYS_INLINE {
         uint32_t key;
         block_keys(risk, at + i, 1, &key);
-        selected.add(i, (uint32_t)if_selected(key, bounds, 1));
+        selected |= (uint64_t)if_selected(key, bounds, 1) << i;
         if (log) note_one(key, {}, at, i, bounds, *log);
       });
-      __builtin_memcpy(bits + at / 8, selected.words, (size_t)(n + 7) / 8);
+      __builtin_memcpy(bits + at / 8, &selected, (size_t)(n + 7) / 8);
       return;
     }
     uint32_t keys[kBlock];
@@ -573,66 +582,66 @@ void pack(const Risk& risk, int n, Bounds bounds, uint8_t* __restrict bits, Brac
   });
 }
 
-// Elements of a block that are selected by their risk; those that are not finite are set in `bad`.
-ROSE_INLINE BlockBits selected_by_risk(const float* p, const float* m, const float* v, const float* g,
-                                       const Masks& masks, Sides sides, int at, int n, BlockBits& bad,
-                                       int& dense, BracketLog* log) {
-  BlockBits selected;
-  if (masks.bounds.low < 0 && !masks.rank_inactive && dense == 0) {
-    BlockBits unsure;
-    for (int i = 0; i < kBlock; i += 16) {
-      __builtin_prefetch(p + i + kBlock);
-      __builtin_prefetch(v + i + kBlock);
-    }
-    if (sides_of_block(g, m, masks.alpha, sides, n, selected, unsure) > kBlock / 4) dense = 64;
-    if (log) log->below[0] += count(selected);
-    for_each_set(unsure, [&](int i) ROSE_ALWAYS_INLINE {
-      const uint32_t key = second_order_key(g[i], m[i], masks.alpha, false);
-      selected.add(i, (uint32_t)if_selected(key, masks.bounds, 1));
-      bad.add(i, key == kNonfiniteKey);
-      if (log) note_one(key, {p, m, v, g}, at, i, masks.bounds, *log);
-    });
-    return selected;
-  }
-  dense -= dense > 0;
-  uint32_t keys[kBlock];
-  block_keys({g, m, masks.alpha, masks.rank_inactive}, 0, n, keys);
-  if (log) note(keys, {p, m, v, g}, at, n, masks.bounds, *log);
-  selected = all_or_none(false);
-  for_each_16(n, [&](int start, int lanes) ROSE_ALWAYS_INLINE {
-    selected.add(start, selected_of_16(keys + start, lanes, masks.bounds));
-    bad.add(start, lanes_in_range(keys + start, lanes, kNonfiniteKey, 0));
-  });
-  return selected;
-}
-
 template <bool kFractional>
 ROSE_INLINE void masked_block(float* p, float* m, float* v, const float* g, const Masks& masks,
                               Sides sides, int at, int n, const Update& u, UpdateCounts& counts,
                               BracketLog* log) {
-  BlockBits first = all_or_none((masks.base & 1) != 0), second = all_or_none((masks.base & 2) != 0);
-  if (masks.first_bits) first.add(masks.first_bits + at / 8, n);
-  if (masks.second_bits) second.add(masks.second_bits + at / 8, n);
-  BlockBits bad = all_or_none(false), any;
-  if (masks.from_risk) {
-    const BlockBits risk = selected_by_risk(p, m, v, g, masks, sides, at, n, bad, counts.dense, log);
-    for (int w = 0; w < kBlock / 64; ++w) second.words[w] |= risk.words[w];
-  } else {
+  uint64_t first = masks.base & 1 ? lowest_bits(n) : 0, second = masks.base & 2 ? lowest_bits(n) : 0;
+  if (masks.first_bits) first |= load_bits(masks.first_bits + at / 8, n);
+  if (masks.second_bits) second |= load_bits(masks.second_bits + at / 8, n);
+  const bool by_risk_alone = masks.from_risk && (kFractional ? second : first | second) == 0;
+  uint64_t bad = 0;
+  BlockLanes first_lanes, second_lanes;
+  bool has_lanes = false;
+  if (!masks.from_risk) {
     bad = not_finite(m, g, n);
-    if (masks.base == 3 && count(bad) == 0) {  // all of the tensor
+    if (masks.base == 3 && bad == 0) {  // all of the tensor
       counts.updated += n;
       return adamw(p, m, v, g, n, u);
     }
+  } else if (by_risk_alone && masks.bounds.low < 0 && !masks.rank_inactive && counts.dense == 0) {
+    for (int i = 0; i < kBlock; i += kLine) {
+      __builtin_prefetch(p + i + kBlock);
+      __builtin_prefetch(v + i + kBlock);
+    }
+    const BlockSides side = sides_of_block(g, m, masks.alpha, sides, n, &second_lanes);
+    has_lanes = true;
+    second = side.below;
+    if (log) log->below[0] += __builtin_popcountll(side.below);
+    if (__builtin_popcountll(side.unsure) > kBlock / 4) counts.dense = 128;
+    for_each_set(side.unsure, [&](int i) ROSE_ALWAYS_INLINE {
+      const uint32_t key = second_order_key(g[i], m[i], masks.alpha, false);
+      second |= (uint64_t)if_selected(key, masks.bounds, 1) << i;
+      bad |= (uint64_t)(key == kNonfiniteKey) << i;
+      second_lanes.set(second, i);
+      if (log) note_one(key, {p, m, v, g}, at, i, masks.bounds, *log);
+    });
+  } else {
+    counts.dense -= counts.dense > 0;
+    uint32_t keys[kBlock];
+    block_keys({g, m, masks.alpha, masks.rank_inactive}, 0, n, keys);
+    if (log) note(keys, {p, m, v, g}, at, n, masks.bounds, *log);
+    for_each_16(n, [&](int start, int lanes) ROSE_ALWAYS_INLINE {
+      second |= (uint64_t)selected_of_16(keys + start, lanes, masks.bounds) << start;
+      bad |= (uint64_t)lanes_in_range(keys + start, lanes, kNonfiniteKey, 0) << start;
+    });
   }
-  for (int w = 0; w < kBlock / 64; ++w) {
-    first.words[w] &= ~bad.words[w];
-    second.words[w] &= ~bad.words[w];
-    any.words[w] = first.words[w] | second.words[w];
+  first &= ~bad;
+  second &= ~bad;
+  const uint64_t any = first | second;
+  counts.updated += __builtin_popcountll(any);
+  counts.nonfinite += __builtin_popcountll(bad);
+  if (!has_lanes) second_lanes.set_all(kFractional ? second : any, n);
+  if (kFractional) {
+    first_lanes.set_all(first, n);
+    update_lanes(p, m, v, g, first_lanes, second_lanes, n, u);
+  } else {
+    update_lanes(p, m, v, g, second_lanes, n, u);
   }
-  any.trim(n);
-  counts.updated += count(any);
-  counts.nonfinite += count(bad);
-  update_block<kFractional>(p, m, v, g, kFractional ? first : any, second, n, u);
+  for (int i = n - n % kLanes; i < n; ++i) {
+    const int kind = (int)(first >> i & 1) + 2 * (int)(second >> i & 1);
+    adamw_element<kFractional>(p[i], m[i], v[i], g[i], kFractional || kind == 0 ? kind : 3, u);
+  }
 }
 
 void masked_adamw(float* p, float* m, float* v, const float* g, const Masks& masks, int n,
@@ -660,6 +669,7 @@ double sum_of_squares(const float* __restrict x, int n) {
   Doubles quarters[4] = {};
   int i = 0;
   for (; i + 16 <= n; i += 16) {
+    __builtin_prefetch(x + i + kTile);
 #pragma GCC unroll 4
     for (int q = 0; q < 4; ++q) {
       Floats narrow;

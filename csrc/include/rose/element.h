@@ -176,14 +176,17 @@ ROSE_INLINE X second_moment(X v, X g, const Update& u) {
   return add(mul(u.beta2, v), mul(u.c2, mul(g, g)));
 }
 
-// p, m, v in place where `on`, with what M makes of the gradient, the step size and the decay. X is a
-// float, or a vector of lanes.
+// One step in place where `on`, in two parts, with what M makes of the gradient, the step size and the
+// decay. X is a float, or a vector of lanes.
 template <typename X, typename Condition>
-ROSE_INLINE void adamw_step(X& p, X& m, X& v, X g, Condition on, X step_size, X decay,
-                            const Update& u) {
+ROSE_INLINE void moments_step(X& m, X& v, X g, Condition on, const Update& u) {
   const X gp = choose(on, g, m);
   m = choose(on, add(mul(u.beta1, m), mul(u.c1, gp)), m);
   v = second_moment(v, gp, u);
+}
+
+template <typename X, typename Condition>
+ROSE_INLINE void parameter_step(X& p, X m, X v, Condition on, X step_size, X decay, const Update& u) {
   const X denom = add(mul(root(v), u.inv_root_bias2), u.eps);
   p = choose(on, sub(mul(p, decay), mul(step_size, div(m, denom))), p);
 }
@@ -198,7 +201,8 @@ ROSE_INLINE void adamw_element(float& p, float& m, float& v, float g, int kind, 
     step_size = u.step_size[kind];
     decay = u.decay[kind];
   }
-  adamw_step(p, m, v, g, kind != 0, step_size, decay, u);
+  moments_step(m, v, g, kind != 0, u);
+  parameter_step(p, m, v, kind != 0, step_size, decay, u);
 }
 
 // ----------------------------------------------------------------------------------------- narrowing
