@@ -576,13 +576,6 @@ class Pass {
     return selection;
   }
 
-  // First every other log, then the rest: early phases, of which all threads have logs, have more to
-  // redo.
-  size_t alternating(int64_t i) const {
-    const size_t at = 2 * static_cast<size_t>(i);
-    return at < logs_.size() ? at : (at - logs_.size()) | 1;
-  }
-
   int64_t redo(const Log& log, Bounds bounds) {
     struct Wrong {
       size_t index;
