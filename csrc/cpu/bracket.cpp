@@ -14,6 +14,7 @@ namespace {
 constexpr int64_t kFewest = int64_t{1} << 23;  // elements: below, the sample would be too large a part
 constexpr int64_t kFewestInTests = int64_t{1} << 16;
 constexpr int64_t kPhases = 16;         // between which brackets are tightened
+constexpr int64_t kShares = 64;         // of a log, for threads to redo
 constexpr int kBins = 2048;             // of the window that a first sample gives
 constexpr double kLogOfFailure = 25.0;  // l in the derivation
 constexpr int32_t kMaxKey = static_cast<int32_t>(kInfinityBits);
@@ -62,40 +63,59 @@ class Lines {
             static_cast<int>(std::min<int64_t>(kLine, source_.segments[index].n - start))};
   }
 
-  // body(line, place, keys) for lines first, first + step, ... before last. Lines are far apart: they
-  // are fetched a batch at a time, so that many reads are under way at once.
+  // body(line, place, keys) for lines first, first + step, ... before last. Lines are far apart: while
+  // one batch is at work, the next one is on its way.
   template <typename Body>
   void for_each(int64_t first, int64_t last, int64_t step, Body body) const {
-    constexpr int kBatch = 64;
-    Place places[kBatch];
+    struct Batch {
+      Place places[kBatch];
+      int size = 0;
+    } batches[2];
+    int64_t next = first;
+    size_t index = 0;
+    const auto plan = [&](Batch& batch) {
+      batch.size = 0;
+      for (; batch.size < kBatch && next < last; ++batch.size, next += step) {
+        const Place at = batch.places[batch.size] = place(next, index);
+        index = at.index;
+        if (source_.alpha[index] != source_.alpha[batch.places[0].index]) break;
+      }
+    };
     float g[kBatch * kLine], m[kBatch * kLine], scaled[kBatch * kLine];
     uint32_t keys[kBatch * kLine];
-    size_t index = 0;
-    for (int64_t line = first; line < last;) {
-      int size = 0;
-      for (; size < kBatch && line + size * step < last; ++size) {
-        places[size] = place(line + size * step, index);
-        index = places[size].index;
-        if (size > 0 && source_.alpha[index] != source_.alpha[places[0].index]) break;
-        prefetch(places[size], 0);
-        if (source_.second_order) prefetch(places[size], 1);
+    plan(batches[0]);
+    for (int i = 0; i < batches[0].size; ++i) prefetch(batches[0].places[i]);
+    for (int64_t line = first, k = 0; line < last; ++k) {
+      const Batch& batch = batches[k % 2];
+      Batch& following = batches[(k + 1) % 2];
+      plan(following);
+      for (int i = 0; i < batch.size; ++i) {
+        copy(batch.places[i], 0, g + i * kLine);
+        if (source_.second_order) copy(batch.places[i], 1, m + i * kLine);
       }
-      for (int i = 0; i < size; ++i) copy(places[i], 0, g + i * kLine);
-      for (int i = 0; source_.second_order && i < size; ++i) copy(places[i], 1, m + i * kLine);
-      source_.keys(places[0].index, size * kLine, g, m, scaled, keys);
-      for (int i = 0; i < size; ++i, line += step) body(line, places[i], keys + i * kLine);
+      source_.keys(batch.places[0].index, batch.size * kLine, g, m, scaled, keys);
+      for (int i = 0; i < std::max(batch.size, following.size); ++i) {
+        if (i < following.size) prefetch(following.places[i]);
+        if (i >= batch.size) continue;
+        body(line, batch.places[i], keys + i * kLine);
+        line += step;
+      }
     }
   }
 
  private:
-  void prefetch(const Place& place, size_t operand) const {
-    const Operand& from = source_.segments[place.index].operands[operand];
-    if (from.linear) __builtin_prefetch(from.data + place.start * from.element_size());
+  static constexpr int kBatch = 64;
+
+  // (Compilers drop a call of a function that does nothing else.)
+  ROSE_ALWAYS_INLINE void prefetch(const Place& place) const {
+    for (const Operand& from : source_.segments[place.index].operands) {
+      if (from.linear) __builtin_prefetch(from.data + place.start * from.element_size());
+    }
   }
 
   void copy(const Place& place, size_t operand, float* to) const {
     const Segment& segment = source_.segments[place.index];
-    std::memset(to + place.n, 0, static_cast<size_t>(kLine - place.n) * sizeof(float));
+    if (place.n < kLine) std::memset(to, 0, kLine * sizeof(float));
     if (place.n == 0) return;
     const float* from = load(segment, segment.operands[operand], place.start, place.n, to);
     if (from != to) std::memcpy(to, from, static_cast<size_t>(place.n) * sizeof(float));
@@ -134,6 +154,9 @@ struct Target {
   int32_t estimate = kMaxKey;
 
   bool collapsed() const { return bracket.pivot >= 0; }
+  Window window() const {
+    return {static_cast<uint32_t>(low), static_cast<uint32_t>(high), static_cast<uint32_t>(middle)};
+  }
   int bin(uint32_t key) const { return static_cast<int>((key - static_cast<uint32_t>(low)) >> shift); }
   int32_t start_of(int bin) const { return low + (bin << shift); }
   int32_t end_of(int bin) const {
@@ -394,26 +417,18 @@ class Pass {
               while (phase + 1 < kPhases && phase_start(phase + 1) <= tile) ++phase;
             }
             r = 0;
-            c = {};
-            for (int i = 0; i < n; ++i) r += keys[i] < kInactiveKey;
-            ranked.sampled[static_cast<size_t>(phase)] += r;
             for (size_t t = 0; t < own.size(); ++t) {
               Target& target = own[t];
               PhaseSample& sample = target.sample[static_cast<size_t>(phase)];
-              const auto low = static_cast<uint32_t>(target.low),
-                         high = static_cast<uint32_t>(target.high);
-              const auto middle = static_cast<uint32_t>(target.middle);
-              int64_t upto_middle = 0, below = 0;
-              for (int i = 0; i < n; ++i) {
-                upto_middle += keys[i] <= middle;
-                below += keys[i] < low;
-              }
-              c[t] = upto_middle;
-              sample.below += below;
-              for (int i = 0; i < n; ++i) {
-                if (keys[i] - low > high - low) continue;
-                ++sample.bins[static_cast<size_t>(target.bin(keys[i]))];
-                target.keys.push_back(keys[i]);
+              uint32_t inside[kLine];
+              const LineCounts line_counts =
+                  tile_kernels().count_line(keys, n, target.window(), inside);
+              r = line_counts.ranked;
+              c[t] = line_counts.upto_pivot;
+              sample.below += line_counts.below;
+              for (int i = 0; i < line_counts.inside; ++i) {
+                ++sample.bins[static_cast<size_t>(target.bin(inside[i]))];
+                target.keys.push_back(inside[i]);
               }
               // Of a last line without neighbour, the square itself is an upper bound.
               const bool alone = line % 2 == 0 && line + 1 == lines_.count();
@@ -424,6 +439,7 @@ class Pass {
                 sample.rr += dr * dr;
               }
             }
+            ranked.sampled[static_cast<size_t>(phase)] += r;
             earlier_c = c;
             earlier_r = r;
           });
@@ -534,14 +550,14 @@ class Pass {
       }
       std::vector<uint32_t> keys;
       keys.reserve(static_cast<size_t>(inside));
+      const auto low = static_cast<uint32_t>(target.start_of(b));
+      const uint32_t span = static_cast<uint32_t>(target.end_of(b)) - low;
+      uint32_t found[kTile + kLine];
       for (const Log& log : logs_) {
-        for (int64_t i = 0; i < log.logged; ++i) {
-          const uint32_t key = log.keys[static_cast<size_t>(i)] & ~kInactiveKey;
-          if (key - static_cast<uint32_t>(target.start_of(b)) <=
-              static_cast<uint32_t>(target.end_of(b) - target.start_of(b))) {
-            keys.push_back(key);
-          }
-        }
+        for_each_part(0, log.logged, [&](int64_t from, int n) {
+          const int count = tile_kernels().logged_between(&log.keys[from], n, low, span, found);
+          keys.insert(keys.end(), found, found + count);
+        });
       }
       std::nth_element(keys.begin(), keys.begin() + (k - before - 1), keys.end());
       const uint32_t key = keys[static_cast<size_t>(k - before - 1)];
@@ -565,33 +581,44 @@ class Pass {
     selection.misses = high.missed || low.missed;
     const Bounds bounds = selection.bounds();
     std::atomic<int64_t> updated{0};
-    torch::stable::parallel_for(0, static_cast<int64_t>(logs_.size()), 1,
-                                [&](int64_t begin, int64_t end) {
-                                  FpMode mode;
-                                  for (int64_t i = begin; i < end; ++i)
-                                    updated += redo(logs_[static_cast<size_t>(i)], bounds);
-                                });
+    // A share of every log for each thread: most that is wrong is in those of the first phases.
+    torch::stable::parallel_for(0, kShares, 1, [&](int64_t begin, int64_t end) {
+      FpMode mode;
+      for (const Log& log : logs_) {
+        updated += redo(log, log.logged * begin / kShares, log.logged * end / kShares, bounds);
+      }
+    });
     counts_.updated += updated;
     spare_logs().give_back(std::move(logs_));
     return selection;
   }
 
-  int64_t redo(const Log& log, Bounds bounds) {
+  // fn(first entry, entries) for entries [begin, end) of a log, kTile at a time.
+  template <typename Fn>
+  static void for_each_part(int64_t begin, int64_t end, Fn fn) {
+    for (; begin < end; begin += kTile) {
+      fn(begin, static_cast<int>(std::min<int64_t>(kTile, end - begin)));
+    }
+  }
+
+  int64_t redo(const Log& log, int64_t begin, int64_t end, Bounds bounds) {
     struct Wrong {
       size_t index;
       int64_t element, entry;
     };
     std::vector<Wrong> wrong;
     size_t index = 0;
-    for (int64_t i = 0; i < log.logged; ++i) {
-      const uint32_t key = log.keys[static_cast<size_t>(i)] & ~kInactiveKey;
-      const bool was = log.keys[static_cast<size_t>(i)] != key;
-      if (was == (if_selected(key, bounds, 1) != 0)) continue;
-      const int64_t place = log.places[static_cast<size_t>(i)];
-      if (wrong.empty()) index = segments_.find(place / kTile);
-      while (index + 1 < segments_.size() && segments_[index + 1].first_tile * kTile <= place) ++index;
-      wrong.push_back({index, place - segments_[index].first_tile * kTile, i});
-    }
+    for_each_part(begin, end, [&](int64_t from, int n) {
+      int entries[kTile];
+      const int count = tile_kernels().logged_wrongly(&log.keys[from], n, bounds, entries);
+      for (int i = 0; i < count; ++i) {
+        const int64_t entry = from + entries[i], place = log.places[static_cast<size_t>(entry)];
+        if (wrong.empty()) index = segments_.find(place / kTile);
+        while (index + 1 < segments_.size() && segments_[index + 1].first_tile * kTile <= place)
+          ++index;
+        wrong.push_back({index, place - segments_[index].first_tile * kTile, entry});
+      }
+    });
     constexpr size_t kAhead = 24;
     int64_t updated = 0;
     for (size_t i = 0; i < wrong.size(); ++i) {

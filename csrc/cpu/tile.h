@@ -43,6 +43,11 @@ struct WindowLog {
   int64_t logged = 0;
 };
 
+// Of one line's keys: how many are ranked, below a window, at or below its pivot, and inside it.
+struct LineCounts {
+  int ranked, below, upto_pivot, inside;
+};
+
 // A threshold that is known to lie in [low, high]: keys in there are logged, except those equal to
 // `pivot`, which are counted (-1: none).
 struct Bracket {
@@ -101,6 +106,12 @@ struct TileKernels {
   // Keys whose bits from `shift` up equal `prefix`, to `out` (room for kTile + kLine); returns how
   // many.
   int (*filter)(const Risk& risk, int n, uint32_t prefix, int shift, uint32_t* out);
+  // Counts n <= kLine keys, and puts those inside the window in `inside`, which has room for kLine.
+  LineCounts (*count_line)(const uint32_t* keys, int n, const Window& window, uint32_t* inside);
+  // Of n <= kTile logged keys: those that are in [low, low + span] but for their sign bits, to `out`
+  // (room for n + kLine); the places of those whose sign bit is not what `bounds` say. Return how many.
+  int (*logged_between)(const uint32_t* keys, int n, uint32_t low, uint32_t span, uint32_t* out);
+  int (*logged_wrongly)(const uint32_t* keys, int n, Bounds bounds, int* places);
   // The mask, from bit 0 of bits[0] on; `log` may be null.
   void (*pack)(const Risk& risk, int n, Bounds bounds, uint8_t* bits, BracketLog* log);
   void (*adamw)(float* p, float* m, float* v, const float* g, int n, const Update& update);

@@ -343,6 +343,43 @@ ROSE_INLINE uint32_t selected_of_16(const uint32_t* keys, int lanes, Bounds boun
   return inside | lanes_in_range(keys, lanes, kInactiveKey, 0);
 }
 
+LineCounts count_line(const uint32_t* keys, int n, const Window& window, uint32_t* inside) {
+  const uint32_t middle = lanes_in_range(keys, n, window.lo, window.hi - window.lo);
+  const auto upto = [&](uint32_t key) ROSE_ALWAYS_INLINE {
+    return __builtin_popcount(lanes_in_range(keys, n, 0, key));
+  };
+  return {upto(kInactiveKey - 1), window.lo > 0 ? upto(window.lo - 1) : 0, upto(window.pivot),
+          append(keys, middle, inside)};
+}
+
+// fn(start, lanes, keys without their sign bits) for each 16 logged keys.
+template <typename Fn>
+ROSE_INLINE void for_each_16_logged(const uint32_t* logged, int n, Fn fn) {
+  for_each_16(n, [&](int start, int lanes) ROSE_ALWAYS_INLINE {
+    uint32_t keys[kLine];
+    for (int i = 0; i < lanes; ++i) keys[i] = logged[start + i] & ~kInactiveKey;
+    fn(start, lanes, keys);
+  });
+}
+
+int logged_between(const uint32_t* keys, int n, uint32_t low, uint32_t span, uint32_t* out) {
+  int count = 0;
+  for_each_16_logged(keys, n, [&](int, int lanes, const uint32_t* key) ROSE_ALWAYS_INLINE {
+    count += append(key, lanes_in_range(key, lanes, low, span), out + count);
+  });
+  return count;
+}
+
+int logged_wrongly(const uint32_t* keys, int n, Bounds bounds, int* places) {
+  int count = 0;
+  for_each_16_logged(keys, n, [&](int start, int lanes, const uint32_t* key) ROSE_ALWAYS_INLINE {
+    const uint32_t was = lanes_in_range(keys + start, lanes, kInactiveKey, ~kInactiveKey);
+    for_each_set(was ^ selected_of_16(key, lanes, bounds),
+                 [&](int i) ROSE_ALWAYS_INLINE { places[count++] = start + i; });
+  });
+  return count;
+}
+
 // Of a block that is updated; null where none is.
 struct Elements {
   const float *p, *m, *v, *g;
@@ -691,8 +728,9 @@ double sum_of_squares(const float* __restrict x, int n) {
 
 extern const TileKernels ROSE_ISA;
 const TileKernels ROSE_ISA = {
-    ROSE_ISA_NAME, widen, narrow, narrow_stochastic, scale, keys,           histogram, scan,
-    filter,        pack,  adamw,  masked_adamw,      decay, sum_of_squares,
+    ROSE_ISA_NAME, widen,  narrow,         narrow_stochastic, scale,          keys, histogram,
+    scan,          filter, count_line,     logged_between,    logged_wrongly, pack, adamw,
+    masked_adamw,  decay,  sum_of_squares,
 };
 
 }  // namespace cpu
