@@ -235,14 +235,18 @@ ROSE_INLINE void for_each_set(uint64_t bits, Fn fn) {
 struct Sides {
   float below,
       above;  // surely less than `low`: |a - b| <= below b; surely greater than `high`: > above b
+  // Where a gradient is zero and the moment is not, the risk is exactly 1.
+  bool ties_below, ties_at_pivot, ties_above;
 };
 constexpr float kSmallMoment = 0x1p-100f, kLargeDifference = 0x1p127f;
 
-ROSE_INLINE Sides sides_between(int32_t low, int32_t high) {
+ROSE_INLINE Sides sides_of_bracket(Bracket bracket) {
   const double u = 0x1p-24;
+  const int32_t low = bracket.low, high = bracket.high, one = 0x3F800000;
   const double x = (double)bits_float((uint32_t)(low > 0 ? low : 0)) * (1 - 8 * u) - 2 * u;
   const double y = (double)bits_float((uint32_t)(high > 0 ? high : 0)) * (1 + 8 * u) + 2 * u;
-  return {x > 0x1p-20 ? (float)x : -1.0f, high < 0 ? -1.0f : (float)(y * (1 + u))};
+  return {x > 0x1p-20 ? (float)x : -1.0f, high < 0 ? -1.0f : (float)(y * (1 + u)),
+          one<low, one == bracket.pivot, one> high};
 }
 
 // Surely below; surely one or the other.
@@ -255,6 +259,14 @@ ROSE_INLINE SidesOfLanes sides_of(Lanes g, Lanes m, float alpha, Sides sides) {
   const Condition fit = both(at_most(all_lanes(kSmallMoment), b), less(s, all_lanes(kLargeDifference)));
   const Condition below = both(at_most(s, mul(b, sides.below)), fit);
   return {below, either(below, both(less(mul(b, sides.above), s), fit))};
+}
+
+// Surely above although the moment is small: it would be if that were larger.
+ROSE_INLINE Condition above_if_small(Lanes g, Lanes m, float alpha, Sides sides) {
+  const Lanes small = all_lanes(kSmallMoment), b = magnitude(m);
+  const Lanes s = magnitude(sub(mul(alpha, magnitude(g)), b));
+  const Condition is_small = both(less(all_lanes(0.0f), b), less(b, small));
+  return both(both(less(mul(small, sides.above), s), less(s, all_lanes(kLargeDifference))), is_small);
 }
 
 // Appends the keys whose bits are set, and returns how many; `out` has room for 16.
@@ -398,46 +410,49 @@ ROSE_INLINE void log_element(uint32_t key, const Elements& x, int at, int i, Bou
   }
 }
 
-// Notes a block of n elements, the first of which is element `at` of the tile.
-ROSE_INLINE void note(const uint32_t* keys, const Elements& x, int at, int n, Bounds bounds,
-                      BracketLog& log) {
-  int32_t inactive = 0, unranked = 0;
-  for (int i = 0; i < n; ++i) {
-    inactive += keys[i] == kInactiveKey;
-    unranked += (int32_t)keys[i] < 0;
+// Bits of a block's elements: within bounds or inactive; not finite.
+struct BlockAnswers {
+  uint64_t selected, bad;
+};
+
+// Answers and, if there is a log, notes for a block of n elements whose first is element `at` of the
+// tile.
+ROSE_INLINE BlockAnswers answers_by_keys(const uint32_t* keys, const Elements& x, int at, int n,
+                                         Bounds bounds, BracketLog* log) {
+  // Bit i: lo <= keys[i] <= lo + span.
+  const auto in_range = [&](uint32_t lo, uint32_t span) ROSE_ALWAYS_INLINE {
+    uint64_t bits = 0;
+    for_each_16(n, [&](int start, int lanes) ROSE_ALWAYS_INLINE {
+      bits |= (uint64_t)lanes_in_range(keys + start, lanes, lo, span) << start;
+    });
+    return bits;
+  };
+  // low < key <= high as one range, which is empty if low >= high.
+  uint64_t selected = 0;
+  if (bounds.low < bounds.high) {
+    selected = in_range((uint32_t)(bounds.low + 1), (uint32_t)(bounds.high - bounds.low - 1));
   }
-  log.inactive += inactive;
-  log.nonfinite += unranked - inactive;
-  int32_t inside = 0;
-  for (int t = 0; t < log.count; ++t) {
-    const Bracket bracket = log.brackets[t];
-    int32_t below = 0, upto = 0, at_pivot = 0;
-    for (int i = 0; i < n; ++i) {
-      below += (int32_t)keys[i] < bracket.low;
-      upto += (int32_t)keys[i] <= bracket.high;
-      at_pivot += (int32_t)keys[i] == bracket.pivot;
+  const uint64_t unranked = in_range(kInactiveKey, ~kInactiveKey);
+  const uint64_t inactive = unranked ? in_range(kInactiveKey, 0) : 0;
+  if (log) {
+    uint64_t inside = 0;
+    for (int t = 0; t < log->count; ++t) {
+      const Bracket bracket = log->brackets[t];
+      const uint32_t low = (uint32_t)bracket.low;
+      const uint64_t pivots = bracket.pivot < 0 ? 0 : in_range((uint32_t)bracket.pivot, 0);
+      log->below[t] += low > 0 ? __builtin_popcountll(in_range(0, low - 1)) : 0;
+      log->at_pivot[t] += __builtin_popcountll(pivots);
+      inside |= in_range(low, (uint32_t)bracket.high - low) & ~pivots;
     }
-    log.below[t] += below - unranked;
-    log.at_pivot[t] += at_pivot;
-    inside += upto - below - at_pivot;
+    log->inactive += __builtin_popcountll(inactive);
+    log->nonfinite += __builtin_popcountll(unranked & ~inactive);
+    for_each_set(inside,
+                 [&](int i) ROSE_ALWAYS_INLINE { log_element(keys[i], x, at, i, bounds, *log); });
   }
-  if (inside == 0) return;
-  for_each_16(n, [&](int start, int lanes) ROSE_ALWAYS_INLINE {
-    uint32_t set = 0;
-    for (int t = 0; t < log.count; ++t) {
-      const Bracket bracket = log.brackets[t];
-      const uint32_t low = (uint32_t)bracket.low, span = (uint32_t)(bracket.high - bracket.low);
-      set |= lanes_in_range(keys + start, lanes, low, span) &
-             ~lanes_in_range(keys + start, lanes, (uint32_t)bracket.pivot, 0);
-    }
-    for (; set != 0; set &= set - 1) {
-      const int i = start + __builtin_ctz(set);
-      log_element(keys[i], x, at, i, bounds, log);
-    }
-  });
+  return {selected | inactive, unranked & ~inactive};
 }
 
-// The same of one element, by one bracket.
+// Notes one element, by one bracket.
 ROSE_INLINE void note_one(uint32_t key, const Elements& x, int at, int i, Bounds bounds,
                           BracketLog& log) {
   const int32_t k = (int32_t)key;
@@ -538,13 +553,18 @@ ROSE_INLINE void update_lanes(float* __restrict p, float* __restrict m, float* _
   }
 }
 
-// Bits of a block's elements: surely below; of no side surely. Those after the last whole vector are
-// not sure.
+// Bits of a block's elements: surely below; inactive and at the pivot, as far as that was looked for;
+// others of no side surely, as are those after the last whole vector.
 struct BlockSides {
-  uint64_t below, unsure;
-};
+  uint64_t below, inactive, at_pivot, unsure;
 
-// `lanes`, if there are any: those of `below`.
+  uint64_t selected() const { return below | inactive | at_pivot; }
+  // Keys of single elements cost more than those of a whole block.
+  bool few_unsure() const { return __builtin_popcountll(unsure) <= kBlock / 16; }
+};
+constexpr BlockSides kAllUnsure = {0, 0, 0, ~(uint64_t)0};
+
+// `lanes`, if there are any: those that are selected.
 ROSE_INLINE BlockSides sides_of_block(const float* g, const float* m, float alpha, Sides sides, int n,
                                       BlockLanes* lanes) {
   uint64_t below = 0, sure = 0;
@@ -554,13 +574,41 @@ ROSE_INLINE BlockSides sides_of_block(const float* g, const float* m, float alph
     below |= (uint64_t)bits_of(side.below) << i;
     sure |= (uint64_t)bits_of(side.sure) << i;
   }
-  return {below, lowest_bits(n) & ~sure};
+  BlockSides result = {below, 0, 0, lowest_bits(n) & ~sure};
+  if (result.few_unsure()) return result;
+  const Lanes zero = all_lanes(0.0f), infinity = all_lanes(bits_float(kInfinityBits));
+  // Zeros come in rows.
+  const auto bits_where = [&](auto test) ROSE_ALWAYS_INLINE {
+    uint64_t bits = 0;
+    for (int i = 0; i + kLanes <= n; i += kLanes) {
+      bits |= (uint64_t)bits_of(test(load_lanes(g + i), load_lanes(m + i))) << i;
+    }
+    return bits;
+  };
+  result.inactive = bits_where([&](Lanes g, Lanes m) ROSE_ALWAYS_INLINE {
+    return both(at_most(magnitude(m), zero), less(magnitude(g), infinity));
+  });
+  result.unsure &= ~result.inactive;
+  if (!result.few_unsure()) {
+    result.unsure &= ~bits_where([&](Lanes g, Lanes m)
+                                     ROSE_ALWAYS_INLINE { return above_if_small(g, m, alpha, sides); });
+  }
+  if (!result.few_unsure() && (sides.ties_below || sides.ties_at_pivot || sides.ties_above)) {
+    const uint64_t ties = result.unsure & bits_where([&](Lanes g, Lanes m) ROSE_ALWAYS_INLINE {
+                            return both(both(at_most(magnitude(g), zero), less(zero, magnitude(m))),
+                                        less(magnitude(m), infinity));
+                          });
+    if (sides.ties_below) result.below |= ties;
+    if (sides.ties_at_pivot) result.at_pivot = ties;
+    result.unsure &= ~ties;
+  }
+  if (lanes) lanes->set_all(result.selected(), n);
+  return result;
 }
 
 // First-order risks between two keys, of which all that are finite are sure, and those of zeros, which
 // are inactive unless they are ranked.
-ROSE_INLINE BlockSides sides_of_magnitudes(const float* g, bool rank_inactive, Bracket bracket, int n,
-                                           uint64_t& inactive) {
+ROSE_INLINE BlockSides sides_of_magnitudes(const float* g, bool rank_inactive, Bracket bracket, int n) {
   const Lanes low = all_lanes(bits_float((uint32_t)bracket.low));
   const Lanes high = all_lanes(bits_float((uint32_t)bracket.high));
   const Lanes infinity = all_lanes(bits_float(kInfinityBits)), zero = all_lanes(0.0f);
@@ -576,46 +624,53 @@ ROSE_INLINE BlockSides sides_of_magnitudes(const float* g, bool rank_inactive, B
     below |= (uint64_t)bits_of(is_below) << i;
   }
   // Most blocks have no zero and none that is not sure: bits cost more than the comparisons.
-  inactive = rank_inactive || bits_of(any_zero) == 0 ? 0 : zeros.bits(n);
+  const uint64_t inactive = rank_inactive || bits_of(any_zero) == 0 ? 0 : zeros.bits(n);
   const uint64_t others = bits_of(all_sure) == kAllLanes ? lowest_bits(n - n % kLanes) : sure.bits(n);
-  return {below & ~inactive, lowest_bits(n) & ~(others | inactive)};
+  return {below & ~inactive, inactive, 0, lowest_bits(n) & ~(others | inactive)};
 }
 
+ROSE_INLINE void note_sides(const BlockSides& side, BracketLog& log) {
+  log.below[0] += __builtin_popcountll(side.below);
+  log.inactive += __builtin_popcountll(side.inactive);
+  log.at_pivot[0] += __builtin_popcountll(side.at_pivot);
+}
+
+// Without a log, the threshold is known.
+ROSE_INLINE Bracket bracket_of(const BracketLog* log, Bounds bounds) {
+  return log ? log->brackets[0] : Bracket{bounds.high, bounds.high, bounds.high};
+}
+
+constexpr int kDense = 16;  // blocks that go by keys, after one in which sides settled too few
+
 void pack(const Risk& risk, int n, Bounds bounds, uint8_t* __restrict bits, BracketLog* log) {
-  const Bracket bracket = log ? log->brackets[0] : Bracket{bounds.high, bounds.high, -1};
-  const Sides sides = sides_between(bracket.low, bracket.high);
-  bool by_sides = bounds.low < 0 && bracket.low >= 0 && !(risk.m && risk.rank_inactive);
+  const Bracket bracket = bracket_of(log, bounds);
+  const Sides sides = sides_of_bracket(bracket);
+  const bool by_sides = bounds.low < 0 && bracket.low >= 0 && !(risk.m && risk.rank_inactive);
+  int dense = 0;
   for_each_block(n, [&](int at, int n) ROSE_ALWAYS_INLINE {
     prefetch_ahead(risk, at);
-    if (by_sides) {
-      uint64_t inactive = 0;
-      const BlockSides side =
-          risk.m ? sides_of_block(risk.g + at, risk.m + at, risk.alpha, sides, n, nullptr)
-                 : sides_of_magnitudes(risk.g + at, risk.rank_inactive, bracket, n, inactive);
-      by_sides = __builtin_popcountll(side.unsure) <= kBlock / 4;
-      if (log) {
-        log->below[0] += __builtin_popcountll(side.below);
-        log->inactive += __builtin_popcountll(inactive);
-      }
-      uint64_t selected = side.below | inactive;
+    uint64_t selected;
+    BlockSides side = kAllUnsure;
+    if (by_sides && dense == 0) {
+      side = risk.m ? sides_of_block(risk.g + at, risk.m + at, risk.alpha, sides, n, nullptr)
+                    : sides_of_magnitudes(risk.g + at, risk.rank_inactive, bracket, n);
+    }
+    if (side.few_unsure()) {
+      if (log) note_sides(side, *log);
+      selected = side.selected();
       for_each_set(side.unsure, [&](int i) ROSE_ALWAYS_INLINE {
         uint32_t key;
         block_keys(risk, at + i, 1, &key);
         selected |= (uint64_t)if_selected(key, bounds, 1) << i;
         if (log) note_one(key, {}, at, i, bounds, *log);
       });
-      __builtin_memcpy(bits + at / 8, &selected, (size_t)(n + 7) / 8);
-      return;
+    } else {
+      dense = dense == 0 ? kDense : dense - 1;
+      uint32_t keys[kBlock];
+      block_keys(risk, at, n, keys);
+      selected = answers_by_keys(keys, {}, at, n, bounds, log).selected;
     }
-    uint32_t keys[kBlock];
-    block_keys(risk, at, n, keys);
-    if (log) note(keys, {}, at, n, bounds, *log);
-    uint8_t* __restrict out = bits + at / 8;
-    for_each_16(n, [&](int start, int lanes) ROSE_ALWAYS_INLINE {
-      const uint32_t selected = selected_of_16(keys + start, lanes, bounds);
-      out[start / 8] = (uint8_t)selected;
-      if (lanes > 8) out[start / 8 + 1] = (uint8_t)(selected >> 8);
-    });
+    __builtin_memcpy(bits + at / 8, &selected, (size_t)(n + 7) / 8);
   });
 }
 
@@ -636,32 +691,34 @@ ROSE_INLINE void masked_block(float* p, float* m, float* v, const float* g, cons
       counts.updated += n;
       return adamw(p, m, v, g, n, u);
     }
-  } else if (by_risk_alone && masks.bounds.low < 0 && !masks.rank_inactive && counts.dense == 0) {
-    for (int i = 0; i < kBlock; i += kLine) {
-      __builtin_prefetch(p + i + kBlock);
-      __builtin_prefetch(v + i + kBlock);
-    }
-    const BlockSides side = sides_of_block(g, m, masks.alpha, sides, n, &second_lanes);
-    has_lanes = true;
-    second = side.below;
-    if (log) log->below[0] += __builtin_popcountll(side.below);
-    if (__builtin_popcountll(side.unsure) > kBlock / 4) counts.dense = 128;
-    for_each_set(side.unsure, [&](int i) ROSE_ALWAYS_INLINE {
-      const uint32_t key = second_order_key(g[i], m[i], masks.alpha, false);
-      second |= (uint64_t)if_selected(key, masks.bounds, 1) << i;
-      bad |= (uint64_t)(key == kNonfiniteKey) << i;
-      second_lanes.set(second, i);
-      if (log) note_one(key, {p, m, v, g}, at, i, masks.bounds, *log);
-    });
   } else {
-    counts.dense -= counts.dense > 0;
-    uint32_t keys[kBlock];
-    block_keys({g, m, masks.alpha, masks.rank_inactive}, 0, n, keys);
-    if (log) note(keys, {p, m, v, g}, at, n, masks.bounds, *log);
-    for_each_16(n, [&](int start, int lanes) ROSE_ALWAYS_INLINE {
-      second |= (uint64_t)selected_of_16(keys + start, lanes, masks.bounds) << start;
-      bad |= (uint64_t)lanes_in_range(keys + start, lanes, kNonfiniteKey, 0) << start;
-    });
+    BlockSides side = kAllUnsure;
+    if (by_risk_alone && masks.bounds.low < 0 && !masks.rank_inactive && counts.dense == 0) {
+      for (int i = 0; i < kBlock; i += kLine) {
+        __builtin_prefetch(p + i + kBlock);
+        __builtin_prefetch(v + i + kBlock);
+      }
+      side = sides_of_block(g, m, masks.alpha, sides, n, &second_lanes);
+    }
+    has_lanes = side.few_unsure();
+    if (has_lanes) {
+      if (log) note_sides(side, *log);
+      second = side.selected();
+      for_each_set(side.unsure, [&](int i) ROSE_ALWAYS_INLINE {
+        const uint32_t key = second_order_key(g[i], m[i], masks.alpha, false);
+        second |= (uint64_t)if_selected(key, masks.bounds, 1) << i;
+        bad |= (uint64_t)(key == kNonfiniteKey) << i;
+        second_lanes.set(second, i);
+        if (log) note_one(key, {p, m, v, g}, at, i, masks.bounds, *log);
+      });
+    } else {
+      counts.dense = counts.dense == 0 ? kDense : counts.dense - 1;
+      uint32_t keys[kBlock];
+      block_keys({g, m, masks.alpha, masks.rank_inactive}, 0, n, keys);
+      const BlockAnswers answers = answers_by_keys(keys, {p, m, v, g}, at, n, masks.bounds, log);
+      second |= answers.selected;
+      bad = answers.bad;
+    }
   }
   first &= ~bad;
   second &= ~bad;
@@ -685,8 +742,7 @@ void masked_adamw(float* p, float* m, float* v, const float* g, const Masks& mas
                   const Update& update, UpdateCounts& counts, BracketLog* log) {
   const Update u = update;
   const Masks local = masks;
-  const Sides sides = log ? sides_between(log->brackets[0].low, log->brackets[0].high)
-                          : sides_between(masks.bounds.high, masks.bounds.high);
+  const Sides sides = sides_of_bracket(bracket_of(log, masks.bounds));
   if (masks.fractional) {
     for_each_block(n, [&](int at, int n) ROSE_ALWAYS_INLINE {
       masked_block<true>(p + at, m + at, v + at, g + at, local, sides, at, n, u, counts, log);
