@@ -25,12 +25,10 @@ void for_each_run(const Segment& segment, const Operand& operand, int64_t start,
   }
 }
 
-bool in_place(const Operand& operand) { return operand.linear && operand.dtype == Dtype::kFloat32; }
-
 }  // namespace
 
 float* load(const Segment& segment, const Operand& operand, int64_t start, int n, float* buffer) {
-  if (in_place(operand)) return reinterpret_cast<float*>(operand.data) + start;
+  if (operand.contiguous_floats()) return reinterpret_cast<float*>(operand.data) + start;
   for_each_run(segment, operand, start, n, [&](int64_t offset, int64_t stride, int at, int run) {
     tile_kernels().widen(operand.data + offset * operand.element_size(), operand.dtype, stride, run,
                          buffer + at);
@@ -39,7 +37,7 @@ float* load(const Segment& segment, const Operand& operand, int64_t start, int n
 }
 
 void store(const Segment& segment, const Operand& operand, int64_t start, int n, const float* values) {
-  if (in_place(operand)) return;
+  if (operand.contiguous_floats()) return;
   for_each_run(segment, operand, start, n, [&](int64_t offset, int64_t stride, int at, int run) {
     tile_kernels().narrow(values + at, operand.dtype, stride, run,
                           operand.data + offset * operand.element_size());

@@ -1,5 +1,7 @@
 #include "update.h"
 
+#include <algorithm>
+
 namespace rose {
 namespace cpu {
 namespace {
@@ -108,6 +110,19 @@ void Updater::store_all(size_t index, int64_t start, int n, const float* p, cons
 
 void Updater::tile(size_t index, int64_t start, int n, Bounds bounds, BracketLog* log,
                    UpdateCounts& counts) {
+  // Where elements pass through buffers, fewer at a time: those of one part are at work while the CPU
+  // reads the next.
+  constexpr int kPart = kTile / 4;
+  const std::vector<Operand>& all = segments_[index].operands;
+  if (n > kPart &&
+      !std::all_of(all.begin(), all.end(), [](const Operand& x) { return x.contiguous_floats(); })) {
+    const int64_t place = log ? log->place : 0;
+    for (int done = 0; done < n; done += kPart) {
+      if (log) log->place = place + done;
+      tile(index, start + done, std::min(kPart, n - done), bounds, log, counts);
+    }
+    return;
+  }
   const TileKernels& kernels = tile_kernels();
   const Segment& segment = segments_[index];
   const std::vector<Operand>& operands = segment.operands;
