@@ -78,7 +78,7 @@ class Lines {
       for (; batch.size < kBatch && next < last; ++batch.size, next += step) {
         const Place at = batch.places[batch.size] = place(next, index);
         index = at.index;
-        if (source_.alpha[index] != source_.alpha[batch.places[0].index]) break;
+        if (batch.size > 0 && source_.alpha[index] != source_.alpha[batch.places[0].index]) break;
       }
     };
     float g[kBatch * kLine], m[kBatch * kLine], scaled[kBatch * kLine];
@@ -421,12 +421,11 @@ class Pass {
               Target& target = own[t];
               PhaseSample& sample = target.sample[static_cast<size_t>(phase)];
               uint32_t inside[kLine];
-              const LineCounts line_counts =
-                  tile_kernels().count_line(keys, n, target.window(), inside);
-              r = line_counts.ranked;
-              c[t] = line_counts.upto_pivot;
-              sample.below += line_counts.below;
-              for (int i = 0; i < line_counts.inside; ++i) {
+              const LineCounts of_line = tile_kernels().count_line(keys, n, target.window(), inside);
+              r = of_line.ranked;
+              c[t] = of_line.upto_pivot;
+              sample.below += of_line.below;
+              for (int i = 0; i < of_line.inside; ++i) {
                 ++sample.bins[static_cast<size_t>(target.bin(inside[i]))];
                 target.keys.push_back(inside[i]);
               }

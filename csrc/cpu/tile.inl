@@ -261,12 +261,12 @@ ROSE_INLINE SidesOfLanes sides_of(Lanes g, Lanes m, float alpha, Sides sides) {
   return {below, either(below, both(less(mul(b, sides.above), s), fit))};
 }
 
-// Surely above although the moment is small: it would be if that were larger.
+// Surely above although the moment, which is not 0, is small: it would be if that were larger.
 ROSE_INLINE Condition above_if_small(Lanes g, Lanes m, float alpha, Sides sides) {
   const Lanes small = all_lanes(kSmallMoment), b = magnitude(m);
   const Lanes s = magnitude(sub(mul(alpha, magnitude(g)), b));
-  const Condition is_small = both(less(all_lanes(0.0f), b), less(b, small));
-  return both(both(less(mul(small, sides.above), s), less(s, all_lanes(kLargeDifference))), is_small);
+  return both(both(less(mul(small, sides.above), s), less(s, all_lanes(kLargeDifference))),
+              less(b, small));
 }
 
 // Appends the keys whose bits are set, and returns how many; `out` has room for 16.
@@ -356,12 +356,12 @@ ROSE_INLINE uint32_t selected_of_16(const uint32_t* keys, int lanes, Bounds boun
 }
 
 LineCounts count_line(const uint32_t* keys, int n, const Window& window, uint32_t* inside) {
-  const uint32_t middle = lanes_in_range(keys, n, window.lo, window.hi - window.lo);
+  const uint32_t within = lanes_in_range(keys, n, window.lo, window.hi - window.lo);
   const auto upto = [&](uint32_t key) ROSE_ALWAYS_INLINE {
     return __builtin_popcount(lanes_in_range(keys, n, 0, key));
   };
   return {upto(kInactiveKey - 1), window.lo > 0 ? upto(window.lo - 1) : 0, upto(window.pivot),
-          append(keys, middle, inside)};
+          append(keys, within, inside)};
 }
 
 // fn(start, lanes, keys without their sign bits) for each 16 logged keys.
@@ -576,8 +576,8 @@ ROSE_INLINE BlockSides sides_of_block(const float* g, const float* m, float alph
   }
   BlockSides result = {below, 0, 0, lowest_bits(n) & ~sure};
   if (result.few_unsure()) return result;
+  // Rare, but where there is one there are many: rows of zeros, and moments on their way to zero.
   const Lanes zero = all_lanes(0.0f), infinity = all_lanes(bits_float(kInfinityBits));
-  // Zeros come in rows.
   const auto bits_where = [&](auto test) ROSE_ALWAYS_INLINE {
     uint64_t bits = 0;
     for (int i = 0; i + kLanes <= n; i += kLanes) {
@@ -590,14 +590,15 @@ ROSE_INLINE BlockSides sides_of_block(const float* g, const float* m, float alph
   });
   result.unsure &= ~result.inactive;
   if (!result.few_unsure()) {
-    result.unsure &= ~bits_where([&](Lanes g, Lanes m)
-                                     ROSE_ALWAYS_INLINE { return above_if_small(g, m, alpha, sides); });
+    const auto above = [&](Lanes g, Lanes m)
+                           ROSE_ALWAYS_INLINE { return above_if_small(g, m, alpha, sides); };
+    result.unsure &= ~bits_where(above);
   }
   if (!result.few_unsure() && (sides.ties_below || sides.ties_at_pivot || sides.ties_above)) {
-    const uint64_t ties = result.unsure & bits_where([&](Lanes g, Lanes m) ROSE_ALWAYS_INLINE {
-                            return both(both(at_most(magnitude(g), zero), less(zero, magnitude(m))),
-                                        less(magnitude(m), infinity));
-                          });
+    const auto tied = [&](Lanes g, Lanes m) ROSE_ALWAYS_INLINE {
+      return both(at_most(magnitude(g), zero), less(magnitude(m), infinity));
+    };
+    const uint64_t ties = result.unsure & bits_where(tied);
     if (sides.ties_below) result.below |= ties;
     if (sides.ties_at_pivot) result.at_pivot = ties;
     result.unsure &= ~ties;
