@@ -427,11 +427,10 @@ ROSE_INLINE BlockAnswers answers_by_keys(const uint32_t* keys, const Elements& x
     });
     return bits;
   };
-  // low < key <= high as one range, which is empty if low >= high.
   uint64_t selected = 0;
-  if (bounds.low < bounds.high) {
-    selected = in_range((uint32_t)(bounds.low + 1), (uint32_t)(bounds.high - bounds.low - 1));
-  }
+  for_each_16(n, [&](int start, int lanes) ROSE_ALWAYS_INLINE {
+    selected |= (uint64_t)selected_of_16(keys + start, lanes, bounds) << start;
+  });
   const uint64_t unranked = in_range(kInactiveKey, ~kInactiveKey);
   const uint64_t inactive = unranked ? in_range(kInactiveKey, 0) : 0;
   if (log) {
@@ -449,7 +448,7 @@ ROSE_INLINE BlockAnswers answers_by_keys(const uint32_t* keys, const Elements& x
     for_each_set(inside,
                  [&](int i) ROSE_ALWAYS_INLINE { log_element(keys[i], x, at, i, bounds, *log); });
   }
-  return {selected | inactive, unranked & ~inactive};
+  return {selected, unranked & ~inactive};
 }
 
 // Notes one element, by one bracket.
