@@ -25,6 +25,7 @@ from benchmarks.contenders import (
     Rule,
     Select,
     TorchAdamW,
+    Unavailable,
     tensor_risks,
 )
 from benchmarks.device import Clock, Device
@@ -40,7 +41,7 @@ _EVERY, _MOST = 8, 512
 _SAMPLE = 1 << 20  # elements that the reference, which is slow, is asked about
 # Relative error of what is kept in bfloat16: torch's foreach rounds several intermediate results.
 _RTOL_BF16 = 2.0**-6
-# torch sums squares in float32: on the CPU that was 0.5% off for 64Mi elements.
+# torch sums squares in float32: on the CPU that was 0.5% off for 64Mi elements, 9% for 512Mi.
 _RTOL_NORM = 0.05
 _NEAR = 1e-5  # relative distance of a risk from the threshold at which rounding may decide
 
@@ -358,7 +359,8 @@ def _check_update(
     if isinstance(contender, TorchAdamW) and contender.norm is not None:
         rule = replace(rule, norm=contender.norm.item())
         off = abs(rule.norm / expected.norm.item() - 1)
-        _require(off <= _RTOL_NORM, name, f"the norm it clips by is off by a relative {off:.2g}")
+        if off > _RTOL_NORM:  # torch's error, which is no reason to time nobody
+            raise Unavailable(f"clip_grad_norm_ finds a norm that is off by {off:.1%}")
     moments = contender.exp_avgs[0].dtype
     columns = {
         "parameter": ("params", contender.params),

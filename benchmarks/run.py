@@ -160,6 +160,7 @@ class _Run:
             "full_size": work.full_size,
             "device": self.device.name,
         }
+        self.device.release()  # what a case that failed has left
         needs = self.inputs * work.elements * work.dtype.itemsize * 7
         if needs > (free := self.device.free_bytes()):
             print(f"skipped: needs {needs / 2**30:.0f} GiB, {free / 2**30:.0f} GiB are free")

@@ -225,6 +225,15 @@ def test_a_wrong_step_is_noticed(monkeypatch, fault, name):
         _check(name, problem)
 
 
+def test_a_peer_that_clips_by_a_wrong_norm_stays_out(monkeypatch):
+    problem = Problem(work.flat(5000), "gaussian", CPU)
+    _check("AdamW fused, clip", problem)
+    right = torch.nn.utils.clip_grad_norm_
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *args: right(*args) * 0.9)
+    with pytest.raises(contenders.Unavailable, match="off by 10.0%"):
+        _check("AdamW fused, clip", problem)
+
+
 @pytest.mark.parametrize("module", ["parity", "contenders"])
 def test_a_threshold_one_rank_off_is_noticed(monkeypatch, module):
     problem = Problem(work.flat(1000), "gaussian", CPU)
