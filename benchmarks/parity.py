@@ -360,7 +360,7 @@ def _check_update(
         rule = replace(rule, norm=contender.norm.item())
         off = abs(rule.norm / expected.norm.item() - 1)
         if off > _RTOL_NORM:  # torch's error, which is no reason to time nobody
-            raise Unavailable(f"clip_grad_norm_ finds a norm that is off by {off:.1%}")
+            raise Unavailable(f"clip_grad_norm_ finds a norm that is off by {off:.0%}")
     moments = contender.exp_avgs[0].dtype
     columns = {
         "parameter": ("params", contender.params),
