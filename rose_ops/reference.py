@@ -244,7 +244,7 @@ def capture_(
 
 
 def hash_u32(index: Tensor, seed: int, step: int) -> Tensor:
-    """32 random bits for each global element index: a counter-based hash of (seed, step, index)."""
+    """32 random bits for each index: a counter-based hash of (seed, step, index)."""
     mask = 0xFFFFFFFF
 
     def mix(x: Tensor) -> Tensor:  # "lowbias32" (C. Wellons, hash-prospector), mod 2**32
@@ -253,7 +253,16 @@ def hash_u32(index: Tensor, seed: int, step: int) -> Tensor:
         return x ^ (x >> 15)
 
     key = mix(torch.tensor((seed ^ (step * 0x9E3779B9)) & mask))
-    return mix((mix(index & mask) + mix((index >> 32) ^ key)) & mask)
+    return mix(index & mask ^ mix((index >> 32) ^ key))
+
+
+def rounding_bits(index: Tensor, seed: int, step: int, parameter: bool) -> Tensor:
+    """16 random bits for each global element index.
+
+    Of the words of two neighbours, ``hash_u32`` of ``2*i`` and ``2*i + 1``, the first is for both's
+    second moments, the other for both's parameters; its lower half is for the first neighbour.
+    """
+    return hash_u32(index & ~1 | int(parameter), seed, step) >> 16 * (index & 1) & 0xFFFF
 
 
 def round_stochastic_bf16(x: Tensor, random: Tensor) -> Tensor:
@@ -261,7 +270,7 @@ def round_stochastic_bf16(x: Tensor, random: Tensor) -> Tensor:
 
     The 16 bits that are cut off are compared with 16 random bits. NaN and inf stay as they are.
     """
-    cut = ((x.view(torch.int32).long() + (random & 0xFFFF)) >> 16 << 16).to(torch.int32)
+    cut = ((x.view(torch.int32).long() + random) >> 16 << 16).to(torch.int32)
     return torch.where(x.isfinite(), cut.view(torch.float32), x).bfloat16()
 
 
@@ -378,14 +387,11 @@ def adamw_(
         step_size = (lr[row].double() * M / (1.0 - beta1**t)).to(dtype)
         decay = (1.0 - lr[row].double() * M * weight_decay).to(dtype)
         p1 = torch.where(off, p0, p0 * decay - step_size * (m1 / denom))
-        rounds_v = v.dtype == torch.bfloat16 and dtype == torch.float32
-        rounds_p = p.dtype == torch.bfloat16 and dtype == torch.float32 and stochastic
-        if rounds_v or rounds_p:
-            random = hash_u32(torch.arange(g.numel()).view(g.shape) + int(offsets[i]), seed, int(t))
-        if rounds_v:
-            v1 = round_stochastic_bf16(v1, random)
-        if rounds_p:
-            p1 = round_stochastic_bf16(p1, random >> 16)
+        index = torch.arange(g.numel()).view(g.shape) + int(offsets[i])
+        if v.dtype == torch.bfloat16 and dtype == torch.float32:
+            v1 = round_stochastic_bf16(v1, rounding_bits(index, seed, int(t), parameter=False))
+        if p.dtype == torch.bfloat16 and dtype == torch.float32 and stochastic:
+            p1 = round_stochastic_bf16(p1, rounding_bits(index, seed, int(t), parameter=True))
         p.copy_(p1)
         m.copy_(m1)
         v.copy_(v1)

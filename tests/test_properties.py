@@ -456,7 +456,7 @@ def hash_u32(index: int, seed: int, step: int) -> int:
         return x ^ x >> 15
 
     key = mix((seed ^ step * 0x9E3779B9) & 0xFFFFFFFF)
-    return mix(mix(index & 0xFFFFFFFF) + mix(index >> 32 ^ key) & 0xFFFFFFFF)
+    return mix(index & 0xFFFFFFFF ^ mix(index >> 32 ^ key))
 
 
 @pytest.mark.parametrize(
@@ -474,8 +474,8 @@ def test_random_bits_across_the_carry_of_the_index(any_ops, generator, offset):
     problem.update(any_ops)
     exact = reference.float32(0.999) * v.float()
     expected = [
-        (pattern + (hash_u32(offset + i, seed, step + 1) & 0xFFFF)) >> 16
-        for i, pattern in enumerate(exact.view(torch.int32).tolist())
+        (pattern + (hash_u32(i & ~1, seed, step + 1) >> 16 * (i & 1) & 0xFFFF)) >> 16
+        for i, pattern in enumerate(exact.view(torch.int32).tolist(), offset)
     ]
     assert problem.exp_avg_sqs[0].view(torch.int16).tolist() == expected
 
@@ -510,6 +510,21 @@ def test_random_bits_look_random():
              ((0, 3, 5), (1, 3, 5), (0, 4, 5), (0, 3, 6), (1 << 32, 3, 5))]  # fmt: skip
     limit = 6 * 0.5 / n**0.5
     for bit in range(32):
+        first, *others = ((d >> bit & 1).double() for d in draws)
+        assert abs(first.mean() - 0.5) < limit
+        for other in others:
+            assert abs((first != other).double().mean() - 0.5) < limit
+
+
+def test_roundings_are_independent():
+    """The 16 bits of an element, and those of its neighbour, and those of the other thing rounded."""
+    n = 1 << 17
+    index = torch.arange(n)
+    draws = [reference.rounding_bits(i, 3, 5, parameter) for i in (index, index + 1) for parameter in
+             (False, True)]  # fmt: skip
+    limit = 6 * 0.5 / n**0.5
+    assert all(d.min() >= 0 and d.max() < 1 << 16 for d in draws)
+    for bit in range(16):
         first, *others = ((d >> bit & 1).double() for d in draws)
         assert abs(first.mean() - 0.5) < limit
         for other in others:

@@ -92,10 +92,10 @@ struct TileKernels {
   // Element i of a strided array to dst[i], or src[i] to it; bfloat16 and float16 narrow to nearest.
   void (*widen)(const void* src, Dtype dtype, int64_t stride, int n, float* dst);
   void (*narrow)(const float* src, Dtype dtype, int64_t stride, int n, void* dst);
-  // bfloat16, rounded stochastically by the 16 random bits from `shift` on; the tile's first element
-  // has index (high, low), which must not carry out of the low word within the tile.
+  // bfloat16, rounded stochastically; `index` of the first element must not carry out of its lower 32
+  // bits on the way to the last.
   void (*narrow_stochastic)(const float* src, int64_t stride, int n, void* dst, uint32_t key,
-                            uint32_t index_high, uint32_t index_low, int shift);
+                            uint64_t index, Rounded what);
   // By two factors, one after the other.
   void (*scale)(const float* src, float first, float second, int n, float* dst);
   void (*keys)(const Risk& risk, int n, uint32_t* keys);

@@ -74,10 +74,18 @@ void narrow(const float* src, Dtype dtype, int64_t stride, int n, void* dst) {
   }
 }
 
-void narrow_stochastic(const float* src, int64_t stride, int n, void* dst, uint32_t key,
-                       uint32_t index_high, uint32_t index_low, int shift) {
-  narrow_with(src, stride, n, static_cast<uint16_t*>(dst), [=](float x, int i) {
-    return float_to_bf16_stochastic(x, random_bits(key, index_high, index_low + (uint32_t)i) >> shift);
+void narrow_stochastic(const float* src, int64_t stride, int n, void* dst, uint32_t key, uint64_t index,
+                       Rounded what) {
+  const uint32_t high = (uint32_t)(index >> 32);
+  for_each_block(n, [&](int at, int n) ROSE_ALWAYS_INLINE {
+    const uint32_t low = (uint32_t)index + (uint32_t)at, first = rounding_word(low, what);
+    uint32_t words[kBlock / 2 + 1];
+    for (int i = 0; i < kBlock / 2; ++i) words[i] = random_bits(key, high, first + 2 * (uint32_t)i);
+    words[kBlock / 2] = low & 1 ? random_bits(key, high, first + kBlock) : 0;
+    typedef uint16_t __attribute__((may_alias)) Half;
+    const Half* __restrict own = (const Half*)words + (low & 1);
+    narrow_with(src + at, stride, n, static_cast<uint16_t*>(dst) + at * stride,
+                [=](float x, int i) { return float_to_bf16_stochastic(x, own[i]); });
   });
 }
 
@@ -674,16 +682,16 @@ void pack(const Risk& risk, int n, Bounds bounds, uint8_t* __restrict bits, Brac
   });
 }
 
+// `second_lanes`, where sides settled the block: those that are surely selected.
 template <bool kFractional>
 ROSE_INLINE void masked_block(float* p, float* m, float* v, const float* g, const Masks& masks,
-                              Sides sides, int at, int n, const Update& u, UpdateCounts& counts,
-                              BracketLog* log) {
+                              const BlockSides& side, BlockLanes& second_lanes, int at, int n,
+                              const Update& u, UpdateCounts& counts, BracketLog* log) {
   uint64_t first = masks.base & 1 ? lowest_bits(n) : 0, second = masks.base & 2 ? lowest_bits(n) : 0;
   if (masks.first_bits) first |= load_bits(masks.first_bits + at / 8, n);
   if (masks.second_bits) second |= load_bits(masks.second_bits + at / 8, n);
-  const bool by_risk_alone = masks.from_risk && (kFractional ? second : first | second) == 0;
   uint64_t bad = 0;
-  BlockLanes first_lanes, second_lanes;
+  BlockLanes first_lanes;
   bool has_lanes = false;
   if (!masks.from_risk) {
     bad = not_finite(m, g, n);
@@ -692,14 +700,6 @@ ROSE_INLINE void masked_block(float* p, float* m, float* v, const float* g, cons
       return adamw(p, m, v, g, n, u);
     }
   } else {
-    BlockSides side = kAllUnsure;
-    if (by_risk_alone && masks.bounds.low < 0 && !masks.rank_inactive && counts.dense == 0) {
-      for (int i = 0; i < kBlock; i += kLine) {
-        __builtin_prefetch(p + i + kBlock);
-        __builtin_prefetch(v + i + kBlock);
-      }
-      side = sides_of_block(g, m, masks.alpha, sides, n, &second_lanes);
-    }
     has_lanes = side.few_unsure();
     if (has_lanes) {
       if (log) note_sides(side, *log);
@@ -738,19 +738,51 @@ ROSE_INLINE void masked_block(float* p, float* m, float* v, const float* g, cons
   }
 }
 
+template <bool kFractional>
+ROSE_INLINE void masked_blocks(float* p, float* m, float* v, const float* g, const Masks& masks, int n,
+                               const Update& u, UpdateCounts& counts, BracketLog* log) {
+  const Sides sides = sides_of_bracket(bracket_of(log, masks.bounds));
+  const bool others =
+      masks.second_bits || (kFractional ? masks.base & 2 : masks.base || masks.first_bits);
+  const bool by_sides = masks.from_risk && !others && masks.bounds.low < 0 && !masks.rank_inactive;
+  // Sides are found a block ahead. Where some are unsure, the branch that the CPU did not expect then
+  // depends on what was read long ago, and does not hold up what is to be read next.
+  struct {
+    BlockSides side;
+    BlockLanes second;
+  } blocks[2];
+  const auto look = [&](int at, int n) ROSE_ALWAYS_INLINE {
+    auto& block = blocks[at / kBlock % 2];
+    block.side = kAllUnsure;
+    if (!by_sides || counts.dense != 0 || n <= 0) return;
+    for (int i = 0; i < kBlock; i += kLine) {
+      __builtin_prefetch(p + at + i);
+      __builtin_prefetch(v + at + i);
+    }
+    block.side = sides_of_block(g + at, m + at, masks.alpha, sides, n, &block.second);
+  };
+  look(0, n < kBlock ? n : kBlock);
+  for_each_block(n, [&](int at, int length) ROSE_ALWAYS_INLINE {
+    const int next = at + kBlock, left = n - next;
+    if (left >= kBlock) {
+      look(next, kBlock);  // inlined with this length
+    } else {
+      look(next, left);
+    }
+    auto& block = blocks[at / kBlock % 2];
+    masked_block<kFractional>(p + at, m + at, v + at, g + at, masks, block.side, block.second, at,
+                              length, u, counts, log);
+  });
+}
+
 void masked_adamw(float* p, float* m, float* v, const float* g, const Masks& masks, int n,
                   const Update& update, UpdateCounts& counts, BracketLog* log) {
   const Update u = update;
   const Masks local = masks;
-  const Sides sides = sides_of_bracket(bracket_of(log, masks.bounds));
   if (masks.fractional) {
-    for_each_block(n, [&](int at, int n) ROSE_ALWAYS_INLINE {
-      masked_block<true>(p + at, m + at, v + at, g + at, local, sides, at, n, u, counts, log);
-    });
+    masked_blocks<true>(p, m, v, g, local, n, u, counts, log);
   } else {
-    for_each_block(n, [&](int at, int n) ROSE_ALWAYS_INLINE {
-      masked_block<false>(p + at, m + at, v + at, g + at, local, sides, at, n, u, counts, log);
-    });
+    masked_blocks<false>(p, m, v, g, local, n, u, counts, log);
   }
 }
 

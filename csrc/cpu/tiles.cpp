@@ -45,7 +45,7 @@ void store(const Segment& segment, const Operand& operand, int64_t start, int n,
 }
 
 void store_stochastic(const Segment& segment, const Operand& operand, int64_t start, int n,
-                      const float* values, uint32_t key, int64_t index, int shift) {
+                      const float* values, uint32_t key, int64_t index, Rounded what) {
   for_each_run(segment, operand, start, n, [&](int64_t offset, int64_t stride, int at, int run) {
     for (int done = 0; done < run;) {
       const uint64_t first = static_cast<uint64_t>(index + at + done);
@@ -53,8 +53,7 @@ void store_stochastic(const Segment& segment, const Operand& operand, int64_t st
       const int part = static_cast<int>(std::min<uint64_t>(run - done, until_carry));
       tile_kernels().narrow_stochastic(values + at + done, stride, part,
                                        operand.data + (offset + done * stride) * operand.element_size(),
-                                       key, static_cast<uint32_t>(first >> 32),
-                                       static_cast<uint32_t>(first), shift);
+                                       key, first, what);
       done += part;
     }
   });

@@ -70,10 +70,9 @@ float* load(const Segment& segment, const Operand& operand, int64_t start, int n
 // The reverse, unless `values` is the operand's own memory.
 void store(const Segment& segment, const Operand& operand, int64_t start, int n, const float* values);
 
-// As store(), to bfloat16 by stochastic rounding with the random bits from `shift` on; `index` is the
-// global index of element `start`.
+// As store(), to bfloat16 by stochastic rounding; `index` is the global index of element `start`.
 void store_stochastic(const Segment& segment, const Operand& operand, int64_t start, int n,
-                      const float* values, uint32_t key, int64_t index, int shift);
+                      const float* values, uint32_t key, int64_t index, Rounded what);
 
 }  // namespace cpu
 }  // namespace rose

@@ -91,20 +91,14 @@ void Updater::begin() {
   }
 }
 
-void Updater::store_all(size_t index, int64_t start, int n, const float* p, const float* m,
-                        const float* v) const {
+void Updater::store_operand(size_t index, size_t k, int64_t start, int n, const float* values) const {
   const Segment& segment = segments_[index];
-  const int64_t at = offsets_[index] + start;
-  if (settings_.stochastic && segment.operands[0].dtype == Dtype::kBFloat16) {
-    store_stochastic(segment, segment.operands[0], start, n, p, random_keys_[index], at, 16);
+  const Operand& to = segment.operands[k];
+  if (to.dtype == Dtype::kBFloat16 && (k == 3 || (k == 0 && settings_.stochastic))) {
+    store_stochastic(segment, to, start, n, values, random_keys_[index], offsets_[index] + start,
+                     k == 0 ? Rounded::kParameter : Rounded::kSecondMoment);
   } else {
-    store(segment, segment.operands[0], start, n, p);
-  }
-  store(segment, segment.operands[2], start, n, m);
-  if (segment.operands[3].dtype == Dtype::kBFloat16) {
-    store_stochastic(segment, segment.operands[3], start, n, v, random_keys_[index], at, 0);
-  } else {
-    store(segment, segment.operands[3], start, n, v);
+    store(segment, to, start, n, values);
   }
 }
 
@@ -133,12 +127,7 @@ void Updater::tile(size_t index, int64_t start, int n, Bounds bounds, BracketLog
   float* v = load(segment, operands[3], start, n, buffers[3]);
   if (selective && !masks.from_risk && masks.base == 0 && !masks.first_bits && !masks.second_bits) {
     kernels.decay(m, v, n, updates_[index]);  // nothing of the tensor is selected
-    const Operand& to = operands[3];
-    if (to.dtype == Dtype::kBFloat16) {
-      store_stochastic(segment, to, start, n, v, random_keys_[index], offsets_[index] + start, 0);
-    } else {
-      store(segment, to, start, n, v);
-    }
+    store_operand(index, 3, start, n, v);
     return;
   }
   float* p = load(segment, operands[0], start, n, buffers[0]);
@@ -156,7 +145,9 @@ void Updater::tile(size_t index, int64_t start, int n, Bounds bounds, BracketLog
     kernels.adamw(p, m, v, g, n, updates_[index]);
     counts.updated += n;
   }
-  store_all(index, start, n, p, m, v);
+  store_operand(index, 0, start, n, p);
+  store_operand(index, 2, start, n, m);
+  store_operand(index, 3, start, n, v);
 }
 
 void Updater::prefetch(size_t index, int64_t element) const {
@@ -185,8 +176,8 @@ int Updater::redo(size_t index, int64_t element, const float* old, bool selected
   const float values[3] = {p, m, v};
   for (int k = 0; k < 3; ++k) {
     *load(segment, segment.operands[kWritten[k]], element, 1, &buffer) = values[k];
+    store_operand(index, kWritten[k], element, 1, &values[k]);
   }
-  store_all(index, element, 1, &p, &m, &v);
   return (kind != 0) - (rest + (selected ? 0 : masks.second_weight) != 0);
 }
 

@@ -55,9 +55,8 @@ class Updater final : public BracketBody {
     return static_cast<float>(groups_[i].sign) * factors_.inv_scale;
   }
   float clip(size_t i) const { return groups_[i].selective != 0 ? factors_.clip : factors_.plain_clip; }
-  // p, m and v of a tile, unless they are there already.
-  void store_all(size_t index, int64_t start, int n, const float* p, const float* m,
-                 const float* v) const;
+  // Values of operand k, unless they are there already.
+  void store_operand(size_t index, size_t k, int64_t start, int n, const float* values) const;
 
   UpdateTensors tensors_;
   const Segments segments_;

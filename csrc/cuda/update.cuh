@@ -130,10 +130,6 @@ struct Updated {
   const Segment& segment;
   const Prepared& prepared;
 
-  ROSE_METHOD uint32_t random(int64_t i) const {
-    const uint64_t at = (uint64_t)(segment.offset + i);
-    return random_bits(prepared.random_key, (uint32_t)(at >> 32), (uint32_t)at);
-  }
   // Lowest bit: of the mask of element i.
   ROSE_METHOD unsigned mask_bits(int k, int64_t i) const {
     const bool has_bits = segment.mask_kinds[k] == MaskKind::kBits;
@@ -150,7 +146,9 @@ struct Updated {
     return narrow && (operand == 3 || (operand == 0 && a.stochastic));
   }
   ROSE_METHOD uint16_t round(int operand, float x, int64_t i) const {
-    return float_to_bf16_stochastic(x, random(i) >> (operand == 0 ? 16 : 0));
+    const Rounded what = operand == 0 ? Rounded::kParameter : Rounded::kSecondMoment;
+    const uint64_t index = (uint64_t)(segment.offset + i);
+    return float_to_bf16_stochastic(x, rounding_bits(prepared.random_key, index, what));
   }
   // kVector elements from i on of p, m or v.
   ROSE_METHOD void store(int operand, int64_t i, const float (&x)[kVector]) const {

@@ -218,13 +218,11 @@ ROSE_INLINE uint16_t float_to_bf16(float x) {
   return (uint16_t)((u & 0x7FFFFFFFu) > kInfinityBits ? 0x7FC0u : rounded);
 }
 
-// Stochastic rounding: up with the probability that makes the result right on average. Inf stays; a NaN
-// stays a NaN.
+// Stochastic rounding: up with the probability that makes the result right on average. Inf stays, since
+// the bits that are cut off are 0; a NaN stays a NaN.
 ROSE_INLINE uint16_t float_to_bf16_stochastic(float x, uint32_t random) {
-  const uint32_t u = float_bits(x), a = abs_bits(x);
-  const uint32_t added = a < kInfinityBits ? random & 0xFFFFu : 0u;
-  const uint32_t quiet = a > kInfinityBits ? 0x00400000u : 0u;
-  return (uint16_t)((u + added) >> 16 | quiet >> 16);
+  const uint32_t u = float_bits(x), rounded = u + (random & 0xFFFFu);
+  return (uint16_t)((abs_bits(x) > kInfinityBits ? u | 0x00400000u : rounded) >> 16);
 }
 
 ROSE_INLINE float half_to_float(uint16_t h) {
@@ -252,12 +250,27 @@ ROSE_INLINE uint32_t mix(uint32_t x) {
   return x ^ (x >> 15);
 }
 
-// 32 random bits keyed on (seed, step, global element index): no state, any order, any device.
+// 32 random bits keyed on (seed, step, index): no state, any order, any device.
 ROSE_INLINE uint32_t random_key(uint32_t seed, uint32_t step) {
   return mix(seed ^ (step * 0x9E3779B9u));
 }
 ROSE_INLINE uint32_t random_bits(uint32_t key, uint32_t index_high, uint32_t index_low) {
-  return mix(mix(index_low) + mix(index_high ^ key));
+  return mix(index_low ^ mix(index_high ^ key));
+}
+
+// What is rounded stochastically. Two neighbours, whose global indices differ in the lowest bit, have a
+// word of random bits each: the first is for both's second moments, the other for both's parameters;
+// its lower half is for the first neighbour.
+enum class Rounded : uint8_t { kSecondMoment, kParameter };
+
+ROSE_INLINE uint32_t rounding_word(uint32_t index_low, Rounded what) {
+  return (index_low & ~1u) | (uint32_t)what;
+}
+// In the lower half: 16 random bits for an element.
+ROSE_INLINE uint32_t rounding_bits(uint32_t key, uint64_t index, Rounded what) {
+  const uint32_t low = (uint32_t)index;
+  const uint32_t word = random_bits(key, (uint32_t)(index >> 32), rounding_word(low, what));
+  return word >> (16 * (low & 1u));
 }
 
 }  // namespace rose

@@ -42,7 +42,6 @@ from rose_ops.backends.triton.kernels import (
     _mask_bit,
     _mix,
     _prepare,
-    _random,
     _rank_of,
     _store_mask_bits,
     _store_moments,
@@ -147,7 +146,7 @@ def _sample_kernel(
     line = program * LINES + tl.arange(0, LINES).to(tl.int64)
     number = before + line
     key = _mix((tl.zeros_like(number) + draw).to(tl.uint32) ^ 0x8E1DC2E3)
-    random = _mix(_mix(number.to(tl.uint32)) + _mix((number >> 32).to(tl.uint32) ^ key))
+    random = _mix(number.to(tl.uint32) ^ _mix((number >> 32).to(tl.uint32) ^ key))
     at = line * stratum + ((random.to(tl.int64) * stratum) >> 32)
     tile = at // (BLOCK // LINE)
     there = (line < strata) & (tile < tiles)
@@ -540,10 +539,10 @@ def _update_pass_kernel(
                 tl.store(log_old + capacity + first + after, m, mask=fits)
                 tl.store(log_old + 2 * capacity + first + after, v, mask=fits)
             u = prepared + segment * PREPARED
-            random = _random(row, index, keys + segment * 2)
+            pair = keys + segment * 2
             p, m, v = _adamw(p, g, m, v, kind, u, FRACTIONAL)
-            _store_parameter(row, dims, index, p, random, valid, D0, LINEAR, ALIGNED, STOCHASTIC)
-            _store_moments(row, dims, index, m, v, random, valid, D2, D3, LINEAR, ALIGNED, True)
+            _store_parameter(row, dims, index, p, pair, valid, D0, LINEAR, ALIGNED, STOCHASTIC)
+            _store_moments(row, dims, index, m, v, pair, valid, D2, D3, LINEAR, ALIGNED, True)
         else:
             key = _keys_of_tile(
                 row, dims, index, is_ranked, hyper, inv_scale, clip, D1, D2, LINEAR, ALIGNED, True,
@@ -797,10 +796,10 @@ def _update_fix_kernel(
                 kind = _kind(row, index, valid, base, selected, first_weight, second_weight, HAS_FIRST)
                 kind = tl.where(key == NONFINITE, 0, kind)
                 updated += tl.sum((valid & (kind != 0)).to(tl.int32)).to(tl.int64)
-                random = _random(row, index, keys + segment * 2)
+                pair = keys + segment * 2
                 p, m, v = _adamw(p, g, m, v, kind, prepared + segment * PREPARED, FRACTIONAL)
-                _store_parameter(row, dims, index, p, random, valid, D0, LINEAR, ALIGNED, STOCHASTIC)
-                _store_moments(row, dims, index, m, v, random, valid, D2, D3, LINEAR, ALIGNED, True)
+                _store_parameter(row, dims, index, p, pair, valid, D0, LINEAR, ALIGNED, STOCHASTIC)
+                _store_moments(row, dims, index, m, v, pair, valid, D2, D3, LINEAR, ALIGNED, True)
         elif logged <= capacity:
             begin, end, stride = _programs_of(logged, BLOCK)
             for entry in range(begin, end, stride):
@@ -824,13 +823,13 @@ def _update_fix_kernel(
                     was = kind + tl.where(selected, -second_weight, second_weight)
                     change = (kind != 0).to(tl.int32) - (was != 0).to(tl.int32)
                     updated += tl.sum(tl.where(wrong, change, 0)).to(tl.int64)
-                    random = _random(row, index, keys + segment * 2)
+                    pair = keys + segment * 2
                     p, m, v = _adamw(p, g, m, v, kind, prepared + segment * PREPARED, FRACTIONAL)
                     _store_parameter(
-                        row, dims, index, p, random, wrong, D0, LINEAR, False, STOCHASTIC, True
+                        row, dims, index, p, pair, wrong, D0, LINEAR, False, STOCHASTIC, True
                     )
                     _store_moments(
-                        row, dims, index, m, v, random, wrong, D2, D3, LINEAR, False, True, True
+                        row, dims, index, m, v, pair, wrong, D2, D3, LINEAR, False, True, True
                     )
         if updated != 0:
             tl.atomic_add(record + 8, updated, sem="relaxed")

@@ -440,37 +440,36 @@ def _adamw(p, g, m, v, kind, u, FRACTIONAL: tl.constexpr):
 
 
 @triton.jit
-def _random(row, index, key):
-    """32 bits for each element, of which a parameter takes the upper and a second moment the lower."""
+def _random(row, index, key, WHAT: tl.constexpr):
+    """In the lower half: 16 bits for each element's second moment (WHAT = 0) or parameter (1)."""
     position = index + tl.load(row + OFFSET)
     high = (position >> 32).to(tl.uint32) ^ tl.load(key).to(tl.uint32, bitcast=True)
-    return _mix(_mix(position.to(tl.uint32)) + _mix(high))
+    low = position.to(tl.uint32)
+    return _mix((low & 0xFFFFFFFE | WHAT) ^ _mix(high)) >> ((low & 1) * 16)
 
 
 @triton.jit
 def _store_stochastic(address, at, x, random, valid, ALIGNED: tl.constexpr):
-    a = _bits(x)
-    added = tl.where(a < INFINITY, random & 0xFFFF, 0)
-    quiet = tl.where(a > INFINITY, 0x40, 0).to(tl.uint32)
-    rounded = ((x.to(tl.uint32, bitcast=True) + added) >> 16) | quiet
-    _store_bits(address, at, rounded, valid, ALIGNED)
+    u = x.to(tl.uint32, bitcast=True)
+    rounded = tl.where(_bits(x) > INFINITY, u | 0x400000, u + (random & 0xFFFF))
+    _store_bits(address, at, rounded >> 16, valid, ALIGNED)
 
 
 @triton.jit
 def _store_parameter(
-    row, dims, index, x, random, valid, D0: tl.constexpr, LINEAR: tl.constexpr, ALIGNED: tl.constexpr,
+    row, dims, index, x, key, valid, D0: tl.constexpr, LINEAR: tl.constexpr, ALIGNED: tl.constexpr,
     STOCHASTIC: tl.constexpr, ROWS: tl.constexpr = False,
 ):  # fmt: skip
     at = _locate(row, dims, index, 0, LINEAR, ROWS)
     if STOCHASTIC and D0 == 1:
-        _store_stochastic(tl.load(row + DATA), at, x, random >> 16, valid, ALIGNED)
+        _store_stochastic(tl.load(row + DATA), at, x, _random(row, index, key, 1), valid, ALIGNED)
     else:
         _store(tl.load(row + DATA), at, x, valid, D0, ALIGNED)
 
 
 @triton.jit
 def _store_moments(
-    row, dims, index, m, v, random, valid, D2: tl.constexpr, D3: tl.constexpr, LINEAR: tl.constexpr,
+    row, dims, index, m, v, key, valid, D2: tl.constexpr, D3: tl.constexpr, LINEAR: tl.constexpr,
     ALIGNED: tl.constexpr, BOTH: tl.constexpr, ROWS: tl.constexpr = False,
 ):  # fmt: skip
     if BOTH:
@@ -478,6 +477,7 @@ def _store_moments(
         _store(tl.load(row + DATA + 2), at, m, valid, D2, ALIGNED)
     at = _locate(row, dims, index, 3, LINEAR, ROWS)
     if D3 == 1:
+        random = _random(row, index, key, 0)
         _store_stochastic(tl.load(row + DATA + 3), at, v, random, valid, ALIGNED)
     else:
         _store(tl.load(row + DATA + 3), at, v, valid, D3, ALIGNED)
@@ -503,7 +503,6 @@ def _update_kernel(
         segment = tl.load(row + INDEX)
         key = keys + segment * 2
         u = prepared + segment * PREPARED
-        random = _random(row, index, key)
         at = _locate(row, dims, index, 2, LINEAR)
         m = _load(tl.load(row + DATA + 2), at, valid, D2, ALIGNED)
         at = _locate(row, dims, index, 3, LINEAR)
@@ -533,11 +532,11 @@ def _update_kernel(
             tl.atomic_add(counts, tl.sum((valid & (kind != 0)).to(tl.int64)), sem="relaxed")
             tl.atomic_add(counts + 1, tl.sum((valid & bad).to(tl.int64)), sem="relaxed")
             p, m, v = _adamw(p, g, m, v, kind, u, FRACTIONAL)
-            _store_parameter(row, dims, index, p, random, valid, D0, LINEAR, ALIGNED, STOCHASTIC)
-            _store_moments(row, dims, index, m, v, random, valid, D2, D3, LINEAR, ALIGNED, True)
+            _store_parameter(row, dims, index, p, key, valid, D0, LINEAR, ALIGNED, STOCHASTIC)
+            _store_moments(row, dims, index, m, v, key, valid, D2, D3, LINEAR, ALIGNED, True)
         else:  # nothing of the tensor is selected
             v = _second_moment(v, m, u)
-            _store_moments(row, dims, index, m, v, random, valid, D2, D3, LINEAR, ALIGNED, False)
+            _store_moments(row, dims, index, m, v, key, valid, D2, D3, LINEAR, ALIGNED, False)
 
 
 @triton.jit
