@@ -11,7 +11,7 @@ namespace rose {
 namespace cpu {
 namespace {
 
-constexpr int64_t kFewest = int64_t{1} << 23;  // elements: below, the sample would be too large a part
+constexpr int64_t kFewest = int64_t{1} << 22;  // elements: below, the sample would be too large a part
 constexpr int64_t kFewestInTests = int64_t{1} << 16;
 constexpr int64_t kPhases = 16;         // between which brackets are tightened
 constexpr int64_t kShares = 64;         // of a log, for threads to redo
@@ -145,7 +145,8 @@ struct Target {
   int32_t low = 0, high = kMaxKey, middle = kMaxKey;  // the window
   int shift = 0;
   std::array<PhaseSample, kPhases> sample;
-  std::vector<uint32_t> keys;  // of the sample in the window
+  std::array<int64_t, kBins> to_come{};  // of the sample, what lies in phases that are to come
+  std::vector<uint32_t> keys;            // of the sample in the window
   // Of the pass
   int64_t below = 0, at_pivot = 0;
   std::array<int64_t, kBins> logged{};
@@ -211,12 +212,8 @@ class Plan {
     int first = -1, middle = -1, last = -1;
     if (phase == 0 && target.low > 0 && d >= -1 - t) return false;
     for (int b = 0; b <= target.last_bin && last < 0; ++b) {
-      double in_bin = static_cast<double>(target.logged[static_cast<size_t>(b)]);
-      for (int64_t j = phase; j < kPhases; ++j) {
-        in_bin += weight_ * static_cast<double>(
-                                target.sample[static_cast<size_t>(j)].bins[static_cast<size_t>(b)]);
-      }
-      d += in_bin;
+      d += static_cast<double>(target.logged[static_cast<size_t>(b)]) +
+           weight_ * static_cast<double>(target.to_come[static_cast<size_t>(b)]);
       if (b < target.first_bin) continue;
       if (first < 0 && d >= -1 - t) first = b;
       if (middle < 0 && d >= 0) middle = b;
@@ -235,13 +232,11 @@ class Plan {
 
   // Elements expected in the bracket before the pass.
   double inside(const Target& target) const {
-    double count = 0;
-    for (const PhaseSample& s : target.sample) {
-      for (int b = target.first_bin; b <= target.last_bin; ++b) {
-        count += weight_ * static_cast<double>(s.bins[static_cast<size_t>(b)]);
-      }
+    int64_t count = 0;
+    for (int b = target.first_bin; b <= target.last_bin; ++b) {
+      count += target.to_come[static_cast<size_t>(b)];
     }
-    return count;
+    return weight_ * static_cast<double>(count);
   }
 
   // If the threshold is surely a key that many elements have, makes that all of the bracket.
@@ -282,18 +277,21 @@ void find_windows(const Lines& lines, std::vector<Target>& targets) {
                    }
                  });
   const auto size = static_cast<double>(keys.size());
-  const auto key_at = [&](double position) {
-    const auto i = keys.begin() + static_cast<int64_t>(std::clamp(position, 0.0, size - 1));
-    std::nth_element(keys.begin(), i, keys.end());
-    return static_cast<int32_t>(*i);
+  const auto place_of = [&](double position) {
+    return keys.begin() + static_cast<int64_t>(std::clamp(position, 0.0, size - 1));
   };
   if (keys.empty()) return;
   for (Target& target : targets) {
     const double q = target.fraction, position = q * size;
     const double margin = 5 * std::sqrt(2.0 * size * q * (1 - q)) + 2 * kLine;
-    target.middle = key_at(position);
-    target.set_window(position > margin ? key_at(position - margin) : 0,
-                      position + margin < size ? key_at(position + margin) : kMaxKey);
+    const auto low = place_of(position - margin), middle = place_of(position);
+    const auto high = place_of(position + margin);
+    std::nth_element(keys.begin(), middle, keys.end());
+    std::nth_element(keys.begin(), low, middle);
+    std::nth_element(middle, high, keys.end());
+    target.middle = static_cast<int32_t>(*middle);
+    target.set_window(position > margin ? static_cast<int32_t>(*low) : 0,
+                      position + margin < size ? static_cast<int32_t>(*high) : kMaxKey);
   }
 }
 
@@ -454,7 +452,10 @@ class Pass {
           to.cc += from.cc;
           to.cr += from.cr;
           to.rr += from.rr;
-          for (size_t b = 0; b < kBins; ++b) to.bins[b] += from.bins[b];
+          for (size_t b = 0; b < kBins; ++b) {
+            to.bins[b] += from.bins[b];
+            all.to_come[b] += from.bins[b];
+          }
         }
       }
     });
@@ -476,7 +477,10 @@ class Pass {
 
   void walk(int64_t phase) {
     for (Target& target : targets_) {
-      if (phase > 0 && !target.collapsed()) plan_.tighten(target, ranked_, phase);
+      if (phase == 0 || target.collapsed()) continue;
+      const PhaseSample& over = target.sample[static_cast<size_t>(phase - 1)];
+      for (size_t b = 0; b < kBins; ++b) target.to_come[b] -= over.bins[b];
+      plan_.tighten(target, ranked_, phase);
     }
     struct State {
       Log log;
