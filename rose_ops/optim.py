@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
-from itertools import groupby
+from itertools import compress, groupby
 from numbers import Real
 from typing import Any, NamedTuple, TypeGuard
 
@@ -148,11 +148,10 @@ class _Batch:
     grads: list[Tensor] = field(default_factory=list)
     groups: list[int] = field(default_factory=list)
     offsets: list[int] = field(default_factory=list)
+    states: list[dict[str, Tensor]] = field(default_factory=list)  # from _init_state() on
 
     def subset(self, keep: list[bool]) -> _Batch:
-        columns = zip(self.params, self.views, self.grads, self.groups, self.offsets, strict=True)
-        rows = [row for row, kept in zip(columns, keep, strict=True) if kept]
-        return _Batch(*map(list, zip(*rows, strict=True)))
+        return self if all(keep) else _Batch(*(list(compress(x, keep)) for x in vars(self).values()))
 
 
 class _Clip(NamedTuple):
@@ -300,7 +299,7 @@ class RoseFusedAdamW(Optimizer):
         self._captured: set[str] = set()
         self._dtypes: dict[Tensor, torch.dtype] = {}
         self._records: dict[str, Tensor] = {}
-        self._sums: dict[Tensor, tuple[Tensor, int, Tensor]] = {}  # see _exp_avg_sums
+        self._sums: dict[Tensor, tuple[Tensor, int, float]] = {}  # see _exp_avg_sums
         self.grad_norm: Tensor | None = None
 
     # ------------------------------------------------------------------------------------- groups
@@ -384,8 +383,21 @@ class RoseFusedAdamW(Optimizer):
         for moment in _MOMENTS:
             for p, zeros in zip(new, memory.zeros_like(new, self.settings.moment_dtype), strict=True):
                 self.state[p][moment] = zeros
+        batch.states = [self.state[p] for p in batch.params]
 
     def _check_ready(self, p: Tensor, grad: Tensor, offset: int) -> None:
+        state = self.state.get(p)
+        moment = state.get("exp_avg") if state else None
+        if (
+            moment is not None
+            and self._dtypes.get(p) == p.dtype
+            and grad.dtype in _DTYPES
+            and grad.layout == p.layout == torch.strided
+            and grad.shape == p.shape == moment.shape
+            and grad.device == p.device == moment.device
+            and p.is_contiguous()
+        ):
+            return  # as in almost every step: the rest takes time
         what = f"the parameter of shape {tuple(p.shape)} (elements from {offset})"
         if grad.layout != torch.strided or torch.is_complex(grad):
             kind = "complex" if torch.is_complex(grad) else "sparse"
@@ -402,13 +414,11 @@ class RoseFusedAdamW(Optimizer):
         _check_param(p)
         if grad.dtype not in _DTYPES:
             raise TypeError(f"the gradient of {what} is {grad.dtype}; expected one of {_DTYPES}")
-        state = self.state.get(p)
-        if state and "exp_avg" in state:
-            if state["exp_avg"].shape != p.shape or state["exp_avg"].device != p.device:
+        if moment is not None:
+            if moment.shape != p.shape or moment.device != p.device:
                 raise RuntimeError(
-                    f"{what} has state of shape {tuple(state['exp_avg'].shape)} on "
-                    f"{state['exp_avg'].device}: the parameter changed its shape or device after a "
-                    "step; make a new optimizer for it"
+                    f"{what} has state of shape {tuple(moment.shape)} on {moment.device}: the "
+                    "parameter changed its shape or device after a step; make a new optimizer for it"
                 )
             if self._dtypes.setdefault(p, p.dtype) != p.dtype:
                 raise RuntimeError(
@@ -417,9 +427,12 @@ class RoseFusedAdamW(Optimizer):
                 )
 
     def _states(self, batch: _Batch, key: str) -> list[Tensor]:
+        values = [state[key] for state in batch.states]
+        if key not in _MOMENTS:
+            return values
         return [
-            memory_order(p, (self.state[p][key],))[0] if key in _MOMENTS else self.state[p][key]
-            for p in batch.params
+            x if p.is_contiguous() else memory_order(p, (x,))[0]
+            for p, x in zip(batch.params, values, strict=True)
         ]
 
     def _tables(self) -> tuple[Tensor, Tensor]:
@@ -458,8 +471,11 @@ class RoseFusedAdamW(Optimizer):
     def _ops(self, batch: _Batch) -> Any:
         return backends.resolve(self.settings.backend, batch.views[0].device).ops
 
+    def _selective_flags(self, batch: _Batch) -> list[bool]:
+        return [self.param_groups[row]["selective"] for row in batch.groups]
+
     def _selective(self, batch: _Batch) -> _Batch:
-        return batch.subset([self.param_groups[row]["selective"] for row in batch.groups])
+        return batch.subset(self._selective_flags(batch))
 
     def _clip(self, batch: _Batch, inv_scale: Tensor | None) -> _Clip:
         """Of the gradients of all parameters."""
@@ -487,17 +503,17 @@ class RoseFusedAdamW(Optimizer):
         moments, sums_of_squares = self._states(batch, "exp_avg"), self._ops(batch).sums_of_squares
         if not moments[0].is_cpu:
             return sums_of_squares(moments, None)
-        keys = [(m := self.state[p]["exp_avg"], m._version) for p in batch.params]
+        keys = [(m := state["exp_avg"], m._version) for state in batch.states]
         new = []
         for i, (p, (m, version)) in enumerate(zip(batch.params, keys, strict=True)):
             known = self._sums.get(p)
             if known is None or known[0] is not m or known[1] != version:
                 new.append(i)
         if new:
-            sums = sums_of_squares([moments[i] for i in new], None).unbind()
+            sums = sums_of_squares([moments[i] for i in new], None).tolist()
             for i, value in zip(new, sums, strict=True):
                 self._sums[batch.params[i]] = (*keys[i], value)
-        return torch.stack([self._sums[p][2] for p in batch.params])
+        return torch.tensor([self._sums[p][2] for p in batch.params], dtype=torch.float64)
 
     def _tensor_masks(
         self, kind: str, batch: _Batch, inv_scale: Tensor | None, clip: _Clip
@@ -615,15 +631,14 @@ class RoseFusedAdamW(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         batch = self._collect()
-        selective = self._selective(batch) if self._is_selecting() else _Batch()
-        needs_first = bool(selective.params) and "first" in self.settings.kinds
-        if needs_first and "first" not in self._captured:
+        selects = self._is_selecting() and any(self._selective_flags(batch))
+        if selects and "first" in self.settings.kinds and "first" not in self._captured:
             raise RuntimeError(
                 f"order={self.settings.order!r} needs a first-order mask: call kl.backward() and "
                 'optimizer.capture("first") before step() (rose_ops.rose_backward does both)'
             )
         if batch.params:
-            self._update(batch, selective)
+            self._update(batch, selects)
         for kind in tuple(self._captured):
             self._drop_masks(kind)
         return loss
@@ -633,7 +648,7 @@ class RoseFusedAdamW(Optimizer):
             state.pop(_mask_key(kind), None)
         self._captured.discard(kind)
 
-    def _update(self, batch: _Batch, selective: _Batch) -> None:
+    def _update(self, batch: _Batch, selects: bool) -> None:
         found_inf = getattr(self, "found_inf", None)
         if found_inf is not None and found_inf.device.type == "cpu" and found_inf.item() != 0:
             return  # nothing to read back here; on a GPU the kernels look
@@ -645,18 +660,20 @@ class RoseFusedAdamW(Optimizer):
         settings = self.settings
         masks: dict[str, list[Tensor]] = {"first": [], "second": []}
         ranks = False  # whether the second-order mask is found on the way
-        for kind in settings.kinds if selective.params else ():
+        selective = self._selective(batch)
+        for kind in settings.kinds if selects else ():
             if kind in self._captured:
-                found = {p: self.state[p].get(_mask_key(kind)) for p in batch.params}
+                found = [state.get(_mask_key(kind)) for state in batch.states]
             elif settings.granularity == "tensor":
                 bools = self._tensor_masks(kind, selective, inv_scale, clip)
-                found = dict(zip(selective.params, bools, strict=True))
+                by_param = dict(zip(selective.params, bools, strict=True))
+                found = [by_param.get(p) for p in batch.params]
             else:
                 ranks = True
                 continue
             # A parameter that had no gradient at the capture is outside that ranking: selected.
             none = torch.empty(0, dtype=torch.uint8, device=batch.views[0].device)
-            masks[kind] = [none if (m := found.get(p)) is None else m for p in batch.params]
+            masks[kind] = [none if mask is None else mask for mask in found]
         group, fractions = torch.tensor(batch.groups), settings.fractions("second")
         tensors = (
             batch.views, batch.grads, self._states(batch, "exp_avg"),
