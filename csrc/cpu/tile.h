@@ -78,6 +78,7 @@ struct Masks {
   bool from_risk = false;
   bool rank_inactive = false;
   float alpha = 0;
+  float factors[2] = {1, 1};  // of the gradient, one after the other
   Bounds bounds{-1, -1};
   bool fractional = false;  // kinds 1 and 2 may occur
 };

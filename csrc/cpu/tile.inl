@@ -89,7 +89,8 @@ void narrow_stochastic(const float* src, int64_t stride, int n, void* dst, uint3
   });
 }
 
-void scale(const float* __restrict src, float first, float second, int n, float* __restrict dst) {
+ROSE_INLINE void scale(const float* __restrict src, float first, float second, int n,
+                       float* __restrict dst) {
   for (int i = 0; i < n; ++i) dst[i] = mul(mul(src[i], first), second);
 }
 
@@ -750,16 +751,25 @@ ROSE_INLINE void masked_blocks(float* p, float* m, float* v, const float* g, con
   struct {
     BlockSides side;
     BlockLanes second;
+    const float* g;
+    float scaled[kBlock];
   } blocks[2];
+  const float first = masks.factors[0], second = masks.factors[1];
   const auto look = [&](int at, int n) ROSE_ALWAYS_INLINE {
+    if (n <= 0) return;
     auto& block = blocks[at / kBlock % 2];
+    block.g = g + at;
+    if (first != 1.0f || second != 1.0f) {
+      scale(g + at, first, second, n, block.scaled);
+      block.g = block.scaled;
+    }
     block.side = kAllUnsure;
-    if (!by_sides || counts.dense != 0 || n <= 0) return;
+    if (!by_sides || counts.dense != 0) return;
     for (int i = 0; i < kBlock; i += kLine) {
       __builtin_prefetch(p + at + i);
       __builtin_prefetch(v + at + i);
     }
-    block.side = sides_of_block(g + at, m + at, masks.alpha, sides, n, &block.second);
+    block.side = sides_of_block(block.g, m + at, masks.alpha, sides, n, &block.second);
   };
   look(0, n < kBlock ? n : kBlock);
   for_each_block(n, [&](int at, int length) ROSE_ALWAYS_INLINE {
@@ -770,7 +780,7 @@ ROSE_INLINE void masked_blocks(float* p, float* m, float* v, const float* g, con
       look(next, left);
     }
     auto& block = blocks[at / kBlock % 2];
-    masked_block<kFractional>(p + at, m + at, v + at, g + at, masks, block.side, block.second, at,
+    masked_block<kFractional>(p + at, m + at, v + at, block.g, masks, block.side, block.second, at,
                               length, u, counts, log);
   });
 }

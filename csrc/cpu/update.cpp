@@ -132,16 +132,19 @@ void Updater::tile(size_t index, int64_t start, int n, Bounds bounds, BracketLog
   }
   float* p = load(segment, operands[0], start, n, buffers[0]);
   const float* g = load(segment, operands[1], start, n, buffers[1]);
-  if (gradient_factor(index) != 1.0f || clip(index) != 1.0f) {
-    kernels.scale(g, gradient_factor(index), clip(index), n, buffers[4]);
-    g = buffers[4];
-  }
+  const float factor = gradient_factor(index), clip = clip_factor(index);
   if (selective) {
+    masks.factors[0] = factor;
+    masks.factors[1] = clip;
     masks.bounds = bounds;
     if (masks.first_bits) masks.first_bits += start / 8;
     if (masks.second_bits) masks.second_bits += start / 8;
     kernels.masked_adamw(p, m, v, g, masks, n, updates_[index], counts, log);
   } else {
+    if (factor != 1.0f || clip != 1.0f) {
+      kernels.scale(g, factor, clip, n, buffers[4]);
+      g = buffers[4];
+    }
     kernels.adamw(p, m, v, g, n, updates_[index]);
     counts.updated += n;
   }

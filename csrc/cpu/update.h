@@ -54,7 +54,9 @@ class Updater final : public BracketBody {
   float gradient_factor(size_t i) const {
     return static_cast<float>(groups_[i].sign) * factors_.inv_scale;
   }
-  float clip(size_t i) const { return groups_[i].selective != 0 ? factors_.clip : factors_.plain_clip; }
+  float clip_factor(size_t i) const {
+    return groups_[i].selective != 0 ? factors_.clip : factors_.plain_clip;
+  }
   // Values of operand k, unless they are there already.
   void store_operand(size_t index, size_t k, int64_t start, int n, const float* values) const;
 
