@@ -189,12 +189,15 @@ def test_bytes_of_a_first_order_capture(simt, ops, generator):
     ids=["normal", "ties", "normal-no-bracket", "ties-no-bracket"],
 )
 def test_bytes_of_a_bracketed_second_order_step(simt, ops, generator, mix, width, limit):
-    """AdamW's own 28 bytes, the sample, the log; without a bracket, an exact step and the sample."""
+    """AdamW's own 28 bytes, the sample, the log; without a bracket, an exact step and the sample.
+
+    Ties: 1/16, 3/16, 3/8, 5/8 of the risks and so on are at most each of them. Near the end of such a
+    class, at 0.6, one pilot in eight takes the next class for the threshold's, and the step is exact.
+    """
     problem = problem_of(generator, N, (mix,))
-    problem.copy().bracket_update(ops, 600_000_000)
-    launches, read, written = counted(
-        simt, lambda: problem.bracket_update(ops, 600_000_000, width=width)
-    )
+    upper = 500_000_000 if mix == "ties" else 600_000_000
+    problem.copy().bracket_update(ops, upper)
+    launches, read, written = counted(simt, lambda: problem.bracket_update(ops, upper, width=width))
     assert launches == 5
     assert read > 16 * N
     assert written >= 12 * N
