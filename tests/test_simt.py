@@ -441,7 +441,13 @@ MUTANTS: dict[str, tuple[str, str, str]] = {
     "clipping of tensors that are not selective": (
         "update.cuh", "a.clip[segment.selective ? 0 : 1]", "a.clip[0]",
     ),
-    "bits of parameters' rounding": ("update.cuh", "(operand == 0 ? 16 : 0)", "0"),
+    "bits of parameters' rounding": (
+        "update.cuh", "operand == 0 ? Rounded::kParameter : Rounded::kSecondMoment",
+        "Rounded::kSecondMoment",
+    ),
+    "bits of the second neighbour": (
+        "../include/rose/element.h", "return word >> (16 * (low & 1u));", "return word;",
+    ),
     "tensor that is ruled out": (
         "update.cuh", "prepared.base_kind == 0 && !has_bits && !a.from_risk", "false",
     ),
