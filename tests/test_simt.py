@@ -191,8 +191,8 @@ def test_bytes_of_a_first_order_capture(simt, ops, generator):
 def test_bytes_of_a_bracketed_second_order_step(simt, ops, generator, mix, width, limit):
     """AdamW's own 28 bytes, the sample, the log; without a bracket, an exact step and the sample.
 
-    Ties: 1/16, 3/16, 3/8, 5/8 of the risks and so on are at most each of them. Near the end of such a
-    class, at 0.6, one pilot in eight takes the next class for the threshold's, and the step is exact.
+    Of the ties, one class of equal risks has the ranks from 3/8 to 5/8. At 0.6, near its end, one pilot
+    in eight takes the next class for the threshold's, and the step is an exact one.
     """
     problem = problem_of(generator, N, (mix,))
     upper = 500_000_000 if mix == "ties" else 600_000_000

@@ -82,7 +82,7 @@ void narrow_stochastic(const float* src, int64_t stride, int n, void* dst, uint3
     uint32_t words[kBlock / 2 + 1];
     for (int i = 0; i < kBlock / 2; ++i) words[i] = random_bits(key, high, first + 2 * (uint32_t)i);
     words[kBlock / 2] = low & 1 ? random_bits(key, high, first + kBlock) : 0;
-    typedef uint16_t __attribute__((may_alias)) Half;
+    typedef uint16_t __attribute__((may_alias)) Half;  // the lower one comes first in memory
     const Half* __restrict own = (const Half*)words + (low & 1);
     narrow_with(src + at, stride, n, static_cast<uint16_t*>(dst) + at * stride,
                 [=](float x, int i) { return float_to_bf16_stochastic(x, own[i]); });
@@ -754,13 +754,13 @@ ROSE_INLINE void masked_blocks(float* p, float* m, float* v, const float* g, con
     const float* g;
     float scaled[kBlock];
   } blocks[2];
-  const float first = masks.factors[0], second = masks.factors[1];
+  const float factor = masks.factors[0], clip = masks.factors[1];
   const auto look = [&](int at, int n) ROSE_ALWAYS_INLINE {
     if (n <= 0) return;
     auto& block = blocks[at / kBlock % 2];
     block.g = g + at;
-    if (first != 1.0f || second != 1.0f) {
-      scale(g + at, first, second, n, block.scaled);
+    if (factor != 1.0f || clip != 1.0f) {
+      scale(g + at, factor, clip, n, block.scaled);
       block.g = block.scaled;
     }
     block.side = kAllUnsure;
