@@ -19,23 +19,15 @@ constexpr unsigned kFullWarp = 0xFFFFFFFFu;
 
 ROSE_DEVICE int lane() { return (int)threadIdx.x % kWarp; }
 
-// The same as threadIdx.x, and the lanes before this one, read where they are used: the compiler would
-// keep them in registers.
-#if defined(__CUDA_ARCH__)
-ROSE_DEVICE unsigned this_thread() {
-  unsigned x;
-  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(x));
-  return x;
-}
-ROSE_DEVICE unsigned lanes_below() {
-  unsigned mask;
-  asm volatile("mov.u32 %0, %%lanemask_lt;" : "=r"(mask));
-  return mask;
-}
-#else
-ROSE_DEVICE unsigned this_thread() { return threadIdx.x; }
+// The lanes before this one.
 ROSE_DEVICE unsigned lanes_below() { return (1u << lane()) - 1; }
+
+// In a loop: what is in shared memory is read anew, rather than kept in registers that are needed.
+ROSE_DEVICE void keep_in_memory() {
+#if defined(__CUDA_ARCH__)
+  asm volatile("" ::: "memory");
 #endif
+}
 ROSE_DEVICE int warp() { return (int)threadIdx.x / kWarp; }
 
 // A pointer that was itself read from memory could point anywhere: without the assumptions, accesses
@@ -79,39 +71,57 @@ ROSE_DEVICE int find_segment(const Table& table, int64_t tile) {
   return low;
 }
 
-// body(segment index, tile, position of its first element in the segment, its length) for this block's
-// share of the tiles, which is one run.
-template <typename Body>
-ROSE_DEVICE void for_each_tile(const Table& table, Body body) {
-  int64_t tile = (int64_t)table.share * blockIdx.x;
-  if (tile >= table.tiles) return;
-  const int64_t after = table.tiles - tile;
-  int left = after < table.share ? (int)after : table.share;
-  int index = find_segment(table, tile);
-#pragma unroll 1
-  for (; left > 0; --left, ++tile) {
-    while (index + 1 < table.count && table.segments[index + 1].first_tile <= tile) ++index;
-    const int64_t start = (tile - table.segments[index].first_tile) * kTile;
-    const int64_t rest = table.segments[index].n - start;
-    body(index, tile, start, rest < kTile ? (int)rest : kTile);
-  }
-}
+// Elements of one segment that a block walks: few enough to be counted by an int.
+struct Run {
+  int segment;
+  int count;
+  int64_t begin;
+};
 
-// Elements of a tile that are accessed kVector at a time: whole bytes of masks, so the rest, too,
-// starts with a byte.
-ROSE_DEVICE int vector_part(const Segment& segment, int count) {
-  return segment.vector ? count / 8 * 8 : 0;
+// body(run, in shared memory) for this block's share of the tiles. For a whole block.
+template <typename Body>
+ROSE_DEVICE void for_each_run(const Table& table, Body body) {
+  constexpr int64_t kMostTiles = 1 << 16;
+  __shared__ Run run;
+  __shared__ int64_t tile, stop;  // that are left
+  if (threadIdx.x == 0) {
+    tile = (int64_t)table.share * blockIdx.x;
+    stop = tile + table.share < table.tiles ? tile + table.share : table.tiles;
+    if (tile < stop) run.segment = find_segment(table, tile);
+  }
+#pragma unroll 1
+  while (true) {
+    __syncthreads();  // of the last body
+    if (threadIdx.x == 0) {
+      run.count = 0;
+      while (tile < stop && run.count == 0) {
+        const Segment& segment = table.segments[run.segment];
+        run.begin = (tile - segment.first_tile) * kTile;
+        const int64_t tiles = stop - tile < kMostTiles ? stop - tile : kMostTiles;
+        const int64_t rest = segment.n - run.begin;
+        if (rest <= 0) {
+          ++run.segment;
+          continue;
+        }
+        run.count = (int)(rest < tiles * kTile ? rest : tiles * kTile);
+        tile += (run.count + kTile - 1) / kTile;
+      }
+    }
+    __syncthreads();
+    if (run.count == 0) return;
+    body(run);
+  }
 }
 
 // Where element `index` of a segment (row-major) is in the memory of each operand from `operand` on.
 template <int kCount>
-ROSE_DEVICE void locate(const Table& table, const Segment& segment, int64_t index,
+ROSE_DEVICE void locate(const Dim* dims, const Segment& segment, int64_t index,
                         int64_t (&at)[kCount], int operand = 0) {
 #pragma unroll
   for (int k = 0; k < kCount; ++k) at[k] = segment.dims == 0 ? index : 0;
 #pragma unroll 1
   for (int d = segment.dims - 1; d >= 0; --d) {
-    const Dim& dim = table.dims[segment.first_dim + d];
+    const Dim& dim = dims[segment.first_dim + d];
     // A 64-bit division would be a call that spills. The quotient is off by one at most, below 2^52.
     int64_t rest = (int64_t)((double)index * dim.inverse);
     int64_t coordinate = index - rest * dim.size;
@@ -148,47 +158,116 @@ ROSE_DEVICE void write_element(void* data, Dtype dtype, int64_t at, float x) {
   }
 }
 
-// kVector elements as they lie in memory. Reading all operands before widening any lets the loads
-// overlap.
+// kCount elements as they lie in memory: a word for each, or for two of 16 bits. Reading all operands
+// before widening any lets the loads overlap.
+template <int kCount>
 struct Raw {
-  uint32_t words[kVector];
+  uint32_t words[kCount];
 };
 
-ROSE_DEVICE Raw read_vector(const void* data, Dtype dtype, int64_t index) {
-  if (dtype == Dtype::kFloat32) {
-    const uint4 w = read<uint4>(data, index / kVector);
-    return {{w.x, w.y, w.z, w.w}};
-  }
-  const uint2 w = read<uint2>(data, index / kVector);
-  return {{w.x, w.y, 0, 0}};
-}
-
-ROSE_DEVICE void widen(const Raw& raw, Dtype dtype, float (&x)[kVector]) {
+template <int kCount>
+ROSE_DEVICE Raw<kCount> read_vector(const void* data, Dtype dtype, int index) {
+  Raw<kCount> raw = {};
   if (dtype == Dtype::kFloat32) {
 #pragma unroll
-    for (int j = 0; j < kVector; ++j) x[j] = bits_float(raw.words[j]);
-  } else {
-#pragma unroll
-    for (int j = 0; j < kVector; ++j) {
-      x[j] = widen((uint16_t)(raw.words[j / 2] >> (j % 2 * 16)), dtype);
+    for (int i = 0; i < kCount; i += 4) {
+      const uint4 w = read<uint4>(data, (index + i) / 4);
+      raw.words[i] = w.x, raw.words[i + 1] = w.y, raw.words[i + 2] = w.z, raw.words[i + 3] = w.w;
     }
+  } else if (kCount == 8) {
+    const uint4 w = read<uint4>(data, index / 8);
+    raw.words[0] = w.x, raw.words[1] = w.y, raw.words[2] = w.z, raw.words[3] = w.w;
+  } else {
+    const uint2 w = read<uint2>(data, index / 4);
+    raw.words[0] = w.x, raw.words[1] = w.y;
   }
+  return raw;
 }
 
-ROSE_DEVICE uint2 pack(const uint16_t (&h)[kVector]) {
-  return make_uint2(h[0] | (uint32_t)h[1] << 16, h[2] | (uint32_t)h[3] << 16);
-}
-
-ROSE_DEVICE void write_vector(void* data, Dtype dtype, int64_t index, const float (&x)[kVector]) {
+template <int kCount>
+ROSE_DEVICE void write_vector(void* data, Dtype dtype, int index, const Raw<kCount>& raw) {
+  const uint32_t* w = raw.words;
   if (dtype == Dtype::kFloat32) {
-    write<uint4>(data, index / kVector,
-                 make_uint4(float_bits(x[0]), float_bits(x[1]), float_bits(x[2]), float_bits(x[3])));
-    return;
-  }
-  uint16_t h[kVector];
 #pragma unroll
-  for (int j = 0; j < kVector; ++j) h[j] = narrow(x[j], dtype);
-  write<uint2>(data, index / kVector, pack(h));
+    for (int i = 0; i < kCount; i += 4) {
+      write<uint4>(data, (index + i) / 4, make_uint4(w[i], w[i + 1], w[i + 2], w[i + 3]));
+    }
+  } else if (kCount == 8) {
+    write<uint4>(data, index / 8, make_uint4(w[0], w[1], w[2], w[3]));
+  } else {
+    write<uint2>(data, index / 4, make_uint2(w[0], w[1]));
+  }
+}
+
+template <int kCount>
+ROSE_DEVICE float get(const Raw<kCount>& raw, Dtype dtype, int j) {
+  if (dtype == Dtype::kFloat32) return bits_float(raw.words[j]);
+  const uint32_t word = raw.words[j / 2];
+  if (dtype == Dtype::kBFloat16) return bits_float(j % 2 == 0 ? word << 16 : word & 0xFFFF0000u);
+  return half_to_float((uint16_t)(word >> (j % 2 * 16)));
+}
+
+template <int kCount>
+ROSE_DEVICE void put(Raw<kCount>& raw, int j, uint16_t bits) {
+  uint32_t& word = raw.words[j / 2];
+  word = j % 2 == 0 ? (word & 0xFFFF0000u) | bits : (word & 0xFFFFu) | (uint32_t)bits << 16;
+}
+
+template <int kCount>
+ROSE_DEVICE void put(Raw<kCount>& raw, Dtype dtype, int j, float x) {
+  if (dtype == Dtype::kFloat32) {
+    raw.words[j] = float_bits(x);
+  } else {
+    put(raw, j, narrow(x, dtype));
+  }
+}
+
+// ------------------------------------------------------------------------------- loops by data types
+
+// What a loop knows of its operands when it is compiled: how many elements a thread has of each, and the
+// dtypes of parameters with gradients, and of moments. Those of Mixed are looked up.
+template <Dtype kValues, Dtype kMoments>
+struct Known {
+  static constexpr bool kNarrow = kValues != Dtype::kFloat32 && kMoments != Dtype::kFloat32;
+  static constexpr int kCount = kNarrow ? 8 : 4;
+  static ROSE_METHOD Dtype of(int operand, Dtype) { return operand < 2 ? kValues : kMoments; }
+};
+struct Mixed {
+  static constexpr int kCount = 4;
+  static ROSE_METHOD Dtype of(int, Dtype dtype) { return dtype; }
+};
+
+// loop(types, middle) for the elements before `middle` of a run of `count`: vectors, by whole warps.
+// Returns `middle`; the others, fewer than a warp has in its vectors or all of a segment that has none, come
+// one at a time.
+template <typename Loop>
+ROSE_DEVICE int for_vectors(const Segment& segment, int count, Loop loop) {
+  constexpr Dtype kFloat = Dtype::kFloat32, kBf16 = Dtype::kBFloat16;
+  const int four = count / (4 * kWarp) * (4 * kWarp), eight = count / (8 * kWarp) * (8 * kWarp);
+  switch (segment.access) {
+    case Access::kFloats:
+      loop(Known<kFloat, kFloat>(), four);
+      return four;
+    case Access::kNarrowMoments:
+      loop(Known<kFloat, kBf16>(), four);
+      return four;
+    case Access::kWideMoments:
+      loop(Known<kBf16, kFloat>(), four);
+      return four;
+    case Access::kNarrow:
+      loop(Known<kBf16, kBf16>(), eight);
+      return eight;
+    case Access::kMixed:
+      loop(Mixed(), four);
+      return four;
+    default:
+      return 0;
+  }
+}
+
+// Where the elements from `begin` on of a linear operand are.
+ROSE_DEVICE char* data_from(const Segment& segment, int operand, Dtype dtype, int64_t begin) {
+  return segment.data[operand] + begin * (dtype == Dtype::kFloat32 ? 4 : 2);
 }
 
 // ---------------------------------------------------------------------------------------- reductions

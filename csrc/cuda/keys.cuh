@@ -1,4 +1,4 @@
-// Risk keys of a tile, recomputed from gradients and moments whenever they are needed.
+// Risks of elements: their keys, and what can be said of them without one.
 #pragma once
 
 #include "access.cuh"
@@ -11,75 +11,144 @@ constexpr uint32_t kNoKey = 0xFFFFFFFFu;  // of a lane without an element
 // What gradients are multiplied by, one after the other.
 struct Factors {
   float inv_scale, clip;
+
+  ROSE_METHOD float scaled(float g) const { return mul(mul(g, inv_scale), clip); }
 };
 
 ROSE_DEVICE Factors factors_of(const Risk& risk) {
   return {scalar_or_one(risk.inv_scale), scalar_or_one(risk.clip)};
 }
 
-ROSE_DEVICE uint32_t key_of(const Risk& risk, Factors factors, float alpha, float g, float m) {
-  g = mul(mul(g, factors.inv_scale), factors.clip);
+// Of a scaled gradient.
+ROSE_DEVICE uint32_t key_of(const Risk& risk, float alpha, float g, float m) {
   return risk.second_order ? second_order_key(g, m, alpha, risk.rank_inactive)
                            : first_order_key(g, risk.rank_inactive);
 }
 
 ROSE_DEVICE uint32_t key_at(const Risk& risk, Factors factors, const Segment& segment, int64_t i) {
   int64_t places[2];
-  locate(risk.table, segment, i, places, risk.operand);
+  locate(risk.table.dims, segment, i, places, risk.operand);
   const char* const* data = segment.data + risk.operand;
   const Dtype* dtype = segment.dtype + risk.operand;
   const float g = read_element(data[0], dtype[0], places[0]);
   float m = 0.0f;
   if (risk.second_order) m = read_element(data[1], dtype[1], places[1]);
-  return key_of(risk, factors, segment.alpha, g, m);
+  return key_of(risk, segment.alpha, factors.scaled(g), m);
 }
 
-// vector(i, keys) for the elements i.. that are read kVector at a time and single(i, key) for the
-// others, of a tile's `count` elements from `start` on. Always by whole warps.
-template <typename Vector, typename Single>
-ROSE_DEVICE void for_each_key(const Risk& risk, Factors factors, const Segment& segment, int64_t start,
-                              int count, Vector vector, Single single) {
-  const int vectors = vector_part(segment, count);
-  const char* const* data = segment.data + risk.operand;
-  const Dtype* dtype = segment.dtype + risk.operand;
-#pragma unroll 1
-  for (int base = warp() * kWarp * kVector; base < vectors; base += kThreads * kVector) {
-    const int i = base + lane() * kVector;
-    uint32_t keys[kVector] = {kNoKey, kNoKey, kNoKey, kNoKey};
-    if (i < vectors) {
-      const Raw raw_g = read_vector(data[0], dtype[0], start + i);
-      Raw raw_m = {};
-      if (risk.second_order) raw_m = read_vector(data[1], dtype[1], start + i);
-      float g[kVector], m[kVector];
-      widen(raw_g, dtype[0], g);
-      widen(raw_m, dtype[1], m);
-#pragma unroll
-      for (int j = 0; j < kVector; ++j) keys[j] = key_of(risk, factors, segment.alpha, g[j], m[j]);
-    }
-    vector(i, keys);
-  }
-#pragma unroll 1
-  for (int base = vectors + warp() * kWarp; base < count; base += kThreads) {
-    const int i = base + lane();
-    single(i, i < count ? key_at(risk, factors, segment, start + i) : kNoKey);
-  }
-}
-
-// body(key) for every ranked element of this block's share, by whole warps.
+// body(key) for every ranked element of this block's share. For the rare pass that needs all keys.
 template <typename Body>
 ROSE_DEVICE void for_each_key(const Risk& risk, Body body) {
   const Factors factors = factors_of(risk);
-  for_each_tile(risk.table, [&](int index, int64_t, int64_t start, int count) {
-    const Segment& segment = risk.table.segments[index];
+  for_each_run(risk.table, [&](const Run& run) {
+    const Segment& segment = risk.table.segments[run.segment];
     if (!segment.selective) return;
-    for_each_key(
-        risk, factors, segment, start, count,
-        [&](int, const uint32_t (&keys)[kVector]) {
+    const Dtype* dtype = segment.dtype + risk.operand;
+    const char* const g_data = data_from(segment, risk.operand, dtype[0], run.begin);
+    const char* const m_data = data_from(segment, risk.operand + 1, dtype[1], run.begin);
+    const int middle = segment.access == Access::kSingle ? 0 : run.count / 4 * 4;
+#pragma unroll 1
+    for (int i = threadIdx.x * 4; i < middle; i += kThreads * 4) {
+      const auto raw_g = read_vector<4>(g_data, dtype[0], i);
+      const auto raw_m = risk.second_order ? read_vector<4>(m_data, dtype[1], i) : Raw<4>();
 #pragma unroll
-          for (int j = 0; j < kVector; ++j) body(keys[j]);
-        },
-        [&](int, uint32_t key) { body(key); });
+      for (int j = 0; j < 4; ++j) {
+        const float g = factors.scaled(get(raw_g, dtype[0], j));
+        body(key_of(risk, segment.alpha, g, get(raw_m, dtype[1], j)));
+      }
+    }
+#pragma unroll 1
+    for (int i = middle + threadIdx.x; i < run.count; i += kThreads) {
+      body(key_at(risk, factors, segment, run.begin + i));
+    }
   });
+}
+
+// ---------------------------------------------------------------------------------------- without keys
+
+// Most elements are far from a threshold, and a comparison shows on which side, without the division
+// that a key takes. A risk of second order is |x - |m|| / |m| with x = alpha * |g|: it is below a key of
+// the value L where |x - |m|| < below * |m|, and above one of the value H where it is > above * |m|.
+// `below` and `above` are L and H moved apart by more than all rounding errors together. Let u = 2^-24.
+// The key's quotient and difference are off by u(1 + 2r) in all; the difference and the products here by
+// factors 1 +- u. So 4u(1 + 2L) and 4u(1 + 2H), themselves rounded, suffice where |m| is large enough for
+// products that are no denormals (kSmallestMoment, and `below` at least 2^-20). In first order, risks
+// are compared with L and H themselves.
+struct Fence {
+  float below, above;  // -1: no risk is below, every risk is above
+};
+
+constexpr float kSmallestMoment = 0x1p-100f;
+
+template <bool kSecondOrder>
+ROSE_DEVICE Fence fence_of(uint32_t low, uint32_t high) {
+  if (low > kInfinityBits) return {-1.0f, -1.0f};
+  Fence fence = {bits_float(low), bits_float(high < kInfinityBits ? high : kInfinityBits)};
+  if (!kSecondOrder) return fence;
+  fence.below = sub(mul(fence.below, 1.0f - 0x1p-21f), 0x1p-22f);
+  fence.above = add(mul(fence.above, 1.0f + 0x1p-21f), 0x1p-22f);
+  if (fence.below < 0x1p-20f) fence.below = -1.0f;
+  return fence;
+}
+
+// What comparisons say of a thread's elements, in a bit for each.
+struct Verdict {
+  unsigned selected = 0;
+  unsigned unsure = 0;
+  unsigned below_lower = 0;  // the rest is above both
+};
+
+// The intervals that hold the thresholds, as fences.
+template <bool kSecondOrder>
+struct Judge {
+  Fence upper, lower;
+  float alpha;
+
+  // Of a scaled gradient. NaN and inf fail all comparisons that would make them sure.
+  ROSE_METHOD void judge(float g, float m, unsigned bit, Verdict& verdict) const {
+    float risk = fabsf(g), unit = 1.0f;
+    bool usual = risk > 0.0f;
+    if (kSecondOrder) {
+      unit = fabsf(m);
+      risk = fabsf(sub(mul(alpha, risk), unit));
+      usual = unit >= kSmallestMoment;
+    }
+    usual = usual && risk < bits_float(kInfinityBits);
+    const bool below_upper = risk < mul(upper.below, unit), above_upper = risk > mul(upper.above, unit);
+    const bool below_lower = risk < mul(lower.below, unit), above_lower = risk > mul(lower.above, unit);
+    if (usual && below_upper && above_lower) {
+      verdict.selected |= bit;
+    } else if (usual && below_upper && below_lower) {
+      verdict.below_lower |= bit;
+    } else if (!(usual && above_upper && above_lower)) {
+      verdict.unsure |= bit;
+    }
+  }
+};
+
+// Asks the elements of a thread that a comparison left unsure for their keys. Fills in which are
+// selected, and which not finite. key(j), place(j), old(j, [p, m, v]) of element j. By whole warps if
+// there are notes to be taken.
+template <typename Notes, typename Key, typename Place, typename Old>
+ROSE_DEVICE void examine(unsigned unsure, unsigned& selected, unsigned& nonfinite, Notes& notes, Key key,
+                         Place place, Old old) {
+#pragma unroll 1
+  while (Notes::kAny ? __ballot_sync(kFullWarp, unsure != 0) != 0 : unsure != 0) {
+    uint32_t its_key = kNoKey;
+    bool is_selected = false, is_logged = false;
+    int j = 0;
+    if (unsure != 0) {
+      j = __ffs((int)unsure) - 1;
+      unsure &= unsure - 1;
+      its_key = key(j);
+      is_selected = if_selected(its_key, notes.bounds(), 1) != 0;
+      selected |= (unsigned)is_selected << j;
+      nonfinite |= (unsigned)(its_key == kNonfiniteKey) << j;
+      is_logged = notes.look(its_key);
+    }
+    notes.log(is_logged, its_key | (uint32_t)is_selected << 31, [&] { return place(j); },
+              [&](float (&pmv)[3]) { old(j, pmv); });
+  }
 }
 
 }  // namespace cuda

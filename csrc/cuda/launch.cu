@@ -3,6 +3,7 @@
 #include <cuda_runtime.h>
 
 #include "bracket.cuh"
+#include "squares.cuh"
 
 // The host build in tests cannot parse <<<>>>.
 #ifndef ROSE_LAUNCH
@@ -18,10 +19,9 @@ const char* text(cudaError_t error) {
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 
-// Launches as many blocks as run at once, or fewer where there are fewer tiles; `table`, and `others`
-// like it, are parts of `arguments`.
-template <typename Kernel, typename Arguments, typename... Tables>
-const char* walk(Kernel kernel, Arguments& arguments, Stream stream, Table& table, Tables&... others) {
+// As many blocks as run at once, or fewer where there are fewer tiles. Each has `share` tiles.
+template <typename Kernel>
+const char* grid_of(Kernel kernel, int64_t tiles, int64_t& blocks, int32_t& share) {
   int device = 0, processors = 0, per_processor = 0;
   cudaError_t error = cudaGetDevice(&device);
   if (error == cudaSuccess) {
@@ -32,9 +32,17 @@ const char* walk(Kernel kernel, Arguments& arguments, Stream stream, Table& tabl
   }
   if (error != cudaSuccess) return text(error);
   const int64_t resident = (int64_t)processors * per_processor;
-  table.share = table.tiles <= resident ? 1 : (int32_t)((table.tiles + resident - 1) / resident);
+  share = tiles <= resident ? 1 : (int32_t)((tiles + resident - 1) / resident);
+  blocks = tiles == 0 ? 1 : (tiles + share - 1) / share;
+  return nullptr;
+}
+
+// `table`, and `others` like it, are parts of `arguments`.
+template <typename Kernel, typename Arguments, typename... Tables>
+const char* walk(Kernel kernel, Arguments& arguments, Stream stream, Table& table, Tables&... others) {
+  int64_t blocks = 0;
+  if (const char* failed = grid_of(kernel, table.tiles, blocks, table.share)) return failed;
   ((others.share = table.share), ...);
-  const int64_t blocks = table.tiles == 0 ? 1 : (table.tiles + table.share - 1) / table.share;
   ROSE_LAUNCH(kernel, blocks, stream, arguments);
   return text(cudaGetLastError());
 }
@@ -46,20 +54,36 @@ int64_t blocks_of_sample(const SelectArguments& arguments) {
   return blocks < 1 ? 1 : blocks < kMostBlocks ? blocks : kMostBlocks;
 }
 
+// The sample, which has to know how much of the log the warps of the pass after it may leave unused.
+template <typename Kernel, typename Pass, typename Arguments>
+const char* sample(Kernel kernel, Pass pass, Arguments& arguments, SelectArguments& select,
+                   Stream stream) {
+  int64_t blocks = 0;
+  int32_t share = 0;
+  if (const char* failed = grid_of(pass, select.risk.table.tiles, blocks, share)) return failed;
+  select.log.spare = blocks * kThreads;  // a chunk has a place for each thread of a warp
+  ROSE_LAUNCH(kernel, blocks_of_sample(select), stream, arguments);
+  return text(cudaGetLastError());
+}
+
 const char* narrow(SelectArguments& arguments, Stream stream) {
-  const char* failed = walk(narrow_kernel<false>, arguments, stream, arguments.risk.table);
-  return failed != nullptr ? failed
-                           : walk(narrow_kernel<true>, arguments, stream, arguments.risk.table);
+  Table& table = arguments.risk.table;
+  const char* failed = walk(histogram_kernel, arguments, stream, table);
+  if (failed == nullptr && !arguments.approx) {
+    failed = walk(narrow_kernel<false>, arguments, stream, table);
+    if (failed == nullptr) failed = walk(narrow_kernel<true>, arguments, stream, table);
+  }
+  return failed;
 }
 
 }  // namespace
 
 const char* select(SelectArguments arguments, Stream stream) {
-  ROSE_LAUNCH(sample_kernel, blocks_of_sample(arguments), stream, arguments);
-  const char* failed = text(cudaGetLastError());
-  if (failed == nullptr) failed = walk(count_kernel, arguments, stream, arguments.risk.table);
-  if (failed == nullptr && !arguments.approx) failed = narrow(arguments, stream);
-  return failed;
+  const char* failed = sample(sample_kernel, count_kernel, arguments, arguments, stream);
+  if (failed == nullptr && !arguments.approx) {
+    failed = walk(count_kernel, arguments, stream, arguments.risk.table);
+  }
+  return failed != nullptr ? failed : narrow(arguments, stream);
 }
 
 const char* capture(CaptureArguments arguments, Stream stream) {
@@ -68,8 +92,7 @@ const char* capture(CaptureArguments arguments, Stream stream) {
 
 const char* bracket_capture(SelectArguments arguments, Stream stream) {
   Table& table = arguments.risk.table;
-  ROSE_LAUNCH(sample_kernel, blocks_of_sample(arguments), stream, arguments);
-  const char* failed = text(cudaGetLastError());
+  const char* failed = sample(sample_kernel, capture_pass_kernel, arguments, arguments, stream);
   if (failed == nullptr) failed = walk(capture_pass_kernel, arguments, stream, table);
   if (failed == nullptr) failed = narrow(arguments, stream);
   if (failed == nullptr) failed = walk(capture_finish_kernel, arguments, stream, table);
@@ -80,17 +103,12 @@ const char* bracket_update(StepArguments arguments, Stream stream) {
   Table& table = arguments.update.table;
   Table& ranked = arguments.select.risk.table;
   const bool fractional = arguments.update.fractional;
-  ROSE_LAUNCH(step_sample_kernel, blocks_of_sample(arguments.select), stream, arguments);
-  const char* failed = text(cudaGetLastError());
-  if (failed == nullptr) {
-    failed = walk(fractional ? step_pass_kernel<true> : step_pass_kernel<false>, arguments, stream,
-                  table, ranked);
-  }
+  const auto pass = fractional ? step_pass_kernel<true> : step_pass_kernel<false>;
+  const auto finish = fractional ? step_finish_kernel<true> : step_finish_kernel<false>;
+  const char* failed = sample(step_sample_kernel, pass, arguments, arguments.select, stream);
+  if (failed == nullptr) failed = walk(pass, arguments, stream, table, ranked);
   if (failed == nullptr) failed = narrow(arguments.select, stream);
-  if (failed == nullptr) {
-    failed = walk(fractional ? step_finish_kernel<true> : step_finish_kernel<false>, arguments, stream,
-                  table, ranked);
-  }
+  if (failed == nullptr) failed = walk(finish, arguments, stream, table, ranked);
   return failed;
 }
 
@@ -98,7 +116,14 @@ const char* update(UpdateArguments arguments, Stream stream) {
   const int64_t blocks = (arguments.table.count + kThreads - 1) / kThreads;
   ROSE_LAUNCH(prepare_kernel, blocks < 1 ? 1 : blocks, stream, arguments);
   if (const char* failed = text(cudaGetLastError())) return failed;
-  return walk(arguments.fractional ? update_kernel<true> : update_kernel<false>, arguments, stream,
+  const bool fractional = arguments.fractional;
+  if (arguments.from_risk) {
+    StepArguments step = {};
+    step.update = arguments;
+    return walk(fractional ? step_finish_kernel<true> : step_finish_kernel<false>, step, stream,
+                step.update.table);
+  }
+  return walk(fractional ? update_kernel<true> : update_kernel<false>, arguments, stream,
               arguments.table);
 }
 

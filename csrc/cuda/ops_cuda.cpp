@@ -67,14 +67,17 @@ class Selecting {
     arguments.sample = static_cast<Sample*>(sample_.mutable_data_ptr());
     arguments.upper = fractions.upper;
     arguments.lower = fractions.lower;
+    arguments.elements = n;
+    arguments.width = 1.0;
   }
 
-  // Room for the keys of the window around each threshold. Where that is room for all keys, there is
+  // Room for the keys of the windows around the thresholds. Where that is room for all keys, there is
   // nothing to sample.
   void log_keys() {
-    const int64_t capacity = std::max(n_ / 32, std::min<int64_t>(n_, 1 << 18));
+    const int64_t thresholds = arguments.lower > 0 ? 2 : 1;
+    const int64_t capacity = std::max(n_ / 32 * thresholds, std::min<int64_t>(n_, 1 << 18));
     if (n_ > capacity) sample_lines(0.1);
-    allocate_log(capacity * thresholds());
+    allocate_log(capacity + unused_at_most(), 1);
   }
 
   // Room for what lies in brackets: within 1 bit for each element and 14 MiB. A selection without
@@ -83,24 +86,29 @@ class Selecting {
     constexpr int64_t kFewest = 1 << 16;  // below, the sample would be too large a part
     if (n_ >= kFewest) sample_lines(0.5);
     arguments.draw = random_key(static_cast<uint32_t>(draw), 0x5A3Bu);
+    arguments.width = width;
+    arguments.speculative = true;
     const int64_t words = updates ? 6 : 3;  // key, place; p, m, v
     const int64_t most = (n_ / 8 + (14 << 20)) / (4 * words);
-    const int64_t capacity =  // even, since places are of 8 bytes
-        std::min({n_, most, int64_t{1} << 30}) / 2 * 2;
-    allocate_log(words * capacity);
-    uint32_t* const places = arguments.log + capacity;
-    float* const old = updates ? reinterpret_cast<float*>(places + 2 * capacity) : nullptr;
-    arguments.brackets = {static_cast<int32_t>(capacity), reinterpret_cast<int64_t*>(places), old, n_,
-                          width};
+    const int64_t capacity = std::min({n_ + unused_at_most(), most, int64_t{1} << 30});
+    uint32_t* const end = allocate_log(capacity, words);
+    arguments.log.places = reinterpret_cast<int64_t*>(end);
+    if (updates) arguments.log.old = reinterpret_cast<float*>(end + 2 * arguments.log.capacity);
   }
 
  private:
-  int64_t thresholds() const { return arguments.lower > 0 ? 2 : 1; }
+  // Of a log: warps take it in chunks. It need not be true of more than this many blocks.
+  int64_t unused_at_most() const {
+    return std::min<int64_t>(arguments.risk.table.tiles, 2048) * kThreads;
+  }
 
-  void allocate_log(int64_t words) {
-    log_ = context_.empty(words, ScalarType::Int);
-    arguments.log = static_cast<uint32_t*>(log_.mutable_data_ptr());
-    arguments.log_capacity = words / thresholds();
+  // Of `capacity` entries of so many words; returns where their keys end.
+  uint32_t* allocate_log(int64_t capacity, int64_t words) {
+    capacity = capacity / 2 * 2;  // even, since places are of 8 bytes
+    log_ = context_.empty(words * capacity, ScalarType::Int);
+    arguments.log.capacity = capacity;
+    arguments.log.keys = static_cast<uint32_t*>(log_.mutable_data_ptr());
+    return arguments.log.keys + capacity;
   }
 
   // About c * n^(2/3) lines: a log shrinks as 1 / sqrt(lines), so these balance its cost and the

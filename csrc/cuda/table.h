@@ -9,10 +9,25 @@ namespace cuda {
 
 constexpr int kThreads = 256;
 constexpr int kWarp = 32;
-constexpr int kVector = 4;  // elements of a 16-byte access of float32
 constexpr int kTile = 4096;
 constexpr int kLine = 16;  // elements that are sampled together: a cache line of float32
 constexpr int kOperands = 4;
+#ifdef ROSE_BLOCKS
+constexpr int kBlocks = ROSE_BLOCKS;
+#else
+constexpr int kBlocks = 3;  // of an update on a multiprocessor, so that a thread has 80 registers
+#endif
+
+// How a segment is accessed: as vectors of elements, whose dtypes (parameter and gradient; moments) a loop
+// may be compiled for. 16 bytes at a time, but for bfloat16 next to float32, which comes in 8.
+enum class Access : uint8_t {
+  kSingle,         // one by one: strided, or not aligned
+  kFloats,         // float32
+  kNarrowMoments,  // float32; bfloat16
+  kWideMoments,    // bfloat16; float32
+  kNarrow,         // bfloat16, 8 elements at a time
+  kMixed,          // other dtypes
+};
 
 // One tensor with all that belongs to it. Operands are (gradient, first moment) in a selection, and
 // (parameter, gradient, first moment, second moment) in an update.
@@ -31,7 +46,7 @@ struct Segment {
   Dtype dtype[kOperands];
   MaskKind mask_kinds[2];  // kNone unless selective
   bool selective;          // in a selection: ranked
-  bool vector;             // linear, and aligned for accesses of kVector elements
+  Access access;
 };
 
 // One dimension of a segment that is not linear.
@@ -80,18 +95,23 @@ enum class Mode : int32_t {
   kSpeculative,  // both at once: elements are treated by an estimate, and some of them again
 };
 
+// What a pass counts: below the window of each threshold, and outside of the ranking.
+enum { kBelowUpper, kBelowLower, kInactive, kNonfinite, kUpdated, kCounts };
+
 // The workspace of a selection. Of two thresholds: upper, lower.
 struct SelectState {
   Count histogram[kBins];  // of the leading 11 bits of all keys
   Count of_windows[2][kBins];
-  Count nonfinite, inactive, below_windows[2];
+  Count counts[kCounts];
   Count ranked;
-  Count log_size[2];
+  Count log_size;
   Window windows[2];
   Target targets[2];
-  uint32_t tickets[3];
+  uint32_t tickets[4];
   Mode mode;
   Bounds estimate;
+  uint32_t overflowed;  // not 0: the log, and entries are missing
+  bool unlucky;         // a threshold is outside of its window, and has to be looked for everywhere
   bool missed;
 };
 
@@ -119,13 +139,13 @@ struct Risk {
   int32_t operand;  // of the gradient; the first moment follows it
 };
 
-// What is logged of the elements of a bracket, besides their keys.
-struct Brackets {
-  int32_t capacity;  // 0: there are no brackets
-  int64_t* places;   // tile * kTile + position in it
-  float* old;        // p, m, v before the update, or null
-  int64_t elements;  // of the ranking
-  double width;      // of brackets; 1 unless in tests
+// What is logged of the elements whose risks are in a window, in no order.
+struct Log {
+  int64_t capacity;
+  int64_t spare;    // of it, that warps may leave unused
+  uint32_t* keys;   // with the sign for elements that were treated as selected; kNoKey: no entry
+  int64_t* places;  // tile * kTile + position in it; or null
+  float* old;       // p, m, v before the update; or null
 };
 
 struct SelectArguments {
@@ -134,14 +154,13 @@ struct SelectArguments {
   int64_t lines, stratum;  // to sample: one line in each stratum of so many
   uint32_t draw;           // which of them
   SelectState* state;
-  // Keys, [2][log_capacity]; in a bracketed pass [Brackets::capacity], with the sign for those that
-  // were treated as selected.
-  uint32_t* log;
-  int64_t log_capacity;
+  Log log;
+  int64_t elements;    // of the ranking
   int64_t* selection;  // a record
   int64_t upper, lower;
+  double width;      // of brackets; 1 unless in tests
+  bool speculative;  // brackets may be used
   bool approx;
-  Brackets brackets;
 };
 
 struct CaptureArguments {

@@ -1,7 +1,8 @@
-// Capturing masks, the masked AdamW, and sums of squares.
+// Capturing masks, and the masked AdamW.
 #pragma once
 
-#include "keys.cuh"
+#include "log.cuh"
+#include "select.cuh"
 
 namespace rose {
 namespace cuda {
@@ -10,85 +11,30 @@ ROSE_DEVICE Bounds read_bounds(const int64_t* selection) {
   return {(int32_t)selection[0], (int32_t)selection[1]};
 }
 
-// An element before its update.
-struct Entry {
-  uint32_t key;
-  float p, m, v;
-};
-
-enum { kUpdated, kNonfinite, kUpdateFields };  // what a thread counts
-
-// Counts of a thread, in registers.
-struct Counters {
-  unsigned values[kUpdateFields] = {};
-
-  ROSE_METHOD void count(int field, bool is) { values[field] += is; }
-  ROSE_METHOD void end_tile() {}
-  ROSE_METHOD unsigned operator[](int field) const { return values[field]; }
-};
-
-// What a pass over the elements does with their keys besides treating them: nothing.
-struct NoNotes {
-  static constexpr bool kAny = false;
-  Counters counts;
-
-  // Whether an element is to be logged.
-  ROSE_METHOD bool look(uint32_t key) { return false; }
-  // Room in the log for those of a lane's kCount elements whose bits are set. By whole warps.
-  template <int kCount>
-  ROSE_METHOD int reserve(unsigned inside) {
-    return 0;
-  }
-  // Writes them there. The first is at `place`; entry_of(j): an Entry.
-  template <int kCount, typename Entries>
-  ROSE_METHOD void log(unsigned inside, int entry, int64_t place, Entries entry_of) {}
-};
-
 // --------------------------------------------------------------------------------------------- capture
 
 template <typename Notes>
-ROSE_DEVICE void capture_tiles(const Risk& risk, Bounds bounds, Notes& notes) {
-  const Factors factors = factors_of(risk);
-  for_each_tile(risk.table, [&](int index, int64_t tile, int64_t start, int count) {
-    uint8_t* const bits = risk.table.segments[index].bits;
-    for_each_key(
-        risk, factors, risk.table.segments[index], start, count,
-        [&](int i, const uint32_t (&keys)[kVector]) {
-          unsigned half = 0, inside = 0;
-#pragma unroll
-          for (int j = 0; j < kVector; ++j) {
-            half |= (unsigned)if_selected(keys[j], bounds, 1) << j;
-            inside |= (unsigned)notes.look(keys[j]) << j;
-            notes.counts.count(kNonfinite, keys[j] == kNonfiniteKey);
-          }
-          // Two lanes have a byte between them.
-          const unsigned byte = half | __shfl_down_sync(kFullWarp, half, 1) << kVector;
-          if (keys[0] != kNoKey && lane() % 2 == 0) {
-            write<uint8_t>(bits, (start + i) / 8, (uint8_t)byte);
-          }
-          const int entry = notes.template reserve<kVector>(inside);
-          notes.template log<kVector>(inside, entry, tile * kTile + i,
-                                      [&](int j) { return Entry{keys[j], 0, 0, 0}; });
-        },
-        [&](int i, uint32_t key) {
-          const unsigned word = __ballot_sync(kFullWarp, if_selected(key, bounds, 1) != 0);
-          const int first = i - lane() + lane() * 8;  // of the byte that this lane writes
-          if (lane() < kWarp / 8 && first < count) {
-            write<uint8_t>(bits, (start + first) / 8, (uint8_t)(word >> (lane() * 8)));
-          }
-          notes.counts.count(kNonfinite, key == kNonfiniteKey);
-          const unsigned inside = notes.look(key);
-          const int entry = notes.template reserve<1>(inside);
-          notes.template log<1>(inside, entry, tile * kTile + i,
-                                [&](int) { return Entry{key, 0, 0, 0}; });
-        });
-    notes.counts.end_tile();
+ROSE_DEVICE void capture(const Risk& risk, Notes& notes) {
+  settle(risk, notes, [](const Segment& segment, int64_t i, unsigned selected, int count) {
+    uint8_t* const bits = segment.bits;
+    if (count == 8) {
+      write<uint8_t>(bits, i / 8, (uint8_t)selected);
+    } else if (count == 4) {  // two lanes have a byte between them
+      const unsigned next = __shfl_down_sync(kFullWarp, selected, 1);
+      if (lane() % 2 == 0) write<uint8_t>(bits, i / 8, (uint8_t)(selected | next << 4));
+    } else {  // as many lanes as there are elements have one each
+      const unsigned word = __ballot_sync(kFullWarp, selected != 0);
+      const unsigned there = __ballot_sync(kFullWarp, count != 0);
+      if (lane() % 8 == 0 && (there >> lane() & 1u) != 0) {
+        write<uint8_t>(bits, i / 8, (uint8_t)(word >> lane()));
+      }
+    }
   });
 }
 
-static __global__ void __launch_bounds__(kThreads) capture_kernel(CaptureArguments a) {
-  NoNotes notes;
-  capture_tiles(a.risk, read_bounds(a.selection), notes);
+static __global__ void __launch_bounds__(kThreads, kBlocks) capture_kernel(CaptureArguments a) {
+  NoNotes notes = {read_bounds(a.selection), nullptr};
+  capture(a.risk, notes);
 }
 
 // ---------------------------------------------------------------------------------------------- update
@@ -123,244 +69,293 @@ static __global__ void __launch_bounds__(kThreads) prepare_kernel(UpdateArgument
   if (i < a.table.count && !is_set(a.found_inf)) prepare(a, i);
 }
 
-// One segment of an update. What is read through its references where it is used, in L1, takes no
-// register across a loop.
+// What the elements of a segment need, in shared memory: registers are for the elements, and what is read
+// from global memory would have to be read again after every store.
 struct Updated {
-  const UpdateArguments& a;
-  const Segment& segment;
-  const Prepared& prepared;
+  const Dim* dims;  // of all segments
+  const Segment* segment;
+  Update update;
+  float scale, clip;
+  Judge<true> judge;
+  uint32_t random_key;
+  int base_kind;
+  int64_t offset;
+  bool stochastic;  // rounding of bfloat16 parameters
+  bool ruled_out;
+  const uint8_t* bits[2];  // of masks; or null
 
-  // Lowest bit: of the mask of element i.
-  ROSE_METHOD unsigned mask_bits(int k, int64_t i) const {
-    const bool has_bits = segment.mask_kinds[k] == MaskKind::kBits;
-    return has_bits ? (unsigned)read<uint8_t>(segment.masks[k], i / 8) >> (i % 8) : 0u;
-  }
-  ROSE_METHOD float gradient(float g) const { return mul(mul(g, prepared.scale), prepared.clip); }
-  // What captured masks say, from their lowest bits.
-  ROSE_METHOD int captured_kind(unsigned first, unsigned second) const {
-    return prepared.base_kind + ((first & 1u) != 0 ? a.first_weight : 0) +
-           ((second & 1u) != 0 ? a.second_weight : 0);
-  }
-  ROSE_METHOD bool rounds_randomly(int operand) const {
-    const bool narrow = segment.dtype[operand] == Dtype::kBFloat16;
-    return narrow && (operand == 3 || (operand == 0 && a.stochastic));
-  }
-  ROSE_METHOD uint16_t round(int operand, float x, int64_t i) const {
-    const Rounded what = operand == 0 ? Rounded::kParameter : Rounded::kSecondMoment;
-    const uint64_t index = (uint64_t)(segment.offset + i);
-    return float_to_bf16_stochastic(x, rounding_bits(prepared.random_key, index, what));
-  }
-  // kVector elements from i on of p, m or v.
-  ROSE_METHOD void store(int operand, int64_t i, const float (&x)[kVector]) const {
-    if (!rounds_randomly(operand)) {
-      write_vector(segment.data[operand], segment.dtype[operand], i, x);
-      return;
+  template <typename Notes>
+  ROSE_METHOD void fill(const UpdateArguments& a, int index, const Notes& notes) {
+    const Prepared& prepared = a.prepared[index];
+    dims = a.table.dims;
+    segment = &a.table.segments[index];
+    update = prepared.update;
+    scale = prepared.scale;
+    clip = prepared.clip;
+    judge = notes.template judge<true>(segment->alpha);
+    random_key = prepared.random_key;
+    base_kind = prepared.base_kind;
+    offset = segment->offset;
+    stochastic = a.stochastic;
+    ruled_out = prepared.ruled_out;
+    for (int k = 0; k < 2; ++k) {
+      bits[k] = segment->mask_kinds[k] == MaskKind::kBits ? segment->masks[k] : nullptr;
     }
-    uint16_t h[kVector];
-#pragma unroll
-    for (int j = 0; j < kVector; ++j) h[j] = round(operand, x[j], i + j);
-    write<uint2>(segment.data[operand], i / kVector, pack(h));
+  }
+
+  // Of the masks of the elements from i on, the first in the lowest bit.
+  ROSE_METHOD unsigned mask_bits(int k, int64_t i) const {
+    return bits[k] == nullptr ? 0u : (unsigned)read<uint8_t>(bits[k], i / 8) >> (i % 8);
+  }
+  ROSE_METHOD float gradient(float g) const { return mul(mul(g, scale), clip); }
+
+  // Of M for an element of an ensemble, from the lowest bits of its masks. Not 0: of any M.
+  ROSE_METHOD int kind(unsigned first, unsigned second) const {
+    return base_kind + (int)(first & 1u) + 2 * (int)(second & 1u);
+  }
+
+  ROSE_METHOD Rounded rounded(int operand) const {
+    return operand == 0 ? Rounded::kParameter : Rounded::kSecondMoment;
   }
   // Element i, which lies at `place`.
   ROSE_METHOD void store(int operand, int64_t i, int64_t place, float x) const {
-    if (rounds_randomly(operand)) {
-      write<uint16_t>(segment.data[operand], place, round(operand, x, i));
+    const bool is_narrow = segment->dtype[operand] == Dtype::kBFloat16;
+    if (is_narrow && (operand == 3 || (operand == 0 && stochastic))) {
+      const uint32_t random = rounding_bits(random_key, (uint64_t)(offset + i), rounded(operand));
+      write<uint16_t>(segment->data[operand], place, float_to_bf16_stochastic(x, random));
     } else {
-      write_element(segment.data[operand], segment.dtype[operand], place, x);
+      write_element(segment->data[operand], segment->dtype[operand], place, x);
     }
   }
   ROSE_METHOD float load(int operand, int64_t place) const {
-    return read_element(segment.data[operand], segment.dtype[operand], place);
+    return read_element(segment->data[operand], segment->dtype[operand], place);
   }
 };
 
-// A tile of a segment that is ruled out: the second moment goes on with the first one for a gradient.
-ROSE_DEVICE void decay_tile(const Updated& u, int64_t start, int count) {
-  const Segment& segment = u.segment;
-  const int vector = vector_part(segment, count);
-#pragma unroll 1
-  for (int i = threadIdx.x * kVector; i < vector; i += kThreads * kVector) {
-    const Raw raw_m = read_vector(segment.data[2], segment.dtype[2], start + i);
-    const Raw raw_v = read_vector(segment.data[3], segment.dtype[3], start + i);
-    float m[kVector], v[kVector];
-    widen(raw_m, segment.dtype[2], m);
-    widen(raw_v, segment.dtype[3], v);
+// 16 random bits for each of the elements from i on, as rounding_bits has them: two in a word.
+template <int kCount>
+struct RandomWords {
+  uint32_t words[kCount / 2];
+
+  ROSE_METHOD RandomWords(const Updated& u, int operand, int64_t i, bool are_wanted) : words{} {
+    if (!are_wanted) return;
+    const uint64_t index = (uint64_t)(u.offset + i);
+    const uint64_t even = index & ~(uint64_t)1;
+    const uint32_t high = (uint32_t)(even >> 32), key = mix(high ^ u.random_key);
+    const auto word = [&](int k) {
+      const uint64_t at = even + 2 * k;
+      const uint32_t low = rounding_word((uint32_t)at, u.rounded(operand));
+      const uint32_t its_high = (uint32_t)(at >> 32);
+      return mix(low ^ (its_high == high ? key : mix(its_high ^ u.random_key)));
+    };
 #pragma unroll
-    for (int j = 0; j < kVector; ++j) v[j] = second_moment(v[j], m[j], u.prepared.update);
-    u.store(3, start + i, v);
+    for (int k = 0; k < kCount / 2; ++k) words[k] = word(k);
+    if (even == index) return;
+    const uint32_t last = word(kCount / 2);  // neighbours have a word each
+#pragma unroll
+    for (int k = 0; k < kCount / 2; ++k) {
+      words[k] = words[k] >> 16 | (k + 1 < kCount / 2 ? words[k + 1] : last) << 16;
+    }
   }
-#pragma unroll 1
-  for (int i = vector + threadIdx.x; i < count; i += kThreads) {
-    int64_t places[kOperands];
-    locate(u.a.table, segment, start + i, places);
-    const float v = second_moment(u.load(3, places[3]), u.load(2, places[2]), u.prepared.update);
-    u.store(3, start + i, places[3], v);
+  ROSE_METHOD uint32_t of(int j) const { return words[j / 2] >> (j % 2 * 16); }
+};
+
+template <int kCount>
+ROSE_DEVICE void put_rounded(Raw<kCount>& raw, Dtype dtype, int j, float x, bool randomly,
+                             const RandomWords<kCount>& random) {
+  if (dtype == Dtype::kBFloat16 && randomly) {
+    put(raw, j, float_to_bf16_stochastic(x, random.of(j)));
+  } else {
+    put(raw, dtype, j, x);
   }
 }
 
-// The elements of this block's share, treated by `bounds` where they are ranked on the way; see NoNotes
-// for what else is done with those.
-template <bool kFractional, typename Notes>
-ROSE_DEVICE void update_tiles(const UpdateArguments& a, const Bounds& bounds, Notes& notes,
-                              Count* scratch) {
-  for_each_tile(a.table, [&](int index, int64_t, int64_t start, int count) {
-    const Updated u = {a, a.table.segments[index], a.prepared[index]};
-    const Segment& segment = u.segment;
-    if (!Notes::kAny && u.prepared.ruled_out) {
-      decay_tile(u, start, count);
-      return;
-    }
-    const auto key_of = [&](float g, float m) {
-      return second_order_key(g, m, segment.alpha, a.rank_inactive);
-    };
-    // Scales g; kind of the mask of element j, from the lowest bits of its masks.
-    const auto kind_of = [&](float& g, float m, unsigned first, unsigned second, unsigned& inside,
-                             int j) {
-      g = u.gradient(g);
-      int kind = u.captured_kind(first, second);
-      if (segment.selective) {
-        if (a.from_risk) {
-          const uint32_t key = key_of(g, m);
-          kind += if_selected(key, bounds, a.second_weight);
-          inside |= (unsigned)notes.look(key) << j;
-        }
-        if (abs_bits(g) >= kInfinityBits || abs_bits(m) >= kInfinityBits) {
-          kind = 0;
-          notes.counts.count(kNonfinite, true);
-        }
-      }
-      notes.counts.count(kUpdated, kind != 0);
-      return (unsigned)kind;
-    };
-
-    // With notes, first what decides, and then the rest: all at once would not fit the registers.
-    const int vector = vector_part(segment, count);
+// A run of a segment that is ruled out: the second moment goes on with the first one for a gradient.
+ROSE_DEVICE void decay(const Updated& u, const Run& run) {
+  const Segment& segment = *u.segment;
+  const int vectors = for_vectors(segment, run.count, [&](auto types, int middle) ROSE_ALWAYS_INLINE {
+    constexpr int kCount = decltype(types)::kCount;
+    const Dtype of_m = types.of(2, segment.dtype[2]), of_v = types.of(3, segment.dtype[3]);
+    const char* const m_data = data_from(segment, 2, of_m, run.begin);
+    char* const v_data = data_from(segment, 3, of_v, run.begin);
 #pragma unroll 1
-    for (int i = threadIdx.x * kVector, base = 0; (Notes::kAny ? base : i) < vector;
-         i += kThreads * kVector, base += kThreads * kVector) {
-      if (Notes::kAny) i = base + (int)this_thread() * kVector;
-      const int64_t at = start + i;
-      const bool is_there = i < vector;
-      Raw raw_p = {}, raw_v = {};
-      const auto read_rest = [&] {
-        raw_p = read_vector(segment.data[0], segment.dtype[0], at);
-        raw_v = read_vector(segment.data[3], segment.dtype[3], at);
-      };
-      float g[kVector], m[kVector];
-      unsigned kinds = 0, inside = 0;
-      if (is_there) {
-        if (!Notes::kAny) read_rest();
-        const Raw raw_g = read_vector(segment.data[1], segment.dtype[1], at);
-        const Raw raw_m = read_vector(segment.data[2], segment.dtype[2], at);
-        const unsigned first = u.mask_bits(0, at), second = Notes::kAny ? 0 : u.mask_bits(1, at);
-        widen(raw_g, segment.dtype[1], g);
-        widen(raw_m, segment.dtype[2], m);
+    for (int i = threadIdx.x * kCount; i < middle; i += kThreads * kCount) {
+      const auto m = read_vector<kCount>(m_data, of_m, i);
+      auto v = read_vector<kCount>(v_data, of_v, i);
+      const RandomWords<kCount> random(u, 3, run.begin + i, of_v == Dtype::kBFloat16);
 #pragma unroll
-        for (int j = 0; j < kVector; ++j) {
-          kinds |= kind_of(g[j], m[j], first >> j, second >> j, inside, j) << 2 * j;
-        }
+      for (int j = 0; j < kCount; ++j) {
+        const float next = second_moment(get(v, of_v, j), get(m, of_m, j), u.update);
+        put_rounded(v, of_v, j, next, of_v == Dtype::kBFloat16, random);
       }
-      const int entry = notes.template reserve<kVector>(inside);
-      if (!is_there) continue;
-      if (Notes::kAny) read_rest();
-      float p[kVector], v[kVector];
-      widen(raw_p, segment.dtype[0], p);
-      widen(raw_v, segment.dtype[3], v);
-      notes.template log<kVector>(inside, entry, segment.first_tile * kTile + at,
-                                  [&](int j) { return Entry{key_of(g[j], m[j]), p[j], m[j], v[j]}; });
-#pragma unroll
-      for (int j = 0; j < kVector; ++j) {
-        adamw_element<kFractional>(p[j], m[j], v[j], g[j], kinds >> 2 * j & 3, u.prepared.update);
-      }
-      u.store(0, at, p);
-      u.store(2, at, m);
-      u.store(3, at, v);
+      write_vector<kCount>(v_data, of_v, i, v);
     }
-#pragma unroll 1
-    for (int i = vector + threadIdx.x, base = vector; (Notes::kAny ? base : i) < count;
-         i += kThreads, base += kThreads) {
-      const int64_t at = start + i;
-      const bool is_there = i < count;
-      int64_t places[kOperands];
-      float g = 0.0f, m = 0.0f;
-      unsigned kind = 0, inside = 0;
-      if (is_there) {
-        locate(a.table, segment, at, places);
-        g = u.load(1, places[1]), m = u.load(2, places[2]);
-        kind = kind_of(g, m, u.mask_bits(0, at), Notes::kAny ? 0 : u.mask_bits(1, at), inside, 0);
-      }
-      const int entry = notes.template reserve<1>(inside);
-      if (!is_there) continue;
-      if (Notes::kAny) locate(a.table, segment, at, places);  // rather than in registers until now
-      float p = u.load(0, places[0]), v = u.load(3, places[3]);
-      notes.template log<1>(inside, entry, segment.first_tile * kTile + at,
-                            [&](int) { return Entry{key_of(g, m), p, m, v}; });
-      adamw_element<kFractional>(p, m, v, g, kind, u.prepared.update);
-      u.store(0, at, places[0], p);
-      u.store(2, at, places[2], m);
-      u.store(3, at, places[3], v);
-    }
-    notes.counts.end_tile();
   });
-  add_to(&a.counts[0], notes.counts[kUpdated], scratch);
-  add_to(&a.counts[1], notes.counts[kNonfinite], scratch);
+#pragma unroll 1
+  for (int64_t i = run.begin + vectors + threadIdx.x; i < run.begin + run.count; i += kThreads) {
+    int64_t places[kOperands];
+    locate(u.dims, segment, i, places);
+    u.store(3, i, places[3], second_moment(u.load(3, places[3]), u.load(2, places[2]), u.update));
+  }
+}
+
+// A run of a segment. `kRanked`: its second-order mask is found on the way.
+template <bool kFractional, bool kRanked, typename Notes>
+ROSE_DEVICE void update_run(const Updated& u, bool rank_inactive, const Run& run, Notes& notes,
+                            unsigned& updated) {
+  const Segment& segment = *u.segment;
+  const bool is_checked = !kRanked && segment.selective;  // for NaN and inf
+  const auto key_of = [&](float g, float m) {
+    const float scaled = u.gradient(g);
+    if (kRanked) return second_order_key(scaled, m, segment.alpha, rank_inactive);
+    const bool is_finite = abs_bits(scaled) < kInfinityBits && abs_bits(m) < kInfinityBits;
+    return is_finite ? 0u : kNonfiniteKey;
+  };
+  const auto place = [&](int i) { return segment.first_tile * kTile + run.begin + i; };
+
+  const int vectors = for_vectors(segment, run.count, [&](auto types, int middle) ROSE_ALWAYS_INLINE {
+    constexpr int kCount = decltype(types)::kCount;
+    const Dtype of_p = types.of(0, segment.dtype[0]), of_g = types.of(1, segment.dtype[1]);
+    const Dtype of_m = types.of(2, segment.dtype[2]), of_v = types.of(3, segment.dtype[3]);
+    char* const p_data = data_from(segment, 0, of_p, run.begin);
+    const char* const g_data = data_from(segment, 1, of_g, run.begin);
+    char* const m_data = data_from(segment, 2, of_m, run.begin);
+    char* const v_data = data_from(segment, 3, of_v, run.begin);
+#pragma unroll 1
+    for (int i = threadIdx.x * kCount; i < middle; i += kThreads * kCount) {
+      keep_in_memory();
+      const auto raw_g = read_vector<kCount>(g_data, of_g, i);
+      auto raw_m = read_vector<kCount>(m_data, of_m, i);
+      auto raw_p = read_vector<kCount>(p_data, of_p, i);
+      auto raw_v = read_vector<kCount>(v_data, of_v, i);
+      const auto gradient = [&](int j) { return u.gradient(get(raw_g, of_g, j)); };
+      // Masks of one order alone are the same whichever it is.
+      const unsigned first = kRanked && !kFractional ? 0 : u.mask_bits(0, run.begin + i);
+      unsigned second = kRanked ? 0 : u.mask_bits(1, run.begin + i), unsure = 0, nonfinite = 0;
+      if (kRanked) {
+        Verdict verdict;
+#pragma unroll
+        for (int j = 0; j < kCount; ++j) {
+          u.judge.judge(gradient(j), get(raw_m, of_m, j), 1u << j, verdict);
+        }
+        notes.count(verdict);
+        second = verdict.selected;
+        unsure = verdict.unsure;
+      } else if (is_checked) {
+#pragma unroll
+        for (int j = 0; j < kCount; ++j) {  // sums that overflow are looked at, too
+          const float sum = add(fabsf(gradient(j)), fabsf(get(raw_m, of_m, j)));
+          if (!(sum < bits_float(kInfinityBits))) unsure |= 1u << j;
+        }
+      }
+      if (kRanked || is_checked) {
+        unsigned selected = 0;
+        examine(
+            unsure, selected, nonfinite, notes,
+            [&](int j) {
+              return key_of(read_element(g_data, of_g, i + j), read_element(m_data, of_m, i + j));
+            },
+            [&](int j) { return place(i + j); },
+            [&](int j, float (&pmv)[3]) {
+              pmv[0] = read_element(p_data, of_p, i + j);
+              pmv[1] = read_element(m_data, of_m, i + j);
+              pmv[2] = read_element(v_data, of_v, i + j);
+            });
+        if (kRanked) second |= selected;
+      }
+      constexpr unsigned kAll = (1u << kCount) - 1;
+      const bool base = !(kRanked && !kFractional) && u.base_kind != 0;
+      const unsigned on = (base ? kAll : (first | second) & kAll) & ~nonfinite;
+      updated += (unsigned)__popc(on);
+      const bool rounds_p = of_p == Dtype::kBFloat16 && u.stochastic;
+      const RandomWords<kCount> random_p(u, 0, run.begin + i, rounds_p);
+      const RandomWords<kCount> random_v(u, 3, run.begin + i, of_v == Dtype::kBFloat16);
+#pragma unroll
+      for (int j = 0; j < kCount; ++j) {
+        float p = get(raw_p, of_p, j), m = get(raw_m, of_m, j), v = get(raw_v, of_v, j);
+        const int kind = (on >> j & 1u) == 0 ? 0 : kFractional ? u.kind(first >> j, second >> j) : 3;
+        adamw_element<kFractional>(p, m, v, gradient(j), kind, u.update);
+        put_rounded(raw_p, of_p, j, p, rounds_p, random_p);
+        put(raw_m, of_m, j, m);
+        put_rounded(raw_v, of_v, j, v, of_v == Dtype::kBFloat16, random_v);
+      }
+      write_vector<kCount>(p_data, of_p, i, raw_p);
+      write_vector<kCount>(m_data, of_m, i, raw_m);
+      write_vector<kCount>(v_data, of_v, i, raw_v);
+    }
+  });
+#pragma unroll 1
+  for (int base = vectors + warp() * kWarp; base < run.count; base += kThreads) {
+    const int64_t i = run.begin + base + lane();
+    const bool is_there = base + lane() < run.count;
+    int64_t places[kOperands] = {};
+    if (is_there) locate(u.dims, segment, i, places);
+    unsigned selected = 0, nonfinite = 0;
+    if (kRanked || is_checked) {
+      examine(
+          is_there, selected, nonfinite, notes,
+          [&](int) { return key_of(u.load(1, places[1]), u.load(2, places[2])); },
+          [&](int) { return place(base + lane()); },
+          [&](int, float (&pmv)[3]) {
+            pmv[0] = u.load(0, places[0]);
+            pmv[1] = u.load(2, places[2]);
+            pmv[2] = u.load(3, places[3]);
+          });
+    }
+    if (!is_there) continue;
+    int kind = u.kind(u.mask_bits(0, i), kRanked ? selected : u.mask_bits(1, i));
+    if (nonfinite != 0) kind = 0;
+    updated += kind != 0;
+    float p = u.load(0, places[0]), m = u.load(2, places[2]), v = u.load(3, places[3]);
+    const float g = u.gradient(u.load(1, places[1]));
+    adamw_element<kFractional>(p, m, v, g, kFractional || kind == 0 ? kind : 3, u.update);
+    u.store(0, i, places[0], p);
+    u.store(2, i, places[2], m);
+    u.store(3, i, places[3], v);
+  }
+}
+
+// The elements of this block's share. `notes` take those that are ranked on the way.
+template <bool kFractional, bool kRanked, typename Notes>
+ROSE_DEVICE void update_share(const UpdateArguments& a, Notes& notes, uint32_t* counts) {
+  __shared__ Updated u;
+  unsigned updated = 0;
+  for_each_run(a.table, [&](const Run& run) {
+    if (threadIdx.x == 0) u.fill(a, run.segment, notes);
+    __syncthreads();
+    if (!kRanked && u.ruled_out) {
+      decay(u, run);
+    } else if (kRanked && u.segment->selective) {
+      update_run<kFractional, true>(u, a.rank_inactive, run, notes, updated);
+    } else {
+      NoNotes nothing = {{-1, -1}, &counts[kNonfinite]};
+      update_run<kFractional, false>(u, a.rank_inactive, run, nothing, updated);
+    }
+  });
+  add_to_block(&counts[kUpdated], updated);
+}
+
+// Adds a block's counts to those of an update. After a barrier.
+ROSE_DEVICE void flush_counts(const UpdateArguments& a, const uint32_t* counts) {
+  if (threadIdx.x == 0 && counts[kUpdated] != 0) atomicAdd(&a.counts[0], (Count)counts[kUpdated]);
+  if (threadIdx.x == 0 && counts[kNonfinite] != 0) atomicAdd(&a.counts[1], (Count)counts[kNonfinite]);
+}
+
+// By thresholds that are known, or by masks. For a whole block.
+template <bool kFractional, bool kRanked>
+ROSE_DEVICE void update(const UpdateArguments& a) {
+  __shared__ uint32_t counts[kCounts];
+  clear<kCounts>(counts);
+  __syncthreads();
+  NoNotes notes = {kRanked ? read_bounds(a.selection) : Bounds{-1, -1}, &counts[kNonfinite]};
+  update_share<kFractional, kRanked>(a, notes, counts);
+  __syncthreads();
+  flush_counts(a, counts);
 }
 
 template <bool kFractional>
-static __global__ void __launch_bounds__(kThreads, 4) update_kernel(UpdateArguments a) {
-  __shared__ Count scratch[kThreads / kWarp];
-  if (is_set(a.found_inf)) return;
-  NoNotes notes;
-  update_tiles<kFractional>(a, a.from_risk ? read_bounds(a.selection) : Bounds{-1, -1}, notes, scratch);
-}
-
-// ----------------------------------------------------------------------------------------------- sums
-
-// Sums of squares of the tiles. A thread has the same elements whatever the layout, and sums have a
-// fixed order, so the sum of a tensor does not depend on where it lies.
-static __global__ void __launch_bounds__(kThreads) squares_kernel(SquaresArguments a) {
-  __shared__ double scratch[kThreads / kWarp];
-  const float inv_scale = scalar_or_one(a.inv_scale);
-  for_each_tile(a.table, [&](int index, int64_t tile, int64_t start, int count) {
-    const Segment& segment = a.table.segments[index];
-    const Dtype dtype = segment.dtype[0];
-    const int vector = vector_part(segment, count);
-    double sum = 0.0;
-    const auto add_square = [&](float x) {
-      x = mul(x, inv_scale);
-      sum += (double)x * (double)x;  // the product is exact
-    };
-    for (int i = threadIdx.x * kVector; i < count; i += kThreads * kVector) {
-      if (i < vector) {
-        float x[kVector];
-        widen(read_vector(segment.data[0], dtype, start + i), dtype, x);
-#pragma unroll
-        for (int j = 0; j < kVector; ++j) add_square(x[j]);
-      } else {
-#pragma unroll 1
-        for (int j = i; j < i + kVector && j < count; ++j) {
-          int64_t place[1];
-          locate(a.table, segment, start + j, place);
-          add_square(read_element(segment.data[0], dtype, place[0]));
-        }
-      }
-    }
-    sum = block_sum(sum, scratch);
-    if (threadIdx.x == 0) a.partial[tile] = sum;
-  });
-}
-
-// The sum of each segment from its tiles. One block for a segment.
-static __global__ void __launch_bounds__(kThreads) sums_kernel(SquaresArguments a) {
-  __shared__ double scratch[kThreads / kWarp];
-  for (int index = (int)blockIdx.x; index < a.table.count; index += (int)gridDim.x) {
-    const Segment& segment = a.table.segments[index];
-    const int64_t tiles = (segment.n + kTile - 1) / kTile;
-    double sum = 0.0;
-    for (int64_t t = threadIdx.x; t < tiles; t += kThreads) sum += a.partial[segment.first_tile + t];
-    sum = block_sum(sum, scratch);
-    if (threadIdx.x == 0) a.sums[index] = sum;
-  }
+static __global__ void __launch_bounds__(kThreads, kBlocks) update_kernel(UpdateArguments a) {
+  if (!is_set(a.found_inf)) update<kFractional, false>(a);
 }
 
 }  // namespace cuda

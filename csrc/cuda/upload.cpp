@@ -40,6 +40,37 @@ Tensor Context::empty(int64_t numel, ScalarType dtype) const {
   return torch::stable::empty({numel}, dtype, std::nullopt, device_);
 }
 
+namespace {
+
+// Of linear operands: parameter and gradient, then moments; or gradient and moment; or one.
+Access access_of(const std::vector<Operand>& operands) {
+  const size_t values = (operands.size() + 1) / 2;
+  const auto are = [&](size_t from, size_t upto, Dtype dtype) {
+    bool all = true;
+    for (size_t k = from; k < upto; ++k) all = all && operands[k].dtype == dtype;
+    return all;
+  };
+  const auto are_aligned = [&](int64_t elements) {
+    bool all = true;
+    for (const Operand& operand : operands) {
+      const auto address = reinterpret_cast<uintptr_t>(operand.data);
+      all = all && address % (elements * operand.element_size()) == 0;
+    }
+    return all;
+  };
+  const bool wide = are(0, values, Dtype::kFloat32), narrow = are(0, values, Dtype::kBFloat16);
+  const bool wide_moments = are(values, operands.size(), Dtype::kFloat32);
+  const bool narrow_moments = are(values, operands.size(), Dtype::kBFloat16);
+  if (narrow && narrow_moments && are_aligned(8)) return Access::kNarrow;
+  if (!are_aligned(4)) return Access::kSingle;
+  if (wide && wide_moments) return Access::kFloats;
+  if (wide && narrow_moments) return Access::kNarrowMoments;
+  if (narrow && wide_moments) return operands.size() > 1 ? Access::kWideMoments : Access::kMixed;
+  return Access::kMixed;
+}
+
+}  // namespace
+
 HostTable::HostTable(const Segments& layout, const Groups* table, bool all_ranked)
     : tiles(layout.tiles()) {
   for (int64_t row = 0; table != nullptr && row < table->count(); ++row) {
@@ -61,17 +92,13 @@ HostTable::HostTable(const Segments& layout, const Groups* table, bool all_ranke
     }
     to.first_line = lines;
     if (to.selective) lines += (to.n + kLine - 1) / kLine;
-    to.vector = true;
     bool linear = true;
     for (size_t k = 0; k < from.operands.size(); ++k) {
-      const Operand& operand = from.operands[k];
-      to.data[k] = operand.data;
-      to.dtype[k] = operand.dtype;
-      const auto address = reinterpret_cast<uintptr_t>(operand.data);
-      linear = linear && operand.linear;
-      to.vector = to.vector && address % (kVector * operand.element_size()) == 0;
+      to.data[k] = from.operands[k].data;
+      to.dtype[k] = from.operands[k].dtype;
+      linear = linear && from.operands[k].linear;
     }
-    to.vector = to.vector && linear;
+    to.access = linear ? access_of(from.operands) : Access::kSingle;
     if (linear) continue;
     to.first_dim = static_cast<int64_t>(dims.size());
     to.dims = static_cast<int32_t>(from.sizes.size());

@@ -117,6 +117,7 @@ inline unsigned __ballot_sync(unsigned mask, bool predicate) {
     votes |= (mask >> i & 1u) * static_cast<unsigned>(values[i]) << i;
   return votes;
 }
+inline void __syncwarp() { simt::exchange(0xFFFFFFFFu, 0); }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int __ffs(int x) { return __builtin_ffs(x); }
 

@@ -95,7 +95,12 @@ ROSE_INLINE uint32_t first_order_key(float g, bool rank_inactive) {
 // Eq. 4: r = |alpha |g| / |m| - 1|; with rank_inactive, where m == 0: inf, or 1 if g == 0 too.
 ROSE_INLINE uint32_t second_order_key(float g, float m, float alpha, bool rank_inactive) {
   const uint32_t ag = abs_bits(g), am = abs_bits(m);
-  const float ratio = div(mul(alpha, bits_float(ag)), bits_float(am));
+#if defined(__CUDA_ARCH__)
+  const uint32_t divisor = am == 0 ? 0x3F800000u : am;  // division by zero takes a device ten times as long
+#else
+  const uint32_t divisor = am;
+#endif
+  const float ratio = div(mul(alpha, bits_float(ag)), bits_float(divisor));
   const uint32_t ranked = abs_bits(sub(ratio, 1.0f));
   const uint32_t literal = ag == 0 ? 0x3F800000u : kInfinityBits;
   const uint32_t inactive = rank_inactive ? literal : kInactiveKey;
@@ -196,10 +201,11 @@ ROSE_INLINE void parameter_step(X& p, X m, X v, Condition on, X step_size, X dec
 template <bool kFractional>
 ROSE_INLINE void adamw_element(float& p, float& m, float& v, float g, int kind, const Update& u) {
   float step_size = u.step_size[3], decay = u.decay[3];
-  if (kFractional && (uint32_t)(kind - 1) < 2u) {
-    g = add(mul(u.m[kind], g), mul(u.m[3 - kind], m));
-    step_size = u.step_size[kind];
-    decay = u.decay[kind];
+  if (kFractional && (uint32_t)(kind - 1) < 2u) {  // no indices: constants may be in registers
+    const bool is_first = kind == 1;
+    g = add(mul(is_first ? u.m[1] : u.m[2], g), mul(is_first ? u.m[2] : u.m[1], m));
+    step_size = is_first ? u.step_size[1] : u.step_size[2];
+    decay = is_first ? u.decay[1] : u.decay[2];
   }
   moments_step(m, v, g, kind != 0, u);
   parameter_step(p, m, v, kind != 0, step_size, decay, u);

@@ -1,0 +1,312 @@
+// A sample of the risks: where the thresholds are, and how sure that is.
+#pragma once
+
+#include "keys.cuh"
+
+namespace rose {
+namespace cuda {
+
+// Bin of a histogram that holds the `rank`-th smallest, from 1, and how many are in the bins before it;
+// returns the sum of all bins. For a whole block.
+struct Bin {
+  uint32_t index;
+  Count below, inside;
+};
+
+template <int kCount, typename T>
+ROSE_DEVICE Count find_bin(const T* histogram, Count rank, Bin& bin) {
+  constexpr int kOwn = kCount / kThreads;
+  __shared__ Count of_warps[kThreads / kWarp];
+  __shared__ Bin found;
+  if (threadIdx.x == 0) found = {0, 0, 0};  // should the rank be that of no key
+  Count own = 0;
+#pragma unroll 4
+  for (int i = 0; i < kOwn; ++i) own += __ldcg(histogram + threadIdx.x * kOwn + i);
+  Count upto = own;  // inclusive sum over the threads of the warp, then of the block
+  for (int d = 1; d < kWarp; d *= 2) {
+    const Count before = __shfl_up_sync(kFullWarp, upto, d);
+    if (lane() >= d) upto += before;
+  }
+  __syncthreads();  // of the last use
+  if (lane() == kWarp - 1) of_warps[warp()] = upto;
+  __syncthreads();
+  Count total = 0;
+  for (int w = 0; w < kThreads / kWarp; ++w) {
+    if (w == warp()) upto += total;
+    total += of_warps[w];
+  }
+  Count below = upto - own;
+  if (below < rank && rank <= upto) {
+#pragma unroll 1
+    for (uint32_t i = threadIdx.x * kOwn;; ++i) {
+      const Count inside = __ldcg(histogram + i);
+      if (rank <= below + inside) {
+        found = {i, below, inside};
+        break;
+      }
+      below += inside;
+    }
+  }
+  __syncthreads();
+  bin = found;
+  return total;
+}
+
+// Adds a block's counts to those of all blocks, once.
+template <int kCount, typename From, typename To>
+ROSE_DEVICE void flush(const From* block, To* all) {
+  for (int i = threadIdx.x; i < kCount; i += kThreads) {
+    if (block[i] != 0) atomicAdd(all + i, (To)block[i]);
+  }
+}
+
+template <int kCount, typename T>
+ROSE_DEVICE void clear(T* block) {
+  for (int i = threadIdx.x; i < kCount; i += kThreads) block[i] = 0;
+}
+
+// Where a sample is looked at closely, from a pilot that every block reads: around its quantile, whose
+// variance is measured there, and at a key that many elements have, if there is one.
+struct View {
+  Window window;
+  uint32_t middle;  // the quantile
+  uint32_t pivot;   // that key, or kNoKey
+};
+
+constexpr int kPilot = 2 * kThreads;  // keys
+
+// Key of an element of the line that is drawn from a stratum; kNoKey if it is not ranked or not there.
+ROSE_DEVICE uint32_t sampled_key(const SelectArguments& a, Factors factors, int64_t stratum,
+                                 int element) {
+  const Table& table = a.risk.table;
+  const uint64_t random = random_bits(a.draw, (uint32_t)(stratum >> 32), (uint32_t)stratum);
+  const int64_t line = stratum * a.stratum + (int64_t)(random * (uint64_t)a.stratum >> 32);
+  if (stratum >= a.lines || line >= table.lines) return kNoKey;
+  const Segment& segment = table.segments[find_segment<&Segment::first_line>(table, line)];
+  const int64_t i = (line - segment.first_line) * kLine + element;
+  if (i >= segment.n) return kNoKey;
+  const uint32_t key = key_at(a.risk, factors, segment, i);
+  return key < kInactiveKey ? key : kNoKey;
+}
+
+// Sorts 2 * kThreads keys in shared memory. Bitonic: every thread has a pair in every step.
+ROSE_DEVICE void sort(uint32_t* keys) {
+#pragma unroll 1
+  for (int size = 2; size <= kPilot; size *= 2) {
+#pragma unroll 1
+    for (int distance = size / 2; distance > 0; distance /= 2) {
+      __syncthreads();
+      const int i = 2 * (int)threadIdx.x - ((int)threadIdx.x & (distance - 1));
+      const uint32_t first = keys[i], second = keys[i + distance];
+      if ((first > second) == ((i & size) == 0)) {
+        keys[i] = second;
+        keys[i + distance] = first;
+      }
+    }
+  }
+  __syncthreads();
+}
+
+// From quantiles at 5 standard errors (if elements of a line are as alike as 2 in 3) on each side.
+// `keys`: sorted, of which `size` are ranked.
+ROSE_DEVICE View view_of(const uint32_t* keys, int size, int64_t fraction) {
+  const double q = (double)fraction * 1e-9, position = q * size;
+  const double margin = 5.0 * sqrt(2.0 * size * q * (1.0 - q)) + 2.0 * kLine;
+  const double from = position - margin, upto = position + margin;
+  View view = {{0, kInfinityBits, 0, true}, kInfinityBits, kNoKey};
+  if (size == 0) return view;
+  const int middle = position < size ? (int)position : size - 1;
+  if (from > 0.0) view.window.low = keys[(int)from];
+  view.window.width = (upto < size ? keys[(int)upto] : kInfinityBits) - view.window.low;
+  while (view.window.width >> view.window.shift >= kBins) ++view.window.shift;
+  view.middle = keys[middle];
+  // A run of equal keys, looked for from the quantile outwards.
+  constexpr int kRun = 8, kFarthest = 48;
+#pragma unroll 1
+  for (int distance = 0; distance <= kFarthest; distance += kRun) {
+#pragma unroll 1
+    for (int sign = -1; sign <= 1; sign += 2) {
+      const int at = middle + sign * distance;
+      if (at < 0 || at + kRun > size || keys[at] != keys[at + kRun - 1]) continue;
+      view.pivot = keys[at];
+      return view;
+    }
+  }
+  return view;
+}
+
+ROSE_DEVICE View no_view() { return {{kNoKey, 0, 0, false}, kNoKey, kNoKey}; }
+
+ROSE_DEVICE void read_pilot(const SelectArguments& a, Factors factors, View* views) {
+  __shared__ uint32_t keys[kPilot];
+  __shared__ int size;
+  if (threadIdx.x == 0) size = 0;
+  const int64_t apart = a.lines * kLine > kPilot ? a.lines / (kPilot / kLine) : 1;
+#pragma unroll 1
+  for (int i = threadIdx.x; i < kPilot; i += kThreads) {
+    keys[i] = sampled_key(a, factors, i / kLine * apart, i % kLine);
+  }
+  sort(keys);
+  for (int i = threadIdx.x; i < kPilot; i += kThreads) {
+    if (keys[i] != kNoKey && (i + 1 == kPilot || keys[i + 1] == kNoKey)) size = i + 1;
+  }
+  __syncthreads();
+  if (threadIdx.x < 2) {
+    const int64_t fraction = threadIdx.x == 0 ? a.upper : a.lower;
+    const bool wanted = fraction > 0 && !a.approx;
+    views[threadIdx.x] = wanted ? view_of(keys, size, fraction) : no_view();
+  }
+  __syncthreads();
+}
+
+// What the sample says of a threshold.
+struct Plan {
+  Window window;
+  uint32_t estimate;  // of the threshold, the last key of a bin; kNoKey if there is none
+  double logged;      // keys to log, in a sample; infinite if the window does not hold the bracket
+};
+
+// A window is a few standard errors wide, and missing it costs time. A bracket must not be missed: see
+// bracket_adamw_ in rose_ops/reference.py. For a whole block.
+ROSE_DEVICE Plan plan_of(const SelectArguments& a, const View& view, int t, bool is_bracket) {
+  const uint32_t* bins = a.sample->bins[t];
+  const SampleSums& sums = a.sample->sums;
+  const Window& window = view.window;
+  if (window.low == kNoKey) return {window, kNoKey, 0.0};
+  const double q = (double)(t == 0 ? a.upper : a.lower) * 1e-9;
+  const double ranked = (double)__ldcg(&sums.ranked);
+  const double u = (double)(int64_t)__ldcg(&sums.dc_dc[t]) -
+                   2.0 * q * (double)(int64_t)__ldcg(&sums.dc_dr[t]) +
+                   q * q * (double)__ldcg(&sums.dr_dr);
+  const double deviation = sqrt(u > 0.0 ? u : 0.0);
+  constexpr double kLog = 25.0;  // l in the derivation
+  const double margin =
+      is_bracket ? a.width * (sqrt(2.0 * kLog) * deviation + 8.0 / 3.0 * kLine * kLog)
+                 : 3.0 * deviation + kLine;
+  if (is_bracket && view.pivot != kNoKey) {  // is that surely the threshold?
+    const double below = (double)__ldcg(&sums.below_pivot[t]) - q * ranked;
+    const double upto = below + (double)__ldcg(&sums.at_pivot[t]);
+    if (below < -1.0 - margin && upto > margin) {
+      return {{view.pivot, 0, 0, false}, view.pivot, 0.0};
+    }
+  }
+  // Ranks in the window, of its first bin to log, of the estimate, and of the last bin to log.
+  const double rank = q * ranked - (double)__ldcg(&sums.below_window[t]);
+  const double ranks[3] = {ceil(rank - margin - 1.0), ceil(rank), floor(rank + margin) + 1.0};
+  const uint32_t last_bin = window.width >> window.shift;
+  Bin found[3];
+  double total = 0.0;
+#pragma unroll
+  for (int e = 0; e < 3; ++e) {
+    const double wanted = ranks[e] < 1.0 ? 1.0 : ranks[e] < 1e9 ? ranks[e] : 1e9;
+    total = (double)find_bin<kBins>(bins, (Count)wanted, found[e]);
+    if (wanted > total) found[e] = {last_bin, (Count)total, 0};
+  }
+  const bool is_lowest = ranks[0]<1.0, is_highest = ranks[2]> total;
+  if (is_lowest) found[0] = {0, 0, 0};
+  const bool is_open =
+      (is_lowest && window.low > 0) || (is_highest && window.low + window.width < kInfinityBits);
+  const auto end_of = [&](const Bin& bin) {
+    const uint32_t width = ((bin.index + 1) << window.shift) - 1;
+    return window.low + (width < window.width ? width : window.width);
+  };
+  Plan plan = {{window.low + (found[0].index << window.shift), 0, 0, true},
+               end_of(found[1]),
+               is_open ? HUGE_VAL : (double)(found[2].below + found[2].inside - found[0].below)};
+  plan.window.width = end_of(found[2]) - plan.window.low;
+#pragma unroll 1
+  while (plan.window.width >> plan.window.shift >= kBins) ++plan.window.shift;
+  return plan;
+}
+
+// The windows of both thresholds, and the mode. For a whole block.
+ROSE_DEVICE void make_plans(const SelectArguments& a, const View* views) {
+  SelectState& state = *a.state;
+  bool speculates = a.speculative && a.lines > 0;
+#pragma unroll 1
+  for (int attempt = speculates ? 0 : 1; attempt < 2; ++attempt) {
+    const bool is_bracket = attempt == 0;
+    double logged = 0.0;
+#pragma unroll 1
+    for (int t = 0; t < 2; ++t) {
+      const Plan plan = plan_of(a, views[t], t, is_bracket);
+      logged += plan.logged;
+      if (threadIdx.x != 0) continue;
+      state.windows[t] = plan.window;
+      (t == 0 ? state.estimate.high : state.estimate.low) = (int32_t)plan.estimate;
+    }
+    // With room for the sample to be wrong.
+    const double room = (double)(a.log.capacity - a.log.spare);
+    speculates = is_bracket && 1.25 * logged * (double)a.stratum <= room;
+    if (speculates) break;
+  }
+  if (threadIdx.x == 0) state.mode = speculates ? Mode::kSpeculative : Mode::kExact;
+}
+
+ROSE_DEVICE void clear_state(SelectState& state) {
+  for (int i = (int)(blockIdx.x * kThreads + threadIdx.x); i < (int)(sizeof(state) / sizeof(uint32_t));
+       i += (int)(gridDim.x * kThreads)) {
+    ((uint32_t*)&state)[i] = 0;
+  }
+}
+
+// For a whole grid. Two lines for each warp at a time, which are neighbours in the sample.
+ROSE_DEVICE void take_sample(const SelectArguments& a) {
+  constexpr int kSums = sizeof(SampleSums) / sizeof(Count);
+  __shared__ uint32_t bins[2][kBins];
+  __shared__ SampleSums of_block;
+  __shared__ View views[2];
+  const Factors factors = factors_of(a.risk);
+  clear<2 * kBins>(bins[0]);
+  clear<kSums>((Count*)&of_block);
+  read_pilot(a, factors, views);
+  const int64_t warps = (int64_t)gridDim.x * (kThreads / kWarp);
+  const auto add = [&](Count& sum, int x) {
+    if (lane() == 0 && x != 0) atomicAdd(&sum, (Count)(int64_t)x);
+  };
+#pragma unroll 1
+  for (int64_t pair = (int64_t)blockIdx.x * (kThreads / kWarp) + warp(); 2 * pair < a.lines;
+       pair += warps) {
+    const uint32_t key = sampled_key(a, factors, 2 * pair + lane() / kLine, lane() % kLine);
+    const auto difference = [](unsigned votes) {
+      return __popc(votes & 0xFFFFu) - __popc(votes >> kLine);
+    };
+    const unsigned ranked = __ballot_sync(kFullWarp, key != kNoKey);
+    const int dr = difference(ranked);
+    add(of_block.ranked, __popc(ranked));
+    add(of_block.dr_dr, dr * dr);
+#pragma unroll
+    for (int t = 0; t < 2; ++t) {
+      const View& view = views[t];
+      if (view.window.low == kNoKey) continue;
+      const uint32_t above = key - view.window.low;
+      const int dc = difference(__ballot_sync(kFullWarp, key <= view.middle));
+      add(of_block.dc_dc[t], dc * dc);
+      add(of_block.dc_dr[t], dc * dr);
+      add(of_block.below_window[t], __popc(__ballot_sync(kFullWarp, key < view.window.low)));
+      add(of_block.below_pivot[t], __popc(__ballot_sync(kFullWarp, key < view.pivot)));
+      add(of_block.at_pivot[t], __popc(__ballot_sync(kFullWarp, key == view.pivot)));
+      if (key != kNoKey && key >= view.window.low && above <= view.window.width) {
+        atomicAdd(&bins[t][above >> view.window.shift], 1u);
+      }
+    }
+  }
+  __syncthreads();
+  Sample& sample = *a.sample;
+  flush<2 * kBins>(bins[0], sample.bins[0]);
+  flush<kSums>((const Count*)&of_block, (Count*)&sample.sums);
+  if (!is_last_block(&sample.ticket)) return;
+  make_plans(a, views);
+  __syncthreads();
+  clear<2 * kBins>(sample.bins[0]);
+  clear<kSums>((Count*)&sample.sums);
+  if (threadIdx.x == 0) sample.ticket = 0;
+}
+
+static __global__ void __launch_bounds__(kThreads, 4) sample_kernel(SelectArguments a) {
+  clear_state(*a.state);
+  take_sample(a);
+}
+
+}  // namespace cuda
+}  // namespace rose
