@@ -73,12 +73,14 @@ def table(run: Run, facts: Mapping[str, str], work: Path, rehearse: bool) -> dic
     triton = ["tests/test_ops.py", "tests/test_parity.py", "tests/test_bracket.py", "-m", "gpu"]
     triton += ["-k", "triton"]
     benchmarks = ["--device", "cuda", "--preset", "gpu", *bench]
+    profile = ["--device", "cuda", "--output", str(run.results)]
     if rehearse:
         contract[-1] = "not gpu"
         parity = ["tests/test_ops.py", "-m", "not gpu and not slow", "-k", "simt"]
         large = ["tests/test_gpu_large.py", "-m", "not gpu"]
         triton = ["tests/test_ops.py", "-m", "slow", "-k", "triton"]
         benchmarks = ["--device", "cpu", "--preset", "gpu", "--sizes", "256Ki", *bench]
+        profile[1] = "cpu"
     stages = [
         Stage("build", 90, [[python, "tests/gpu_machine.py", "build", arch, str(work), how]]),
         Stage("doctor", 40, [[python, "-m", "rose_ops", "doctor"]],
@@ -90,8 +92,8 @@ def table(run: Run, facts: Mapping[str, str], work: Path, rehearse: bool) -> dic
         Stage("large", 90, [pytest(run, "large", *large)], env, ["tests/test_gpu_large.py"],
               junit=run.logs / "large.xml"),
         Stage("bench", 125, [[python, "-m", "benchmarks", *benchmarks]]),
-        Stage("profile", 60, [[python, "benchmarks/profile_gpu.py"]],
-              needs=["benchmarks/profile_gpu.py"], tool="ncu"),
+        Stage("profile", 65, [[python, "-m", "benchmarks.profile_gpu", *profile]],
+              needs=["benchmarks/profile_gpu.py"]),
         Stage("sanitizer", 120,
               [["compute-sanitizer", "--tool", tool, "--error-exitcode", "99", python,
                 "tests/gpu_sanitize.py"] for tool in tools],
@@ -117,15 +119,13 @@ def environment() -> dict[str, str]:
     }
 
 
-def stubs(folder: Path) -> None:
-    """Tools that only a machine with a GPU has, for a rehearsal: they run the command that they get."""
+def stub(folder: Path) -> None:
+    """A tool that only a machine with a GPU has, for a rehearsal: it runs the command that it gets."""
     folder.mkdir(parents=True, exist_ok=True)
-    for name in ("compute-sanitizer", "ncu"):
-        script = folder / name
-        python = shlex.quote(sys.executable)
-        skip = f'while [ "$1" != {python} ]; do shift; done'
-        script.write_text(f'#!/bin/sh\n{skip}\necho "SUMMARY: 0 errors"\nexec "$@"\n')
-        script.chmod(0o755)
+    script = folder / "compute-sanitizer"
+    skip = f'while [ "$1" != {shlex.quote(sys.executable)} ]; do shift; done'
+    script.write_text(f'#!/bin/sh\n{skip}\necho "SUMMARY: 0 errors"\nexec "$@"\n')
+    script.chmod(0o755)
     os.environ["PATH"] = f"{folder}{os.pathsep}{os.environ.get('PATH', '')}"
 
 
@@ -187,7 +187,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     work = ROOT / "build" / "gpu"
     if args.rehearse:
         work = output = (args.output or ROOT / "build" / "gpu-rehearsal").resolve()
-        stubs(work / "bin")
+        stub(work / "bin")
     else:  # which may be a folder that takes a few files only
         output = (args.output or Path(os.environ.get("OUT") or work)).resolve()
     facts = describe(args.rehearse)
