@@ -43,6 +43,12 @@ def pytest_report_header() -> list[str]:
     ]
 
 
+@pytest.fixture
+def generator(request: pytest.FixtureRequest) -> torch.Generator:
+    """Random numbers of this test: fresh, unless ROSE_TEST_SEED says which."""
+    return torch.Generator().manual_seed(SEED + zlib.crc32(request.node.name.encode()))
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """ROSE_TEST_SHARE=0.1 runs a tenth of the tests, the same ones in every process."""
     share = float(os.environ.get("ROSE_TEST_SHARE", "1"))
@@ -61,12 +67,6 @@ def pytest_runtest_logfinish() -> None:
             torch.cuda.synchronize()
         except RuntimeError:
             os._exit(1)
-
-
-@pytest.fixture
-def generator(request: pytest.FixtureRequest) -> torch.Generator:
-    """Random numbers of this test: fresh, unless ROSE_TEST_SEED says which."""
-    return torch.Generator().manual_seed(SEED + zlib.crc32(request.node.name.encode()))
 
 
 def _namespace(name: str):
