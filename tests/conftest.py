@@ -49,6 +49,19 @@ def generator(request: pytest.FixtureRequest) -> torch.Generator:
     return torch.Generator().manual_seed(SEED + zlib.crc32(request.node.name.encode()))
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """ROSE_TEST_AT_ONCE=1 says at once why a test failed: the end may never come."""
+
+    class AtOnce:
+        @staticmethod
+        def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+            if report.failed:
+                config.get_terminal_writer().line(f"\n{report.longreprtext}\n")
+
+    if "ROSE_TEST_AT_ONCE" in os.environ and "PYTEST_XDIST_WORKER" not in os.environ:
+        config.pluginmanager.register(AtOnce())
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """ROSE_TEST_SHARE=0.1 runs a tenth of the tests, the same ones in every process."""
     share = float(os.environ.get("ROSE_TEST_SHARE", "1"))

@@ -63,7 +63,9 @@ def table(run: Run, facts: Mapping[str, str], work: Path, rehearse: bool) -> dic
     contract, parity = (
         [f"tests/{name}" for name in sorted(part)] for part in (of_optimizer, names - of_optimizer)
     )
-    env = {"ROSE_TEST_SEED": facts["seed"]}  # or every worker had one of its own
+    # One seed, or every worker had its own.
+    env = {"ROSE_TEST_SEED": facts["seed"], "ROSE_TEST_AT_ONCE": "1"}
+    of_contract = env | {"OMP_NUM_THREADS": "4"}
     shared = env | {"OMP_NUM_THREADS": "2"}
     thin = shared | {"ROSE_TEST_SHARE": "0.1", "ROSE_TEST_THOROUGH": "0.1"}
     bench = ["--name", facts["slug"], "--output", str(run.results)]
@@ -76,17 +78,27 @@ def table(run: Run, facts: Mapping[str, str], work: Path, rehearse: bool) -> dic
     benchmarks = ["--device", "cuda", "--preset", "gpu", *bench]
     profile = ["--device", "cuda", "--output", str(run.results)]
     if rehearse:
-        contract[-1] = "not gpu"
+        contract[-1], of_contract["ROSE_TEST_SHARE"] = "not gpu", "0.2"
         parity = ["tests/test_ops.py", "-m", "not gpu and not slow", "-k", "simt"]
         large = ["tests/test_gpu_large.py", "-m", "not gpu"]
         triton = ["tests/test_ops.py", "-m", "slow", "-k", "triton"]
-        benchmarks = ["--device", "cpu", "--preset", "gpu", "--sizes", "256Ki", *bench]
+        benchmarks = [
+            "--device",
+            "cpu",
+            "--preset",
+            "gpu",
+            "--sizes",
+            "256Ki",
+            "--repeats",
+            "2",
+            *bench,
+        ]
         profile[1] = "cpu"
     stages = [
         Stage("build", 90, [[python, "tests/gpu_machine.py", "build", arch, str(work), how]]),
         Stage("doctor", 40, [[python, "-m", "rose_ops", "doctor"]],
               says=f"^{'cpu' if rehearse else 'cuda'} +equals the reference"),
-        Stage("contract", 60, [pytest(run, "contract", *contract)], env,
+        Stage("contract", 60, [pytest(run, "contract", *contract, workers=4)], of_contract,
               junit=run.logs / "contract.xml"),
         Stage("parity", 100, [pytest(run, "parity", *parity, workers=8)], shared,
               junit=run.logs / "parity.xml"),

@@ -15,6 +15,7 @@ import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import conftest
 import gpu
@@ -326,6 +327,24 @@ def test_a_share_of_the_tests(monkeypatch):
     assert 50 < len(chosen[0]) < 200
     assert len(left_out) == 2 * (1000 - len(chosen[0]))
     assert chosen[2] == every
+
+
+def test_failures_are_explained_at_once(monkeypatch):
+    lines: list[str] = []
+    plugins: list[Any] = []
+    config = SimpleNamespace(
+        pluginmanager=SimpleNamespace(register=plugins.append),
+        get_terminal_writer=lambda: SimpleNamespace(line=lines.append),
+    )
+    monkeypatch.delenv("ROSE_TEST_AT_ONCE", raising=False)
+    conftest.pytest_configure(config)
+    assert not plugins
+    monkeypatch.setenv("ROSE_TEST_AT_ONCE", "1")
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)
+    conftest.pytest_configure(config)
+    for failed, why in ((False, "fine"), (True, "assert 1 == 2")):
+        plugins[0].pytest_runtest_logreport(SimpleNamespace(failed=failed, longreprtext=why))
+    assert [line.strip() for line in lines] == ["assert 1 == 2"]
 
 
 def test_a_worker_ends_when_its_device_is_lost(monkeypatch):
