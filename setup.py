@@ -9,10 +9,12 @@ Environment:
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Mapping
 from glob import glob
 from pathlib import Path
@@ -83,6 +85,16 @@ def _number(name: str) -> str:
     return name.replace(".", "")
 
 
+def fingerprint() -> str:
+    """SHA-1 of sources and flags. A library's build ID is this and, in ASCII, what it has CUDA kernels
+    for, so that it says itself whether it is up to date. Dates of files do not, once copied."""
+    digest = hashlib.sha1(repr((compile_args, nvcc_args)).encode())
+    folder = Path(__file__).resolve().parent
+    for path in sorted(path for path in (folder / "csrc").rglob("*") if path.is_file()):
+        digest.update(f"{path.relative_to(folder).as_posix()}\0".encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
 class Toolkit(NamedTuple):
     """What CUDA kernels are built with."""
 
@@ -151,6 +163,7 @@ class BuildWithCuda(BuildExtension):
 
     def build_extension(self, extension) -> None:
         toolkit, why_not = find_toolkit(os.environ)
+        codes = ""
         if toolkit is None:
             print(f"rose_ops: without CUDA kernels: {why_not}", flush=True)
         else:
@@ -159,6 +172,9 @@ class BuildWithCuda(BuildExtension):
             made_by = f"{toolkit.nvcc} {toolkit.release}"
             print(f"rose_ops: with CUDA kernels for {codes} by {made_by}", flush=True)
             self._add_kernels(extension, toolkit, archs)
+        if sys.platform == "linux":
+            build_id = fingerprint() + f"{codes};".encode().hex()
+            extension.extra_link_args.append(f"-Wl,--build-id=0x{build_id}")
         self.force = True  # what was chosen may have changed, where no source has
         super().build_extension(extension)
 

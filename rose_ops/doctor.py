@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import rose_ops
-from rose_ops import backends, reference
+from rose_ops import _ops, backends, reference
 from rose_ops.finetune import UserError
 
 
@@ -21,7 +21,7 @@ def doctor(_args: argparse.Namespace | None = None) -> None:
     Raises:
         UserError: a backend is wrong.
     """
-    rows = {"rose_ops": rose_ops.__version__, "Python": platform.python_version()}
+    rows = {"rose_ops": f"{rose_ops.__version__}, {_ops._LIBRARY}", "Python": platform.python_version()}
     installed = {d.name: d.version for d in importlib.metadata.distributions()}
     rows |= {"torch": torch.__version__, "triton": installed.get("triton", "not installed")}
     rows["CUDA of torch"] = torch.version.cuda or torch.version.hip or "none"

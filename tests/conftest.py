@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import operator
 import os
 import secrets
 import sys
@@ -45,6 +47,39 @@ def pytest_report_header() -> list[str]:
 def generator(request: pytest.FixtureRequest) -> torch.Generator:
     """Random numbers of this test: fresh, unless ROSE_TEST_SEED says which."""
     return torch.Generator().manual_seed(SEED + zlib.crc32(request.node.name.encode()))
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """ROSE_TEST_AT_ONCE=1 says at once why a test failed: the end may never come."""
+
+    class AtOnce:
+        @staticmethod
+        def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+            if report.failed:
+                config.get_terminal_writer().line(f"\n{report.longreprtext}\n")
+
+    if "ROSE_TEST_AT_ONCE" in os.environ and "PYTEST_XDIST_WORKER" not in os.environ:
+        config.pluginmanager.register(AtOnce())
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """ROSE_TEST_SHARE=0.1 runs a tenth of the tests, the same ones in every process."""
+    share = float(os.environ.get("ROSE_TEST_SHARE", "1"))
+    if share < 1:
+        chosen = [zlib.crc32(item.nodeid.encode()) < share * 2**32 for item in items]
+        config.hook.pytest_deselected(items=[*itertools.compress(items, map(operator.not_, chosen))])
+        items[:] = itertools.compress(items, chosen)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_logfinish() -> None:
+    """A kernel that fails leaves a process whose device is lost. One of several ends then, and tests go
+    on in a new one, rather than fail for what another did."""
+    if "PYTEST_XDIST_WORKER" in os.environ and torch.cuda.is_initialized():
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError:
+            os._exit(1)
 
 
 def _namespace(name: str):
