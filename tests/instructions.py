@@ -1,9 +1,10 @@
 """Instructions that a loop over tensors issues, counted in machine code.
 
-An iteration is the cheapest way around the loop that makes its accesses of 16 bytes to global memory:
-the path of ordinary numbers in full vectors, with every instruction on it, predicated off or not, since
-that takes an issue slot all the same. Out of line are what a division does with denormals (a subroutine,
-counted in full where a path calls it), what is done with elements that are logged, and so on.
+Of the ways around a loop that make its accesses of 16 bytes to global memory: the shortest one, and the
+longest that leaves out what few elements need (a subroutine, which divides denormals; atomics; writes
+that are not 16 bytes wide, of a log). Instructions that are predicated off count: they take an issue
+slot all the same. What the shortest way leaves out can be usual, too, such as everything about risks
+where a tensor may be plain AdamW: the divisions on the way tell, and a gate may ask for them.
 
     python tests/instructions.py kernels.cubin     (or what nvdisasm -c or cuobjdump -sass made of it)
 """
@@ -19,13 +20,25 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
+from typing import NamedTuple
 
 WIDE = 16  # bytes of an access that counts as one to a tensor
 _INSTRUCTION = re.compile(r"\s*/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+\s+)?([A-Z]\S*)\s*([^;]*);")
 _LABEL = re.compile(r"(\.L\w*|\$\S+):\s*$")
 _TARGET = re.compile(r"`\(([^)]+)\)|\b0x([0-9a-f]+)\s*$")
 _ACCESS = re.compile(r"(LDG|LD|LDGSTS|STG|ST)\.E\b\S*?\.(64|128|256)\b")
-Moved = tuple[int, int]  # bytes: loaded, stored
+_RARE = re.compile(r"CALL|ATOM|RED\b|(STG|ST)\.E(?!\S*\.(U8|S8|128|256)\b)")
+
+
+class Way(NamedTuple):
+    """What an iteration does that tells it from others: bytes loaded and stored, divisions."""
+
+    loaded: int = 0
+    stored: int = 0
+    divisions: int = 0
+
+    def then(self, other: Way) -> Way:
+        return Way(*(a + b for a, b in zip(self, other, strict=True)))
 
 
 @dataclass
@@ -33,7 +46,8 @@ class Block:
     """Instructions that are executed one after the other; ``cost`` counts them."""
 
     cost: int = 0
-    moved: Moved = (0, 0)
+    way: Way = field(default_factory=Way)
+    rare: bool = False
     successors: set[int] = field(default_factory=set)
 
 
@@ -41,36 +55,39 @@ class Block:
 class Loop:
     """
     Attributes:
-        header: number of the block that an iteration begins with.
-        ways: instructions of the cheapest iteration, by the bytes that it moves.
-        everything: instructions of all its blocks.
+        least: instructions of the shortest iteration of every kind.
+        most: of the longest without anything rare.
+        everything: of all blocks.
         moves: whether a wide load is in it and in no loop within.
     """
 
-    header: int
     address: str
-    ways: dict[Moved, int]
+    least: dict[Way, int]
+    most: dict[Way, int]
     everything: int
     moves: bool
 
-    @property
-    def full(self) -> tuple[Moved, int]:
-        """Of the iterations that load most, the one that stores most: its bytes and instructions."""
-        moved = max(self.ways)
-        return moved, self.ways[moved]
+    def full(self) -> list[tuple[Way, int, int | None]]:
+        """Of those that load most, and of these store most, the ones with the fewest and with the most
+        divisions, where nothing is rare: least and most instructions."""
+        _, loaded, stored = max((w.stored > 0, w.loaded, w.stored) for w in self.least)
+        ways = [w for w in sorted(self.least) if w[:2] == (loaded, stored)]
+        usual = [w for w in ways if w in self.most] or ways
+        return [(w, self.least[w], self.most.get(w)) for w in dict.fromkeys((usual[0], usual[-1]))]
 
-    def per_element(self, read: int, written: int) -> float | None:
-        """Instructions per element, of as many elements as possible.
-
-        Args:
-            read, written: bytes of an element. None if no iteration moves a multiple of both.
-        """
-        elements = {
-            loaded // read: cost
-            for (loaded, stored), cost in self.ways.items()
-            if loaded and loaded % read == 0 and stored == loaded // read * written
-        }
-        return elements[max(elements)] / max(elements) if elements else None
+    def per_element(self, gate: Gate) -> float | None:
+        """Instructions per element, of as many elements as possible; None if no way is as the gate
+        says."""
+        counts: dict[int, list[int]] = {}
+        for way, cost in (self.most if gate.longest else self.least).items():
+            elements, rest = divmod(way.loaded, gate.read)
+            alike = gate.divisions in (None, way.divisions / elements if elements else 0)
+            if elements and not rest and way.stored == elements * gate.written and alike:
+                counts.setdefault(elements, []).append(cost)
+        if not counts:
+            return None
+        elements = max(counts)
+        return (max if gate.longest else min)(counts[elements]) / elements
 
 
 def kernels(sass: str, wide: int = WIDE) -> dict[str, list[Loop]]:
@@ -114,18 +131,22 @@ def _blocks(code: str, wide: int) -> tuple[list[Block], list[str]]:
     for k, start in enumerate(starts):
         end = starts[k + 1] if k + 1 < len(starts) else len(lines)
         block = Block(end - start)
+        divisions = 0
         loaded = stored = 0
         for _, _, name, _ in lines[start:end]:
-            if (access := _ACCESS.match(name)) and (size := int(access[2]) // 8) >= wide:
-                loaded, stored = (
-                    loaded + size * ("L" in access[1]),
-                    stored + size * ("S" == access[1][0]),
-                )
-        block.moved = loaded, stored
+            access = _ACCESS.match(name)
+            size = int(access[2]) // 8 if access else 0
+            if access and size >= wide:
+                loaded += size * access[1].startswith("LD")
+                stored += size * access[1].startswith("ST")
+            else:
+                block.rare = block.rare or bool(_RARE.match(name))
+            divisions += name == "FCHK"
+        block.way = Way(loaded, stored, divisions)
         _, predicate, name, operands = lines[end - 1]
         always = not predicate and name.split(".")[0] in {"BRA", "BRX", "JMP", "EXIT", "RET"}
-        # The condition of a branch can be an operand, too. Lanes of a warp stay together (BRA.DIV is for
-        # those that do not).
+        # The condition of a branch can be an operand, too. Lanes of a warp stay together (BRA.DIV is
+        # for those that do not).
         if name.startswith(("BRA", "JMP")):
             always = always and operands.startswith(("`", "0x"))
             if ".DIV" not in name and (to := target(operands)) is not None:
@@ -160,31 +181,37 @@ def _loops(code: str, wide: int) -> Iterator[Loop]:
     search(set(range(len(blocks))))
     for header, part in found:
         within = set().union(*(p for _, p in found if p < part))
-        moves = any(blocks[k].moved[0] for k in part - within)
-        ways = _ways(blocks, part, header, back) if moves else {}
-        everything = sum(blocks[k].cost for k in part)
-        yield Loop(header, f"0x{addresses[header]}", ways, everything, moves and bool(ways))
+        moves = any(blocks[k].way.loaded for k in part - within)
+        usual = {k for k in part if not blocks[k].rare}
+        yield Loop(
+            f"0x{addresses[header]}",
+            _ways(blocks, part, header, back, min) if moves else {},
+            _ways(blocks, usual, header, back, max) if moves else {},
+            sum(blocks[k].cost for k in part),
+            moves,
+        )
 
 
 def _ways(
-    blocks: Sequence[Block], part: set[int], header: int, back: set[tuple[int, int]]
-) -> dict[Moved, int]:
-    """Fewest instructions once around, by the bytes moved. Loops within are passed once, or not at all."""
+    blocks: Sequence[Block],
+    part: set[int],
+    header: int,
+    back: set[tuple[int, int]],
+    better: Callable[[int, int], int],
+) -> dict[Way, int]:
+    """Instructions once around, by the kind of way. Loops within are passed once, or not at all."""
     edges = {k: {s for s in blocks[k].successors & part if (k, s) not in back} for k in part}
     order = [min(c) for c in components(part, edges.__getitem__)][::-1]
-    at: dict[int, dict[Moved, int]] = {header: {(0, 0): 0}}
-    ways: dict[Moved, int] = {}
+    at: dict[int, dict[Way, int]] = {header: {Way(): 0}}
+    ways: dict[Way, int] = {}
     for k in order:
         block = blocks[k]
-        here = {
-            (moved[0] + block.moved[0], moved[1] + block.moved[1]): cost + block.cost
-            for moved, cost in at.pop(k, {}).items()
-        }
+        here = {w.then(block.way): cost + block.cost for w, cost in at.pop(k, {}).items()}
         into = [at.setdefault(s, {}) for s in edges[k]]
         into += [ways] * ((k, header) in back)
         for there in into:
-            for moved, cost in here.items():
-                there[moved] = min(cost, there.get(moved, cost))
+            for way, cost in here.items():
+                there[way] = better(cost, there.get(way, cost))
     return ways
 
 
@@ -239,17 +266,21 @@ class Gate:
         kernel: of its (mangled) name, a regular expression.
         read, written: bytes of an element in its loop.
         limit: instructions per element.
+        divisions: on the way, per element; None: any number.
+        longest: of the ways without anything rare the longest, not the shortest of all.
     """
 
     kernel: str
     read: int
     written: int
     limit: float
+    divisions: float | None = None
+    longest: bool = False
 
 
 def problems(sass: str, gates: Iterable[Gate], wide: int = WIDE) -> list[str]:
     """Kernels above their limit, and gates that nothing passes through. Of the loops of a kernel that
-    move what the gate says, the dearest counts."""
+    do what the gate says, the dearest counts."""
     found = kernels(sass, wide)
     wrong = []
     for gate in gates:
@@ -257,7 +288,7 @@ def problems(sass: str, gates: Iterable[Gate], wide: int = WIDE) -> list[str]:
         if not names:
             wrong.append(f"{gate.kernel}: no such kernel")
         for name in names:
-            counts = [x for loop in found[name] if (x := loop.per_element(gate.read, gate.written))]
+            counts = [x for loop in found[name] if (x := loop.per_element(gate)) is not None]
             if not counts:
                 wrong.append(f"{name}: no loop moves {gate.read} + {gate.written} bytes an element")
             elif max(counts) > gate.limit:
@@ -287,40 +318,43 @@ def read(path: Path) -> str:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("files", nargs="+", type=Path)
-    parser.add_argument(
-        "--wide", type=int, default=WIDE, help="bytes of an access to a tensor, at least"
-    )
+    parser.add_argument("--wide", type=int, default=WIDE, help="bytes of an access to a tensor")
     parser.add_argument("--only", default="", help="kernels, by a regular expression")
-    parser.add_argument("--ways", action="store_true", help="every kind of iteration, by what it moves")
+    parser.add_argument("--all", action="store_true", help="every kind of iteration")
     args = parser.parse_args(argv)
-    print(
-        f"{'loop at':>8} {'read':>5} {'written':>8} {'issued':>7} {'all':>6}   per 4 bytes of an operand"
-    )
+    print("bytes loaded and stored, divisions: instructions of the shortest and the longest iteration")
+    print("and of all blocks; of the first two per element of 4 bytes [of 2 bytes]")
     for path in args.files:
         for name, loops in kernels(read(path), args.wide).items():
-            if not loops or not re.search(args.only, name):
-                continue
-            print(name)
-            for loop in loops:
-                ways = sorted(loop.ways.items(), reverse=True) if args.ways else [loop.full]
-                for (loaded, stored), cost in ways:
-                    operands = operands_of(name, loaded, stored)
-                    each = " or ".join(
-                        f"{cost / (loaded / n / 4):.1f} ({n} read; {cost / (loaded / n / 2):.1f} if 2 bytes)"
-                        for n in operands
-                    )
-                    print(
-                        f"{loop.address:>8} {loaded:>5} {stored:>8} {cost:>7} {loop.everything:>6}   {each}"
-                    )
+            if loops and re.search(args.only, name):
+                print(name)
+            for loop in loops * bool(re.search(args.only, name)):
+                ways = loop.full()
+                if args.all:
+                    ways = [(w, loop.least[w], loop.most.get(w)) for w in sorted(loop.least)]
+                for way, least, most in ways:
+                    print(f"  {loop.address:>7}: {_line(name, way, least, most)} {loop.everything:>6}")
 
 
-def operands_of(kernel: str, loaded: int, stored: int) -> list[int]:
-    """How many operands of equal size a loop reads: by what it stores, or what there can be."""
-    if stored and loaded * 3 == stored * 4:
-        return [4]
-    if stored and loaded == stored * 2:
-        return [2]
-    return [1] if "squares" in kernel else [4] if stored else [2]
+def _line(kernel: str, way: Way, least: int, most: int | None) -> str:
+    operands = operands_of(kernel, way)
+    each = [
+        f"{count * operands * 4 / way.loaded:.1f} [{count * operands * 2 / way.loaded:.1f}]"
+        if count and way.loaded
+        else "-"
+        for count in (least, most)
+    ]
+    return (
+        f"{way.loaded:>4} {way.stored:>4} {way.divisions:>3}: {least:>5} {most or '-':>5}  "
+        f"{operands} operands: {each[0]:>13} to {each[1]:>13}"
+    )
+
+
+def operands_of(kernel: str, way: Way) -> int:
+    """How many tensors (of one dtype) a loop reads: by what it stores, or what there can be."""
+    if way.stored:
+        return 2 if way.loaded == way.stored * 2 else 4
+    return 1 if "squares" in kernel else 2
 
 
 if __name__ == "__main__":
