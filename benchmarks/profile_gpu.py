@@ -102,7 +102,7 @@ def _rehearse(elements: int) -> int:
     return 0
 
 
-def _child(device: Cuda, elements: int, how: str) -> dict[str, Any]:
+def _child(device: Device, elements: int, how: str) -> dict[str, Any]:
     """One step of every case between calls of the profiler. Returns what failed, the copy bandwidth in
     bytes per second, and with PyTorch's profiler the kernels."""
     told: dict[str, Any] = {"failed": {}, "kernels": [], "copy": _copy(device, elements)}
@@ -140,7 +140,7 @@ def _step(contender: Contender | None, how: str) -> list[dict[str, Any]]:
     return []
 
 
-def _copy(device: Cuda, elements: int) -> float:
+def _copy(device: Device, elements: int) -> float:
     """Read and written, of the best of some."""
     a, b = (torch.ones(elements, device=device.place) for _ in range(2))
     best = float("inf")
@@ -171,7 +171,9 @@ def _by_torch(contender: Contender) -> list[dict[str, Any]]:
 
 def _measure(elements: int, folder: Path, with_ncu: bool) -> int:
     end = time.monotonic() + SECONDS
-    launches, told, says = None, {}, "asked not to use ncu"
+    launches: list[dict[str, Any]] | None = None
+    told: dict[str, Any] = {}
+    says = "asked not to use it"
     if with_ncu:
         launches, told, says = _by_ncu(elements, end)
     if launches is None:

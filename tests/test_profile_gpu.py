@@ -119,6 +119,22 @@ def test_a_whole_run(tmp_path, monkeypatch, gpu, capsys):
     assert "FAILED: exact: no luck" in said.err
 
 
+@pytest.mark.parametrize("how", ["ncu", "torch"])
+def test_the_measured_process(monkeypatch, how):
+    calls: list[str] = []
+    for name in ("synchronize", "_sleep", "profiler.start", "profiler.stop"):
+        monkeypatch.setattr(f"torch.cuda.{name}", lambda *_, name=name: calls.append(name))
+    monkeypatch.setattr(profile_gpu, "CASES", (
+        profile_gpu.CASES[1], profile_gpu.Case("wrong", "nobody"), profile_gpu.CASES[-1],
+    ))  # fmt: skip
+    told = profile_gpu._child(Cpu(), 1 << 14, how)
+    assert list(told["failed"]) == ["wrong"]
+    assert told["copy"] > 0
+    # A mark for the one that failed, too: cases are known by their number.
+    marks = [name for name in calls if name != "synchronize"]
+    assert marks == (["profiler.start", "_sleep", "profiler.stop"] * 3 if how == "ncu" else [])
+
+
 @pytest.mark.parametrize("why", ["not there", "not allowed"])
 def test_without_ncu_there_are_times(tmp_path, monkeypatch, gpu, capsys, why):
     log = "==ERROR== ERR_NVGPUCTRPERM - The user does not have permission"
