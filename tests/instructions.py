@@ -105,6 +105,9 @@ def _blocks(code: str, wide: int) -> tuple[list[Block], list[str]]:
     labels: dict[str, int] = {}
     subroutines: list[int] = []
     for line in code.splitlines():
+        # Of older architectures, a call that does not come back.
+        if "CALL" in line and ("`(.L" in line or re.search(r"@!?U?P\w+ +CALL", line)):
+            line = re.sub(r"CALL\S*", "BRA", line)
         if found := _LABEL.match(line):
             labels[found[1]] = len(lines)
             if found[1].startswith("$"):
