@@ -281,13 +281,17 @@ class Gate:
     longest: bool = False
 
 
+def matches(gate: Gate, kernel: str) -> bool:
+    return re.search(gate.kernel, kernel) is not None
+
+
 def problems(sass: str, gates: Iterable[Gate], wide: int = WIDE) -> list[str]:
     """Kernels above their limit, and gates that nothing passes through. Of the loops of a kernel that
     do what the gate says, the dearest counts."""
     found = kernels(sass, wide)
     wrong = []
     for gate in gates:
-        names = [name for name in found if re.search(gate.kernel, name)]
+        names = [name for name in found if matches(gate, name)]
         if not names:
             wrong.append(f"{gate.kernel}: no such kernel")
         for name in names:

@@ -652,7 +652,7 @@ def test_the_preset_rehearsed(tmp_path, monkeypatch, fake, capturable, capsys):
         assert (frame.loc[names.index, "of_copy"].notna() | names.isin([*EAGERS])).all()
     assert (frame["host_ms"] > 0).all()
     out = capsys.readouterr().out
-    assert "reading a quarter of L2" in out
+    assert "reading half of L2" in out
     assert "host's time of a step" in out
     assert "roberta-base-cut-bf16 to roberta-base-cut, gaussian: bfloat16 parameters" in out
 
