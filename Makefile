@@ -31,7 +31,8 @@ verify-gpu: $(VENV)/ready  ## the CUDA kernels without a GPU: sanitizers, mutant
 	$(MAKE) -j2 --output-sync=target $(VERIFY)
 
 verify-binaries: $(VENV)/ready
-	$(BIN)/python -m pytest -p no:cacheprovider -m slow tests/test_gpu_binaries.py tests/test_triton.py $(ARGS)
+	$(BIN)/python -m pytest -p no:cacheprovider -m slow tests/test_gpu_binaries.py tests/test_instructions.py \
+		tests/test_roofline.py tests/test_triton.py $(ARGS)
 
 verify-mutants: $(VENV)/ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p no:cacheprovider -m slow tests/test_simt.py $(ARGS)

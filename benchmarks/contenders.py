@@ -354,18 +354,18 @@ class Eager(Contender):
 class Bandwidth(Contender):
     """What the memory gives: ``a = b`` or ``a = b + s*c``, bytes counted as STREAM does."""
 
-    _LARGEST = 1 << 26
+    _LARGEST = 1 << 28  # bytes
 
     def __init__(self, problem: Problem, triad: bool) -> None:
         super().__init__(problem)
-        self.elements = min(self.elements, self._LARGEST)
-        a, b, c = (
-            problem.once(f"bandwidth {name}", lambda: torch.ones(self.elements, device=problem.place))
-            for name in "abc"
-        )
+        self.elements = min(self.elements, self._LARGEST // problem.work.dtype.itemsize)
+        a, b, c = (problem.once(f"bandwidth {name}", self._ones) for name in "abc")
         self._call: Call = (
             (lambda: torch.add(b, c, alpha=3.0, out=a)) if triad else (lambda: a.copy_(b))
         )
+
+    def _ones(self) -> Tensor:
+        return torch.ones(self.elements, dtype=self.problem.work.dtype, device=self.problem.place)
 
     def restore(self) -> None:
         pass

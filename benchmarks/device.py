@@ -186,6 +186,25 @@ class Cuda(Device):
         if head_start:
             torch.cuda._sleep(int(head_start * self._cycles_per_second))
 
+    def cooling(self) -> str:
+        """Whether :meth:`cool` does what it says: reading half of L2, warm and afterwards."""
+        tensor = torch.ones(max(1, self.properties.L2_cache_size // 8), device=self.place)
+        times: dict[bool, list[float]] = {True: [], False: []}
+        for cold in [False, True] * 10:
+            tensor.sum()
+            if cold:
+                self.cool(1e-4)
+            else:
+                torch.cuda.synchronize()
+                torch.cuda._sleep(int(1e-4 * self._cycles_per_second))
+            clock = self.clock()
+            with clock:
+                tensor.sum()
+            times[cold].append(clock.seconds * 1e6)
+        warm, cold_ = (sorted(times[cold])[5] for cold in (False, True))
+        says = "cold" if cold_ > 1.2 * warm else "NOT COLD, or not larger than what a launch takes"
+        return f"caches: {says} (reading half of L2: {warm:.1f} us warm, {cold_:.1f} us after)"
+
     def free_bytes(self) -> int:
         kept = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()  # by torch's allocator
         return torch.cuda.mem_get_info()[0] + kept

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
 
-from benchmarks.specs import BASELINE, BASELINE_SELECT, CLIPPED, EAGER, Spec
+from benchmarks.specs import BASELINE, BASELINE_SELECT, Spec
 
 CASE = ["device", "work", "data", "threads"]
 BANDWIDTH = ("copy", "triad")
-_MIB = 2**20
+BUSY = 0.1  # cores that other processes keep busy; above it, times mean little
 
 
 def row(
@@ -98,106 +97,7 @@ def table(case: pd.DataFrame) -> str:
     )
 
 
-# ---------------------------------------------------------------------------------------- targets
-
-
-THREADS = 2
-BUSY = 0.1  # cores that other processes keep busy; above it, times mean little
-_ROSE = "rose bracket"
-
-
-@dataclass(frozen=True)
-class Target:
-    """Bounds on what :attr:`measure` makes of the rows of one case, by contender.
-
-    Attributes:
-        reach: the bound. aim: a tighter one.
-        only: the one work that it speaks of; empty: every one of full size.
-    """
-
-    says: str
-    measure: Callable[[pd.DataFrame], float]
-    reach: float
-    aim: float | None = None
-    only: str = ""
-
-    def verdict(self, case: pd.DataFrame) -> str | None:
-        """None if nothing was measured."""
-        try:
-            value = self.measure(case)
-        except KeyError:
-            value = float("nan")
-        if pd.isna(value):
-            return None
-        work, threads = case["work"].iloc[0], case["threads"].iloc[0]
-        full = case["full_size"].all() if not self.only else work == self.only
-        if not full or threads != THREADS:
-            return f"{value:.3g}; not judged, meant for full sizes and {THREADS} threads"
-        bounds = f"at most {self.reach:.3g}"
-        if self.aim is not None:
-            bounds += f"; aim {self.aim:.3g} {'met' if value <= self.aim else 'missed'}"
-        busy = "" if (case["others_busy_cores"] <= BUSY).all() else "; on a busy machine"
-        return f"{'PASS' if value <= self.reach else 'FAIL'}: {value:.3g} ({bounds}{busy})"
-
-
-def _time(name: str, over: str) -> Callable[[pd.DataFrame], float]:
-    return lambda case: case.at[name, "ms_p50"] / case.at[over, "ms_p50"]
-
-
-def _extra_memory(case: pd.DataFrame) -> float:
-    """MiB beyond one bit per element, of the worst."""
-    names = [
-        n for n in ("rose exact", _ROSE, "rose ensemble", "rose ensemble, bracket") if n in case.index
-    ]
-    rows = case.loc[names]
-    return ((rows["peak_bytes"] - rows["elements"] / 8) / _MIB).max()
-
-
-TARGETS = (
-    Target(f"second order over {BASELINE}", _time(_ROSE, BASELINE), 1.20, 1.00),
-    Target(
-        f"second order with clipping over {CLIPPED}", _time(f"{_ROSE}, clip", CLIPPED), 1.00, 0.85
-    ),
-    Target(f"ensemble over {BASELINE}", _time("rose ensemble, bracket", BASELINE), 1.50, 1.30),
-    Target(f"tensors, 40% kept, over {BASELINE}", _time("rose tensors, 40%", BASELINE), 0.80, 0.66),
-    Target(
-        f"bfloat16 moments over {BASELINE}", _time(f"{_ROSE}, bf16 moments", BASELINE), 0.90, 0.75
-    ),
-    Target(f"exact over {BASELINE}", _time("rose exact", BASELINE), 1.9, 1.6),
-    Target(f"second order over {EAGER}", _time(_ROSE, EAGER), 1 / 40, 1 / 55),
-    Target(
-        f"select over {BASELINE_SELECT}", _time("rose select", BASELINE_SELECT), 1 / 15, 1 / 25,
-        only="flat-64Mi",
-    ),
-    Target("MiB of temporaries beyond one bit per element", _extra_memory, 16),
-)  # fmt: skip
-_SCALING = Target(
-    f"second order over {BASELINE}: at 512Mi over at 16Mi", lambda case: case["value"].max(), 1.15, 1.05
-)
-
-
-def judge(frame: pd.DataFrame) -> list[str]:
-    """PASS or FAIL for every target and case that it speaks of; there are none for GPUs yet."""
-    return list(_judge(frame[frame["device"] == "cpu"]))
-
-
-def _judge(frame: pd.DataFrame) -> Iterator[str]:
-    for _, case in frame.groupby(CASE, sort=False):
-        rows = case.set_index("contender")
-        for target in TARGETS:
-            if (verdict := target.verdict(rows)) is not None:
-                yield f"{_title(case)}: {target.says}: {verdict}"
-    ends = frame[(frame["contender"] == _ROSE) & frame["work"].isin(["flat-16Mi", "flat-512Mi"])]
-    for (data, threads), rows in ends.groupby(["data", "threads"], sort=False):
-        ratios = rows.set_index("work")["ratio"]
-        if {"flat-16Mi", "flat-512Mi"} <= set(ratios.index):
-            value = ratios["flat-512Mi"] / ratios["flat-16Mi"]
-            rows = rows.assign(value=value, full_size=True)
-            if (verdict := _SCALING.verdict(rows)) is not None:
-                yield f"{data}, {threads} threads: {_SCALING.says}: {verdict}"
-
-
-def _title(case: pd.DataFrame) -> str:
+def title(case: pd.DataFrame) -> str:
     first = case.iloc[0]
     return f"{first['work']}, {first['data']}, {first['threads']} threads"
 
@@ -233,7 +133,7 @@ def plot(frame: pd.DataFrame, path: Path) -> None:
         sharex=True, sharey=True, squeeze=False, layout="constrained",
     )  # fmt: skip
     for axis, (_, case) in zip(axes.flat, cases, strict=False):
-        axis.set_title(_title(case), fontsize=9)
+        axis.set_title(title(case), fontsize=9)
         rows = case.set_index("contender").reindex(names)
         time = rows["ns_per_element"]
         low, high = (time * rows[f"ms_{p}"] / rows["ms_p50"] for p in ("p20", "p80"))

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import argparse
 import gc
+import math
 import re
+import statistics
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +17,7 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
-from benchmarks import machine, memory, parity, report
+from benchmarks import machine, memory, parity, preset, report, targets
 from benchmarks.contenders import Contender, Unavailable
 from benchmarks.device import Cpu, Cuda, Device
 from benchmarks.record import NoRecording
@@ -45,13 +48,15 @@ def main(argv: Sequence[str] | None = None, device: Device | None = None) -> int
     """
     args = _parser().parse_args(argv)
     if args.check:
-        print(*report.judge(pd.read_csv(args.check)), sep="\n")
+        print(*targets.judge(pd.read_csv(args.check)), sep="\n")
         return 0
     if device is None:
         if args.device == "cuda" and (reason := Cuda.why_not()) is not None:
             print(f"--device cuda: {reason}", file=sys.stderr)
             return 2
         device = Cuda() if args.device == "cuda" else Cpu()
+    if args.preset:
+        return _preset(args, device)
     table = specs(device)
     for part in args.only or ():
         if not any(_matches(name, [part]) for name in table):
@@ -69,6 +74,18 @@ def main(argv: Sequence[str] | None = None, device: Device | None = None) -> int
     return run.finish()
 
 
+def _preset(args: argparse.Namespace, device: Device) -> int:
+    device.backends = device.backends[:1]
+    device.slow_share = preset.SLOW_SHARE
+    args.repeats, args.inputs = args.repeats or preset.ROUNDS, args.inputs or 1
+    args.no_memory, args.name = True, args.name or preset.name(device)
+    run = _Run(args, device, specs(device))
+    if isinstance(device, Cuda):
+        print(device.cooling())
+    run.preset_cases()
+    return run.finish()
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks",
@@ -78,10 +95,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument(
+        "--preset",
+        choices=("gpu",),
+        help="works and contenders that tell most about a GPU in two minutes",
+    )
+    parser.add_argument(
         "--works", nargs="+", choices=tuple(_WORKS), default=["flat", "roberta", "tiny"]
     )
     parser.add_argument(
-        "--sizes", nargs="+", type=_size, default=[1 << 26], help="of flat: 64Mi, 1000000, ..."
+        "--sizes", nargs="+", type=_size, help="of flat: 64Mi (the default), 1000000, ..."
     )
     parser.add_argument("--data", nargs="+", choices=tuple(DATA), help="default: what fits the work")
     parser.add_argument("--only", nargs="+", help="parts of names of contenders")
@@ -115,7 +137,7 @@ class _Entrant:
     spec: Spec
     contenders: list[Contender]
     seconds: dict[int, float] = field(default_factory=dict)  # by round
-    host_seconds: float = 0.0  # of the last warm-up
+    host_seconds: list[float] = field(default_factory=list)  # the last warm-up, and rounds
 
 
 class _Run:
@@ -127,6 +149,7 @@ class _Run:
         self.machine = machine.describe(device)
         self.wrong: list[str] = []
         self.frame = pd.DataFrame()
+        self.until = math.inf  # rounds end early then, by time.monotonic()
         self._peaks: dict[tuple[str, str], int | str] = {}
         args.output.mkdir(parents=True, exist_ok=True)
         print(*(f"{key}: {value}" for key, value in self.machine.items()), sep="\n")
@@ -136,12 +159,30 @@ class _Run:
             (threads, work.name, data): work
             for threads in self.args.threads
             for make, usual in map(_WORKS.__getitem__, self.args.works)
-            for work in make(self.args.sizes)
+            for work in make(self.args.sizes or [1 << 26])
             for data in self.args.data or usual
         }
         for (threads, _, data), work in cases.items():
             torch.set_num_threads(threads)
             self._case(work, data, threads)
+
+    def preset_cases(self) -> None:
+        """All that there is time for, and what else happens to the others: it may not happen again that
+        soon that there is a GPU."""
+        everyone, end = self.specs, time.monotonic() + preset.SECONDS
+        for case in preset.cases(self.args.sizes):
+            start = time.monotonic()
+            if start > end:
+                print(f"\n{case.work.name}: not run, {preset.SECONDS} s are over")
+                continue
+            self.specs = {name: everyone[name] for name in case.contenders if name in everyone}
+            self.until = min(end, start + case.share * preset.SECONDS)
+            try:
+                self._case(case.work, "gaussian", torch.get_num_threads())
+            except Exception as error:
+                self.wrong.append(f"{case.work.name}: {type(error).__name__}: {error}")
+                print(f"FAILED: {self.wrong[-1]}")
+            print(f"\n{time.monotonic() - start:.1f} s", flush=True)
 
     def _case(self, work: Work, data: str, threads: int) -> None:
         title = f"{work.name}, {data}, {threads} threads"
@@ -165,7 +206,8 @@ class _Run:
         if needs > (free := self.device.free_bytes()):
             print(f"skipped: needs {needs / 2**30:.0f} GiB, {free / 2**30:.0f} GiB are free")
             return
-        torch._dynamo.reset()  # or a compiler would generalize from one case to the next
+        if not self.args.preset:  # which compiles nothing
+            torch._dynamo.reset()  # or a compiler would generalize from one case to the next
         try:
             problems = [Problem(work, data, self.device.place, seed) for seed in range(self.inputs)]
         except NoRecording as error:
@@ -211,7 +253,7 @@ class _Run:
         for problem in problems:
             parity.check_kernels(problem)
         entrants = {}
-        for name, spec in (bar := tqdm(self.specs.items(), leave=False)):
+        for name, spec in (bar := tqdm(self.specs.items(), leave=False, disable=None)):
             bar.set_description_str(f"parity: {name}")
             reason = self._left_out(spec, problems[0]) or spec.obstacle(problems[0], self.device)
             if reason is None:
@@ -222,8 +264,11 @@ class _Run:
                     entrants[name] = _Entrant(spec, contenders)
                 except (Unavailable, NotImplementedError) as error:
                     reason = str(error)
-                except parity.ParityError:
-                    raise
+                except parity.ParityError as error:
+                    if not self.args.preset:
+                        raise
+                    reason = f"PARITY FAILED: {error}"
+                    self.wrong.append(f"{title}: {reason}")
                 except Exception as error:  # the others go on, and the exit status says so
                     reason = f"FAILED: {type(error).__name__}: {error}"
                     self.wrong.append(f"{title}: {name} {reason}")
@@ -251,19 +296,22 @@ class _Run:
         gc.collect()
         gc.disable()
         try:
-            for round_, name in (bar := tqdm(schedule, desc=title, leave=False, mininterval=0.5)):
+            bar = tqdm(schedule, desc=title, leave=False, disable=None, mininterval=0.5)
+            for round_, name in bar:
                 bar.set_postfix_str(name, refresh=False)
+                if round_ >= preset.FEWEST and time.monotonic() > self.until:
+                    break
                 entrant = entrants[name]
                 contender = entrant.contenders[round_ % self.inputs]
                 contender.restore()
                 warm = round_ >= 0
-                self.device.cool(min(2 * entrant.host_seconds, _LONGEST_HEAD_START) * warm)
+                ahead = 2 * min(entrant.host_seconds[-3:], default=0.0)
+                self.device.cool(min(ahead, _LONGEST_HEAD_START) * warm)
                 clock = self.device.clock()
                 contender.step(clock)
+                entrant.host_seconds.append(clock.host_seconds)
                 if warm:
                     entrant.seconds[round_] = clock.seconds
-                else:
-                    entrant.host_seconds = clock.host_seconds
         finally:
             gc.enable()
 
@@ -276,7 +324,8 @@ class _Run:
         row = report.row(spec, contender.elements, moved, list(entrant.seconds.values()), pairs)
         row["kept"] = contender.kept()
         if self.device.asynchronous:
-            row["host_ms"] = entrant.host_seconds * 1e3
+            steady = entrant.host_seconds[-len(entrant.seconds) :]
+            row["host_ms"] = statistics.median(steady) * 1e3
         return row
 
     def _memory(self, name: str, work: Work, threads: int) -> dict[str, object]:
@@ -302,7 +351,7 @@ class _Run:
             report.plot(self.frame, written[-1])
             if report.plot_scaling(self.frame, scaling := self._path("png", "-scaling")):
                 written.append(scaling)
-            if verdicts := report.judge(self.frame):
+            if verdicts := targets.judge(self.frame):
                 print("\n## Targets\n")
                 print(*verdicts, sep="\n")
             print(f"\nWritten: {', '.join(map(str, written))}")

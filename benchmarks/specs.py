@@ -140,8 +140,10 @@ def _adamw_cpu() -> Iterator[Spec]:
 
 def _adamw_gpu(device: Device) -> Iterator[Spec]:
     yield from _adamw()
-    for name, how in (("fused", {"fused": True}), ("foreach", {"foreach": True})):
-        spec = _torch_adamw(f"AdamW {name}, graph", needs=8, graph=device.graph, **how)
+    fused = {"fused": True}
+    peers = {BASELINE: fused, CLIPPED: {**fused, "clip": True}, "AdamW foreach": {"foreach": True}}
+    for name, how in peers.items():
+        spec = _torch_adamw(f"{name}, graph", needs=8, graph=device.graph, **how)
         yield replace(spec, peak=False)
     yield Spec(
         "apex FusedAdam", Apex, _STEP, why_not=_float32(_apex_missing, "it keeps moments in float32")
@@ -306,8 +308,8 @@ def _rose_spec(entry: _Entry, device: Device, backend: str, graph: bool = False)
 
 
 def _suffix(device: Device, backend: str, graph: bool = False) -> str:
-    if len(device.backends) == 1 and not graph:
-        return ""
+    if len(device.backends) == 1:
+        return ", graph" if graph else ""
     return f" [{backend}{', graph' if graph else ''}]"
 
 

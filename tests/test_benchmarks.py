@@ -21,7 +21,19 @@ sys.path.append(str(Path(__file__).parents[1]))
 
 import pandas as pd  # noqa: E402
 
-from benchmarks import contenders, device, memory, parity, record, report, run, specs, work  # noqa: E402
+from benchmarks import (  # noqa: E402
+    contenders,
+    device,
+    memory,
+    parity,
+    preset,
+    record,
+    report,
+    run,
+    specs,
+    targets,
+    work,
+)
 from benchmarks.device import Clock, Cpu, Cuda  # noqa: E402
 from benchmarks.work import Numbers, Problem, Work  # noqa: E402
 from rose_ops import RoseFusedAdamW  # noqa: E402
@@ -407,13 +419,38 @@ def _frame(ratios: dict[str, float], **columns) -> pd.DataFrame:
 def test_targets(ratio, verdict):
     says = "flat-64Mi, gaussian, 2 threads: second order over AdamW fused: "
     ratios = {"AdamW fused": 1.0, "rose bracket": ratio}
-    assert says + verdict in report.judge(_frame(ratios))
-    (busy, *_) = report.judge(_frame(ratios, others_busy_cores=0.5))
+    assert says + verdict in targets.judge(_frame(ratios))
+    (busy, *_) = targets.judge(_frame(ratios, others_busy_cores=0.5))
     assert busy == says + verdict.replace(")", "; on a busy machine)")
-    (other, *_) = report.judge(_frame(ratios, threads=1))
+    (other, *_) = targets.judge(_frame(ratios, threads=1))
     assert "not judged" in other
     assert "PASS" not in other
-    assert report.judge(_frame(ratios, device="cuda")) == []
+
+
+def test_targets_on_a_gpu():
+    gpu = {"device": "cuda", "threads": 16, "dtype": "float32"}
+    ratios = {"AdamW fused": 1.0, "AdamW fused, clip": 1.4, "rose bracket [cuda]": 1.2,
+              "rose bracket, clip": 1.3, "rose exact": 1.6, "rose ensemble, bracket": 1.3}  # fmt: skip
+    wide = _frame(ratios, **gpu).assign(ns_per_element=lambda frame: frame["ratio"], host_ms=0.5)
+    narrow = wide.assign(work="flat-64Mi-bf16", dtype="bfloat16", full_size=False)
+    narrow["ns_per_element"] /= 2
+    narrow["host_ms"] = 2.0
+    assert targets.judge(pd.concat([wide, narrow])) == [
+        "flat-64Mi, gaussian: second order over AdamW fused: FAIL: 1.2 (at most 1.1)",
+        "flat-64Mi, gaussian: second order with clipping over AdamW fused, clip: PASS: 0.929 "
+        "(at most 0.95)",
+        "flat-64Mi, gaussian: exact over AdamW fused: FAIL: 1.6 (at most 1.5)",
+        "flat-64Mi, gaussian: ensemble with its capture over AdamW fused: PASS: 1.3 (at most 1.4)",
+        "flat-64Mi, gaussian: host's time of a step over the device's, worst: PASS: 0.417, "
+        "rose bracket (below 1)",
+        "flat-64Mi-bf16, gaussian: host's time of a step over the device's, worst: 1.67, rose bracket; "
+        "not judged, meant for full sizes",
+        "flat-64Mi-bf16 to flat-64Mi, gaussian: bfloat16 parameters and moments over AdamW fused in "
+        "float32, per element: FAIL: 0.6 (at most 0.55)",
+    ]
+    # A list that has no twin in float32 is compared with the flat work.
+    (verdict,) = targets.judge(pd.concat([wide, narrow.assign(work="llama-1b")]))[-1:]
+    assert verdict.startswith("llama-1b to flat-64Mi, gaussian: bfloat16 parameters")
 
 
 def test_target_of_scaling():
@@ -421,7 +458,7 @@ def test_target_of_scaling():
         _frame({"AdamW fused": 1.0, "rose bracket": ratio}, work=f"flat-{n}Mi", elements=n << 20)
         for n, ratio in ((16, 1.0), (512, 1.1))
     ]
-    verdicts = report.judge(pd.concat(parts))
+    verdicts = targets.judge(pd.concat(parts))
     assert "at 512Mi over at 16Mi: PASS: 1.1 (at most 1.15; aim 1.05 missed)" in verdicts[-1]
 
 
@@ -522,6 +559,8 @@ class _Cuda:
 
 @pytest.fixture
 def fake(monkeypatch) -> _Cuda:
+    import torch._dynamo  # which optimizers do, and which needs more of torch.cuda
+
     fake = _Cuda()
     for name in dir(fake):
         if not name.startswith("__") and name != "slept":
@@ -563,13 +602,18 @@ class Rehearsal(Cuda):
         return call
 
 
-def test_a_run_on_a_gpu_rehearsed(tmp_path, monkeypatch, fake, recorded):
-    # CPUs refuse it, rightly.
+@pytest.fixture
+def capturable(monkeypatch):
+    """CPUs refuse it, rightly."""
+
     def without_capturable(make):
         return lambda *args, capturable=False, **how: make(*args, **how)
 
     monkeypatch.setattr(contenders, "RoseFusedAdamW", without_capturable(RoseFusedAdamW))
     monkeypatch.setattr(torch.optim, "AdamW", without_capturable(torch.optim.AdamW))
+
+
+def test_a_run_on_a_gpu_rehearsed(tmp_path, monkeypatch, fake, capturable, recorded):
     _replace_work(monkeypatch, "roberta", Work("list", SHAPES))
     status, frame = _main(
         tmp_path, "--works", "roberta", "--repeats", "3", "--inputs", "2", where=Rehearsal("cpu")
@@ -589,6 +633,49 @@ def test_a_run_on_a_gpu_rehearsed(tmp_path, monkeypatch, fake, recorded):
     skipped = frame[frame["skipped"].notna()].set_index("contender")["skipped"]
     assert "not installed" in skipped["apex FusedAdam"].iloc[0]
     assert (timed["peak_bytes"].dropna() == 2).all()
+
+
+def test_the_preset_rehearsed(tmp_path, monkeypatch, fake, capturable, capsys):
+    monkeypatch.setattr(preset, "FEWEST", 1)
+    status, frame = _main(
+        tmp_path, "--preset", "gpu", "--sizes", "16Ki", "--repeats", "2", where=Rehearsal("cpu")
+    )
+    assert status == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"model.csv", "model.png"}
+    assert list(frame["work"].unique()) == [
+        "flat-16Ki", "flat-16Ki-bf16", "roberta-base-cut", "roberta-base-cut-bf16", "llama-1b-cut",
+    ]  # fmt: skip
+    assert frame["ms_p50"].notna().all(), frame[frame["ms_p50"].isna()][["contender", "skipped"]]
+    for case in preset.cases([1 << 14]):
+        names = frame.loc[frame["work"] == case.work.name, "contender"]
+        assert set(names) == set(case.contenders)  # everyone that is asked for exists
+        assert (frame.loc[names.index, "of_copy"].notna() | names.isin([*EAGERS])).all()
+    assert (frame["host_ms"] > 0).all()
+    out = capsys.readouterr().out
+    assert "reading half of L2" in out
+    assert "host's time of a step" in out
+    assert "roberta-base-cut-bf16 to roberta-base-cut, gaussian: bfloat16 parameters" in out
+
+
+EAGERS = "eager ROSE", "kthvalue"
+
+
+def test_the_preset_goes_on_without_those_that_fail(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(preset, "FEWEST", 1)
+    monkeypatch.setattr(RoseFusedAdamW, "step", _break_update(RoseFusedAdamW.step))
+    monkeypatch.setattr(preset, "cases", lambda sizes: [
+        preset.Case(work.flat(2000), ("AdamW fused", "rose bracket"), 0.0),
+        preset.Case(Work("no such dtype", SHAPES, torch.int8), ("AdamW fused",), 0.5),
+    ])  # fmt: skip
+    status, frame = _main(tmp_path, "--preset", "gpu", "--name", "a")
+    assert status == 1
+    frame = frame.set_index("contender")
+    assert frame.at["AdamW fused", "rounds"] == 1  # there is no time for more
+    assert "PARITY FAILED" in frame.at["rose bracket", "skipped"]
+    assert "no such dtype: " in capsys.readouterr().err
+    monkeypatch.setattr(preset, "SECONDS", -1)
+    assert run.main(["--preset", "gpu", "--output", str(tmp_path)], Small()) == 0
+    assert "flat-2000: not run, -1 s are over" in capsys.readouterr().out
 
 
 @pytest.mark.gpu

@@ -8,8 +8,10 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
+import instructions
 import pytest
 import sass
+from instructions import Gate
 
 CSRC = Path(__file__).parents[1] / "csrc"
 FLAGS = ["-std=c++17", "-O3", "-fmad=false", f"-I{CSRC / 'include'}", f"-I{CSRC / 'cuda'}"]
@@ -38,6 +40,18 @@ STREAMS = {
     "capture_pass_kernel": False, "capture_finish_kernel": False,
 }  # fmt: skip
 
+# Instructions per element of their loops over float32, of ordinary numbers: bytes read and written, and
+# as many divisions as are usual (two of the pass: of a risk, and of the update).
+GATES = (
+    Gate("step_pass_kernelILb0E", 16, 12, 150, divisions=2),
+    Gate("step_pass_kernelILb1E", 16, 12, 165, divisions=2),
+    Gate("count_kernel", 8, 0, 90, divisions=1),
+    Gate("capture_kernel", 8, 0, 55, divisions=1),
+    Gate("update_kernelILb0E", 16, 12, 85, divisions=1),
+    Gate("update_kernelILb1E", 16, 12, 105, divisions=1),
+    Gate("squares_kernel", 4, 0, 22),
+)
+
 # PTX in single precision that is not one IEEE operation, rounded once, denormals kept. (Double
 # precision is only used for constants of a step, and its division is a sequence with rcp.approx.)
 FORBIDDEN = re.compile(
@@ -56,7 +70,9 @@ def disassembler() -> str:
     )
 
 
-def problems(source: Path, arch: str, folder: Path, flags=FLAGS, streams=STREAMS) -> list[str]:
+def problems(
+    source: Path, arch: str, folder: Path, flags=FLAGS, streams=STREAMS, gates=GATES
+) -> list[str]:
     """What is wrong with the kernels of a file, compiled for an architecture."""
     nvcc = shutil.which("nvcc") or pytest.skip("there is no nvcc")
     wrong: list[str] = []
@@ -115,13 +131,14 @@ def problems(source: Path, arch: str, folder: Path, flags=FLAGS, streams=STREAMS
             wrong += [f"{name}: no {access}" for access in accesses if access not in section]
     names = " ".join(name for name, *_ in found)
     wrong += [f"{kernel} is missing" for kernel in streams if kernel not in names]
-    return wrong
+    return wrong + instructions.problems(code, gates)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", ARCHS)
 def test_kernels_as_compiled(arch, tmp_path):
-    """No spills, at most 64 registers, 50% occupancy, 128-bit accesses, IEEE arithmetic."""
+    """No spills, at most 64 registers, 50% occupancy, 128-bit accesses, IEEE arithmetic, and no more
+    instructions than there were."""
     assert problems(CSRC / "cuda" / "launch.cu", arch, tmp_path) == []
 
 
@@ -181,7 +198,7 @@ def test_the_gate_refuses(name, arch, tmp_path):
     source = tmp_path / "kernel.cu"
     source.write_text(GOOD.replace(text, replacement) if text else GOOD)
     fmad = [] if "-fmad=true" in flags or "-use_fast_math" in flags else ["-fmad=false"]
-    wrong = problems(source, arch, tmp_path, ["-std=c++17", *fmad, *flags], {"good": True})
+    wrong = problems(source, arch, tmp_path, ["-std=c++17", *fmad, *flags], {"good": True}, ())
     if name is None:
         assert wrong == []
     for pattern in expected:
