@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
+from itertools import chain
 
 import pytest
 import torch
@@ -85,9 +86,9 @@ def test_launches_do_not_depend_on_the_number_of_tensors(on_device, way):
     one, many = kernels_of(*runs)
     ours = [Counter(short(name) for name, _ in kernels if is_ours(name)) for kernels in (one, many)]
     assert ours[0] == ours[1]
-    assert 0 < sum(ours[0].values()), one
+    assert sum(ours[0].values()) > 0, one
     if way in ("bracket", "exact"):
-        assert len(one) == len(many) <= 6, (one, many)
+        assert len(one) == len(many) <= 8, (one, many)
 
 
 @pytest.mark.parametrize("dtype", [FLOAT, BF16], ids=str)
@@ -108,7 +109,7 @@ def test_time_of_each_kernel(on_device, record_property, dtype):
     for i, way in enumerate(ways):
         times: Counter[str] = Counter()
         launches: Counter[str] = Counter()
-        for name, microseconds in sum(recorded[i * steps : (i + 1) * steps], []):
+        for name, microseconds in chain(*recorded[i * steps : (i + 1) * steps]):
             kernel = short(name) if is_ours(name) else "(PyTorch's)"
             times[kernel] += microseconds
             launches[kernel] += 1

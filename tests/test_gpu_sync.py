@@ -78,9 +78,9 @@ def test_a_changing_learning_rate_does_not_synchronise(on_device, way, kind):
     optimizer = RoseFusedAdamW(groups, lr=lr, **WAYS[way])
     shapes = [p.shape for p in start]
     passes = [gradients(on_device, FLOAT, shapes) for _ in range(passes_of(WAYS[way]))]
-    step(optimizer, passes)
     if kind == "scheduler":
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: 1 / (i + 1))
+    step(optimizer, passes)
     with no_synchronisation():
         for i in range(4):
             if kind == "scheduler":
