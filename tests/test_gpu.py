@@ -1,24 +1,39 @@
-"""The optimizer on a GPU: against the reference, in CUDA graphs, without synchronisation.
+"""The optimizer on a GPU, against the reference, the CPU and itself.
 
 What can run on the CPU does so, too ("cpu"). The operators' own tests run on a GPU as they are, see
-conftest.py.
+conftest.py; graphs, synchronisation, launches and sizes that fill a GPU are in ``test_gpu_*.py``.
 """
 
 from __future__ import annotations
 
-import copy
+import io
 
 import pytest
 import torch
+from gpu_support import (
+    BF16_TRAINING,
+    CUDA,
+    ON_GPU,
+    SAMPLED,
+    SHAPES,
+    WAYS,
+    assert_same_results,
+    generator_on,
+    gradients,
+    moved,
+    optimizer_of,
+    parameters,
+    params_of,
+    passes_of,
+    results,
+    set_gradients,
+    step,
+)
 from support import BF16, FLOAT, HALF, assert_all_same_bits
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from rose_ops import RoseFusedAdamW
-from rose_ops.optim import ORDERS
-
-CUDA = pytest.param("cuda", marks=pytest.mark.gpu)
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-SHAPES = ((64, 33), (33,), (5, 7, 3, 3), (1,), (0,), (3000,))
+from rose_ops import RoseFusedAdamW, flatten_parameters
 
 
 @pytest.fixture(params=["cpu", CUDA])
@@ -28,57 +43,39 @@ def device(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-def parameters(generator: torch.Generator, dtype: torch.dtype) -> list[Tensor]:
-    return [torch.randn(shape, generator=generator).to(dtype) for shape in SHAPES]
+def on_gpu(test):
+    for mark in ON_GPU:
+        test = mark(test)
+    return test
 
 
-def gradients(generator: torch.Generator, dtype: torch.dtype) -> list[Tensor]:
-    """With zeros, so that there are ties."""
-    made = [torch.randn(shape, generator=generator) for shape in SHAPES]
-    return [torch.where(g.abs() < 0.3, 0.0, g).to(dtype) for g in made]
-
-
-def train(optimizer: RoseFusedAdamW, steps: list[list[list[Tensor]]]) -> None:
-    """Each step is one list of gradients for each mask to capture, and the one to update with."""
-    params = optimizer.param_groups[0]["params"]
-    for passes in steps:
-        for kind, grads in zip([*optimizer.settings.kinds[:-1], None], passes, strict=False):
-            for p, g in zip(params, grads, strict=True):
-                p.grad = g.to(p.device)
-            if kind is not None:
-                optimizer.capture(kind)
-        optimizer.step()
-
-
-@pytest.mark.parametrize("granularity", ["element", "tensor"])
-@pytest.mark.parametrize("order", ["second", "ensemble"])
 @pytest.mark.parametrize(
     ("dtype", "state_dtype"), [(FLOAT, None), (BF16, None), (HALF, None), (BF16, BF16)], ids=str
 )
-def test_as_the_reference(device, generator, order, granularity, dtype, state_dtype):
+@pytest.mark.parametrize("way", WAYS)
+def test_as_the_reference(device, generator, way, dtype, state_dtype):
     """Masks and moments bit for bit over steps, so that no difference can build up."""
-    start = parameters(generator, dtype)
-    passes = len(ORDERS[order])
-    steps = [[gradients(generator, dtype) for _ in range(passes)] for _ in range(4)]
+    shapes = SAMPLED if device == "cuda" and dtype == FLOAT else SHAPES
+    start = parameters(generator, dtype, shapes)
+    passes = passes_of(WAYS[way])
+    steps = [[gradients(generator, dtype, shapes) for _ in range(passes)] for _ in range(4)]
     found = []
     for place, backend in ((device, "auto"), ("cpu", "reference")):
-        params = [nn.Parameter(p.to(place, copy=True)) for p in start]
-        optimizer = RoseFusedAdamW(
-            params, order=order, granularity=granularity, state_dtype=state_dtype, backend=backend
-        )
-        train(optimizer, steps)
-        found.append((optimizer, params))
-    (optimizer, params), (reference, expected) = found
+        found.append(optimizer_of(start, WAYS[way], place, state_dtype=state_dtype, backend=backend))
+        for grads in steps:
+            step(found[-1], grads)
+    optimizer, reference = found
+    for p in params_of(optimizer):
+        assert all(x.device.type == device for x in (p, *optimizer.state[p].values()))
+    actual, expected = results(optimizer), results(reference)
     for key in ("exp_avg", "exp_avg_sq", "step"):
-        actual = [optimizer.state[p][key].cpu() for p in params]
-        assert all(optimizer.state[p][key].device.type == device for p in params)
-        assert_all_same_bits(actual, [reference.state[p][key] for p in expected], key)
+        assert_all_same_bits(actual[key], expected[key], key)
     for kind, selection in reference.selection.items():
         for name in selection._fields:
             a, b = getattr(optimizer.selection[kind], name), getattr(selection, name)
             assert torch.equal(a.cpu().nan_to_num(-1), b.nan_to_num(-1)), (kind, name)
-    for p, e in zip(params, expected, strict=True):
-        torch.testing.assert_close(p.detach().cpu(), e.detach())
+    for p, e in zip(actual["params"], expected["params"], strict=True):
+        torch.testing.assert_close(p, e)
 
 
 def test_a_learning_rate_on_the_device(device, generator):
@@ -94,109 +91,267 @@ def test_a_learning_rate_on_the_device(device, generator):
     assert torch.equal(before[1], second)
 
 
-@pytest.mark.gpu
-@needs_gpu
-@pytest.mark.parametrize("order", ["second", "ensemble"])
-def test_in_a_cuda_graph(generator, order):
-    """Replays equal steps, with a learning rate that changes between them."""
-    start = [nn.Parameter(p.cuda()) for p in parameters(generator, FLOAT)]
-    other = [nn.Parameter(p.detach().clone()) for p in start]
-    lrs = [torch.tensor(1e-2, device="cuda") for _ in range(2)]
-    optimizers = [
-        RoseFusedAdamW(params, lr=lr, order=order, capturable=True)
-        for params, lr in zip((start, other), lrs, strict=True)
-    ]
-    grads = [[torch.randn_like(p) for p in start] for _ in range(2)]
-
-    def step(optimizer: RoseFusedAdamW, params: list[nn.Parameter]) -> None:
-        if order == "ensemble":
-            for p, g in zip(params, grads[0], strict=True):
-                p.grad = g
-            optimizer.capture("first", clear=False)
-        for p, g in zip(params, grads[1], strict=True):
-            p.grad = g
-        optimizer.step()
-
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        step(optimizers[0], start)
-    torch.cuda.current_stream().wait_stream(side)
-    step(optimizers[1], other)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step(optimizers[0], start)
-    for i in range(3):
-        for tensors in grads:
-            for g in tensors:
-                g.normal_()
-        for lr in lrs:
-            lr.fill_(1e-2 / (i + 1))
-        graph.replay()
-        step(optimizers[1], other)
-    assert_all_same_bits([p.detach().cpu() for p in start], [p.detach().cpu() for p in other], "params")
+# ----------------------------------------------------------------------------------------- streams
 
 
-@pytest.mark.gpu
-@needs_gpu
-def test_a_step_does_not_synchronise(generator):
-    params = [nn.Parameter(p.cuda()) for p in parameters(generator, FLOAT)]
-    optimizer = RoseFusedAdamW(params)
-    for p in params:
-        p.grad = torch.randn_like(p)
-    optimizer.step()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        optimizer.step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-
-
-@pytest.mark.gpu
-@needs_gpu
-@pytest.mark.parametrize("count", [1, 300])
-def test_launches_of_a_step(count):
-    params = [nn.Parameter(torch.randn(70, device="cuda")) for _ in range(count)]
-    optimizer = RoseFusedAdamW(params)
-    for p in params:
-        p.grad = torch.randn_like(p)
-    optimizer.step()
-    activities = [torch.profiler.ProfilerActivity.CUDA]
-    with torch.profiler.profile(activities=activities) as profile:
-        optimizer.step()
-        torch.cuda.synchronize()
-    kernels = [e for e in profile.events() if "kernel" in e.name and "Memcpy" not in e.name]
-    assert 0 < len(kernels) <= 6
-
-
-@pytest.mark.gpu
-@needs_gpu
+@on_gpu
 def test_other_streams_and_devices(generator):
     """The current stream is used, and the device of the parameters even where it is not current."""
     devices = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
     start, grads = parameters(generator, FLOAT), gradients(generator, FLOAT)
-    results = []
+    found = [optimizer_of(start, {})]
     for place in devices:
         with torch.cuda.stream(torch.cuda.Stream(place)), torch.cuda.device(devices[0]):
-            params = [nn.Parameter(p.to(place)) for p in start]
-            optimizer = RoseFusedAdamW(params)
-            train(optimizer, [[copy.deepcopy(grads)] for _ in range(3)])
+            found.append(optimizer_of(start, {}, place))
+            for _ in range(3):
+                step(found[-1], [grads])
         torch.cuda.synchronize(place)
-        results.append([p.detach().cpu() for p in params])
-    for result in results[1:]:
-        assert_all_same_bits(result, results[0], "params")
+    for _ in range(3):
+        step(found[0], [grads])
+    for optimizer in found[1:]:
+        assert_all_same_bits(results(optimizer)["exp_avg"], results(found[0])["exp_avg"], "exp_avg")
+        assert_same_results(optimizer, found[1])
 
 
-@pytest.mark.gpu
-@needs_gpu
-def test_grad_scaler_skips_a_step_with_an_infinity(generator):
-    params = [nn.Parameter(p.cuda()) for p in parameters(generator, FLOAT)]
-    optimizer = RoseFusedAdamW(params)
-    scaler = torch.amp.GradScaler("cuda")
-    for value in (1.0, torch.inf):
-        before = [p.detach().clone() for p in params]
-        scaler.scale(sum((p * value).sum() for p in params)).backward()
-        scaler.step(optimizer)
+@on_gpu
+@pytest.mark.parametrize("way", ["bracket", "exact", "ensemble", "clipping", "tensor-ensemble"])
+def test_two_optimizers_on_two_streams_at_once(generator, way):
+    """Steps queued up behind a pause, so that both streams have work all the time."""
+    on_device = generator_on("cuda", generator)
+    work = []
+    for shapes in ([(1_500_001,), (1000, 1500), (7,)], [(200_003,), (100, 1000), (1,)]):
+        start = parameters(on_device, FLOAT, shapes)
+        steps = [
+            [gradients(on_device, FLOAT, shapes) for _ in range(passes_of(WAYS[way]))] for _ in range(6)
+        ]
+        work.append((start, steps))
+    alone = [optimizer_of(start, WAYS[way]) for start, _ in work]
+    for optimizer, (_, steps) in zip(alone, work, strict=True):
+        for grads in steps:
+            step(optimizer, grads)
+        torch.cuda.synchronize()
+    together = [optimizer_of(start, WAYS[way]) for start, _ in work]
+    streams = [torch.cuda.Stream() for _ in work]
+    torch.cuda.synchronize()
+    for stream in streams:
+        with torch.cuda.stream(stream):
+            torch.cuda._sleep(50_000_000)
+    for i in range(6):
+        for stream, optimizer, (_, steps) in zip(streams, together, work, strict=True):
+            with torch.cuda.stream(stream):
+                step(optimizer, steps[i])
+    torch.cuda.synchronize()
+    for optimizer, expected, (start, _) in zip(together, alone, work, strict=True):
+        assert_same_results(optimizer, expected)
+        assert moved(start, optimizer)
+
+
+# ------------------------------------------------------------------------------------ loss scaling
+
+
+@pytest.mark.parametrize("way", ["bracket", "ensemble", "clipping", "tensor"])
+def test_grad_scaler(device, generator, way):
+    """Scales are powers of two, so what is not skipped equals steps without a scaler, bit for bit."""
+    start = parameters(generator, FLOAT, SAMPLED)
+    passes = passes_of(WAYS[way])
+    steps = [[gradients(generator, FLOAT, SAMPLED) for _ in range(passes)] for _ in range(4)]
+    scaled, plain = (optimizer_of(start, WAYS[way], device) for _ in range(2))
+    scaler = torch.amp.GradScaler(device, init_scale=1024.0)
+
+    def backward(grads: list[Tensor], spoilt: bool) -> None:
+        pairs = zip(params_of(scaled), grads, strict=True)
+        loss = sum((p * g.to(device)).sum() for p, g in pairs)
+        scaler.scale(loss * torch.inf if spoilt else loss).backward()
+
+    for i, grads in enumerate(steps):
+        *captured, last = grads
+        for of_mask in captured:
+            backward(of_mask, False)
+            scaled.capture("first", grad_scale=scaler._scale)
+        backward(last, i == 2)
+        scaler.step(scaled)
         scaler.update()
+        scaled.zero_grad()
+        if i != 2:
+            step(plain, grads)
+    assert_same_results(scaled, plain)
+    assert moved(start, scaled)
+    assert scaler.get_scale() == 512
+
+
+# ------------------------------------------------------------------------------------ flat, resumed
+
+
+@pytest.mark.parametrize("dtype", [FLOAT, BF16], ids=str)
+@pytest.mark.parametrize("way", ["bracket", "exact", "ensemble"])
+def test_flat_parameters(device, generator, way, dtype):
+    """The same bits as over the parameters one by one, gradients made by autograd."""
+    shapes = [shape for shape in SAMPLED if 0 not in shape]  # a flat parameter has no empty members
+    start = parameters(generator, dtype, shapes)
+    options = {**WAYS[way], **(BF16_TRAINING if dtype == BF16 else {})}
+    single = optimizer_of(start, options, device)
+    members = [nn.Parameter(p.to(device, copy=True)) for p in start]
+    (flat,) = flatten_parameters(members)
+    optimizer = RoseFusedAdamW([flat], **options)
+    assert flat.numel() == sum(p.numel() for p in start)
+
+    def backward(grads: list[Tensor]) -> None:
+        sum((p * g.to(device)).sum() for p, g in zip(members, grads, strict=True)).backward()
+
+    for _ in range(4):
+        *captured, last = [gradients(generator, dtype, shapes) for _ in range(passes_of(options))]
+        step(single, [*captured, last])
+        for grads in captured:
+            backward(grads)
+            optimizer.capture("first")
+        backward(last)
+        optimizer.step()
         optimizer.zero_grad()
-    assert_all_same_bits([p.detach().cpu() for p in params], [p.cpu() for p in before], "params")
+    expected = results(single)
+    assert_all_same_bits([p.detach().cpu() for p in members], expected["params"], "params")
+    for key in ("exp_avg", "exp_avg_sq"):
+        views = [view.cpu() for view in flat.views(optimizer.state[flat][key])]
+        assert_all_same_bits(views, expected[key], key)
+    assert moved(start, single)
+
+
+@pytest.mark.parametrize("dtype", [FLOAT, BF16], ids=str)
+@pytest.mark.parametrize("way", ["bracket", "exact", "ensemble", "tensor-ensemble", "clipping"])
+@pytest.mark.parametrize("through", ["file", "cpu", "device"])
+def test_a_resumed_run(device, generator, way, dtype, through):
+    """Saved between a capture and its step, to a file, by way of the CPU or on the device."""
+    start = parameters(generator, dtype, SAMPLED)
+    options = {**WAYS[way], **(BF16_TRAINING if dtype == BF16 else {})}
+    passes = passes_of(options)
+    steps = [[gradients(generator, dtype, SAMPLED) for _ in range(passes)] for _ in range(5)]
+    straight = optimizer_of(start, options, device)
+    for grads in steps[:2]:
+        step(straight, grads)
+    *captured, last = steps[2]
+    for grads in captured:
+        set_gradients(straight, grads)
+        straight.capture("first")
+
+    saved = {"params": [p.detach() for p in params_of(straight)], "optimizer": straight.state_dict()}
+    if through == "device":
+        resumed = optimizer_of(saved["params"], options)
+        resumed.load_state_dict(saved["optimizer"])
+    else:
+        file = io.BytesIO()
+        torch.save(saved, file)
+        file.seek(0)
+        loaded = torch.load(file, map_location="cpu" if through == "cpu" else None)
+        resumed = optimizer_of(loaded["params"], options, device)
+        resumed.load_state_dict(loaded["optimizer"])
+
+    for optimizer in (straight, resumed):
+        set_gradients(optimizer, last)
+        optimizer.step()
+        for grads in steps[3:]:
+            step(optimizer, grads)
+    for p in params_of(resumed):
+        assert all(x.device.type == device for x in (p, *resumed.state[p].values()))
+    assert_same_results(resumed, straight)
+    assert moved(start, resumed)
+
+
+# ---------------------------------------------------------------------------------------- training
+
+
+class Classifier(nn.Module):
+    """A small transformer over tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(50, 32)
+        self.layer = nn.TransformerEncoderLayer(32, 4, 64, dropout=0.1, batch_first=True)
+        self.head = nn.Linear(32, 2)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.head(self.layer(self.embedding(tokens)).mean(1))
+
+
+@pytest.mark.parametrize("way", ["bracket", "ensemble", "clipping", "tensor-ensemble"])
+def test_autocast_training_as_the_cpu(device, generator, way):
+    """The CPU's kernels are fed the gradients of training in bfloat16 and must do what the device does:
+    masks and moments bit for bit, which depend on gradients only."""
+    torch.manual_seed(int(torch.randint(2**31, (), generator=generator)))
+    model = Classifier().to(device)
+    tokens = torch.randint(50, (32, 16), generator=generator).to(device)
+    labels = (tokens < 25).sum(1).gt(8).long()
+    optimizer = RoseFusedAdamW(model.parameters(), lr=2e-3, **WAYS[way])
+    copy = optimizer_of(params_of(optimizer), WAYS[way], "cpu", lr=2e-3, backend="cpu")
+    start = [p.detach().clone() for p in model.parameters()]
+
+    def forward() -> Tensor:
+        with torch.autocast(device, BF16):
+            return model(tokens).float()
+
+    def hand_over() -> None:
+        set_gradients(copy, [p.grad for p in params_of(optimizer)])
+
+    losses = []
+    for _ in range(20):
+        if passes_of(WAYS[way]) == 2:
+            p, q = F.log_softmax(forward(), 1), F.log_softmax(forward(), 1)
+            F.kl_div(p, q, reduction="batchmean", log_target=True).backward()
+            hand_over()
+            for each in (optimizer, copy):
+                each.capture("first")
+        loss = F.cross_entropy(forward(), labels)
+        loss.backward()
+        hand_over()
+        for each in (optimizer, copy):
+            each.step()
+            each.zero_grad()
+        losses.append(loss.item())
+    actual, expected = results(optimizer), results(copy)
+    for key in ("exp_avg", "exp_avg_sq", "step"):
+        assert_all_same_bits(actual[key], expected[key], key)
+    for kind, selection in copy.selection.items():
+        for a, e in zip(optimizer.selection[kind], selection, strict=True):
+            assert a.item() == e.item(), kind
+    for p, e in zip(actual["params"], expected["params"], strict=True):
+        torch.testing.assert_close(p, e, rtol=1e-5, atol=1e-6)
+    assert moved(start, optimizer)
+    assert sum(losses[-5:]) < sum(losses[:5])
+
+
+# -------------------------------------------------------------------------------------- repetition
+
+
+@pytest.mark.parametrize("dtype", [FLOAT, BF16], ids=str)
+@pytest.mark.parametrize("way", ["bracket", "exact", "approx", "between", "clipping-ensemble"])
+def test_the_same_bits_from_twenty_repetitions(device, generator, way, dtype):
+    """Of one step over 8Mi elements (fewer on the CPU) in 200 tensors, each time from other lines of
+    the sample."""
+    on_device = generator_on(device, generator)
+    n = 8 << 20 if device == "cuda" else 150_000
+    shapes = [(int(size),) for size in torch.rand(200, generator=generator) * 2 * n / 200]
+    options = {**WAYS[way], **(BF16_TRAINING if dtype == BF16 else {})}
+    optimizer = optimizer_of(parameters(on_device, dtype, shapes), options)
+    passes = [
+        [gradients(on_device, dtype, shapes) for _ in range(passes_of(options))] for _ in range(2)
+    ]
+    step(optimizer, passes[0])  # moments that are not zero
+    params = params_of(optimizer)
+    written = {"params": [p.detach() for p in params]}
+    for key in ("exp_avg", "exp_avg_sq", "step"):
+        written[key] = [optimizer.state[p][key] for p in params]
+    before = {key: [x.clone() for x in tensors] for key, tensors in written.items()}
+
+    def bits_of(tensors: list[Tensor]) -> Tensor:
+        return torch.cat([x.reshape(-1) for x in tensors]).view(torch.uint8)
+
+    for i in range(20):
+        for key, tensors in written.items():
+            torch._foreach_copy_(tensors, before[key])
+        step(optimizer, passes[1])
+        found = {key: bits_of(tensors) for key, tensors in written.items()}
+        for kind, selection in optimizer.selection.items():
+            found[kind] = torch.stack([x.double() for x in selection])
+        if i == 0:
+            first = found
+            assert not any(torch.equal(found[key], bits_of(before[key])) for key in written)
+        for key, value in found.items():
+            assert torch.equal(value, first[key]), f"{key}, repetition {i}"
