@@ -80,7 +80,7 @@ def shapes_of(elements: int, generator: torch.Generator) -> list[tuple[int, ...]
     shapes: list[tuple[int, ...]] = [
         (0,), (3, 0), (1,), (1,), (1, 1), (2,), (7, 5), (63, 65), (4095,), (4096,), (4097,), (8193,),
     ]  # fmt: skip
-    share = torch.rand(TENSORS - len(shapes), generator=generator) ** 6
+    share = torch.rand(TENSORS - len(shapes), generator=generator) ** 24
     for i, n in enumerate((share / share.sum() * elements).long().tolist()):
         columns = (0, 3, 17, 100)[i % 4]
         shapes.append((n // columns + 1, columns) if columns else (n | 1,))
