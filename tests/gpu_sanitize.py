@@ -37,7 +37,7 @@ def numbers(n: int, generator: torch.Generator) -> Tensor:
 
 
 def layouts(data: list[Tensor], dtype: torch.dtype, device: str) -> list[Tensor]:
-    """An odd vector, an empty one, one element, unaligned, strided, transposed, padded, and a long one."""
+    """Odd, empty, of one element, unaligned, strided, transposed, padded, and a long vector."""
     odd, empty, one, unaligned, strided, transposed, padded, long = (
         x.to(device=device, dtype=dtype) for x in data
     )
@@ -105,7 +105,6 @@ def main() -> None:
         dtype = DTYPES[i % 3]
         settings = {"granularity": granularity, "selection": selection, "order": order}
         if clips:
-            # Large, and an infinity would leave nothing to select.
             settings |= {"max_grad_norm": 100.0, "lower": (0.1, 0.2)}
         runs = [
             Run(start, dtype, device, backend=backend, **settings)
@@ -113,8 +112,8 @@ def main() -> None:
         ]
         for _ in range(2):
             passes = [draw() for _ in range(1 if order == "second" else 2)]
-            if clips:
-                passes[-1] = [g.nan_to_num(0.0, 0.0) for g in passes[-1]]
+            if clips or granularity == "tensor":  # whose norms would not be finite
+                passes = [[g.nan_to_num(0.0, 0.0) for g in grads] for grads in passes]
             for run in runs:
                 run.step(passes)
         name = " ".join((*way, str(dtype).removeprefix("torch."), *["clipped"] * clips))
