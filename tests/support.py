@@ -244,9 +244,9 @@ PLAIN = (0.9, 0.999, 1e-8, 1e-2, 1.0, 0.0)  # a group that is not selective
 ROSE = (0.9, 0.999, 1e-8, 1e-2, 1.0, 1.0)
 
 
-def random_masks(numels: Iterable[int]) -> list[Tensor]:
+def random_masks(numels: Iterable[int], device: torch.device | None = None) -> list[Tensor]:
     """Where masks are to be written, with random bytes in it, so that stale bits show."""
-    return [torch.randint(0, 256, ((n + 7) // 8,), dtype=torch.uint8) for n in numels]
+    return [torch.randint(0, 256, ((n + 7) // 8,), dtype=torch.uint8, device=device) for n in numels]
 
 
 @dataclass
@@ -307,6 +307,9 @@ class Problem:
     def numels(self) -> list[int]:
         return [g.numel() for g in self.grads]
 
+    def random_masks(self) -> list[Tensor]:
+        return random_masks(self.numels, self.grads[0].device if self.grads else None)
+
     def copy(self, dtype: torch.dtype | None = None) -> Problem:
         """With contiguous copies of the tensors, in float64 for the truth."""
 
@@ -325,7 +328,7 @@ class Problem:
         )  # fmt: skip
 
     def capture(self, ops, record: Tensor, *, first=False) -> list[Tensor]:
-        masks = random_masks(self.numels)
+        masks = self.random_masks()
         ops.capture_(
             masks, self.grads, [] if first else self.exp_avgs, self.hyper, self.group,
             self.inv_scale, self.clip, record, self.rank_inactive,
@@ -355,7 +358,7 @@ class Problem:
     def bracket_capture(
         self, ops, upper: int, lower: int = 0, *, first=False, draw: int = 0, width: float = WIDTH
     ) -> tuple[list[Tensor], Tensor]:
-        masks = random_masks(self.numels)
+        masks = self.random_masks()
         record = ops.bracket_capture_(
             masks, self.grads, [] if first else self.exp_avgs, self.hyper, self.group, self.inv_scale,
             self.clip, upper, lower, self.rank_inactive, draw, width,
