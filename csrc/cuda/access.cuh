@@ -146,6 +146,14 @@ ROSE_DEVICE float read_element(const void* data, Dtype dtype, int64_t at) {
   return dtype == Dtype::kFloat32 ? read<float>(data, at) : widen(read<uint16_t>(data, at), dtype);
 }
 
+// The same in two steps, of which the first has the load.
+ROSE_DEVICE uint32_t read_bits(const void* data, Dtype dtype, int64_t at) {
+  return dtype == Dtype::kFloat32 ? read<uint32_t>(data, at) : read<uint16_t>(data, at);
+}
+ROSE_DEVICE float from_bits(uint32_t bits, Dtype dtype) {
+  return dtype == Dtype::kFloat32 ? bits_float(bits) : widen((uint16_t)bits, dtype);
+}
+
 ROSE_DEVICE uint16_t narrow(float x, Dtype dtype) {
   return dtype == Dtype::kBFloat16 ? float_to_bf16(x) : float_to_half(x);
 }
@@ -225,14 +233,17 @@ ROSE_DEVICE void put(Raw<kCount>& raw, Dtype dtype, int j, float x) {
 // ------------------------------------------------------------------------------- loops by data types
 
 // What a loop knows of its operands when it is compiled: how many elements a thread has of each, and the
-// dtypes of parameters with gradients, and of moments. Those of Mixed are looked up.
+// dtypes of parameters with gradients, and of moments. Those of Mixed are looked up, and it is for what is
+// not usual in other ways, too (see their users).
 template <Dtype kValues, Dtype kMoments>
 struct Known {
+  static constexpr bool kIsUsual = true;
   static constexpr bool kNarrow = kValues != Dtype::kFloat32 && kMoments != Dtype::kFloat32;
   static constexpr int kCount = kNarrow ? 8 : 4;
   static ROSE_METHOD Dtype of(int operand, Dtype) { return operand < 2 ? kValues : kMoments; }
 };
 struct Mixed {
+  static constexpr bool kIsUsual = false;
   static constexpr int kCount = 4;
   static ROSE_METHOD Dtype of(int, Dtype dtype) { return dtype; }
 };
@@ -241,10 +252,11 @@ struct Mixed {
 // Returns `middle`; the others, fewer than a warp has in its vectors or all of a segment that has none, come
 // one at a time.
 template <typename Loop>
-ROSE_DEVICE int for_vectors(const Segment& segment, int count, Loop loop) {
+ROSE_DEVICE int for_vectors(const Segment& segment, bool is_usual, int count, Loop loop) {
   constexpr Dtype kFloat = Dtype::kFloat32, kBf16 = Dtype::kBFloat16;
   const int four = count / (4 * kWarp) * (4 * kWarp), eight = count / (8 * kWarp) * (8 * kWarp);
-  switch (segment.access) {
+  if (segment.access == Access::kSingle) return 0;
+  switch (is_usual ? segment.access : Access::kMixed) {
     case Access::kFloats:
       loop(Known<kFloat, kFloat>(), four);
       return four;
@@ -257,11 +269,9 @@ ROSE_DEVICE int for_vectors(const Segment& segment, int count, Loop loop) {
     case Access::kNarrow:
       loop(Known<kBf16, kBf16>(), eight);
       return eight;
-    case Access::kMixed:
+    default:
       loop(Mixed(), four);
       return four;
-    default:
-      return 0;
   }
 }
 

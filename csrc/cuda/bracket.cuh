@@ -148,7 +148,7 @@ ROSE_DEVICE void redo_bits(const SelectArguments& a, Bounds bounds) {
 
 // --------------------------------------------------------------------------------------------- kernels
 
-static __global__ void __launch_bounds__(kThreads, kBlocks) step_sample_kernel(StepArguments a) {
+static __global__ void __launch_bounds__(kThreads, 3) step_sample_kernel(StepArguments a) {
   clear_state(*a.select.state);
   const int thread = (int)(blockIdx.x * kThreads + threadIdx.x);
   if (thread == 0) a.update.counts[0] = a.update.counts[1] = 0;
@@ -164,7 +164,7 @@ static __global__ void __launch_bounds__(kThreads, kBlocks) step_pass_kernel(Ste
   if (mode == Mode::kExact) count(a.select, shared);
   if (mode != Mode::kSpeculative) return;
   Logged notes(a.select, shared);
-  update_share<kFractional, true>(a.update, notes, shared.counts);
+  update_share<kFractional, true>(a.update, shared.waiting, notes, shared.counts);
   notes.finish();
   flush_counts(a.update, shared.counts);
   resolve(a.select);
@@ -179,26 +179,27 @@ static __global__ void __launch_bounds__(kThreads, kBlocks) step_finish_kernel(S
   if (mode == Mode::kExact) update<kFractional, true>(a.update);
 }
 
-static __global__ void __launch_bounds__(kThreads, kBlocks) capture_pass_kernel(SelectArguments a) {
+static __global__ void __launch_bounds__(kThreads, 3) capture_pass_kernel(SelectArguments a) {
   __shared__ Counts shared;
   if (a.state->mode == Mode::kExact) {
     count(a, shared);
     return;
   }
   Logged notes(a, shared);
-  capture(a.risk, notes);
+  settle(a.risk, shared.waiting, notes, Bits());
   notes.finish();
   resolve(a);
 }
 
-static __global__ void __launch_bounds__(kThreads, kBlocks) capture_finish_kernel(SelectArguments a) {
+static __global__ void __launch_bounds__(kThreads, 4) capture_finish_kernel(SelectArguments a) {
   const Bounds bounds = read_bounds(a.selection);
   if (a.state->mode == Mode::kSpeculative) {
     redo_bits(a, bounds);
     return;
   }
+  __shared__ Waiting waiting[kThreads / kWarp];
   NoNotes notes = {bounds, nullptr};
-  capture(a.risk, notes);
+  settle(a.risk, waiting, notes, Bits());
 }
 
 }  // namespace cuda

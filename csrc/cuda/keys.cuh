@@ -96,6 +96,7 @@ struct Verdict {
   unsigned selected = 0;
   unsigned unsure = 0;
   unsigned below_lower = 0;  // the rest is above both
+  unsigned inactive = 0;     // and selected
 };
 
 // The intervals that hold the thresholds, as fences.
@@ -103,53 +104,40 @@ template <bool kSecondOrder>
 struct Judge {
   Fence upper, lower;
   float alpha;
+  bool ranks_inactive;
 
-  // Of a scaled gradient. NaN and inf fail all comparisons that would make them sure.
-  ROSE_METHOD void judge(float g, float m, unsigned bit, Verdict& verdict) const {
+  // Of the scaled gradient g of element j. NaN and inf fail all comparisons that would make them sure.
+  // kUsual: there is no lower threshold. No branches: lanes would part ways.
+  template <bool kUsual>
+  ROSE_METHOD void judge(float g, float m, int j, Verdict& verdict) const {
     float risk = fabsf(g), unit = 1.0f;
-    bool usual = risk > 0.0f;
+    bool is_settled = risk > 0.0f;
     if (kSecondOrder) {
       unit = fabsf(m);
       risk = fabsf(sub(mul(alpha, risk), unit));
-      usual = unit >= kSmallestMoment;
+      is_settled = unit >= kSmallestMoment;
     }
-    usual = usual && risk < bits_float(kInfinityBits);
-    const bool below_upper = risk < mul(upper.below, unit), above_upper = risk > mul(upper.above, unit);
-    const bool below_lower = risk < mul(lower.below, unit), above_lower = risk > mul(lower.above, unit);
-    if (usual && below_upper && above_lower) {
-      verdict.selected |= bit;
-    } else if (usual && below_upper && below_lower) {
-      verdict.below_lower |= bit;
-    } else if (!(usual && above_upper && above_lower)) {
-      verdict.unsure |= bit;
+    const bool is_below = (risk < mul(upper.below, unit)) & is_settled;
+    const bool is_above =
+        (risk > mul(upper.above, unit)) & (risk < bits_float(kInfinityBits)) & is_settled;
+    if (kUsual) {
+      verdict.selected |= (unsigned)is_below << j;
+      verdict.unsure |= (unsigned)!(is_below | is_above) << j;
+      return;
     }
+    const bool is_below_lower = risk < mul(lower.below, unit), is_above_lower = risk > mul(lower.above, unit);
+    const bool is_sure = (is_below & (is_below_lower | is_above_lower)) | (is_above & is_above_lower);
+    verdict.selected |= (unsigned)(is_below & is_above_lower) << j;
+    verdict.below_lower |= (unsigned)(is_below & is_below_lower) << j;
+    verdict.unsure |= (unsigned)!is_sure << j;
+  }
+
+  // Whether an element has no risk, and is selected therefore; of one that is unsure.
+  ROSE_METHOD bool is_inactive(float g, float m) const {
+    const uint32_t zero = abs_bits(kSecondOrder ? m : g);
+    return !ranks_inactive && zero == 0 && abs_bits(g) < kInfinityBits;
   }
 };
-
-// Asks the elements of a thread that a comparison left unsure for their keys. Fills in which are
-// selected, and which not finite. key(j), place(j), old(j, [p, m, v]) of element j. By whole warps if
-// there are notes to be taken.
-template <typename Notes, typename Key, typename Place, typename Old>
-ROSE_DEVICE void examine(unsigned unsure, unsigned& selected, unsigned& nonfinite, Notes& notes, Key key,
-                         Place place, Old old) {
-#pragma unroll 1
-  while (Notes::kAny ? __ballot_sync(kFullWarp, unsure != 0) != 0 : unsure != 0) {
-    uint32_t its_key = kNoKey;
-    bool is_selected = false, is_logged = false;
-    int j = 0;
-    if (unsure != 0) {
-      j = __ffs((int)unsure) - 1;
-      unsure &= unsure - 1;
-      its_key = key(j);
-      is_selected = if_selected(its_key, notes.bounds(), 1) != 0;
-      selected |= (unsigned)is_selected << j;
-      nonfinite |= (unsigned)(its_key == kNonfiniteKey) << j;
-      is_logged = notes.look(its_key);
-    }
-    notes.log(is_logged, its_key | (uint32_t)is_selected << 31, [&] { return place(j); },
-              [&](float (&pmv)[3]) { old(j, pmv); });
-  }
-}
 
 }  // namespace cuda
 }  // namespace rose

@@ -49,7 +49,7 @@ const char* walk(Kernel kernel, Arguments& arguments, Stream stream, Table& tabl
 
 // A few lines for each warp; at least one block, which clears the workspace.
 int64_t blocks_of_sample(const SelectArguments& arguments) {
-  constexpr int64_t kMostBlocks = 512, kLinesOfBlock = 16 * (kThreads / kWarp);
+  constexpr int64_t kMostBlocks = 384, kLinesOfBlock = 16 * (kThreads / kWarp);
   const int64_t blocks = (arguments.lines + kLinesOfBlock - 1) / kLinesOfBlock;
   return blocks < 1 ? 1 : blocks < kMostBlocks ? blocks : kMostBlocks;
 }

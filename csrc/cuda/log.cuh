@@ -6,18 +6,68 @@
 namespace rose {
 namespace cuda {
 
+// Elements that comparisons left unsure wait, until there are enough of them for a whole warp: a few
+// lanes that go a way of their own would take the time of all.
+struct Waiting {
+  static constexpr int kMost = kWarp + 8 * kWarp;  // fewer than a warp before, and all of a vector of 8
+  int element[kMost];  // position in the run
+  float v[kMost];      // second moment, which the update of a vector overwrites
+};
+
+// A warp's place in shared memory for them. All lanes hold the same.
+class Queue {
+ public:
+  ROSE_METHOD explicit Queue(Waiting* of_block) : waiting_(of_block[warp()]) {}
+
+  // Those of a lane's elements from `first` on whose bits are set; v(j): of element j. By whole warps.
+  template <typename V>
+  ROSE_METHOD void add(unsigned bits, int first, V v) {
+    while (true) {
+      const unsigned takers = __ballot_sync(kFullWarp, bits != 0);
+      if (takers == 0) return;
+      if (bits != 0) {
+        const int j = __ffs((int)bits) - 1, at = size_ + __popc(takers & lanes_below());
+        bits &= bits - 1;
+        waiting_.element[at] = first + j;
+        waiting_.v[at] = v(j);
+      }
+      size_ += __popc(takers);
+    }
+  }
+  // treat(element, v, whether there is one) of a warp's worth of elements at a time; of the last few, too,
+  // if `all`.
+  template <typename Treat>
+  ROSE_METHOD void drain(bool all, Treat treat) {
+#pragma unroll 1
+    while (size_ >= kWarp || (all && size_ > 0)) {
+      __syncwarp();  // what the lanes wrote
+      const int count = size_ < kWarp ? size_ : kWarp, at = size_ - count + lane();
+      const bool is_there = lane() < count;
+      treat(is_there ? waiting_.element[at] : 0, is_there ? waiting_.v[at] : 0.0f, is_there);
+      size_ -= count;
+      __syncwarp();
+    }
+  }
+
+ private:
+  Waiting& waiting_;
+  int size_ = 0;
+};
+
+// ---------------------------------------------------------------------------------------------- notes
+
 // Nothing but elements that are not finite: the thresholds are known.
 struct NoNotes {
-  static constexpr bool kAny = false;
   Bounds known;
   uint32_t* nonfinite;  // of the block, in shared memory; or null
 
   ROSE_METHOD Bounds bounds() const { return known; }
+  ROSE_METHOD bool has_one_threshold() const { return known.low < 0; }
   template <bool kSecondOrder>
-  ROSE_METHOD Judge<kSecondOrder> judge(float alpha) const {
+  ROSE_METHOD Judge<kSecondOrder> judge(float alpha, bool ranks_inactive) const {
     // -1 is above every key.
     return {fence_of<kSecondOrder>((uint32_t)known.high, (uint32_t)known.high),
-            fence_of<kSecondOrder>((uint32_t)known.low, (uint32_t)known.low), alpha};
+            fence_of<kSecondOrder>((uint32_t)known.low, (uint32_t)known.low), alpha, ranks_inactive};
   }
   // Of an element by its key: whether it is to be logged.
   ROSE_METHOD bool look(uint32_t key) {
@@ -27,8 +77,7 @@ struct NoNotes {
   // Of a thread's elements that a comparison settled.
   ROSE_METHOD void count(const Verdict&) {}
   // Writes an entry if `is_taken`. By whole warps.
-  template <typename Place, typename Old>
-  ROSE_METHOD void log(bool, uint32_t, Place, Old) {}
+  ROSE_METHOD void log(bool, uint32_t, int64_t, float, float, float) {}
 };
 
 // Entries of the log that a warp has taken: those from `next` on are free.
@@ -45,6 +94,7 @@ struct Counts {
   Bounds estimate;
   uint32_t lost;                   // entries without room in the log
   Chunk chunks[kThreads / kWarp];  // of each warp
+  Waiting waiting[kThreads / kWarp];
 };
 
 // Adds a count of each thread to one of the block.
@@ -57,8 +107,6 @@ ROSE_DEVICE void add_to_block(uint32_t* count, unsigned x) {
 // Counts, and a log of the elements whose risks are in the windows around the thresholds.
 class Logged {
  public:
-  static constexpr bool kAny = true;
-
   ROSE_METHOD Logged(const SelectArguments& a, Counts& shared) : a_(a), shared_(shared) {
     clear<2 * kBins>(shared.of_windows[0]);
     clear<kCounts>(shared.counts);
@@ -69,15 +117,16 @@ class Logged {
   }
 
   ROSE_METHOD Bounds bounds() const { return shared_.estimate; }
+  ROSE_METHOD bool has_one_threshold() const { return shared_.windows[1].low > kInfinityBits; }
   template <bool kSecondOrder>
-  ROSE_METHOD Judge<kSecondOrder> judge(float alpha) const {
+  ROSE_METHOD Judge<kSecondOrder> judge(float alpha, bool ranks_inactive) const {
     Fence fences[2];
 #pragma unroll
     for (int t = 0; t < 2; ++t) {
       const Window& window = shared_.windows[t];
       fences[t] = fence_of<kSecondOrder>(window.low, window.low + window.width);
     }
-    return {fences[0], fences[1], alpha};
+    return {fences[0], fences[1], alpha, ranks_inactive};
   }
 
   ROSE_METHOD bool look(uint32_t key) {
@@ -102,12 +151,12 @@ class Logged {
 
   ROSE_METHOD void count(const Verdict& verdict) {
     const int lower = __popc(verdict.below_lower);
-    below_[0] += (unsigned)(__popc(verdict.selected) + lower);
+    below_[0] += (unsigned)(__popc(verdict.selected) - __popc(verdict.inactive) + lower);
     below_[1] += (unsigned)lower;
+    if (verdict.inactive != 0) atomicAdd(&shared_.counts[kInactive], (unsigned)__popc(verdict.inactive));
   }
 
-  template <typename Place, typename Old>
-  ROSE_METHOD void log(bool is_taken, uint32_t word, Place place, Old old) {
+  ROSE_METHOD void log(bool is_taken, uint32_t word, int64_t place, float p, float m, float v) {
     const unsigned takers = __ballot_sync(kFullWarp, is_taken);
     if (takers == 0) return;
     // A full log is of no use: looking for room in it would only take long.
@@ -120,12 +169,11 @@ class Logged {
     }
     write<uint32_t>(a_.log.keys, at, word);
     if (a_.log.places == nullptr) return;
-    write<int64_t>(a_.log.places, at, place());
+    write<int64_t>(a_.log.places, at, place);
     if (a_.log.old == nullptr) return;
-    float pmv[3];
-    old(pmv);
-#pragma unroll
-    for (int i = 0; i < 3; ++i) write<float>(a_.log.old, 3 * at + i, pmv[i]);
+    write<float>(a_.log.old, 3 * at, p);
+    write<float>(a_.log.old, 3 * at + 1, m);
+    write<float>(a_.log.old, 3 * at + 2, v);
   }
 
   // Adds all counts to those of the grid. For a whole block.

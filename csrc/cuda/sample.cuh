@@ -19,9 +19,12 @@ ROSE_DEVICE Count find_bin(const T* histogram, Count rank, Bin& bin) {
   __shared__ Count of_warps[kThreads / kWarp];
   __shared__ Bin found;
   if (threadIdx.x == 0) found = {0, 0, 0};  // should the rank be that of no key
+  T bins[kOwn];
   Count own = 0;
-#pragma unroll 4
-  for (int i = 0; i < kOwn; ++i) own += __ldcg(histogram + threadIdx.x * kOwn + i);
+#pragma unroll
+  for (int i = 0; i < kOwn; ++i) bins[i] = __ldcg(histogram + threadIdx.x * kOwn + i);
+#pragma unroll
+  for (int i = 0; i < kOwn; ++i) own += bins[i];
   Count upto = own;  // inclusive sum over the threads of the warp, then of the block
   for (int d = 1; d < kWarp; d *= 2) {
     const Count before = __shfl_up_sync(kFullWarp, upto, d);
@@ -36,16 +39,10 @@ ROSE_DEVICE Count find_bin(const T* histogram, Count rank, Bin& bin) {
     total += of_warps[w];
   }
   Count below = upto - own;
-  if (below < rank && rank <= upto) {
-#pragma unroll 1
-    for (uint32_t i = threadIdx.x * kOwn;; ++i) {
-      const Count inside = __ldcg(histogram + i);
-      if (rank <= below + inside) {
-        found = {i, below, inside};
-        break;
-      }
-      below += inside;
-    }
+#pragma unroll
+  for (int i = 0; i < kOwn; ++i) {
+    if (below < rank && rank <= below + bins[i]) found = {threadIdx.x * kOwn + i, below, bins[i]};
+    below += bins[i];
   }
   __syncthreads();
   bin = found;
@@ -75,18 +72,45 @@ struct View {
 
 constexpr int kPilot = 2 * kThreads;  // keys
 
-// Key of an element of the line that is drawn from a stratum; kNoKey if it is not ranked or not there.
-ROSE_DEVICE uint32_t sampled_key(const SelectArguments& a, Factors factors, int64_t stratum,
-                                 int element) {
+// Keys of an element each of lines that are drawn from their strata; kNoKey if it is not ranked or not
+// there. First all places, then all loads, so that these overlap.
+template <int kCount>
+ROSE_DEVICE void sampled_keys(const SelectArguments& a, Factors factors, const int64_t (&strata)[kCount],
+                              int element, uint32_t (&keys)[kCount]) {
   const Table& table = a.risk.table;
-  const uint64_t random = random_bits(a.draw, (uint32_t)(stratum >> 32), (uint32_t)stratum);
-  const int64_t line = stratum * a.stratum + (int64_t)(random * (uint64_t)a.stratum >> 32);
-  if (stratum >= a.lines || line >= table.lines) return kNoKey;
-  const Segment& segment = table.segments[find_segment<&Segment::first_line>(table, line)];
-  const int64_t i = (line - segment.first_line) * kLine + element;
-  if (i >= segment.n) return kNoKey;
-  const uint32_t key = key_at(a.risk, factors, segment, i);
-  return key < kInactiveKey ? key : kNoKey;
+  const int operand = a.risk.operand;
+  const Segment* segments[kCount];
+  uint32_t g[kCount] = {}, m[kCount] = {};
+  int64_t places[kCount][2];
+#pragma unroll
+  for (int k = 0; k < kCount; ++k) {
+    segments[k] = nullptr;
+    const int64_t stratum = strata[k];
+    const uint64_t random = random_bits(a.draw, (uint32_t)(stratum >> 32), (uint32_t)stratum);
+    const int64_t line = stratum * a.stratum + (int64_t)(random * (uint64_t)a.stratum >> 32);
+    if (stratum >= a.lines || line >= table.lines) continue;
+    const Segment& segment = table.segments[find_segment<&Segment::first_line>(table, line)];
+    const int64_t i = (line - segment.first_line) * kLine + element;
+    if (i >= segment.n) continue;
+    segments[k] = &segment;
+    locate(table.dims, segment, i, places[k], operand);
+  }
+#pragma unroll
+  for (int k = 0; k < kCount; ++k) {
+    if (segments[k] == nullptr) continue;
+    g[k] = read_bits(segments[k]->data[operand], segments[k]->dtype[operand], places[k][0]);
+    if (!a.risk.second_order) continue;
+    m[k] = read_bits(segments[k]->data[operand + 1], segments[k]->dtype[operand + 1], places[k][1]);
+  }
+#pragma unroll
+  for (int k = 0; k < kCount; ++k) {
+    keys[k] = kNoKey;
+    if (segments[k] == nullptr) continue;
+    const float gradient = factors.scaled(from_bits(g[k], segments[k]->dtype[operand]));
+    const float moment = from_bits(m[k], segments[k]->dtype[operand + 1]);
+    const uint32_t key = key_of(a.risk, segments[k]->alpha, gradient, moment);
+    if (key < kInactiveKey) keys[k] = key;
+  }
 }
 
 // Sorts 2 * kThreads keys in shared memory. Bitonic: every thread has a pair in every step.
@@ -142,10 +166,10 @@ ROSE_DEVICE void read_pilot(const SelectArguments& a, Factors factors, View* vie
   __shared__ int size;
   if (threadIdx.x == 0) size = 0;
   const int64_t apart = a.lines * kLine > kPilot ? a.lines / (kPilot / kLine) : 1;
-#pragma unroll 1
-  for (int i = threadIdx.x; i < kPilot; i += kThreads) {
-    keys[i] = sampled_key(a, factors, i / kLine * apart, i % kLine);
-  }
+  const int first = (int)threadIdx.x, second = first + kThreads;
+  uint32_t drawn[2];
+  sampled_keys<2>(a, factors, {first / kLine * apart, second / kLine * apart}, first % kLine, drawn);
+  keys[first] = drawn[0], keys[second] = drawn[1];
   sort(keys);
   for (int i = threadIdx.x; i < kPilot; i += kThreads) {
     if (keys[i] != kNoKey && (i + 1 == kPilot || keys[i + 1] == kNoKey)) size = i + 1;
@@ -252,49 +276,62 @@ ROSE_DEVICE void clear_state(SelectState& state) {
 
 // For a whole grid. Two lines for each warp at a time, which are neighbours in the sample.
 ROSE_DEVICE void take_sample(const SelectArguments& a) {
-  constexpr int kSums = sizeof(SampleSums) / sizeof(Count);
+  constexpr int kSums = sizeof(SampleSums) / sizeof(Count), kAtOnce = 4;
   __shared__ uint32_t bins[2][kBins];
-  __shared__ SampleSums of_block;
+  __shared__ int of_block[kSums];  // in the order of SampleSums
   __shared__ View views[2];
   const Factors factors = factors_of(a.risk);
   clear<2 * kBins>(bins[0]);
-  clear<kSums>((Count*)&of_block);
+  clear<kSums>(of_block);
   read_pilot(a, factors, views);
   const int64_t warps = (int64_t)gridDim.x * (kThreads / kWarp);
-  const auto add = [&](Count& sum, int x) {
-    if (lane() == 0 && x != 0) atomicAdd(&sum, (Count)(int64_t)x);
-  };
+  int sums[kSums] = {};  // the same for all lanes of a warp
 #pragma unroll 1
   for (int64_t pair = (int64_t)blockIdx.x * (kThreads / kWarp) + warp(); 2 * pair < a.lines;
-       pair += warps) {
-    const uint32_t key = sampled_key(a, factors, 2 * pair + lane() / kLine, lane() % kLine);
-    const auto difference = [](unsigned votes) {
-      return __popc(votes & 0xFFFFu) - __popc(votes >> kLine);
-    };
-    const unsigned ranked = __ballot_sync(kFullWarp, key != kNoKey);
-    const int dr = difference(ranked);
-    add(of_block.ranked, __popc(ranked));
-    add(of_block.dr_dr, dr * dr);
+       pair += kAtOnce * warps) {
+    int64_t strata[kAtOnce];
+    uint32_t keys[kAtOnce];
 #pragma unroll
-    for (int t = 0; t < 2; ++t) {
-      const View& view = views[t];
-      if (view.window.low == kNoKey) continue;
-      const uint32_t above = key - view.window.low;
-      const int dc = difference(__ballot_sync(kFullWarp, key <= view.middle));
-      add(of_block.dc_dc[t], dc * dc);
-      add(of_block.dc_dr[t], dc * dr);
-      add(of_block.below_window[t], __popc(__ballot_sync(kFullWarp, key < view.window.low)));
-      add(of_block.below_pivot[t], __popc(__ballot_sync(kFullWarp, key < view.pivot)));
-      add(of_block.at_pivot[t], __popc(__ballot_sync(kFullWarp, key == view.pivot)));
-      if (key != kNoKey && key >= view.window.low && above <= view.window.width) {
-        atomicAdd(&bins[t][above >> view.window.shift], 1u);
+    for (int k = 0; k < kAtOnce; ++k) strata[k] = 2 * (pair + k * warps) + lane() / kLine;
+    sampled_keys<kAtOnce>(a, factors, strata, lane() % kLine, keys);
+#pragma unroll
+    for (int k = 0; k < kAtOnce; ++k) {
+      const uint32_t key = keys[k];
+      const auto votes = [](bool is) { return __ballot_sync(kFullWarp, is); };
+      const auto difference = [](unsigned votes) {
+        return __popc(votes & 0xFFFFu) - __popc(votes >> kLine);
+      };
+      const unsigned ranked = votes(key != kNoKey);
+      const int dr = difference(ranked);
+      sums[0] += __popc(ranked);
+      sums[1] += dr * dr;
+#pragma unroll
+      for (int t = 0; t < 2; ++t) {
+        const View& view = views[t];
+        if (view.window.low == kNoKey) continue;
+        const uint32_t above = key - view.window.low;
+        const int dc = difference(votes(key <= view.middle));
+        sums[2 + t] += dc * dc;
+        sums[4 + t] += dc * dr;
+        sums[6 + t] += __popc(votes(key < view.window.low));
+        sums[8 + t] += __popc(votes(key < view.pivot));
+        sums[10 + t] += __popc(votes(key == view.pivot));
+        if (key != kNoKey && key >= view.window.low && above <= view.window.width) {
+          atomicAdd(&bins[t][above >> view.window.shift], 1u);
+        }
       }
     }
+  }
+#pragma unroll
+  for (int i = 0; i < kSums; ++i) {
+    if (lane() == 0 && sums[i] != 0) atomicAdd(&of_block[i], sums[i]);
   }
   __syncthreads();
   Sample& sample = *a.sample;
   flush<2 * kBins>(bins[0], sample.bins[0]);
-  flush<kSums>((const Count*)&of_block, (Count*)&sample.sums);
+  if (threadIdx.x < kSums) {
+    atomicAdd((Count*)&sample.sums + threadIdx.x, (Count)(int64_t)of_block[threadIdx.x]);
+  }
   if (!is_last_block(&sample.ticket)) return;
   make_plans(a, views);
   __syncthreads();
@@ -303,7 +340,7 @@ ROSE_DEVICE void take_sample(const SelectArguments& a) {
   if (threadIdx.x == 0) sample.ticket = 0;
 }
 
-static __global__ void __launch_bounds__(kThreads, 4) sample_kernel(SelectArguments a) {
+static __global__ void __launch_bounds__(kThreads, 3) sample_kernel(SelectArguments a) {
   clear_state(*a.state);
   take_sample(a);
 }

@@ -28,19 +28,39 @@ ROSE_DEVICE void write_selection(const SelectArguments& a, int64_t high, int64_t
   for (int i = 0; i < 8; ++i) a.selection[i] = record[i];
 }
 
-// The elements of this block's share are settled, or examined. sink(segment, position of the first,
-// which are selected, how many) of each thread's elements, by whole warps.
+// Whether single gradients are multiplied by one factor at most, so that loops need not look at two:
+// 1 changes nothing, and a product with -1 is not rounded.
+ROSE_DEVICE bool is_one_factor(Factors factors) {
+  return fabsf(factors.inv_scale) == 1.0f || factors.clip == 1.0f;
+}
+
+// The elements of this block's share are settled by comparisons, or by their keys. `sink`: what becomes of
+// them (see Bits).
 template <bool kSecondOrder, typename Notes, typename Sink>
-ROSE_DEVICE void settle(const Risk& risk, Notes& notes, Sink sink) {
+ROSE_DEVICE void settle(const Risk& risk, Waiting* waiting, Notes& notes, Sink sink) {
   const Factors factors = factors_of(risk);
+  const float factor = mul(factors.inv_scale, factors.clip);
+  const bool is_usual = is_one_factor(factors) && notes.has_one_threshold();
+  Queue queue(waiting);
   for_each_run(risk.table, [&](const Run& run) {
     const Segment& segment = risk.table.segments[run.segment];
     if (!segment.selective) return;
-    const float alpha = segment.alpha;
-    const Judge<kSecondOrder> judge = notes.template judge<kSecondOrder>(alpha);
-    const auto place = [&](int i) { return segment.first_tile * kTile + run.begin + i; };
-    const int vectors = for_vectors(segment, run.count, [&](auto types, int middle) ROSE_ALWAYS_INLINE {
-      constexpr int kCount = decltype(types)::kCount;
+    const Judge<kSecondOrder> judge =
+        notes.template judge<kSecondOrder>(segment.alpha, risk.rank_inactive);
+    const auto by_key = [&](int i, float, bool is_there) ROSE_ALWAYS_INLINE {
+      const int64_t at = run.begin + i;
+      const uint32_t key = is_there ? key_at(risk, factors, segment, at) : kNoKey;
+      const bool selected = if_selected(key, notes.bounds(), 1) != 0;
+      const bool is_logged = is_there && notes.look(key);
+      notes.log(is_logged, key | (uint32_t)selected << 31, segment.first_tile * kTile + at, 0, 0, 0);
+      return is_there && selected;
+    };
+    const auto add = [&](int i, float v, bool is_there) ROSE_ALWAYS_INLINE {
+      sink.add(segment, run.begin + i, by_key(i, v, is_there));
+    };
+    const int vectors = for_vectors(segment, is_usual, run.count, [&](auto types, int middle) ROSE_ALWAYS_INLINE {
+      using Types = decltype(types);
+      constexpr int kCount = Types::kCount;
       const Dtype of_g = types.of(1, segment.dtype[risk.operand]);
       const Dtype of_m = types.of(2, segment.dtype[risk.operand + 1]);
       const char* const g_data = data_from(segment, risk.operand, of_g, run.begin);
@@ -49,45 +69,84 @@ ROSE_DEVICE void settle(const Risk& risk, Notes& notes, Sink sink) {
       for (int i = threadIdx.x * kCount; i < middle; i += kThreads * kCount) {
         const auto raw_g = read_vector<kCount>(g_data, of_g, i);
         const auto raw_m = kSecondOrder ? read_vector<kCount>(m_data, of_m, i) : Raw<kCount>();
+        const auto gradient = [&](int j) {
+          const float g = get(raw_g, of_g, j);
+          return Types::kIsUsual ? mul(g, factor) : factors.scaled(g);
+        };
+        const auto moment = [&](int j) { return kSecondOrder ? get(raw_m, of_m, j) : 0.0f; };
         Verdict verdict;
 #pragma unroll
         for (int j = 0; j < kCount; ++j) {
-          const float m = kSecondOrder ? get(raw_m, of_m, j) : 0.0f;
-          judge.judge(factors.scaled(get(raw_g, of_g, j)), m, 1u << j, verdict);
+          judge.template judge<Types::kIsUsual>(gradient(j), moment(j), j, verdict);
+        }
+        if (__ballot_sync(kFullWarp, verdict.unsure != 0) != 0) {
+#pragma unroll
+          for (int j = 0; j < kCount; ++j) {
+            const bool is_inactive = judge.is_inactive(gradient(j), moment(j));
+            verdict.inactive |= (unsigned)is_inactive << j & verdict.unsure;
+          }
+          verdict.selected |= verdict.inactive;
+          queue.add(verdict.unsure ^ verdict.inactive, i, [](int) { return 0.0f; });
         }
         notes.count(verdict);
-        unsigned nonfinite = 0;
-        examine(
-            verdict.unsure, verdict.selected, nonfinite, notes,
-            [&](int j) {
-              const float g = factors.scaled(read_element(g_data, of_g, i + j));
-              return key_of(risk, alpha, g, kSecondOrder ? read_element(m_data, of_m, i + j) : 0.0f);
-            },
-            [&](int j) { return place(i + j); }, [](int, float (&)[3]) {});
-        sink(segment, run.begin + i, verdict.selected, kCount);
+        sink.write(segment, run.begin + i, verdict.selected, kCount);
+        queue.drain(false, add);
       }
     });
+    queue.drain(true, add);
 #pragma unroll 1
     for (int base = vectors + warp() * kWarp; base < run.count; base += kThreads) {
       const int i = base + lane();
-      unsigned selected = 0, nonfinite = 0;
-      examine(
-          i < run.count, selected, nonfinite, notes,
-          [&](int) { return key_at(risk, factors, segment, run.begin + i); },
-          [&](int) { return place(i); }, [](int, float (&)[3]) {});
-      sink(segment, run.begin + i, selected, i < run.count ? 1 : 0);
+      const bool is_there = i < run.count;
+      const bool selected = by_key(is_there ? i : 0, 0.0f, is_there);
+      sink.write(segment, run.begin + i, selected, is_there ? 1 : 0);
     }
   });
 }
 
 template <typename Notes, typename Sink>
-ROSE_DEVICE void settle(const Risk& risk, Notes& notes, Sink sink) {
+ROSE_DEVICE void settle(const Risk& risk, Waiting* waiting, Notes& notes, Sink sink) {
   if (risk.second_order) {
-    settle<true>(risk, notes, sink);
+    settle<true>(risk, waiting, notes, sink);
   } else {
-    settle<false>(risk, notes, sink);
+    settle<false>(risk, waiting, notes, sink);
   }
 }
+
+// Sinks. write(segment, position of the first, which are selected, how many) of each lane's elements that
+// are neighbours; add(segment, position, is it selected) of others. By whole warps.
+struct Nothing {
+  ROSE_METHOD void write(const Segment&, int64_t, unsigned, int) const {}
+  ROSE_METHOD void add(const Segment&, int64_t, bool) const {}
+};
+struct Bits {
+  ROSE_METHOD void write(const Segment& segment, int64_t i, unsigned selected, int count) const {
+    uint8_t* const bits = segment.bits;
+    if (count == 8) {
+      rose::cuda::write<uint8_t>(bits, i / 8, (uint8_t)selected);
+    } else if (count == 4) {  // two lanes have a byte between them
+      const unsigned next = __shfl_down_sync(kFullWarp, selected, 1);
+      if (lane() % 2 == 0) rose::cuda::write<uint8_t>(bits, i / 8, (uint8_t)(selected | next << 4));
+    } else {  // as many lanes as there are elements have one each
+      const unsigned word = __ballot_sync(kFullWarp, selected != 0);
+      const unsigned there = __ballot_sync(kFullWarp, count != 0);
+      if (lane() % 8 == 0 && (there >> lane() & 1u) != 0) {
+        rose::cuda::write<uint8_t>(bits, i / 8, (uint8_t)(word >> lane()));
+      }
+    }
+  }
+  // A bit of a byte that this warp has written. Lanes whose elements share a byte take turns.
+  ROSE_METHOD void add(const Segment& segment, int64_t i, bool selected) const {
+#pragma unroll 1
+    for (int bit = 0; bit < 8; ++bit) {
+      if (selected && i % 8 == bit) {
+        const unsigned byte = read<uint8_t>(segment.bits, i / 8);
+        rose::cuda::write<uint8_t>(segment.bits, i / 8, (uint8_t)(byte | 1u << bit));
+      }
+      __syncwarp();
+    }
+  }
+};
 
 // ---------------------------------------------------------------------------------------------- count
 
@@ -95,7 +154,7 @@ ROSE_DEVICE void settle(const Risk& risk, Notes& notes, Sink sink) {
 ROSE_DEVICE void count(const SelectArguments& a, Counts& shared) {
   SelectState& state = *a.state;
   Logged notes(a, shared);
-  settle(a.risk, notes, [](const Segment&, int64_t, unsigned, int) {});
+  settle(a.risk, shared.waiting, notes, Nothing());
   notes.finish();
   if (!is_last_block(&state.tickets[0])) return;
   const Count ranked = (Count)a.elements - __ldcg(&state.counts[kInactive]) - __ldcg(&state.counts[kNonfinite]);

@@ -2,6 +2,8 @@
 // here depends on PyTorch, so that the kernels compile in seconds, and for the host in tests.
 #pragma once
 
+#include <stddef.h>
+
 #include "rose/element.h"
 
 namespace rose {
@@ -122,6 +124,14 @@ struct SampleSums {
   Count dc_dc[2], dc_dr[2];
   Count below_window[2], below_pivot[2], at_pivot[2];
 };
+
+static_assert(offsetof(SampleSums, dr_dr) == 1 * sizeof(Count) &&
+                  offsetof(SampleSums, dc_dc) == 2 * sizeof(Count) &&
+                  offsetof(SampleSums, dc_dr) == 4 * sizeof(Count) &&
+                  offsetof(SampleSums, below_window) == 6 * sizeof(Count) &&
+                  offsetof(SampleSums, below_pivot) == 8 * sizeof(Count) &&
+                  offsetof(SampleSums, at_pivot) == 10 * sizeof(Count),
+              "they are added up by their numbers");
 
 // Zero before and after every selection.
 struct Sample {

@@ -13,28 +13,10 @@ ROSE_DEVICE Bounds read_bounds(const int64_t* selection) {
 
 // --------------------------------------------------------------------------------------------- capture
 
-template <typename Notes>
-ROSE_DEVICE void capture(const Risk& risk, Notes& notes) {
-  settle(risk, notes, [](const Segment& segment, int64_t i, unsigned selected, int count) {
-    uint8_t* const bits = segment.bits;
-    if (count == 8) {
-      write<uint8_t>(bits, i / 8, (uint8_t)selected);
-    } else if (count == 4) {  // two lanes have a byte between them
-      const unsigned next = __shfl_down_sync(kFullWarp, selected, 1);
-      if (lane() % 2 == 0) write<uint8_t>(bits, i / 8, (uint8_t)(selected | next << 4));
-    } else {  // as many lanes as there are elements have one each
-      const unsigned word = __ballot_sync(kFullWarp, selected != 0);
-      const unsigned there = __ballot_sync(kFullWarp, count != 0);
-      if (lane() % 8 == 0 && (there >> lane() & 1u) != 0) {
-        write<uint8_t>(bits, i / 8, (uint8_t)(word >> lane()));
-      }
-    }
-  });
-}
-
-static __global__ void __launch_bounds__(kThreads, kBlocks) capture_kernel(CaptureArguments a) {
+static __global__ void __launch_bounds__(kThreads, 4) capture_kernel(CaptureArguments a) {
   NoNotes notes = {read_bounds(a.selection), nullptr};
-  capture(a.risk, notes);
+  __shared__ Waiting waiting[kThreads / kWarp];
+  settle(a.risk, waiting, notes, Bits());
 }
 
 // ---------------------------------------------------------------------------------------------- update
@@ -75,7 +57,8 @@ struct Updated {
   const Dim* dims;  // of all segments
   const Segment* segment;
   Update update;
-  float scale, clip;
+  float scale, clip, factor;  // of gradients: two, or their product where that is the same (`usual`)
+  bool usual;
   Judge<true> judge;
   uint32_t random_key;
   int base_kind;
@@ -92,7 +75,9 @@ struct Updated {
     update = prepared.update;
     scale = prepared.scale;
     clip = prepared.clip;
-    judge = notes.template judge<true>(segment->alpha);
+    factor = mul(scale, clip);
+    usual = is_one_factor({scale, clip}) && notes.has_one_threshold();
+    judge = notes.template judge<true>(segment->alpha, a.rank_inactive);
     random_key = prepared.random_key;
     base_kind = prepared.base_kind;
     offset = segment->offset;
@@ -173,7 +158,7 @@ ROSE_DEVICE void put_rounded(Raw<kCount>& raw, Dtype dtype, int j, float x, bool
 // A run of a segment that is ruled out: the second moment goes on with the first one for a gradient.
 ROSE_DEVICE void decay(const Updated& u, const Run& run) {
   const Segment& segment = *u.segment;
-  const int vectors = for_vectors(segment, run.count, [&](auto types, int middle) ROSE_ALWAYS_INLINE {
+  const int vectors = for_vectors(segment, true, run.count, [&](auto types, int middle) ROSE_ALWAYS_INLINE {
     constexpr int kCount = decltype(types)::kCount;
     const Dtype of_m = types.of(2, segment.dtype[2]), of_v = types.of(3, segment.dtype[3]);
     const char* const m_data = data_from(segment, 2, of_m, run.begin);
@@ -201,20 +186,48 @@ ROSE_DEVICE void decay(const Updated& u, const Run& run) {
 
 // A run of a segment. `kRanked`: its second-order mask is found on the way.
 template <bool kFractional, bool kRanked, typename Notes>
-ROSE_DEVICE void update_run(const Updated& u, bool rank_inactive, const Run& run, Notes& notes,
-                            unsigned& updated) {
+ROSE_DEVICE void update_run(const Updated& u, bool rank_inactive, const Run& run, Queue& queue,
+                            Notes& notes, unsigned& updated) {
   const Segment& segment = *u.segment;
   const bool is_checked = !kRanked && segment.selective;  // for NaN and inf
-  const auto key_of = [&](float g, float m) {
-    const float scaled = u.gradient(g);
-    if (kRanked) return second_order_key(scaled, m, segment.alpha, rank_inactive);
-    const bool is_finite = abs_bits(scaled) < kInfinityBits && abs_bits(m) < kInfinityBits;
-    return is_finite ? 0u : kNonfiniteKey;
+  // Of an element by its key, and without vectors.
+  const auto treat = [&](int element, bool is_waiting, float old_v, bool is_there) ROSE_ALWAYS_INLINE {
+    const int64_t i = run.begin + element;
+    int64_t places[kOperands] = {};
+    float p = 0.0f, g = 0.0f, m = 0.0f, v = old_v;
+    uint32_t key = kNoKey;
+    bool selected = false;
+    if (is_there) {
+      locate(u.dims, segment, i, places);
+      p = u.load(0, places[0]), g = u.gradient(u.load(1, places[1])), m = u.load(2, places[2]);
+      if (!is_waiting) v = u.load(3, places[3]);
+      if (kRanked) {
+        key = second_order_key(g, m, segment.alpha, rank_inactive);
+        selected = if_selected(key, notes.bounds(), 1) != 0;
+      } else if (is_checked) {
+        key = abs_bits(g) < kInfinityBits && abs_bits(m) < kInfinityBits ? 0u : kNonfiniteKey;
+      }
+    }
+    if (kRanked || is_checked) {
+      const bool is_logged = is_there && notes.look(key);
+      notes.log(is_logged, key | (uint32_t)selected << 31, segment.first_tile * kTile + i, p, m, v);
+    }
+    if (!is_there) return;
+    int kind = u.kind(u.mask_bits(0, i), kRanked ? selected : u.mask_bits(1, i));
+    if (key == kNonfiniteKey) kind = 0;
+    if (!kFractional && kind != 0) kind = 3;
+    updated += kind != 0;
+    adamw_element<kFractional>(p, m, v, g, kind, u.update);
+    u.store(0, i, places[0], p);
+    u.store(2, i, places[2], m);
+    u.store(3, i, places[3], v);
   };
-  const auto place = [&](int i) { return segment.first_tile * kTile + run.begin + i; };
 
-  const int vectors = for_vectors(segment, run.count, [&](auto types, int middle) ROSE_ALWAYS_INLINE {
-    constexpr int kCount = decltype(types)::kCount;
+  const auto treat_waiting = [&](int element, float v, bool is_there)
+                                 ROSE_ALWAYS_INLINE { treat(element, true, v, is_there); };
+  const int vectors = for_vectors(segment, u.usual || !kRanked, run.count, [&](auto types, int middle) ROSE_ALWAYS_INLINE {
+    using Types = decltype(types);
+    constexpr int kCount = Types::kCount;
     const Dtype of_p = types.of(0, segment.dtype[0]), of_g = types.of(1, segment.dtype[1]);
     const Dtype of_m = types.of(2, segment.dtype[2]), of_v = types.of(3, segment.dtype[3]);
     char* const p_data = data_from(segment, 0, of_p, run.begin);
@@ -228,44 +241,46 @@ ROSE_DEVICE void update_run(const Updated& u, bool rank_inactive, const Run& run
       auto raw_m = read_vector<kCount>(m_data, of_m, i);
       auto raw_p = read_vector<kCount>(p_data, of_p, i);
       auto raw_v = read_vector<kCount>(v_data, of_v, i);
-      const auto gradient = [&](int j) { return u.gradient(get(raw_g, of_g, j)); };
+      const auto gradient = [&](int j) {
+        const float g = get(raw_g, of_g, j);
+        return Types::kIsUsual ? mul(g, u.factor) : u.gradient(g);
+      };
       // Masks of one order alone are the same whichever it is.
-      const unsigned first = kRanked && !kFractional ? 0 : u.mask_bits(0, run.begin + i);
-      unsigned second = kRanked ? 0 : u.mask_bits(1, run.begin + i), unsure = 0, nonfinite = 0;
+      constexpr bool kAlone = kRanked && !kFractional;
+      const unsigned first = kAlone ? 0 : u.mask_bits(0, run.begin + i);
+      unsigned second = kRanked ? 0 : u.mask_bits(1, run.begin + i), waiting = 0;
+      Verdict verdict;
       if (kRanked) {
-        Verdict verdict;
 #pragma unroll
         for (int j = 0; j < kCount; ++j) {
-          u.judge.judge(gradient(j), get(raw_m, of_m, j), 1u << j, verdict);
+          u.judge.template judge<Types::kIsUsual>(gradient(j), get(raw_m, of_m, j), j, verdict);
         }
-        notes.count(verdict);
-        second = verdict.selected;
-        unsure = verdict.unsure;
       } else if (is_checked) {
 #pragma unroll
         for (int j = 0; j < kCount; ++j) {  // sums that overflow are looked at, too
           const float sum = add(fabsf(gradient(j)), fabsf(get(raw_m, of_m, j)));
-          if (!(sum < bits_float(kInfinityBits))) unsure |= 1u << j;
+          verdict.unsure |= (unsigned)!(sum < bits_float(kInfinityBits)) << j;
         }
       }
-      if (kRanked || is_checked) {
-        unsigned selected = 0;
-        examine(
-            unsure, selected, nonfinite, notes,
-            [&](int j) {
-              return key_of(read_element(g_data, of_g, i + j), read_element(m_data, of_m, i + j));
-            },
-            [&](int j) { return place(i + j); },
-            [&](int j, float (&pmv)[3]) {
-              pmv[0] = read_element(p_data, of_p, i + j);
-              pmv[1] = read_element(m_data, of_m, i + j);
-              pmv[2] = read_element(v_data, of_v, i + j);
-            });
-        if (kRanked) second |= selected;
+      if ((kRanked || is_checked) && __ballot_sync(kFullWarp, verdict.unsure != 0) != 0) {
+        if (kRanked) {
+#pragma unroll
+          for (int j = 0; j < kCount; ++j) {
+            const bool is_inactive = u.judge.is_inactive(gradient(j), get(raw_m, of_m, j));
+            verdict.inactive |= (unsigned)is_inactive << j & verdict.unsure;
+          }
+          verdict.selected |= verdict.inactive;
+        }
+        waiting = verdict.unsure ^ verdict.inactive;
+        queue.add(waiting, i, [&](int j) { return read_element(v_data, of_v, i + j); });
+      }
+      if (kRanked) {
+        notes.count(verdict);
+        second = verdict.selected;
       }
       constexpr unsigned kAll = (1u << kCount) - 1;
-      const bool base = !(kRanked && !kFractional) && u.base_kind != 0;
-      const unsigned on = (base ? kAll : (first | second) & kAll) & ~nonfinite;
+      const bool base = !kAlone && u.base_kind != 0;
+      const unsigned on = (base ? kAll : (first | second) & kAll) & ~waiting;
       updated += (unsigned)__popc(on);
       const bool rounds_p = of_p == Dtype::kBFloat16 && u.stochastic;
       const RandomWords<kCount> random_p(u, 0, run.begin + i, rounds_p);
@@ -282,43 +297,22 @@ ROSE_DEVICE void update_run(const Updated& u, bool rank_inactive, const Run& run
       write_vector<kCount>(p_data, of_p, i, raw_p);
       write_vector<kCount>(m_data, of_m, i, raw_m);
       write_vector<kCount>(v_data, of_v, i, raw_v);
+      if (kRanked || is_checked) queue.drain(false, treat_waiting);
     }
   });
+  if (kRanked || is_checked) queue.drain(true, treat_waiting);
 #pragma unroll 1
   for (int base = vectors + warp() * kWarp; base < run.count; base += kThreads) {
-    const int64_t i = run.begin + base + lane();
-    const bool is_there = base + lane() < run.count;
-    int64_t places[kOperands] = {};
-    if (is_there) locate(u.dims, segment, i, places);
-    unsigned selected = 0, nonfinite = 0;
-    if (kRanked || is_checked) {
-      examine(
-          is_there, selected, nonfinite, notes,
-          [&](int) { return key_of(u.load(1, places[1]), u.load(2, places[2])); },
-          [&](int) { return place(base + lane()); },
-          [&](int, float (&pmv)[3]) {
-            pmv[0] = u.load(0, places[0]);
-            pmv[1] = u.load(2, places[2]);
-            pmv[2] = u.load(3, places[3]);
-          });
-    }
-    if (!is_there) continue;
-    int kind = u.kind(u.mask_bits(0, i), kRanked ? selected : u.mask_bits(1, i));
-    if (nonfinite != 0) kind = 0;
-    updated += kind != 0;
-    float p = u.load(0, places[0]), m = u.load(2, places[2]), v = u.load(3, places[3]);
-    const float g = u.gradient(u.load(1, places[1]));
-    adamw_element<kFractional>(p, m, v, g, kFractional || kind == 0 ? kind : 3, u.update);
-    u.store(0, i, places[0], p);
-    u.store(2, i, places[2], m);
-    u.store(3, i, places[3], v);
+    treat(base + lane(), false, 0.0f, base + lane() < run.count);
   }
 }
 
 // The elements of this block's share. `notes` take those that are ranked on the way.
 template <bool kFractional, bool kRanked, typename Notes>
-ROSE_DEVICE void update_share(const UpdateArguments& a, Notes& notes, uint32_t* counts) {
+ROSE_DEVICE void update_share(const UpdateArguments& a, Waiting* waiting, Notes& notes,
+                              uint32_t* counts) {
   __shared__ Updated u;
+  Queue queue(waiting);
   unsigned updated = 0;
   for_each_run(a.table, [&](const Run& run) {
     if (threadIdx.x == 0) u.fill(a, run.segment, notes);
@@ -326,10 +320,10 @@ ROSE_DEVICE void update_share(const UpdateArguments& a, Notes& notes, uint32_t* 
     if (!kRanked && u.ruled_out) {
       decay(u, run);
     } else if (kRanked && u.segment->selective) {
-      update_run<kFractional, true>(u, a.rank_inactive, run, notes, updated);
+      update_run<kFractional, true>(u, a.rank_inactive, run, queue, notes, updated);
     } else {
       NoNotes nothing = {{-1, -1}, &counts[kNonfinite]};
-      update_run<kFractional, false>(u, a.rank_inactive, run, nothing, updated);
+      update_run<kFractional, false>(u, a.rank_inactive, run, queue, nothing, updated);
     }
   });
   add_to_block(&counts[kUpdated], updated);
@@ -345,10 +339,11 @@ ROSE_DEVICE void flush_counts(const UpdateArguments& a, const uint32_t* counts) 
 template <bool kFractional, bool kRanked>
 ROSE_DEVICE void update(const UpdateArguments& a) {
   __shared__ uint32_t counts[kCounts];
+  __shared__ Waiting waiting[kThreads / kWarp];
   clear<kCounts>(counts);
   __syncthreads();
   NoNotes notes = {kRanked ? read_bounds(a.selection) : Bounds{-1, -1}, &counts[kNonfinite]};
-  update_share<kFractional, kRanked>(a, notes, counts);
+  update_share<kFractional, kRanked>(a, waiting, notes, counts);
   __syncthreads();
   flush_counts(a, counts);
 }
