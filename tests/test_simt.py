@@ -246,6 +246,70 @@ def test_launches_of_a_step(simt, ops, generator, pieces):
     assert counted(simt, lambda: problem.bracket_update(ops, 600_000_000))[0] == 5
 
 
+def test_bin_of_a_rank_that_is_out_of_range(tmp_path):
+    """Nothing of what the block found before."""
+    source = tmp_path / "bins.cpp"
+    source.write_text("""
+        #include "cuda_runtime.h"
+        #include "cuda/select.cuh"
+        using namespace rose::cuda;
+        static Count histogram[kBins];
+        static Bin bins[4];
+        int main() {
+          histogram[3] = 10;
+          histogram[2000] = 5;
+          simt::launch(1, kThreads, [] {
+            const Count ranks[4] = {12, 16, 0, ~0ull};
+            for (int i = 0; i < 4; ++i) {
+              Bin bin;
+              find_bin<kBins>(histogram, ranks[i], bin);
+              if (threadIdx.x == 0) bins[i] = bin;
+            }
+          });
+          bool right = bins[0].index == 2000 && bins[0].below == 10 && bins[0].inside == 5;
+          for (int i = 1; i < 4; ++i) {
+            right = right && bins[i].index == 0 && bins[i].below == 0 && bins[i].inside == 0;
+          }
+          return right ? 0 : 1;
+        }
+    """)
+    binary = tmp_path / "bins"
+    build._compile(build.CSRC, source, build.HERE / "simt.cpp", "-o", binary, "-lpthread")
+    assert subprocess.run([binary], timeout=60).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("Count nonfinite, inactive,", "Count inactive, nonfinite,"),
+        ("Count nonfinite, inactive,", "Count nonfinite, inactive, another,"),
+        ("Count ranked, dr_dr;", "Count ranked, dr_dr; uint32_t another[2];"),
+    ],
+    ids=["order", "gap", "size"],
+)
+def test_counters_that_are_no_array_do_not_compile(tmp_path, old, new):
+    """Those that a kernel adds up as one."""
+    csrc = build.copy_sources(tmp_path)
+    table = csrc / "cuda" / "table.h"
+    source = table.read_text()
+    assert source.count(old) == 1
+    compile_it = ["-fsyntax-only", "-x", "c++", table]
+    build._compile(csrc, *compile_it)
+    table.write_text(source.replace(old, new))
+    with pytest.raises(AssertionError, match=r"must be neighbours|an array of counts"):
+        build._compile(csrc, *compile_it)
+
+
+def test_the_current_device_is_given_back_if_there_is_no_stream(simt, ops, generator):
+    problem = problem_of(generator, 300)
+    simt.configure(no_stream=True)
+    with pytest.raises(RuntimeError, match="gives no CUDA stream"):
+        problem.select(ops, 600_000_000)
+    simt.configure()
+    problem.select(ops, 600_000_000)
+    assert simt.guards() == 0
+
+
 # ------------------------------------------------------------------------------------- CUDA graphs
 
 

@@ -13,8 +13,8 @@
 namespace rose {
 namespace cuda {
 
-// Bin of a histogram that holds the `rank`-th smallest, from 1, and how many are in the bins before it;
-// returns the sum of all bins. For a whole block.
+// Bin of a histogram that holds the `rank`-th smallest, from 1, and how many are in the bins before it
+// (zeros if it has fewer, or for rank 0); returns the sum of all bins. For a whole block.
 struct Bin {
   uint32_t index;
   Count below, inside;
@@ -35,6 +35,7 @@ ROSE_DEVICE Count find_bin(const T* histogram, Count rank, Bin& bin) {
   }
   __syncthreads();  // of the last use
   if (lane() == kWarp - 1) of_warps[warp()] = upto;
+  if (threadIdx.x == 0) found = {0, 0, 0};
   __syncthreads();
   Count total = 0;
   for (int w = 0; w < kThreads / kWarp; ++w) {

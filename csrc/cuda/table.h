@@ -2,6 +2,8 @@
 // here depends on PyTorch, so that the kernels compile in seconds, and for the host in tests.
 #pragma once
 
+#include <cstddef>
+
 #include "rose/element.h"
 
 namespace rose {
@@ -94,6 +96,11 @@ struct SelectState {
   Bounds estimate;
   bool missed;
 };
+// A bracketed pass has their counts in one array.
+static_assert(offsetof(SelectState, inactive) == offsetof(SelectState, nonfinite) + sizeof(Count) &&
+                  offsetof(SelectState, below_windows) ==
+                      offsetof(SelectState, nonfinite) + 2 * sizeof(Count),
+              "nonfinite, inactive and below_windows must be neighbours, in this order");
 
 // Counts of a sample: c (at or below about the threshold) and r (ranked) are those of a line, dc and dr
 // their differences between neighbouring lines.
@@ -102,6 +109,7 @@ struct SampleSums {
   Count dc_dc[2], dc_dr[2];
   Count below_window[2], below_pivot[2], at_pivot[2];
 };
+static_assert(sizeof(SampleSums) == 12 * sizeof(Count), "they are added up as an array of counts");
 
 // Zero before and after every selection.
 struct Sample {

@@ -8,7 +8,9 @@
 #include <map>
 #include <mutex>
 
-#ifndef ROSE_SIMT
+#ifdef ROSE_SIMT
+#include "cuda_runtime.h"
+#else
 // In PyTorch's CUDA builds only. Weak, so that one library loads with any build of PyTorch.
 extern "C" __attribute__((weak)) int32_t aoti_torch_get_current_cuda_stream(int32_t device_index,
                                                                             void** stream);
@@ -18,23 +20,35 @@ namespace rose {
 namespace cuda {
 
 #ifdef ROSE_SIMT  // the host build in tests: the device is the CPU
-struct Context::Guard {};
-Context::Context(torch::stable::Device device) : device_(device), guard_(nullptr) {}
-Context::~Context() = default;
+struct Context::Guard {
+  explicit Guard(int32_t) { ++simt::guards; }
+  ~Guard() { --simt::guards; }
+};
+
+namespace {
+bool current_stream(int32_t, Stream*) { return !simt::settings.no_stream; }
+}  // namespace
 #else
 struct Context::Guard {
+  explicit Guard(int32_t device) : guard(device) {}
   torch::stable::accelerator::DeviceGuard guard;
 };
 
+namespace {
+bool current_stream(int32_t device, Stream* stream) {
+  return aoti_torch_get_current_cuda_stream != nullptr &&
+         aoti_torch_get_current_cuda_stream(device, stream) == 0;
+}
+}  // namespace
+#endif
+
 Context::Context(torch::stable::Device device)
-    : device_(device), guard_(new Guard{torch::stable::accelerator::DeviceGuard(device.index())}) {
-  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr &&
-                      aoti_torch_get_current_cuda_stream(device.index(), &stream_) == 0,
+    : device_(device), guard_(std::make_unique<Guard>(device.index())) {
+  STD_TORCH_CHECK(current_stream(device.index(), &stream_),
                   "this build of PyTorch gives no CUDA stream; install one with CUDA");
 }
 
-Context::~Context() { delete guard_; }
-#endif
+Context::~Context() = default;
 
 Tensor Context::empty(int64_t numel, ScalarType dtype) const {
   return torch::stable::empty({numel}, dtype, std::nullopt, device_);

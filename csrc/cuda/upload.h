@@ -1,6 +1,8 @@
 // Descriptor tables in device memory.
 #pragma once
 
+#include <memory>
+
 #include "../arguments.h"
 #include "launch.h"
 
@@ -21,7 +23,7 @@ class Context {
  private:
   struct Guard;
   torch::stable::Device device_;
-  Guard* guard_;
+  std::unique_ptr<Guard> guard_;
   Stream stream_ = nullptr;
 };
 

@@ -46,8 +46,10 @@ struct Settings {
   int os_threads = 1;      // that run blocks side by side
   int resident = 3;        // blocks of a grid that walks tiles
   bool capturing = false;  // what the runtime says of its stream; all is executed nevertheless
+  bool no_stream = false;  // as in a PyTorch built without CUDA
 };
 extern Settings settings;
+extern int guards;  // of the current device that are alive
 
 struct Counters {
   int64_t launches = 0, bytes_read = 0, bytes_written = 0;

@@ -21,18 +21,24 @@ STABLE_TORCH_LIBRARY_IMPL(rose_simt, CPU, m) {
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def(
       "configure",
-      [](const std::string& order, uint64_t seed, int os_threads, int resident, bool capturing) {
+      [](const std::string& order, uint64_t seed, int os_threads, int resident, bool capturing,
+         bool no_stream) {
         using simt::Order;
         simt::settings = {order == "forward"   ? Order::kForward
                           : order == "reverse" ? Order::kReverse
                                                : Order::kRandom,
-                          seed, os_threads, resident, capturing};
+                          seed,
+                          os_threads,
+                          resident,
+                          capturing,
+                          no_stream};
       },
-      "Order of threads and blocks (forward, reverse, random), OS threads, blocks of a grid, and "
-      "whether "
-      "the stream is said to be captured into a CUDA graph.",
+      "Order of threads and blocks (forward, reverse, random), OS threads, blocks of a grid, whether "
+      "the stream is said to be captured into a CUDA graph, and whether there is none.",
       pybind11::arg("order") = "forward", pybind11::arg("seed") = 0, pybind11::arg("os_threads") = 1,
-      pybind11::arg("resident") = 3, pybind11::arg("capturing") = false);
+      pybind11::arg("resident") = 3, pybind11::arg("capturing") = false,
+      pybind11::arg("no_stream") = false);
+  m.def("guards", [] { return simt::guards; }, "Guards of the current device that are alive.");
   m.def("forget_uploads", &rose::cuda::forget_uploads, "As if no table had ever been uploaded.");
   m.def(
       "kept_for_graphs",

@@ -25,6 +25,7 @@
 namespace simt {
 
 Settings settings;
+int guards = 0;
 
 namespace {
 
