@@ -166,9 +166,13 @@ struct Prepared {
   bool ruled_out;     // nothing of the segment is selected, whatever its gradient
 };
 
+// Of so many groups, learning rates that are on the host come by value: a schedule changes them in
+// every step, and nothing else.
+constexpr int kFewGroups = 16;
+
 struct UpdateArguments {
   Table table;
-  const double* lr;
+  const double* lrs;         // of each group; or null: few_lrs
   const float* inv_scale;    // or null
   const float* clip;         // or null: of selective segments, and of others
   const float* found_inf;    // or null
@@ -182,6 +186,7 @@ struct UpdateArguments {
   bool rank_inactive;
   bool stochastic;  // rounding of bfloat16 parameters
   uint32_t seed;
+  double few_lrs[kFewGroups];
 };
 
 // Of a bracketed selection with the update.
