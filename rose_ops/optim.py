@@ -364,7 +364,8 @@ class RoseFusedAdamW(Optimizer):
             for p in group["params"]:
                 if (grad := p.grad) is not None:  # once: a flat parameter looks at all its members
                     self._check_ready(p, grad, offset)
-                    view, grad = memory_order(p, (p.detach(), grad.detach()))
+                    grad = grad.detach() if grad.requires_grad else grad
+                    view, grad = memory_order(p, (p.detach(), grad))
                     batch.params.append(p)
                     batch.views.append(view)
                     batch.grads.append(grad)

@@ -190,7 +190,7 @@ Updating::Updating(const UpdateTensors& tensors, const UpdateScalars& scalars, b
     Segment& segment = host.segments[i];
     STD_TORCH_CHECK(!segment.selective || has_first || has_second, "params[", i,
                     "] is selective; expected first_masks, second_masks or a selection");
-    segment.step = tensors.steps[i].mutable_data_ptr<float>();
+    segment.step = static_cast<float*>(tensors.steps[i].mutable_data_ptr());
     segment.offset = scalars.offsets.const_data_ptr<int64_t>()[i];
     if (!segment.selective) continue;
     ranked += segment.n;
