@@ -548,6 +548,10 @@ MUTANTS: dict[str, tuple[str, str, str]] = {
     "bits of the second neighbour": (
         "../include/rose/element.h", "return word >> (16 * (low & 1u));", "return word;",
     ),
+    "learning rate of a group": ("update.cuh", "a.few_lrs[segment.group]", "a.few_lrs[0]"),
+    "learning rate of a group, of many": ("update.cuh", "a.lrs[segment.group]", "a.lrs[0]"),
+    "place of a graph's words": ("launch.cu", "part.to = to + from;", "part.to = to;"),
+    "last of a graph's words": ("launch.cu", "if (i < a.count) a.to", "if (i < a.count - 1) a.to"),
     "tensor that is ruled out": (
         "update.cuh", "prepared.base_kind == 0 && !has_bits && !a.from_risk", "false",
     ),
