@@ -19,11 +19,9 @@ Dtype dtype_of(const Tensor& tensor, const char* role, size_t index) {
   return Dtype::kFloat32;
 }
 
-void check_same_sizes(const Tensor& a, const Tensor& b, const char* role, const char* first_role,
-                      size_t index) {
-  const auto x = a.sizes(), y = b.sizes();
-  STD_TORCH_CHECK(x.size() == y.size() && std::equal(x.begin(), x.end(), y.begin()), role, "[", index,
-                  "] and ", first_role, "[", index, "] have different shapes; expected the same");
+template <typename Sizes>
+bool same(const Sizes& a, const Sizes& b) {
+  return a.size() == b.size() && std::equal(a.begin(), a.end(), b.begin());
 }
 
 // Merge neighbouring dimensions that every operand walks as one, and drop those of size 1. Row-major
@@ -64,18 +62,22 @@ Segments::Segments(const std::vector<Role>& roles, int64_t tile) {
     STD_TORCH_CHECK(role.tensors->size() == count, role.name, " has ", role.tensors->size(),
                     " tensors and ", roles[0].name, " has ", count, "; expected one for each");
   }
+  if (count == 0) return;
   segments_.resize(count);
+  const auto device = (*roles[0].tensors)[0].device();
   std::vector<const Tensor*> tensors(roles.size());
   for (size_t i = 0; i < count; ++i) {
     Segment& segment = segments_[i];
     segment.operands.resize(roles.size());
     bool contiguous = true;
+    const auto sizes = (*roles[0].tensors)[i].sizes();
     for (size_t k = 0; k < roles.size(); ++k) {
       const Tensor& tensor = (*roles[k].tensors)[i];
       tensors[k] = &tensor;
-      STD_TORCH_CHECK(tensor.device() == (*roles[0].tensors)[0].device(), roles[k].name, "[", i,
-                      "] is on another device than ", roles[0].name, "[0]; expected all on one");
-      if (k > 0) check_same_sizes(tensor, *tensors[0], roles[k].name, roles[0].name, i);
+      STD_TORCH_CHECK(tensor.device() == device, roles[k].name, "[", i, "] is on another device than ",
+                      roles[0].name, "[0]; expected all on one");
+      STD_TORCH_CHECK(k == 0 || same(tensor.sizes(), sizes), roles[k].name, "[", i, "] and ",
+                      roles[0].name, "[", i, "] have different shapes; expected the same");
       segment.operands[k].dtype = dtype_of(tensor, roles[k].name, i);
       segment.operands[k].data = static_cast<char*>(
           roles[k].written ? tensor.mutable_data_ptr() : const_cast<void*>(tensor.const_data_ptr()));

@@ -61,16 +61,68 @@ def _print(rows: dict[str, str]) -> None:
         print(f"{key:<15}{value}")
 
 
+# Of rankings, in units of 1e-9.
+_FRACTIONS = (600_000_000, 100_000_000)
+# Next to 1: backends take their one pass however little data there is.
+_WIDTH = 1.0 + 2.0**-20
+
+
 def _tensors(generator: torch.Generator, dtype: torch.dtype) -> list[Tensor]:
-    """Three tensors with ties, zeros, denormals and what is not finite among ordinary numbers."""
+    """Three tensors with ties, zeros, denormals and what is not finite among ordinary numbers; so many
+    that the kernels sample them."""
     special = torch.tensor([0.0, 1.0, 0.5, 1e-40, torch.nan, torch.inf])
     tensors = []
-    for n in (20_011, 7, 300):
+    for n in (100_003, 7, 300):
         values = torch.randn(n, generator=generator)
         which = torch.randint(0, 4 * len(special), (n,), generator=generator)
         values = torch.where(which < len(special), special[which % len(special)], values)
         tensors.append(values.to(dtype))
     return tensors
+
+
+def _results(ops: Any, device: str, data: list[list[Tensor]]) -> dict[str, list[Tensor]]:
+    """What every operator makes of parameters, gradients and moments, by a name for each result."""
+    _, g, m, _ = ([t.to(device) for t in tensors] for tensors in data)
+    hyper = torch.tensor([[0.9, 0.999, 1e-8, 1e-2, 1.0, 1.0]], dtype=torch.float64)
+    tables = (hyper, torch.zeros(len(g), dtype=torch.int64))
+    sizes = torch.tensor([t.numel() for t in g])
+    lr, offsets = torch.full((1,), 1e-3, dtype=torch.float64), sizes.cumsum(0) - sizes
+    rest = (lr, *tables, offsets, None, None, None, 0.5)
+    found: dict[str, list[Tensor]] = {}
+
+    def updated(name: str, update: Any) -> None:
+        p, g, m, v = ([t.to(device, copy=True) for t in tensors] for tensors in data)
+        steps = [torch.zeros((), device=device) for _ in p]
+        result = update(p, g, m, v, steps)
+        parts = {"result": [result], "steps": steps, "exp_avg": m, "exp_avg_sq": v, "parameters": p}
+        found.update({f"{name}: {part}": tensors for part, tensors in parts.items()})
+
+    masks: dict[str, list[Tensor]] = {}
+    for kind, moments in (("first", []), ("second", m)):
+        masks[kind], bracketed = (
+            [torch.zeros((t.numel() + 7) // 8, dtype=torch.uint8, device=device) for t in g]
+            for _ in range(2)
+        )
+        record = ops.select(g, moments, *tables, None, None, *_FRACTIONS, False, False)
+        ops.capture_(masks[kind], g, moments, *tables, None, None, record, False)
+        found[f"{kind}-order selection"], found[f"{kind}-order mask"] = [record], masks[kind]
+        record = ops.bracket_capture_(
+            bracketed, g, moments, *tables, None, None, *_FRACTIONS, False, 1, _WIDTH
+        )
+        found[f"{kind}-order selection, bracketed"] = [record]
+        found[f"{kind}-order mask, bracketed"] = bracketed
+    record, first = found["second-order selection"][0], masks["first"]
+    updated("update", lambda *t: ops.adamw_(*t, first, [], record, *rest, False, 1, False))
+    for name, captured in (("bracketed update", []), ("bracketed ensemble update", first)):
+        updated(
+            name,
+            lambda *t, captured=captured: ops.bracket_adamw_(
+                *t, captured, *rest, *_FRACTIONS, False, 1, False, 1, _WIDTH
+            ),
+        )
+    finite = [t.nan_to_num(0.0, 0.0, 0.0) for t in g]
+    found["sums of squares"] = [ops.sums_of_squares(tensors, None) for tensors in (g, finite)]
+    return {name: [t.cpu() for t in tensors] for name, tensors in found.items()}
 
 
 def check(ops: Any, device: str) -> list[str]:
@@ -79,43 +131,18 @@ def check(ops: Any, device: str) -> list[str]:
     generator = torch.Generator()
     generator.seed()
     for dtype in (torch.float32, torch.bfloat16):
-        p, g, m, v = (_tensors(generator, dtype) for _ in range(4))
-        v = [t.abs() for t in v]
-        hyper = torch.tensor([[0.9, 0.999, 1e-8, 1e-2, 1.0, 1.0]], dtype=torch.float64)
-        group = torch.zeros(len(p), dtype=torch.int64)
-        sizes = torch.tensor([t.numel() for t in p])
-        offsets, lr = sizes.cumsum(0) - sizes, torch.full((1,), 1e-3, dtype=torch.float64)
-
-        def run(ops: Any, device: str, data=(p, g, m, v), tables=(hyper, group), rest=(lr, offsets)):
-            p, g, m, v = ([t.to(device, copy=True) for t in tensors] for tensors in data)
-            steps = [torch.zeros((), device=device) for _ in p]
-            found: dict[str, list[Tensor]] = {}
-            masks = {}
-            for kind, moments in (("first", []), ("second", m)):
-                record = ops.select(
-                    g, moments, *tables, None, None, 600_000_000, 100_000_000, False, False
-                )
-                masks[kind] = [
-                    torch.zeros((t.numel() + 7) // 8, dtype=torch.uint8, device=device) for t in g
-                ]
-                ops.capture_(masks[kind], g, moments, *tables, None, None, record, False)
-                found[f"{kind}-order selection"] = [record]
-                found[f"{kind}-order mask"] = masks[kind]
-            counts = ops.adamw_(
-                p, g, m, v, steps, masks["first"], [], record, rest[0], *tables, rest[1], None, None,
-                None, 0.5, False, 1, False,
-            )  # fmt: skip
-            found.update(counts=[counts], steps=steps, exp_avg=m, exp_avg_sq=v, parameters=p)
-            return {name: [t.cpu() for t in tensors] for name, tensors in found.items()}
-
-        expected, actual = run(reference, "cpu"), run(ops, device)
+        data = [_tensors(generator, dtype) for _ in range(4)]
+        data[3] = [t.abs() for t in data[3]]
+        expected, actual = _results(reference, "cpu", data), _results(ops, device, data)
         for name, tensors in expected.items():
             for i, (a, b) in enumerate(zip(tensors, actual[name], strict=True)):
                 same = (a == b) | (a.isnan() & b.isnan())
-                if name == "parameters":  # promised to a few roundings of what they are the sum of
-                    size = p[i].double().abs() + (a.double() - p[i]).abs()
+                if name.endswith("parameters"):  # promised to a few roundings of what they sum up
+                    size = data[0][i].double().abs() + (a.double() - data[0][i]).abs()
                     off = (a.double() - b).abs()
                     same |= a.isfinite() & (off <= 4 * torch.finfo(dtype).eps * size)
+                if name == "sums of squares":  # in any order
+                    same |= (a - b).abs() <= 1e-12 * a
                 if not same.all():
                     wrong.append(f"{name} ({device}, {dtype})")
                     break

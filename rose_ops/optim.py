@@ -226,9 +226,9 @@ class RoseFusedAdamW(Optimizer):
         error_if_nonfinite: raise a RuntimeError instead, which waits for the device.
         capturable: allows ``step()`` and ``capture()`` inside ``torch.cuda.graph``. As with PyTorch's
             optimizers, a learning rate that changes between replays must be a tensor on the device.
-            Only calls of ``step()`` count for the selection warm-up, not replays: record the graph
-            after the warm-up, and after a step outside of it, which makes the state and sets aside
-            memory that a recording must not allocate.
+            Only calls of ``step()`` count for the selection warm-up, not replays: record graphs after
+            the warm-up, and after a step outside of them, which makes the state. A graph owns all
+            that it reads but the parameters, gradients and state.
         state_dtype: dtype of the moments. None: float32. With bfloat16, second moments are rounded
             stochastically (else they would never decay), keyed on ``seed``, step and element.
         param_rounding: of bfloat16 parameters. ``"stochastic"`` keeps, on average, updates that are
@@ -364,7 +364,8 @@ class RoseFusedAdamW(Optimizer):
             for p in group["params"]:
                 if (grad := p.grad) is not None:  # once: a flat parameter looks at all its members
                     self._check_ready(p, grad, offset)
-                    view, grad = memory_order(p, (p.detach(), grad.detach()))
+                    grad = grad.detach() if grad.requires_grad else grad
+                    view, grad = memory_order(p, (p.detach(), grad))
                     batch.params.append(p)
                     batch.views.append(view)
                     batch.grads.append(grad)

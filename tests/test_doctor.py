@@ -17,7 +17,14 @@ from rose_ops.backends import Backend
 from rose_ops.doctor import check
 
 
-def test_a_sound_installation(capsys):
+@pytest.fixture
+def no_interpreter(monkeypatch):
+    """Without Triton where it is interpreted: that takes half a minute each time."""
+    if backends._INTERPRETED:
+        monkeypatch.delitem(backends.BACKENDS, "triton")
+
+
+def test_a_sound_installation(capsys, no_interpreter):
     assert cli.main(["doctor"]) == 0
     lines = dict(line.split(None, 1) for line in capsys.readouterr().out.splitlines() if line)
     assert lines["torch"] == torch.__version__
@@ -25,30 +32,44 @@ def test_a_sound_installation(capsys):
     assert lines["cuda"] == "equals the reference" or "not available: " in lines["cuda"]
 
 
-def test_it_runs_as_a_command():
+@pytest.mark.slow
+def test_triton_is_sound():
+    if (reason := backends.BACKENDS["triton"].why_not()) is not None:
+        pytest.skip(reason)
+    triton = backends.BACKENDS["triton"]
+    assert [d for device in triton.devices for d in check(triton.ops, device)] == []
+
+
+def test_it_runs_as_a_command(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     done = subprocess.run([sys.executable, "-m", "rose_ops", "doctor"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "equals the reference" in done.stdout
 
 
-@pytest.mark.parametrize("broken", ["select", "capture_", "adamw_"])
-def test_a_wrong_backend_is_reported(monkeypatch, capsys, broken):
+OPERATORS = (
+    "select", "capture_", "adamw_", "bracket_adamw_", "bracket_capture_", "sums_of_squares",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("broken", OPERATORS)
+def test_a_wrong_backend_is_reported(monkeypatch, capsys, no_interpreter, broken):
+    """Whatever the operator, with one bit wrong in its result or in what it writes."""
+
     def off_by_one(*args):
         result = getattr(reference, broken)(*args)
-        changed = args[0][0] if result is None or broken == "adamw_" else result
-        changed.view(torch.uint8).reshape(-1)[0] += 1
+        changed = result
+        if broken == "capture_":
+            changed = args[0][0]
+        if "adamw" in broken:  # parameters are compared with a tolerance, moments are not
+            changed = args[2][0]
+        changed.view(torch.uint8).reshape(-1)[-1 if changed.is_floating_point() else 0] += 1
         return result
 
-    functions = {name: getattr(reference, name) for name in ("select", "capture_", "adamw_")}
-    ops = SimpleNamespace(**{**functions, broken: off_by_one})
-    if broken == "adamw_":  # parameters are compared with a tolerance, moments are not
-
-        def off_by_one_moment(*args):
-            result = reference.adamw_(*args)
-            args[2][0].view(torch.uint8)[-1] += 1
-            return result
-
-        ops.adamw_ = off_by_one_moment
+    functions = {name: getattr(reference, name) for name in OPERATORS}
+    ops = SimpleNamespace(**functions)
+    assert check(ops, "cpu") == []
+    setattr(ops, broken, off_by_one)
     wrong = Backend("wrong", frozenset({"cpu"}), lambda: ops, lambda: None)
     assert check(ops, "cpu")
     monkeypatch.setitem(backends.BACKENDS, "wrong", wrong)

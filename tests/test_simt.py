@@ -246,57 +246,157 @@ def test_launches_of_a_step(simt, ops, generator, pieces):
     assert counted(simt, lambda: problem.bracket_update(ops, 600_000_000))[0] == 5
 
 
+def test_bin_of_a_rank_that_is_out_of_range(tmp_path):
+    """Nothing of what the block found before."""
+    source = tmp_path / "bins.cpp"
+    source.write_text("""
+        #include "cuda_runtime.h"
+        #include "cuda/select.cuh"
+        using namespace rose::cuda;
+        static Count histogram[kBins];
+        static Bin bins[4];
+        int main() {
+          histogram[3] = 10;
+          histogram[2000] = 5;
+          simt::launch(1, kThreads, [] {
+            const Count ranks[4] = {12, 16, 0, ~0ull};
+            for (int i = 0; i < 4; ++i) {
+              Bin bin;
+              find_bin<kBins>(histogram, ranks[i], bin);
+              if (threadIdx.x == 0) bins[i] = bin;
+            }
+          });
+          bool right = bins[0].index == 2000 && bins[0].below == 10 && bins[0].inside == 5;
+          for (int i = 1; i < 4; ++i) {
+            right = right && bins[i].index == 0 && bins[i].below == 0 && bins[i].inside == 0;
+          }
+          return right ? 0 : 1;
+        }
+    """)
+    binary = tmp_path / "bins"
+    build._compile(build.CSRC, source, build.HERE / "simt.cpp", "-o", binary, "-lpthread")
+    assert subprocess.run([binary], timeout=60).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("Count nonfinite, inactive,", "Count inactive, nonfinite,"),
+        ("Count nonfinite, inactive,", "Count nonfinite, inactive, another,"),
+        ("Count ranked, dr_dr;", "Count ranked, dr_dr; uint32_t another[2];"),
+    ],
+    ids=["order", "gap", "size"],
+)
+def test_counters_that_are_no_array_do_not_compile(tmp_path, old, new):
+    """Those that a kernel adds up as one."""
+    csrc = build.copy_sources(tmp_path)
+    table = csrc / "cuda" / "table.h"
+    source = table.read_text()
+    assert source.count(old) == 1
+    compile_it = ["-fsyntax-only", "-x", "c++", table]
+    build._compile(csrc, *compile_it)
+    table.write_text(source.replace(old, new))
+    with pytest.raises(AssertionError, match=r"must be neighbours|an array of counts"):
+        build._compile(csrc, *compile_it)
+
+
+def test_the_current_device_is_given_back_if_there_is_no_stream(simt, ops, generator):
+    problem = problem_of(generator, 300)
+    simt.configure(no_stream=True)
+    with pytest.raises(RuntimeError, match="gives no CUDA stream"):
+        problem.select(ops, 600_000_000)
+    simt.configure()
+    problem.select(ops, 600_000_000)
+    assert simt.guards() == 0
+
+
 # ------------------------------------------------------------------------------------- CUDA graphs
 
 
-def step_of(ops, problem: Problem) -> None:
-    record = problem.select(reference, 600_000_000)
-    assert torch.equal(problem.select(ops, 600_000_000), record)
-    compare_update(ops, problem, selection=record)
+def renewed(problem: Problem, generator) -> None:
+    """Other gradients, where the old ones were."""
+    for g in problem.grads:
+        g.copy_(torch.randn(g.shape, generator=generator))
 
 
-def test_a_graph_keeps_tables_that_were_uploaded_before(simt, ops, generator):
+def captured(simt, ops, problem: Problem, bracketed: bool = True):
+    """A graph of a step, and where its replays put the results."""
+    graph = simt.Graph()
+    with graph:
+        if bracketed:
+            return graph, [problem.bracket_update(ops, 600_000_000)]
+        record = problem.select(ops, 600_000_000)
+        return graph, [record, problem.update(ops, selection=record)]
+
+
+def compare_replay(graph, result, problem: Problem) -> None:
+    expected = problem.copy()
+    graph.replay()
+    assert torch.equal(torch.cat(result), expected.bracket_update(reference, 600_000_000))
+    for a, b in zip(problem.exp_avgs, expected.exp_avgs, strict=True):
+        assert torch.equal(bits(a), bits(b))
+
+
+@pytest.mark.parametrize("bracketed", [True, False], ids=["bracket", "exact"])
+@pytest.mark.parametrize("before", [True, False], ids=["after-a-step", "at-once"])
+def test_a_graph_owns_what_it_reads(simt, ops, generator, bracketed, before):
+    """Nothing that later steps upload, drop or overwrite is part of it."""
+    problem = problem_of(generator, 3000, pieces=90)
+    if before:
+        problem.bracket_update(ops, 600_000_000)
+    kept = simt.kept_uploads()
+    graph, result = captured(simt, ops, problem, bracketed)
+    assert simt.kept_uploads() == kept
+    simt.forget_uploads()
+    compare_replay(graph, result, problem)
+    for _ in range(40):
+        problem_of(generator, 3000, pieces=90).select(ops, 600_000_000)
+    renewed(problem, generator)
+    compare_replay(graph, result, problem)
+
+
+@pytest.mark.parametrize("eager", [True, False], ids=["a-step-before-each", "none"])
+def test_any_number_of_graphs(simt, ops, generator, eager):
+    """Of tensors that the steps before have, and of others, as where gradients are a graph's own."""
     problem = problem_of(generator, 3000, pieces=5)
-    step_of(ops, problem)
-    assert simt.kept_for_graphs() == []
-    simt.configure(capturing=True)
-    step_of(ops, problem)
-    select_table, update_table = simt.kept_for_graphs()
-    assert len(select_table) < len(update_table)
-    simt.configure()
-    step_of(ops, problem_of(generator, 3000, pieces=5))
-    assert simt.kept_for_graphs() == [select_table, update_table]
+    problem.bracket_update(ops, 600_000_000)
+    simt.take_counters()
+    captures = []
+    for i in range(50):
+        if eager:
+            problem.bracket_update(ops, 600_000_000)
+        own = problem if i % 2 else problem_of(generator, 3000, pieces=5)
+        captures.append((*captured(simt, ops, own), own))
+    assert simt.kept_uploads() == 1
+    assert simt.take_counters()["uploads"] == 0
+    for graph, result, own in captures:
+        renewed(own, generator)
+        compare_replay(graph, result, own)
 
 
-def test_a_graph_may_have_other_tensors_than_the_steps_before_it(simt, ops, generator):
-    """As when its gradients live in the graph's own memory. What it uploads, nothing overwrites."""
-    problems = [problem_of(generator, 3000, pieces=5) for _ in range(9)]
-    step_of(ops, problems[0])
-    kept = []
-    for captured, after in zip(problems[1::2], problems[2::2], strict=True):
-        simt.configure(capturing=True)
-        step_of(ops, captured)
-        simt.configure()
-        kept += simt.kept_for_graphs()[len(kept) :]
-        step_of(ops, after)
-    assert len(kept) == len(set(kept)) == 8
-    assert simt.kept_for_graphs() == kept
+def test_launches_of_a_graph(simt, ops, generator):
+    """Its tables are arguments of launches of 4 KB each: 128 bytes for a tensor, 48 for a stride."""
+    for pieces, tables in ((1, 1), (201, 8)):
+        graph, _ = captured(simt, ops, problem_of(generator, 40_000, pieces=pieces))
+        assert len(graph) == 5 + tables
 
 
-def test_a_graph_whose_step_never_ran_is_refused(simt, ops, generator):
-    """Pinned memory must not be allocated during a capture."""
-    problems = [problem_of(generator, 300) for _ in range(18)]
-    simt.configure(capturing=True)
-    never_ran = "run it once, as it is captured, before each capture"
-    with pytest.raises(RuntimeError, match=never_ran):
-        problems[0].select(ops, 600_000_000)
-    simt.configure()
-    problems[0].select(ops, 600_000_000)
-    simt.configure(capturing=True)
-    for problem in problems[1:17]:  # twice the tables of a step
-        problem.select(ops, 600_000_000)
-    with pytest.raises(RuntimeError, match=never_ran):
-        problems[17].select(ops, 600_000_000)
+# ------------------------------------------------------------------------------------- learning rates
+
+
+@pytest.mark.parametrize("groups", [1, 16, 17, 40])
+def test_a_schedule_uploads_nothing(simt, ops, generator, groups):
+    """But for the rates themselves, where they are too many to be arguments."""
+    problem = problem_of(generator, 3000, pieces=41)
+    problem.hyper = problem.hyper[:1].repeat(groups, 1)
+    problem.group = torch.arange(41) % groups
+    uploads = []
+    for _ in range(3):
+        problem.lr = torch.rand(groups, dtype=torch.float64, generator=generator)
+        simt.take_counters()
+        compare_bracket(ops, problem, 600_000_000)
+        uploads.append(simt.take_counters()["uploads"])
+    assert uploads[1:] == [int(groups > 16)] * 2
 
 
 # -------------------------------------------------------------------------------------------- races
@@ -448,6 +548,10 @@ MUTANTS: dict[str, tuple[str, str, str]] = {
     "bits of the second neighbour": (
         "../include/rose/element.h", "return word >> (16 * (low & 1u));", "return word;",
     ),
+    "learning rate of a group": ("update.cuh", "a.few_lrs[segment.group]", "a.few_lrs[0]"),
+    "learning rate of a group, of many": ("update.cuh", "a.lrs[segment.group]", "a.lrs[0]"),
+    "place of a graph's words": ("launch.cu", "part.to = to + from;", "part.to = to;"),
+    "last of a graph's words": ("launch.cu", "if (i < a.count) a.to", "if (i < a.count - 1) a.to"),
     "tensor that is ruled out": (
         "update.cuh", "prepared.base_kind == 0 && !has_bits && !a.from_risk", "false",
     ),

@@ -22,6 +22,7 @@ from support import (
     assert_consistent,
     assert_same_bits,
     compare_bracket,
+    compare_update,
     values,
 )
 
@@ -305,48 +306,88 @@ def test_launches_of_a_step(monkeypatch, generator, pieces):
     assert names == [*["_select_kernel"] * 3, "_prepare_kernel", "_update_kernel"]
 
 
-def test_tables_of_cuda_graphs(monkeypatch):
-    """On a device without memory: what is uploaded, what is kept, and what a capture may not do."""
+@pytest.fixture
+def fresh_tables(monkeypatch):
+    """As in a new process, with a list of the words that were uploaded."""
     from rose_ops.backends.triton import table
 
-    stream = (1, False)
-    monkeypatch.setattr(table, "_stream", lambda device: stream)
-    allocated = []
+    uploaded: list[int] = []
+    original = table._upload
+    monkeypatch.setattr(table, "_recent", OrderedDict())
     monkeypatch.setattr(
-        table, "_pinned", lambda words: allocated.append(words) or torch.full((words,), -1)
+        table, "_upload", lambda words, device: uploaded.append(len(words)) or original(words, device)
     )
-    for name, fresh in (
-        ("_uploads", OrderedDict()), ("_of_graphs", []), ("_ahead", torch.empty(0, dtype=torch.int64)),
-    ):  # fmt: skip
-        monkeypatch.setattr(table, name, fresh)
+    return table, uploaded
 
-    def upload(*values: int):
-        blob, tiles = torch.tensor(values), torch.arange(5, dtype=torch.int32)
-        return table._upload([blob, tiles], torch.device("meta"))
 
-    stream = (9, True)
-    with pytest.raises(RuntimeError, match="run it once, as it is captured, before each capture"):
-        upload(1, 2, 3)
-    stream = (1, False)
-    first = upload(1, 2, 3)
-    assert [(t.dtype, len(t)) for t in first] == [(torch.int64, 3), (torch.int32, 5)]
-    assert upload(1, 2, 3) is first
-    assert upload(1, 2, 4) is not first
-    stream = (2, False)
-    assert upload(1, 2, 3) is not first  # which may not be there yet
-    count = len(allocated)
-    stream = (9, True)
-    for i in range(table._TABLES_AHEAD):
-        upload(7, 8, i)
-    assert len(allocated) == count
-    staged = list(table._of_graphs)
-    assert [t[:3].tolist() for t in staged] == [[7, 8, i] for i in range(table._TABLES_AHEAD)]
-    assert all(t[3:].view(torch.int32)[:5].tolist() == [0, 1, 2, 3, 4] for t in staged)
-    kept = upload(1, 2, 4)
-    assert all(a is b for a, b in zip(table._of_graphs[-2:], kept, strict=True))
-    stream = (1, False)
-    upload(5, 6, 7)
-    assert [t[2].item() for t in staged] == list(range(table._TABLES_AHEAD))
+def test_a_schedule_uploads_its_rates_alone(triton_ops, generator, fresh_tables):
+    _, uploaded = fresh_tables
+    problem = _problem(generator, 300, 7).copy()
+    for i in range(4):
+        problem.lr = torch.full_like(problem.lr, 0.1 * 0.5 ** (i // 2))
+        compare_update(triton_ops, problem, selection=problem.select(reference, 600_000_000))
+    table, *rates = uploaded
+    assert table > 7 * 17
+    assert rates == [1, 1]  # two in four steps
+
+
+def test_tables_of_tensors_that_differ(generator, fresh_tables):
+    """By any one thing that a table says or checks."""
+    table, _ = fresh_tables
+    hyper, group = torch.rand(2, 6, dtype=torch.float64), torch.tensor([0, 1])
+    p, g = (list(torch.randn(2, 6, 4, generator=generator)) for _ in range(2))
+
+    def made(p=p, g=g, hyper=hyper, group=group, block=512, extra=(0.5,), column=(1, 2)):
+        roles = [table.Role("params", p, True), table.Role("grads", g)]
+        return table.make(roles, hyper, group, block, extra, {2: column})
+
+    first = made()
+    assert made() is first
+    assert made(p=[t.detach() for t in p], hyper=hyper.clone(), group=group.clone()) is first
+    others = [
+        made(p=p[::-1], g=g[::-1]), made(hyper=hyper * 2), made(group=group.flip(0)), made(block=256),
+        made(extra=(0.25,)), made(column=(1, 3)), made(p=[t[:3] for t in p], g=[t[:3] for t in g]),
+        made(g=[t.view(torch.bfloat16)[:, :4] for t in g]),
+        made(p=[t.view(4, 6).t() for t in p]), made(p=[t.clone() for t in p]),
+    ]  # fmt: skip
+    assert len({id(t) for t in [first, *others]}) == len(others) + 1
+    for wrong in ({"p": p[:1]}, {"g": [t.t() for t in g]}, {"p": [t.view(3, 8) for t in p]}):
+        with pytest.raises(RuntimeError):
+            made(**wrong)
+    assert made() is first
+
+
+def test_tables_by_value(generator):
+    from rose_ops.backends.triton import table
+
+    words = torch.randint(-(2**63), 2**63 - 1, (1000,), generator=generator)
+    words[::3] = 0
+    words[:3] = torch.tensor([-1, -(2**63), 2**63 - 1])
+    there = table._by_value(words, torch.device("cpu"))
+    assert torch.equal(there, words)
+
+
+@pytest.mark.parametrize("bracketed", [False, True], ids=["exact", "bracket"])
+def test_any_number_of_graphs(triton_ops, generator, fresh_tables, monkeypatch, bracketed):
+    """A capture keeps nothing and takes nothing that is kept: what a graph reads is its own."""
+    table, _ = fresh_tables
+    if not triton_ops.INTERPRETED:
+        pytest.skip("needs TRITON_INTERPRET=1")
+    problem = _problem(generator, 300, 3).copy()
+    compare_update(triton_ops, problem, selection=problem.select(triton_ops, 600_000_000))
+    kept, made = dict(table._recent), []
+    by_value = table._by_value
+    monkeypatch.setattr(table, "_capturing", lambda device: True)
+    monkeypatch.setattr(table, "_pinned", None)  # memory of the host, which must not be allocated
+    monkeypatch.setattr(table, "_by_value", lambda *args: made.append(args) or by_value(*args))
+    for i in range(1 if bracketed else 20):
+        if bracketed:
+            compare_bracket(triton_ops, problem, 600_000_000)
+            assert len(made) == 2  # a table and the learning rates
+        else:
+            compare_update(triton_ops, problem, selection=problem.select(triton_ops, 600_000_000))
+            assert len(made) == 3 * (i + 1)
+    assert dict(table._recent) == kept
 
 
 # ---------------------------------------------------------------------------- bytes, launches, memory

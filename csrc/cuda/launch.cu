@@ -76,6 +76,18 @@ const char* narrow(SelectArguments& arguments, Stream stream) {
   return failed;
 }
 
+// As many as arguments may be on every device: 4 KB.
+struct Words {
+  uint64_t* to;
+  int32_t count;
+  uint64_t words[508];
+};
+
+static __global__ void __launch_bounds__(kThreads) write_kernel(Words a) {
+  const int i = (int)(blockIdx.x * kThreads + threadIdx.x);
+  if (i < a.count) a.to[i] = a.words[i];
+}
+
 }  // namespace
 
 const char* select(SelectArguments arguments, Stream stream) {
@@ -141,6 +153,19 @@ const char* is_capturing(Stream stream, bool& capturing) {
   const cudaError_t error = cudaStreamIsCapturing((cudaStream_t)stream, &status);
   capturing = status != cudaStreamCaptureStatusNone;
   return text(error);
+}
+
+const char* write_words(uint64_t* to, const uint64_t* words, int64_t count, Stream stream) {
+  Words part;
+  constexpr int64_t kMost = sizeof(part.words) / sizeof(part.words[0]);
+  for (int64_t from = 0; from < count; from += kMost) {
+    part.to = to + from;
+    part.count = (int32_t)(count - from < kMost ? count - from : kMost);
+    for (int i = 0; i < part.count; ++i) part.words[i] = words[from + i];
+    ROSE_LAUNCH(write_kernel, (part.count + kThreads - 1) / kThreads, stream, part);
+    if (const char* failed = text(cudaGetLastError())) return failed;
+  }
+  return nullptr;
 }
 
 }  // namespace cuda

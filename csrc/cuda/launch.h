@@ -19,5 +19,9 @@ const char* sums_of_squares(SquaresArguments arguments, Stream stream);
 // Whether `stream` is being captured into a CUDA graph.
 const char* is_capturing(Stream stream, bool& capturing);
 
+// Copies words to device memory, as arguments of as many launches as that takes. A graph copies
+// arguments where it would read a host's memory again at every replay.
+const char* write_words(uint64_t* to, const uint64_t* words, int64_t count, Stream stream);
+
 }  // namespace cuda
 }  // namespace rose

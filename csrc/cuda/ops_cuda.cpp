@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 
 #include "upload.h"
 
@@ -150,9 +151,26 @@ class Updating {
            const Context& context);
 
  private:
+  void set_lrs(const Tensor& lr, int64_t count, const Context& context);
+
   std::optional<DeviceTable> table_;
+  std::optional<Tensor> lrs_;
   Tensor prepared_;
 };
+
+void Updating::set_lrs(const Tensor& lr, int64_t count, const Context& context) {
+  const double* const lrs = lr.const_data_ptr<double>();
+  if (!lr.is_cpu()) {
+    arguments.lrs = lrs;
+  } else if (count <= kFewGroups) {
+    std::copy(lrs, lrs + count, arguments.few_lrs);
+  } else {
+    std::vector<uint64_t> words(static_cast<size_t>(count));
+    std::memcpy(words.data(), lrs, words.size() * sizeof(double));
+    lrs_ = upload(std::move(words), context);
+    arguments.lrs = static_cast<const double*>(lrs_->const_data_ptr());
+  }
+}
 
 Updating::Updating(const UpdateTensors& tensors, const UpdateScalars& scalars, bool from_risk,
                    const Context& context) {
@@ -180,7 +198,7 @@ Updating::Updating(const UpdateTensors& tensors, const UpdateScalars& scalars, b
     Segment& segment = host.segments[i];
     STD_TORCH_CHECK(!segment.selective || has_first || has_second, "params[", i,
                     "] is selective; expected first_masks, second_masks or a selection");
-    segment.step = tensors.steps[i].mutable_data_ptr<float>();
+    segment.step = static_cast<float*>(tensors.steps[i].mutable_data_ptr());
     segment.offset = scalars.offsets.const_data_ptr<int64_t>()[i];
     if (!segment.selective) continue;
     ranked += segment.n;
@@ -193,13 +211,11 @@ Updating::Updating(const UpdateTensors& tensors, const UpdateScalars& scalars, b
       segment.masks[1] = static_cast<const uint8_t*>(tensors.second_masks[i].const_data_ptr());
     }
   }
-  const double* lrs = lr.const_data_ptr<double>();
-  if (lr.is_cpu()) host.lr.assign(lrs, lrs + groups.count());
   table_.emplace(host, context);
   prepared_ = context.empty(static_cast<int64_t>(count * sizeof(Prepared)), ScalarType::Byte);
 
   arguments.table = table_->table;
-  arguments.lr = lr.is_cpu() ? table_->lr : lrs;
+  set_lrs(scalars.lr, groups.count(), context);
   arguments.inv_scale = floats(scalars.inv_scale, 1, "inv_scale", context);
   arguments.clip = floats(scalars.clip, 2, "clip", context);
   arguments.found_inf = floats(scalars.found_inf, 1, "found_inf", context);

@@ -6,8 +6,8 @@
 namespace rose {
 namespace cuda {
 
-// Bin of a histogram that holds the `rank`-th smallest, from 1, and how many are in the bins before it;
-// returns the sum of all bins. For a whole block.
+// Bin of a histogram that holds the `rank`-th smallest, from 1, and how many are in the bins before it
+// (zeros if it has fewer, or for rank 0); returns the sum of all bins. For a whole block.
 struct Bin {
   uint32_t index;
   Count below, inside;
@@ -18,7 +18,6 @@ ROSE_DEVICE Count find_bin(const T* histogram, Count rank, Bin& bin) {
   constexpr int kOwn = kCount / kThreads;
   __shared__ Count of_warps[kThreads / kWarp];
   __shared__ Bin found;
-  if (threadIdx.x == 0) found = {0, 0, 0};  // should the rank be that of no key
   T bins[kOwn];
   Count own = 0;
 #pragma unroll
@@ -32,6 +31,7 @@ ROSE_DEVICE Count find_bin(const T* histogram, Count rank, Bin& bin) {
   }
   __syncthreads();  // of the last use
   if (lane() == kWarp - 1) of_warps[warp()] = upto;
+  if (threadIdx.x == 0) found = {0, 0, 0};
   __syncthreads();
   Count total = 0;
   for (int w = 0; w < kThreads / kWarp; ++w) {

@@ -2,7 +2,7 @@
 // here depends on PyTorch, so that the kernels compile in seconds, and for the host in tests.
 #pragma once
 
-#include <stddef.h>
+#include <cstddef>
 
 #include "rose/element.h"
 
@@ -124,6 +124,7 @@ struct SampleSums {
   Count dc_dc[2], dc_dr[2];
   Count below_window[2], below_pivot[2], at_pivot[2];
 };
+static_assert(sizeof(SampleSums) == 12 * sizeof(Count), "they are added up as an array of counts");
 
 static_assert(offsetof(SampleSums, dr_dr) == 1 * sizeof(Count) &&
                   offsetof(SampleSums, dc_dc) == 2 * sizeof(Count) &&
@@ -187,9 +188,13 @@ struct Prepared {
   bool ruled_out;     // nothing of the segment is selected, whatever its gradient
 };
 
+// Of so many groups, learning rates that are on the host come by value: a schedule changes them in
+// every step, and nothing else.
+constexpr int kFewGroups = 16;
+
 struct UpdateArguments {
   Table table;
-  const double* lr;
+  const double* lrs;         // of each group; or null: few_lrs
   const float* inv_scale;    // or null
   const float* clip;         // or null: of selective segments, and of others
   const float* found_inf;    // or null
@@ -203,6 +208,7 @@ struct UpdateArguments {
   bool rank_inactive;
   bool stochastic;  // rounding of bfloat16 parameters
   uint32_t seed;
+  double few_lrs[kFewGroups];
 };
 
 // Of a bracketed selection with the update.

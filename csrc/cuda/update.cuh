@@ -29,7 +29,8 @@ ROSE_DEVICE void prepare(const UpdateArguments& a, int i) {
   const float step = *segment.step + 1.0f;
   *segment.step = step;
   Prepared& prepared = a.prepared[i];
-  prepared.update = make_update(a.table.groups[segment.group], a.lr[segment.group], step, a.gamma);
+  const double lr = a.lrs == nullptr ? a.few_lrs[segment.group] : a.lrs[segment.group];
+  prepared.update = make_update(a.table.groups[segment.group], lr, step, a.gamma);
   prepared.scale = mul(segment.sign, scalar_or_one(a.inv_scale));
   prepared.clip = a.clip == nullptr ? 1.0f : a.clip[segment.selective ? 0 : 1];
   prepared.random_key = random_key(a.seed, (uint32_t)step);

@@ -3,12 +3,16 @@
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/ops.h>
 
+#include <algorithm>
 #include <cstring>
 #include <list>
 #include <map>
 #include <mutex>
+#include <numeric>
 
-#ifndef ROSE_SIMT
+#ifdef ROSE_SIMT
+#include "cuda_runtime.h"
+#else
 // In PyTorch's CUDA builds only. Weak, so that one library loads with any build of PyTorch.
 extern "C" __attribute__((weak)) int32_t aoti_torch_get_current_cuda_stream(int32_t device_index,
                                                                             void** stream);
@@ -18,26 +22,42 @@ namespace rose {
 namespace cuda {
 
 #ifdef ROSE_SIMT  // the host build in tests: the device is the CPU
-struct Context::Guard {};
-Context::Context(torch::stable::Device device) : device_(device), guard_(nullptr) {}
-Context::~Context() = default;
+struct Context::Guard {
+  explicit Guard(int32_t) { ++simt::guards; }
+  ~Guard() { --simt::guards; }
+};
+
+namespace {
+bool current_stream(int32_t, Stream*) { return !simt::settings.no_stream; }
+}  // namespace
 #else
 struct Context::Guard {
+  explicit Guard(int32_t device) : guard(device) {}
   torch::stable::accelerator::DeviceGuard guard;
 };
 
+namespace {
+bool current_stream(int32_t device, Stream* stream) {
+  return aoti_torch_get_current_cuda_stream != nullptr &&
+         aoti_torch_get_current_cuda_stream(device, stream) == 0;
+}
+}  // namespace
+#endif
+
 Context::Context(torch::stable::Device device)
-    : device_(device), guard_(new Guard{torch::stable::accelerator::DeviceGuard(device.index())}) {
-  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr &&
-                      aoti_torch_get_current_cuda_stream(device.index(), &stream_) == 0,
+    : device_(device), guard_(std::make_unique<Guard>(device.index())) {
+  STD_TORCH_CHECK(current_stream(device.index(), &stream_),
                   "this build of PyTorch gives no CUDA stream; install one with CUDA");
 }
 
-Context::~Context() { delete guard_; }
-#endif
+Context::~Context() = default;
 
 Tensor Context::empty(int64_t numel, ScalarType dtype) const {
-  return torch::stable::empty({numel}, dtype, std::nullopt, device_);
+  Tensor memory = torch::stable::empty({numel}, dtype, std::nullopt, device_);
+#ifdef ROSE_SIMT
+  simt::own_in_graph(memory);
+#endif
+  return memory;
 }
 
 namespace {
@@ -115,7 +135,8 @@ namespace {
 struct Upload {
   int32_t device;
   Stream stream;
-  std::vector<char> bytes;
+  uint64_t sum;  // of its words: tables that differ are told apart by it, but for a few
+  std::vector<uint64_t> words;
   Tensor memory;
 };
 
@@ -124,8 +145,6 @@ struct Uploads {
   std::mutex mutex;
   std::list<Upload> recent;  // the latest first
   std::map<std::pair<int32_t, Stream>, Tensor> zeros;
-  std::list<Tensor> of_graphs;  // what graphs read when they are replayed
-  Tensor ahead;                 // pinned memory for the tables of graphs to come
 };
 
 Uploads& uploads() {
@@ -133,85 +152,64 @@ Uploads& uploads() {
   return *all;
 }
 
+void check(const char* error) { STD_TORCH_CHECK(error == nullptr, "CUDA: ", error); }
+
 bool captures_graph(const Context& context) {
   bool capturing = false;
-  const char* error = is_capturing(context.stream(), capturing);
-  STD_TORCH_CHECK(error == nullptr, "CUDA: ", error);
+  check(is_capturing(context.stream(), capturing));
   return capturing;
 }
 
-Tensor pinned(int64_t size, const Context& context) {
-  return torch::stable::empty({size}, ScalarType::Byte, std::nullopt, std::nullopt,
-                              !context.device().is_cpu());
-}
-
-// Pinned memory must not be allocated during a capture (PyTorch's allocator asks for events then, too),
-// and what a graph copies from it must be there for every replay. So steps outside of graphs keep room
-// ahead for some tables, and each captured table takes its part of it for ever.
-Tensor staging(Uploads& all, int64_t size, bool capturing, const Context& context) {
-  constexpr int64_t kTables = 8;  // a step has fewer
-  const int64_t room = all.ahead.defined() ? all.ahead.numel() : 0;
-  if (!capturing) {
-    if (room < kTables * size) all.ahead = pinned(2 * kTables * size, context);
-    return pinned(size, context);
-  }
-  STD_TORCH_CHECK(size <= room, "a CUDA graph is being captured, and of the pinned memory for tables ",
-                  room, " bytes are left of ", size,
-                  " needed; expected the step to have run outside of ",
-                  "a graph first: run it once, as it is captured, before each capture");
-  all.of_graphs.push_back(torch::stable::narrow(all.ahead, 0, 0, size));
-  all.ahead = torch::stable::narrow(all.ahead, 0, size, room - size);
-  return all.of_graphs.back();
-}
-
-Tensor upload(std::vector<char> bytes, const Context& context) {
-  constexpr size_t kKept = 32;
-  const bool capturing = captures_graph(context);
-  Uploads& all = uploads();
-  std::lock_guard<std::mutex> lock(all.mutex);
-  const int32_t device = context.device().index();
-  for (auto it = all.recent.begin(); it != all.recent.end(); ++it) {
-    // A graph has a stream of its own, and comes after the steps before it whatever theirs was.
-    const bool ordered = capturing || it->stream == context.stream();
-    if (ordered && it->device == device && it->bytes == bytes) {
-      all.recent.splice(all.recent.begin(), all.recent, it);
-      if (capturing) all.of_graphs.push_back(it->memory);
-      return it->memory;
-    }
-  }
-  const int64_t size = static_cast<int64_t>(bytes.size());
-  Tensor host = staging(all, size, capturing, context);
-  std::memcpy(host.mutable_data_ptr(), bytes.data(), bytes.size());
-  Tensor memory = context.empty(size, ScalarType::Byte);
-  torch::stable::copy_(memory, host, true);
-  if (!capturing) {
-    all.recent.push_front({device, context.stream(), std::move(bytes), memory});
-    if (all.recent.size() > kKept) all.recent.pop_back();
-  }
-  return memory;
-}
+uint64_t* data_of(Tensor& words) { return static_cast<uint64_t*>(words.mutable_data_ptr()); }
 
 template <typename T>
-size_t append(std::vector<char>& bytes, const std::vector<T>& values) {
-  static_assert(sizeof(T) % 8 == 0, "the next part must be aligned");
-  const size_t at = bytes.size();
-  bytes.resize(at + values.size() * sizeof(T));
-  if (!values.empty()) std::memcpy(bytes.data() + at, values.data(), values.size() * sizeof(T));
+size_t append(std::vector<uint64_t>& words, const std::vector<T>& values) {
+  static_assert(sizeof(T) % sizeof(uint64_t) == 0, "the next part must be aligned");
+  const size_t at = words.size();
+  words.resize(at + values.size() * (sizeof(T) / sizeof(uint64_t)));
+  if (!values.empty()) std::memcpy(words.data() + at, values.data(), values.size() * sizeof(T));
   return at;
 }
 
 }  // namespace
 
+Tensor upload(std::vector<uint64_t> words, const Context& context) {
+  constexpr size_t kKept = 32;
+  const int64_t size = static_cast<int64_t>(words.size());
+  if (captures_graph(context)) {
+    // The graph owns what is allocated during its capture, and the arguments of its launches. It must
+    // not read anything else: nobody could tell when it is gone.
+    Tensor memory = context.empty(size, ScalarType::Long);
+    check(write_words(data_of(memory), words.data(), size, context.stream()));
+    return memory;
+  }
+  Uploads& all = uploads();
+  std::lock_guard<std::mutex> lock(all.mutex);
+  const int32_t device = context.device().index();
+  const uint64_t sum = std::accumulate(words.begin(), words.end(), uint64_t{0});
+  for (auto it = all.recent.begin(); it != all.recent.end(); ++it) {
+    if (it->sum == sum && it->stream == context.stream() && it->device == device &&
+        it->words == words) {
+      all.recent.splice(all.recent.begin(), all.recent, it);
+      return it->memory;
+    }
+  }
+  Tensor host = torch::stable::empty({size}, ScalarType::Long, std::nullopt, std::nullopt,
+                                     !context.device().is_cpu());
+  std::copy(words.begin(), words.end(), data_of(host));
+  Tensor memory = context.empty(size, ScalarType::Long);
+  torch::stable::copy_(memory, host, true);
+  all.recent.push_front({device, context.stream(), sum, std::move(words), memory});
+  if (all.recent.size() > kKept) all.recent.pop_back();
 #ifdef ROSE_SIMT
-std::vector<Tensor> kept_for_graphs() {
-  return {uploads().of_graphs.begin(), uploads().of_graphs.end()};
+  simt::count_upload();
+#endif
+  return memory;
 }
 
-void forget_uploads() {
-  uploads().recent.clear();
-  uploads().of_graphs.clear();
-  uploads().ahead = Tensor();
-}
+#ifdef ROSE_SIMT
+size_t kept_uploads() { return uploads().recent.size(); }
+void forget_uploads() { uploads().recent.clear(); }
 #endif
 
 Tensor zeros_of_stream(const Context& context, int64_t words) {
@@ -227,11 +225,11 @@ Tensor zeros_of_stream(const Context& context, int64_t words) {
 }
 
 DeviceTable::DeviceTable(const HostTable& host, const Context& context) {
-  std::vector<char> bytes;
-  const size_t segments = append(bytes, host.segments), groups = append(bytes, host.groups);
-  const size_t dims = append(bytes, host.dims), lrs = append(bytes, host.lr);
-  memory_ = upload(std::move(bytes), context);
-  const char* base = static_cast<const char*>(memory_.const_data_ptr());
+  std::vector<uint64_t> words;
+  const size_t segments = append(words, host.segments), groups = append(words, host.groups);
+  const size_t dims = append(words, host.dims);
+  memory_ = upload(std::move(words), context);
+  const uint64_t* base = data_of(memory_);
   table = {reinterpret_cast<const Segment*>(base + segments),
            reinterpret_cast<const Hyper*>(base + groups),
            reinterpret_cast<const Dim*>(base + dims),
@@ -239,7 +237,6 @@ DeviceTable::DeviceTable(const HostTable& host, const Context& context) {
            host.lines,
            static_cast<int32_t>(host.segments.size()),
            0};
-  lr = reinterpret_cast<const double*>(base + lrs);
 }
 
 }  // namespace cuda

@@ -1,6 +1,8 @@
 // Descriptor tables in device memory.
 #pragma once
 
+#include <memory>
+
 #include "../arguments.h"
 #include "launch.h"
 
@@ -21,7 +23,7 @@ class Context {
  private:
   struct Guard;
   torch::stable::Device device_;
-  Guard* guard_;
+  std::unique_ptr<Guard> guard_;
   Stream stream_ = nullptr;
 };
 
@@ -33,7 +35,6 @@ struct HostTable {
   std::vector<Segment> segments;
   std::vector<Hyper> groups;
   std::vector<Dim> dims;
-  std::vector<double> lr;  // if it is on the host
   int64_t tiles = 0, lines = 0;
 
   // Without groups, tensors are not selective and have no hyperparameters. `all_ranked`: tensors count
@@ -41,22 +42,24 @@ struct HostTable {
   explicit HostTable(const Segments& layout, const Groups* groups = nullptr, bool all_ranked = false);
 };
 
-// A table in device memory. It is uploaded only if it differs from those uploaded lately, and then from
-// pinned memory without waiting. A CUDA graph keeps what it found uploaded, and uploads the rest again
-// whenever it is replayed.
+// A copy in device memory, not to be written. What was uploaded lately is there already; the rest is
+// copied from pinned memory without waiting. A CUDA graph has a copy of its own, which every replay
+// makes again.
+Tensor upload(std::vector<uint64_t> words, const Context& context);
+
+// A table in device memory.
 class DeviceTable {
  public:
   DeviceTable(const HostTable& host, const Context& context);
 
   Table table;
-  const double* lr;
 
  private:
   Tensor memory_;
 };
 
 #ifdef ROSE_SIMT
-std::vector<Tensor> kept_for_graphs();
+size_t kept_uploads();
 void forget_uploads();
 #endif
 

@@ -115,6 +115,25 @@ def check_brackets(ops, problem: Problem) -> None:
                 assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
+def check_graph(module, ops, generator) -> None:
+    """Replays of a step with a table of several launches, and more learning rates than are by value."""
+    problem = problem_of(30_011, ("normal",), 60, FLOAT, FLOAT, generator)
+    problem.hyper, problem.lr = problem.hyper.repeat(10, 1), torch.rand(20, dtype=torch.float64)
+    problem.group = torch.arange(60) % 20
+    graph = module.Graph()
+    with graph:
+        result = problem.bracket_update(ops, 600_000_000)
+    for _ in range(2):
+        expected = problem.copy()
+        graph.replay()
+        assert result.tolist() == expected.bracket_update(reference, 600_000_000).tolist()
+        for name in ("steps", "exp_avgs", "exp_avg_sqs"):
+            pairs = zip(getattr(problem, name), getattr(expected, name), strict=True)
+            assert all(torch.equal(bits(a), bits(b)) for a, b in pairs)
+        for a, b in zip(problem.params, expected.params, strict=True):
+            assert torch.allclose(a, b, rtol=1e-4, atol=1e-4, equal_nan=True)
+
+
 def sampled(n: int, of_bracket: bool) -> torch.Tensor:
     """Which of n elements (a multiple of 16) in one tensor are in the sample, with ``draw=0``."""
     lines = n // 16
@@ -173,6 +192,7 @@ def main(library: str) -> None:
     module.configure("random", seed=torch.seed() % 2**32, resident=3)
     compare_rounding(ops, generator)
     check_misleading_samples(ops, generator)
+    check_graph(module, ops, generator)
     for order in ("random", "forward", "reverse"):
         module.configure(order, seed=torch.seed() % 2**32, resident=3)
         for i, mix in enumerate(MIXES):

@@ -9,7 +9,9 @@
 #include <cstdint>
 #include <cstring>
 #include <functional>
+#include <memory>
 #include <string>
+#include <vector>
 
 #define __global__
 #define __device__
@@ -45,12 +47,25 @@ struct Settings {
   uint64_t seed = 0;
   int os_threads = 1;      // that run blocks side by side
   int resident = 3;        // blocks of a grid that walks tiles
-  bool capturing = false;  // what the runtime says of its stream; all is executed nevertheless
+  bool no_stream = false;  // as in a PyTorch built without CUDA
 };
 extern Settings settings;
+extern int guards;  // of the current device that are alive
+
+// Launches that were captured, and the memory that was allocated meanwhile.
+struct Graph {
+  std::vector<std::function<void()>> launches;
+  std::vector<std::shared_ptr<void>> memory;
+};
+extern Graph* capturing;  // or null
+
+template <typename T>
+void own_in_graph(const T& memory) {
+  if (capturing != nullptr) capturing->memory.push_back(std::make_shared<T>(memory));
+}
 
 struct Counters {
-  int64_t launches = 0, bytes_read = 0, bytes_written = 0;
+  int64_t launches = 0, bytes_read = 0, bytes_written = 0, uploads = 0;
 };
 Counters take_counters();  // since the last call
 
@@ -61,6 +76,7 @@ const Thread& self();
 
 void launch(unsigned blocks, unsigned threads, const std::function<void()>& kernel);
 void count_launch();
+void count_upload();
 const char* take_error();  // of launches since the last call, or null
 
 void barrier();
@@ -133,7 +149,7 @@ T __ldcg(const T* at) {
 #define ROSE_GLOBAL_READ(pointer, bytes) simt::check_access(pointer, bytes, false)
 #define ROSE_GLOBAL_WRITE(pointer, bytes) simt::check_access(pointer, bytes, true)
 #define ROSE_LAUNCH(kernel, blocks, stream, arguments) \
-  simt::launch(static_cast<unsigned>(blocks), kThreads, [&] { kernel(arguments); })
+  simt::launch(static_cast<unsigned>(blocks), kThreads, [=] { kernel(arguments); })
 
 // What launchers call of the runtime.
 using cudaStream_t = void*;
@@ -170,6 +186,6 @@ inline cudaError_t cudaMemsetAsync(void* data, int value, size_t bytes, cudaStre
   return cudaSuccess;
 }
 inline cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus* status) {
-  *status = simt::settings.capturing ? cudaStreamCaptureStatusActive : cudaStreamCaptureStatusNone;
+  *status = simt::capturing ? cudaStreamCaptureStatusActive : cudaStreamCaptureStatusNone;
   return cudaSuccess;
 }

@@ -21,30 +21,28 @@ STABLE_TORCH_LIBRARY_IMPL(rose_simt, CPU, m) {
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def(
       "configure",
-      [](const std::string& order, uint64_t seed, int os_threads, int resident, bool capturing) {
+      [](const std::string& order, uint64_t seed, int os_threads, int resident, bool no_stream) {
         using simt::Order;
         simt::settings = {order == "forward"   ? Order::kForward
                           : order == "reverse" ? Order::kReverse
                                                : Order::kRandom,
-                          seed, os_threads, resident, capturing};
+                          seed, os_threads, resident, no_stream};
       },
       "Order of threads and blocks (forward, reverse, random), OS threads, blocks of a grid, and "
-      "whether "
-      "the stream is said to be captured into a CUDA graph.",
+      "whether there is no stream.",
       pybind11::arg("order") = "forward", pybind11::arg("seed") = 0, pybind11::arg("os_threads") = 1,
-      pybind11::arg("resident") = 3, pybind11::arg("capturing") = false);
+      pybind11::arg("resident") = 3, pybind11::arg("no_stream") = false);
+  pybind11::class_<simt::Graph>(m, "Graph", "Of launches that were captured, not executed.")
+      .def(pybind11::init<>())
+      .def("__enter__", [](simt::Graph& graph) { simt::capturing = &graph; })
+      .def("__exit__", [](simt::Graph&, const pybind11::args&) { simt::capturing = nullptr; })
+      .def("__len__", [](const simt::Graph& graph) { return graph.launches.size(); })
+      .def("replay", [](const simt::Graph& graph) {
+        for (const auto& launch : graph.launches) launch();
+      });
+  m.def("guards", [] { return simt::guards; }, "Guards of the current device that are alive.");
   m.def("forget_uploads", &rose::cuda::forget_uploads, "As if no table had ever been uploaded.");
-  m.def(
-      "kept_for_graphs",
-      [] {
-        pybind11::list result;
-        for (const torch::stable::Tensor& t : rose::cuda::kept_for_graphs()) {
-          result.append(pybind11::bytes(static_cast<const char*>(t.const_data_ptr()),
-                                        static_cast<size_t>(t.numel())));
-        }
-        return result;
-      },
-      "What graphs would read at every replay: tables, and pinned memory to upload them from.");
+  m.def("kept_uploads", &rose::cuda::kept_uploads, "Number of tables that are kept.");
   m.def(
       "take_counters",
       [] {
@@ -53,7 +51,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         result["launches"] = counters.launches;
         result["bytes_read"] = counters.bytes_read;
         result["bytes_written"] = counters.bytes_written;
+        result["uploads"] = counters.uploads;
         return result;
       },
-      "Launches and bytes of tensors, masks and logs since the last call.");
+      "Launches, bytes of tensors, masks and logs, and uploads since the last call.");
 }

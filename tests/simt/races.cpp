@@ -90,7 +90,7 @@ uint64_t run(Way way) {
     segment.alpha = 0.1f;
     segment.sign = 1.0f;
     segment.selective = true;
-    segment.vector = i != 1;
+    segment.access = i == 1 ? Access::kSingle : Access::kFloats;
     segment.step = &steps[i];
     for (auto& operand : data) {
       operand.emplace_back(kSizes[i]);
@@ -106,34 +106,40 @@ uint64_t run(Way way) {
   static Sample sample;
   std::vector<SelectState> state(1);
   std::vector<int64_t> record(8), places;
-  std::vector<uint32_t> log;
   std::vector<float> old;
   SelectArguments s = {};
   s.risk = risk;
   s.sample = &sample;
   s.state = state.data();
   s.selection = record.data();
+  s.elements = n;
   s.upper = 600000000;
   s.lower = 300000000;
-  s.log_capacity = way == Way::kSampled ? 512 : n;  // 512: fewer than there are in a window
+  s.width = 1.0;
   if (way != Way::kLogged) {
     s.stratum = 8;
     s.lines = (lines + s.stratum - 1) / s.stratum;
   }
   const bool is_one_pass = way != Way::kLogged && way != Way::kSampled;
+  const int64_t unused = 3 * kThreads;  // of three blocks
+  s.log.capacity = way == Way::kSampled    ? 512  // fewer than there are in a window
+                   : way == Way::kOverflow ? 4096 + unused
+                   : way == Way::kNoRoom   ? 16
+                                           : n + unused;
+  std::vector<uint32_t> keys(s.log.capacity);
+  s.log.keys = keys.data();
   if (is_one_pass) {
-    const int32_t capacity = way == Way::kSpeculative ? n : way == Way::kOverflow ? 4096 : 16;
-    places.resize(capacity);
-    old.resize(3 * capacity);
-    s.brackets = {capacity, places.data(), old.data(), n, way == Way::kOverflow ? 0.02 : 0.2};
+    s.speculative = true;
+    s.width = way == Way::kOverflow ? 0.02 : 0.2;
+    places.resize(s.log.capacity);
+    old.resize(3 * s.log.capacity);
+    s.log.places = places.data();
+    s.log.old = old.data();
   }
   if (way == Way::kOverflow) mislead(s, data);
   const Mode mode = !is_one_pass || way == Way::kNoRoom ? Mode::kExact : Mode::kSpeculative;
-  log.resize(mode == Mode::kExact ? 2 * s.log_capacity : s.brackets.capacity);
-  s.log = log.data();
   const auto check_mode = [&] {
-    const bool overflows =
-        mode == Mode::kSpeculative && state[0].log_size[0] > static_cast<Count>(s.brackets.capacity);
+    const bool overflows = mode == Mode::kSpeculative && state[0].overflowed != 0;
     if (state[0].mode != mode || overflows != (way == Way::kOverflow)) {
       check("thresholds were not found in the way meant");
     }

@@ -25,10 +25,12 @@
 namespace simt {
 
 Settings settings;
+int guards = 0;
+Graph* capturing = nullptr;
 
 namespace {
 
-std::atomic<int64_t> launches, bytes_read, bytes_written;
+std::atomic<int64_t> launches, bytes_read, bytes_written, uploads;
 std::mutex error_mutex;
 std::string error_text;
 bool failed = false;
@@ -313,8 +315,13 @@ void check_access(const void* pointer, size_t bytes, bool writes) {
 }
 
 void count_launch() { ++launches; }
+void count_upload() { ++uploads; }
 
 void launch(unsigned blocks, unsigned threads, const std::function<void()>& kernel) {
+  if (capturing != nullptr) {
+    capturing->launches.push_back([=] { launch(blocks, threads, kernel); });
+    return;
+  }
   count_launch();
   std::mt19937_64 random(settings.seed + static_cast<uint64_t>(launches));
   std::vector<unsigned> order(blocks);
@@ -343,7 +350,7 @@ void launch(unsigned blocks, unsigned threads, const std::function<void()>& kern
 }
 
 Counters take_counters() {
-  return {launches.exchange(0), bytes_read.exchange(0), bytes_written.exchange(0)};
+  return {launches.exchange(0), bytes_read.exchange(0), bytes_written.exchange(0), uploads.exchange(0)};
 }
 
 const char* take_error() {

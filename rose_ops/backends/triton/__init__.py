@@ -30,6 +30,7 @@ from rose_ops.backends.triton.table import (
     check_counts,
     check_groups,
     make,
+    upload,
 )
 from rose_ops.reference import FRACTION_UNIT, Field, keeps_denormals
 
@@ -254,8 +255,7 @@ class _Update:
             2: offsets.tolist(), 7: firsts, 8: seconds, 9: first_kinds, 10: second_kinds,
             12: [step.data_ptr() for step in steps],
         }  # fmt: skip
-        rates = lr.tolist() if lr.is_cpu else []
-        extra = [gamma, float(seed % 2**32), *rates]
+        extra = [gamma, float(seed % 2**32)]
         table = self.table = make(roles, hyper, group, BLOCK, extra, columns)
         self.elements = sum(g.numel() for g, own in zip(grads, selective, strict=True) if own)
         fractional = bool(first_masks) and (from_risk or bool(second_masks))
@@ -266,7 +266,7 @@ class _Update:
         count = self.count = len(params)
         self.prepared = torch.empty(max(count, 1), 16, device=device)
         self.keys = torch.empty(max(count, 1), 2, dtype=torch.int32, device=device)
-        self.lr = table.extra[2:] if lr.is_cpu else lr
+        self.lr = upload(lr, device) if lr.is_cpu else lr
         self.flags = {"FOUND": found_inf is not None}
         self.constants = {
             "FRACTIONAL": fractional, "HAS_FIRST": bool(first_masks), "RANK_INACTIVE": rank_inactive,

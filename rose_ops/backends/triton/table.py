@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ _GROUP = 13
 _DIM = 5  # size, strides of up to 4 operands
 NO_MASK, BITS, WHOLE, ALL = range(4)
 _KEPT = 32
+T = TypeVar("T")
 
 
 class Role(NamedTuple):
@@ -129,11 +130,34 @@ def make(
     Raises:
         RuntimeError: tensors that do not fit together.
     """
+    check_counts(roles)
+    check_groups(hyper, group, len(roles[0].tensors))
+    device = roles[0].tensors[0].device if roles[0].tensors else torch.device("cpu")
+    # All that the table depends on, and all that is checked.
+    key = (
+        block, hyper.numpy().tobytes(), group.numpy().tobytes(), *extra,
+        *((role.name, role.written) for role in roles),
+        *((number, *values) for number, values in (columns or {}).items()),
+        *(t.data_ptr() for role in roles for t in role.tensors),
+        *(t.shape for role in roles for t in role.tensors),
+        *(t.dtype for role in roles for t in role.tensors),
+        *(t.is_contiguous() or t.stride() for role in roles for t in role.tensors),
+        *(t.get_device() for role in roles for t in role.tensors),
+    )  # fmt: skip
+    return _kept(device, key, lambda: _make(roles, hyper, group, block, extra, columns or {}))
+
+
+def _make(
+    roles: Sequence[Role],
+    hyper: Tensor,
+    group: Tensor,
+    block: int,
+    extra: Sequence[float],
+    columns: Mapping[int, Sequence[int]],
+) -> Table:
     first = roles[0]
     count = len(first.tensors)
     device = first.tensors[0].device if count else torch.device("cpu")
-    check_counts(roles)
-    check_groups(hyper, group, count)
     groups = group.tolist()
     members: dict[tuple[tuple[int, ...], bool, bool], list[list[int]]] = {}
     pool: list[list[int]] = []
@@ -176,7 +200,7 @@ def make(
             len(pool),
             i,
         ]
-        for column, values in (columns or {}).items():
+        for column, values in columns.items():
             row[column] = values[i]
         pool += [[*dim, *[0] * (_DIM - len(dim))] for dim in dims]
         # What 16-byte accesses take; the number of elements, so that a mask has whole vectors.
@@ -186,15 +210,17 @@ def make(
     members = members or {((0,) * len(roles), True, True): []}
 
     selective = hyper.reshape(-1, 6)[:, 5].tolist()
-    tile_rows: list[Tensor] = []
+    tiles: list[int] = []
     selective_tiles: list[int] = []
     for rows in members.values():
         rows.sort(key=lambda row: selective[row[_GROUP]] == 0)
-        tiles = torch.tensor([-(-row[0] // block) for row in rows], dtype=torch.int64)
-        for row, before in zip(rows, (tiles.cumsum(0) - tiles).tolist(), strict=True):
+        before = ranked = 0
+        for row in rows:
             row[1] = before
-        tile_rows.append(torch.arange(len(rows), dtype=torch.int32).repeat_interleave(tiles))
-        selective_tiles.append(sum(-(-row[0] // block) for row in rows if selective[row[_GROUP]]))
+            before += -(-row[0] // block)
+            ranked = before if selective[row[_GROUP]] else ranked
+        tiles.append(before)
+        selective_tiles.append(ranked)
     all_rows = [*chain(*members.values())] or [[0] * COLUMNS]
     words = [
         torch.tensor(all_rows, dtype=torch.int64).reshape(-1),
@@ -202,80 +228,74 @@ def make(
         hyper.reshape(-1).view(torch.int64),
         torch.tensor([*extra, 0.0], dtype=torch.float64).view(torch.int64),
     ]
-    blob, tiles32 = _upload([torch.cat(words), torch.cat(tile_rows)], device)
+    blob = _upload(torch.cat(words), device)
     rows_, dims_, hyper_, extra_ = blob.split([len(w) for w in words])
     rows_ = rows_.view(-1, COLUMNS)
     classes, at, base = [], 0, 0
     for (dtypes, linear, aligned), rows, own, first_tiles in zip(
-        members, members.values(), tile_rows, selective_tiles, strict=True
+        members, members.values(), tiles, selective_tiles, strict=True
     ):
-        mine = tiles32[base : base + len(own)]
         its_rows = rows_[at : at + max(len(rows), 1)]
-        classes.append(Class(dtypes, linear, aligned, its_rows, mine, base, first_tiles))
-        at, base = at + len(rows), base + len(own)
+        # The last row that starts at or before a tile: never an empty one.
+        of_tiles = torch.searchsorted(
+            its_rows[:, 1].contiguous(), torch.arange(own, device=device), right=True, out_int32=True
+        ).sub_(1)
+        classes.append(Class(dtypes, linear, aligned, its_rows, of_tiles, base, first_tiles))
+        at, base = at + len(rows), base + own
     return Table(tuple(classes), rows_, dims_, hyper_.view(torch.float64), extra_.view(torch.float64))
 
 
-_uploads: OrderedDict[tuple, list[Tensor]] = OrderedDict()
-_of_graphs: list[Tensor] = []  # what CUDA graphs read when they are replayed
-_ahead = torch.empty(0, dtype=torch.int64)  # pinned memory for the tables of graphs to come
-_TABLES_AHEAD = 8  # a step has fewer
+_recent: OrderedDict[tuple, Any] = OrderedDict()
 
 
-def _stream(device: torch.device) -> tuple[int, bool]:
-    """The current stream, and whether it is being captured."""
-    if device.type != "cuda":
-        return 0, False
-    stream = torch.cuda.current_stream(device)
-    return stream.cuda_stream, torch.cuda.is_current_stream_capturing()
+def _capturing(device: torch.device) -> bool:
+    """Whether a CUDA graph is being captured."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
-def _pinned(words: int) -> Tensor:
-    return torch.empty(words, dtype=torch.int64, pin_memory=True)
+def _kept(device: torch.device, key: tuple, make: Callable[[], T]) -> T:
+    """What ``make`` returned for this key on the current stream, if that was lately.
+
+    A graph must own what it reads, so nothing is kept or taken during a capture.
+    """
+    if _capturing(device):
+        return make()
+    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    key = (device, stream, *key)
+    if key in _recent:
+        _recent.move_to_end(key)
+        return _recent[key]
+    _recent[key] = made = make()
+    if len(_recent) > _KEPT:
+        _recent.popitem(last=False)
+    return made
 
 
-def _staged(tensors: list[Tensor], capturing: bool) -> list[Tensor]:
-    """Copies in pinned memory, which must not be allocated during a capture, and which a graph reads
-    at every replay: so steps outside of graphs keep room ahead, and captured tables take theirs of it
-    for ever."""
-    global _ahead
-    words = [-(-t.nbytes // 8) for t in tensors]
-    size, room = sum(words), len(_ahead)
-    if not capturing:
-        if room < _TABLES_AHEAD * size:
-            _ahead = _pinned(2 * _TABLES_AHEAD * size)
-        staging = _pinned(size)
-    elif size > room:
-        raise RuntimeError(
-            f"a CUDA graph is being captured, and of the pinned memory for tables {8 * room} bytes "
-            f"are left of {8 * size} needed; expected the step to have run outside of a graph first: "
-            "run it once, as it is captured, before each capture"
-        )
-    else:
-        staging, _ahead = _ahead.split([size, room - size])
-        _of_graphs.append(staging)
-    return [
-        part.view(torch.uint8)[: t.nbytes].view(t.dtype).copy_(t)
-        for part, t in zip(staging.split(words), tensors, strict=True)
-    ]
+def upload(numbers: Tensor, device: torch.device) -> Tensor:
+    """A copy of float64 numbers on ``device``, not to be written."""
+    return _kept(
+        device,
+        (numbers.numpy().tobytes(),),
+        lambda: _upload(numbers.clone().view(torch.int64), device).view(torch.float64),
+    )
 
 
-def _upload(tensors: list[Tensor], device: torch.device) -> list[Tensor]:
-    """Copies on ``device``, without waiting; those of late are reused if nothing has changed."""
-    if device.type == "cpu":
-        return tensors
-    stream, capturing = _stream(device)
-    content = tuple(t.numpy().tobytes() for t in tensors)
-    for key in reversed(_uploads):
-        # A graph has a stream of its own, and comes after the steps before it whatever theirs was.
-        if key[0] == device and (capturing or key[1] == stream) and key[2] == content:
-            _uploads.move_to_end(key)
-            if capturing:
-                _of_graphs.extend(_uploads[key])
-            return _uploads[key]
-    there = [t.to(device, non_blocking=True) for t in _staged(tensors, capturing)]
-    if not capturing:
-        _uploads[device, stream, content] = there
-        if len(_uploads) > _KEPT:
-            _uploads.popitem(last=False)
+def _upload(words: Tensor, device: torch.device) -> Tensor:
+    """int64 words on ``device``, without waiting."""
+    if _capturing(device):
+        return _by_value(words, device)
+    return words if device.type == "cpu" else _pinned(words).to(device, non_blocking=True)
+
+
+def _pinned(words: Tensor) -> Tensor:
+    return words.pin_memory()
+
+
+def _by_value(words: Tensor, device: torch.device) -> Tensor:
+    """As arguments of launches, 96 words each: a graph has copies of those, and would otherwise read
+    memory that must be there as long as itself, which nobody can know."""
+    there = torch.zeros(len(words), dtype=torch.int64, device=device)
+    nonzero = {i: word for i, word in enumerate(words.tolist()) if word != 0}
+    places = there.unbind()
+    torch._foreach_add_([places[i] for i in nonzero], [*nonzero.values()])
     return there
