@@ -69,7 +69,6 @@ def table(run: Run, facts: Mapping[str, str], work: Path, rehearse: bool) -> dic
     shared = env | {"OMP_NUM_THREADS": "2"}
     thin = shared | {"ROSE_TEST_SHARE": "0.1", "ROSE_TEST_THOROUGH": "0.1"}
     bench = ["--name", facts["slug"], "--output", str(run.results)]
-    tools = ("memcheck", "racecheck", "initcheck")
     contract += ["-m", "gpu"]
     parity += ["-m", "gpu", "-k", "cuda and not triton"]
     large = ["tests/test_gpu_large.py", "-m", "gpu"]
@@ -77,6 +76,7 @@ def table(run: Run, facts: Mapping[str, str], work: Path, rehearse: bool) -> dic
     triton += ["-k", "triton"]
     benchmarks = ["--device", "cuda", "--preset", "gpu", *bench]
     profile = ["--device", "cuda", "--output", str(run.results)]
+    small_steps = [python, "tests/gpu_sanitize.py"]
     if rehearse:
         contract[-1], of_contract["ROSE_TEST_SHARE"] = "not gpu", "0.2"
         parity = ["tests/test_ops.py", "-m", "not gpu and not slow", "-k", "simt"]
@@ -94,6 +94,7 @@ def table(run: Run, facts: Mapping[str, str], work: Path, rehearse: bool) -> dic
             *bench,
         ]
         profile[1] = "cpu"
+        small_steps += ["--device", "cpu", "--elements", "5000"]
     stages = [
         Stage("build", 90, [[python, "tests/gpu_machine.py", "build", arch, str(work), how]]),
         Stage("doctor", 40, [[python, "-m", "rose_ops", "doctor"]],
@@ -108,8 +109,8 @@ def table(run: Run, facts: Mapping[str, str], work: Path, rehearse: bool) -> dic
         Stage("profile", 65, [[python, "-m", "benchmarks.profile_gpu", *profile]],
               needs=["benchmarks/profile_gpu.py"]),
         Stage("sanitizer", 120,
-              [["compute-sanitizer", "--tool", tool, "--error-exitcode", "99", python,
-                "tests/gpu_sanitize.py"] for tool in tools],
+              [["compute-sanitizer", "--tool", tool, "--error-exitcode", "99", *small_steps]
+               for tool in ("memcheck", "racecheck", "initcheck")],
               {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}, ["tests/gpu_sanitize.py"],
               "compute-sanitizer", r"(?s)(SUMMARY: 0 (errors|hazards).*){3}"),
         Stage("triton", 120, [pytest(run, "triton", *triton, workers=16)], thin,

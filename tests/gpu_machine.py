@@ -1,8 +1,4 @@
-"""What ``make gpu`` does with PyTorch and setuptools, in a process of its own: look, and build.
-
-python tests/gpu_machine.py probe
-python tests/gpu_machine.py build 9.0 build/gpu install
-"""
+"""What ``make gpu`` does with PyTorch and setuptools, in a process of its own: look, and build."""
 
 from __future__ import annotations
 

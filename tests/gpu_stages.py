@@ -159,7 +159,7 @@ class Run:
         elif said is None:
             result.result, result.note = "failed", f"its log does not match {stage.says}"
         else:
-            result.result, result.note = "ok", "" if stage.junit else said[0] or last
+            result.result, result.note = "ok", "" if stage.junit else said[0].partition("\n")[0] or last
 
     def _lines(self, result: Result) -> list[str]:
         lines = [f"{result.stage}: {result.result} in {result.seconds:.0f} s. {result.note}"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -114,3 +115,25 @@ def test_without_a_usable_nvcc(tmp_path, name):
 def test_a_choice_that_is_none():
     with pytest.raises(OptionError, match="ROSE_CUDA='yes'; expected auto, 1 or 0"):
         setup.find_toolkit({**os.environ, "ROSE_CUDA": "yes"})
+
+
+def test_a_fingerprint_is_of_every_source(tmp_path):
+    """And of nothing else: not of the folder, nor of dates."""
+    shutil.copy(SETUP, tmp_path)
+    shutil.copytree(SETUP.parent / "csrc", tmp_path / "csrc")
+
+    def fingerprint() -> str:
+        spec = importlib.util.spec_from_file_location("copied_setup", tmp_path / "setup.py")
+        copy = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(copy)
+        return copy.fingerprint()
+
+    before = fingerprint()
+    assert before == setup.fingerprint()
+    for name in ("csrc/cuda/launch.cu", "csrc/include/rose/element.h"):
+        source = tmp_path / name
+        text = source.read_text()
+        source.write_text(text + "// more\n")
+        assert fingerprint() != before, name
+        source.write_text(text)
+        assert fingerprint() == before
