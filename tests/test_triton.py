@@ -6,6 +6,7 @@ NumPy's, so what the compiler makes of it is read here.
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -29,8 +30,9 @@ from support import (
 import rose_ops
 from rose_ops import backends, reference
 
-pytest.importorskip("triton")
+triton = pytest.importorskip("triton")
 
+RELEASE = tuple(map(int, triton.__version__.split(".")[:2]))
 # Of what kernels are given; the rest are "i32".
 TYPES = {
     **dict.fromkeys(("rows", "all_rows", "dims", "state", "record", "selection", "counts"), "*i64"),
@@ -98,7 +100,6 @@ def compile_case(name: str, arch: int) -> None:
     import tempfile
 
     import sass
-    import triton
     import triton_faults
     from triton.backends.compiler import GPUTarget
     from triton.backends.nvidia.compiler import get_ptxas
@@ -161,7 +162,8 @@ def compiled(name: str, arch: int, monkeypatch, folder: Path) -> list[str]:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setenv("TRITON_CACHE_DIR", str(folder))
     # This process may have been told where the package is, and the other has to find the same one.
-    monkeypatch.setenv("PYTHONPATH", str(Path(rose_ops.__file__).parents[1]))
+    paths = [str(Path(rose_ops.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, paths)))
     done = subprocess.run(
         [sys.executable, __file__, name, str(arch)], capture_output=True, text=True, timeout=300
     )
@@ -174,7 +176,9 @@ def compiled(name: str, arch: int, monkeypatch, folder: Path) -> list[str]:
 @pytest.mark.parametrize("arch", [80, 90, 100, 120])
 @pytest.mark.parametrize("name", CASES)
 def test_kernels_as_compiled(name, arch, monkeypatch, tmp_path):
-    """At most so many registers, no local memory, 16-byte accesses, IEEE."""
+    """As they are launched: at most so many registers, no local memory, 16-byte accesses, IEEE."""
+    if arch >= 100 and RELEASE < (3, 7):
+        pytest.skip("the backend refuses this Triton there: it fuses products and sums")
     assert compiled(name, arch, monkeypatch, tmp_path) == []
 
 
@@ -220,6 +224,48 @@ def launches(monkeypatch, ops, generator, pieces: int, **changes: float) -> list
     problem.update(ops, selection=record_of)
     monkeypatch.undo()
     return made
+
+
+def test_launches_have_the_options_that_are_compiled_here(triton_ops):
+    from rose_ops.backends.triton import bracket, kernels
+
+    seen: dict = {}
+
+    class Kernel:
+        def __init__(self, kernel):
+            self.fn = kernel.fn
+
+        def __getitem__(self, grid):
+            return lambda **options: seen.update({self.fn.__name__: options})
+
+    for name in kernels.OPTIONS:
+        triton_ops._launch(Kernel(getattr(kernels, name, None) or getattr(bracket, name)), 1)
+    limits = torch.version.cuda is not None
+    assert seen == {
+        name: {k: v for k, v in options.items() if limits or k != "maxnreg"}
+        for name, options in kernels.OPTIONS.items()
+    }
+    assert {name for name, *_ in CASES.values()} == {*kernels.OPTIONS} - {"_sums_kernel"}
+
+
+@pytest.mark.parametrize(
+    ("version", "capability", "reason"),
+    [
+        ("3.5.1", (9, 0), "is not tested"), ("3.6.0", (9, 0), None), ("3.6.0", (10, 0), "Blackwell"),
+        ("3.6.0+git1", (12, 0), "Blackwell"), ("3.7.1", (10, 0), None), ("4.0.0", (12, 0), None),
+    ],
+)  # fmt: skip
+def test_releases_that_are_refused(monkeypatch, version, capability, reason):
+    from rose_ops.backends import triton as ops
+
+    monkeypatch.setattr(ops, "INTERPRETED", False)
+    monkeypatch.setattr(triton, "__version__", version)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i: capability)
+    said = backends.BACKENDS["triton"].why_not()
+    assert said is None if reason is None else reason in said
 
 
 def test_nothing_is_compiled_again_for_other_hyperparameters(monkeypatch, generator):

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import triton
 from torch import Tensor
 from triton import knobs
 
@@ -45,6 +46,23 @@ _STATE = 16 + 2 * 256
 _BRACKET_STATE = 48 + 64 * 8 + 2 * 2048 + 2 * (1 << 15) + 2 * (1 << 16)
 # Lines of the sample at a time: drawn, and counted.
 DRAWN_LINES, LINES = (1024, 1024) if INTERPRETED else (32, 64)
+
+
+def why_not() -> str | None:
+    """Why these kernels cannot be used with this Triton and these GPUs, or None."""
+    release = tuple(map(int, triton.__version__.split(".")[:2]))
+    if release < (3, 6):
+        return (
+            f"Triton {triton.__version__} is not tested; install 3.6 or later (PyTorch 2.10 brings it)"
+        )
+    if release < (3, 7) and not INTERPRETED and torch.version.cuda is not None:
+        for i in range(torch.cuda.device_count()):
+            if torch.cuda.get_device_capability(i) >= (10, 0):
+                return (
+                    "Triton 3.6 rounds a product and a sum only once on Blackwell GPUs, against its "
+                    "options; install 3.7 or later (PyTorch 2.12 brings it)"
+                )
+    return None
 
 
 @contextlib.contextmanager

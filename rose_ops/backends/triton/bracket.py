@@ -289,7 +289,7 @@ def _count_digits(bins, digit, inside, BLOCK: tl.constexpr):
     )  # fmt: skip
 
 
-@kernel(registers=128, num_warps=8)
+@kernel(registers=168, num_warps=8)
 def _bracket_kernel(
     found_inf, state, sample, lines, stratum, upper, lower, width, elements, capacity,
     LINES: tl.constexpr,
@@ -749,7 +749,7 @@ def _capture_fix_kernel(
                 tl.atomic_xor(word, one << bit, mask=wrong, sem="relaxed")
 
 
-@kernel(registers=112)
+@kernel(registers=128)
 def _update_fix_kernel(
     rows, tile_rows, tiles, ranked_tiles, dims, hyper, inv_scale, clip, rank_inactive, found_inf, state,
     record, log_keys, log_places, log_old, capacity, first_place, prepared, keys, first_weight,
