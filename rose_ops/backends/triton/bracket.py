@@ -289,7 +289,7 @@ def _count_digits(bins, digit, inside, BLOCK: tl.constexpr):
     )  # fmt: skip
 
 
-@kernel(registers=168, num_warps=8)
+@kernel(registers=128, num_warps=16)
 def _bracket_kernel(
     found_inf, state, sample, lines, stratum, upper, lower, width, elements, capacity,
     LINES: tl.constexpr,

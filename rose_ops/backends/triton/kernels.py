@@ -486,7 +486,7 @@ def _store_moments(
         _store(tl.load(row + DATA + 3), at, v, valid, D3, ALIGNED)
 
 
-@kernel()
+@kernel(registers=72)
 def _update_kernel(
     rows, tile_rows, tiles, dims, hyper, inv_scale, clip, rank_inactive, found_inf, selection, prepared,
     keys, counts, first_weight, second_weight,
