@@ -639,7 +639,7 @@ def _count_second(state, t, key, start, searches, BLOCK: tl.constexpr):
         _count_digits(state + SECOND_DIGITS + t * SECOND_BINS, digit, inside, BLOCK)
 
 
-@kernel(registers=112)
+@kernel(registers=128)
 def _resolve_kernel(
     rows, tile_rows, tiles, dims, hyper, inv_scale, clip, rank_inactive, operand, found_inf, state,
     record, log_keys, capacity, elements, upper, lower, programs, first, updates,
