@@ -215,6 +215,21 @@ ROSE_DEVICE float get(const Raw<kCount>& raw, Dtype dtype, int j) {
   return half_to_float((uint16_t)(word >> (j % 2 * 16)));
 }
 
+// Two numbers to nearest, the first in the lower half; not for NaN.
+ROSE_DEVICE uint32_t pack_bf16(float first, float second) {
+#if defined(__CUDA_ARCH__)
+  uint32_t word;  // keeps denormals: tests/test_gpu.py tries all numbers
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(second), "f"(first));
+  return word;
+#else
+  return float_to_bf16(first) | (uint32_t)float_to_bf16(second) << 16;
+#endif
+}
+
+ROSE_DEVICE uint32_t high_halves(uint32_t first, uint32_t second) {
+  return first >> 16 | (second & 0xFFFF0000u);
+}
+
 template <int kCount>
 ROSE_DEVICE void put(Raw<kCount>& raw, int j, uint16_t bits) {
   uint32_t& word = raw.words[j / 2];

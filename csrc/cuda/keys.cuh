@@ -40,7 +40,7 @@ ROSE_DEVICE uint32_t key_at(const Risk& risk, Factors factors, const Segment& se
 template <typename Body>
 ROSE_DEVICE void for_each_key(const Risk& risk, Body body) {
   const Factors factors = factors_of(risk);
-  for_each_run(risk.table, [&](const Run& run) {
+  for_each_run(risk.table, [&](const Run& run) ROSE_ALWAYS_INLINE {
     const Segment& segment = risk.table.segments[run.segment];
     if (!segment.selective) return;
     const Dtype* dtype = segment.dtype + risk.operand;

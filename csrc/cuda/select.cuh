@@ -42,7 +42,7 @@ ROSE_DEVICE void settle(const Risk& risk, Waiting* waiting, Notes& notes, Sink s
   const float factor = mul(factors.inv_scale, factors.clip);
   const bool is_usual = is_one_factor(factors) && notes.has_one_threshold();
   Queue queue(waiting);
-  for_each_run(risk.table, [&](const Run& run) {
+  for_each_run(risk.table, [&](const Run& run) ROSE_ALWAYS_INLINE {
     const Segment& segment = risk.table.segments[run.segment];
     if (!segment.selective) return;
     const Judge<kSecondOrder> judge =

@@ -146,14 +146,20 @@ struct RandomWords {
   ROSE_METHOD uint32_t of(int j) const { return words[j / 2] >> (j % 2 * 16); }
 };
 
+// Elements k and k + 1, rounded. Whether there is a NaN among them, which this is not for: put_pair rounds
+// to bfloat16 by the hardware, whose NaN is another one, or by an addition that may overflow.
 template <int kCount>
-ROSE_DEVICE void put_rounded(Raw<kCount>& raw, Dtype dtype, int j, float x, bool randomly,
-                             const RandomWords<kCount>& random) {
-  if (dtype == Dtype::kBFloat16 && randomly) {
-    put(raw, j, float_to_bf16_stochastic(x, random.of(j)));
-  } else {
-    put(raw, dtype, j, x);
+ROSE_DEVICE bool put_pair(Raw<kCount>& raw, Dtype dtype, int k, const float (&x)[2], bool randomly,
+                          const RandomWords<kCount>& random) {
+  if (dtype != Dtype::kBFloat16) {
+    put(raw, dtype, k, x[0]);
+    put(raw, dtype, k + 1, x[1]);
+    return false;
   }
+  const uint32_t bits = random.words[k / 2];
+  raw.words[k / 2] = randomly ? high_halves(float_bits(x[0]) + (bits & 0xFFFFu), float_bits(x[1]) + (bits >> 16))
+                              : pack_bf16(x[0], x[1]);
+  return (x[0] != x[0]) | (x[1] != x[1]);
 }
 
 // A run of a segment that is ruled out: the second moment goes on with the first one for a gradient.
@@ -172,7 +178,11 @@ ROSE_DEVICE void decay(const Updated& u, const Run& run) {
 #pragma unroll
       for (int j = 0; j < kCount; ++j) {
         const float next = second_moment(get(v, of_v, j), get(m, of_m, j), u.update);
-        put_rounded(v, of_v, j, next, of_v == Dtype::kBFloat16, random);
+        if (of_v == Dtype::kBFloat16) {
+          put(v, j, float_to_bf16_stochastic(next, random.of(j)));
+        } else {
+          put(v, of_v, j, next);
+        }
       }
       write_vector<kCount>(v_data, of_v, i, v);
     }
@@ -286,18 +296,38 @@ ROSE_DEVICE void update_run(const Updated& u, bool rank_inactive, const Run& run
       const bool rounds_p = of_p == Dtype::kBFloat16 && u.stochastic;
       const RandomWords<kCount> random_p(u, 0, run.begin + i, rounds_p);
       const RandomWords<kCount> random_v(u, 3, run.begin + i, of_v == Dtype::kBFloat16);
+      const auto kind = [&](int j) {
+        return (on >> j & 1u) == 0 ? 0 : kFractional ? u.kind(first >> j, second >> j) : 3;
+      };
+      bool has_nan = false;
 #pragma unroll
-      for (int j = 0; j < kCount; ++j) {
-        float p = get(raw_p, of_p, j), m = get(raw_m, of_m, j), v = get(raw_v, of_v, j);
-        const int kind = (on >> j & 1u) == 0 ? 0 : kFractional ? u.kind(first >> j, second >> j) : 3;
-        adamw_element<kFractional>(p, m, v, gradient(j), kind, u.update);
-        put_rounded(raw_p, of_p, j, p, rounds_p, random_p);
-        put(raw_m, of_m, j, m);
-        put_rounded(raw_v, of_v, j, v, of_v == Dtype::kBFloat16, random_v);
+      for (int k = 0; k < kCount; k += 2) {
+        float p[2], m[2], v[2];
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          const int j = k + h;
+          p[h] = get(raw_p, of_p, j), m[h] = get(raw_m, of_m, j), v[h] = get(raw_v, of_v, j);
+          adamw_element<kFractional>(p[h], m[h], v[h], gradient(j), kind(j), u.update);
+        }
+        has_nan |= put_pair(raw_p, of_p, k, p, rounds_p, random_p);
+        has_nan |= put_pair(raw_m, of_m, k, m, false, random_v);
+        has_nan |= put_pair(raw_v, of_v, k, v, true, random_v);
       }
-      write_vector<kCount>(p_data, of_p, i, raw_p);
-      write_vector<kCount>(m_data, of_m, i, raw_m);
-      write_vector<kCount>(v_data, of_v, i, raw_v);
+      if (!has_nan) {
+        write_vector<kCount>(p_data, of_p, i, raw_p);
+        write_vector<kCount>(m_data, of_m, i, raw_m);
+        write_vector<kCount>(v_data, of_v, i, raw_v);
+      } else {
+#pragma unroll 1
+        for (int j = 0; j < kCount; ++j) {
+          const int64_t at = run.begin + i + j;
+          float p = u.load(0, at), m = u.load(2, at), v = u.load(3, at);
+          adamw_element<kFractional>(p, m, v, u.gradient(u.load(1, at)), kind(j), u.update);
+          u.store(0, at, at, p);
+          u.store(2, at, at, m);
+          u.store(3, at, at, v);
+        }
+      }
       if (kRanked || is_checked) queue.drain(false, treat_waiting);
     }
   });
@@ -315,7 +345,7 @@ ROSE_DEVICE void update_share(const UpdateArguments& a, Waiting* waiting, Notes&
   __shared__ Updated u;
   Queue queue(waiting);
   unsigned updated = 0;
-  for_each_run(a.table, [&](const Run& run) {
+  for_each_run(a.table, [&](const Run& run) ROSE_ALWAYS_INLINE {
     if (threadIdx.x == 0) u.fill(a, run.segment, notes);
     __syncthreads();
     if (!kRanked && u.ruled_out) {
