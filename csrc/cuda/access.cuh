@@ -182,9 +182,12 @@ ROSE_DEVICE Raw<kCount> read_vector(const void* data, Dtype dtype, int index) {
       const uint4 w = read<uint4>(data, (index + i) / 4);
       raw.words[i] = w.x, raw.words[i + 1] = w.y, raw.words[i + 2] = w.z, raw.words[i + 3] = w.w;
     }
-  } else if (kCount == 8) {
-    const uint4 w = read<uint4>(data, index / 8);
-    raw.words[0] = w.x, raw.words[1] = w.y, raw.words[2] = w.z, raw.words[3] = w.w;
+  } else if (kCount >= 8) {
+#pragma unroll
+    for (int i = 0; i < kCount / 2; i += 4) {
+      const uint4 w = read<uint4>(data, index / 8 + i / 4);
+      raw.words[i] = w.x, raw.words[i + 1] = w.y, raw.words[i + 2] = w.z, raw.words[i + 3] = w.w;
+    }
   } else {
     const uint2 w = read<uint2>(data, index / 4);
     raw.words[0] = w.x, raw.words[1] = w.y;
@@ -264,12 +267,13 @@ struct Mixed {
 };
 
 // loop(types, middle) for the elements before `middle` of a run of `count`: vectors, by whole warps.
-// Returns `middle`; the others, fewer than a warp has in its vectors or all of a segment that has none, come
+// A thread has kTimes as many elements as the types say. Returns `middle`; the others, fewer than a warp has in its vectors or all of a segment that has none, come
 // one at a time.
-template <typename Loop>
+template <int kTimes = 1, typename Loop>
 ROSE_DEVICE int for_vectors(const Segment& segment, bool is_usual, int count, Loop loop) {
   constexpr Dtype kFloat = Dtype::kFloat32, kBf16 = Dtype::kBFloat16;
-  const int four = count / (4 * kWarp) * (4 * kWarp), eight = count / (8 * kWarp) * (8 * kWarp);
+  constexpr int kFour = 4 * kTimes * kWarp, kEight = 8 * kTimes * kWarp;
+  const int four = count / kFour * kFour, eight = count / kEight * kEight;
   if (segment.access == Access::kSingle) return 0;
   switch (is_usual ? segment.access : Access::kMixed) {
     case Access::kFloats:

@@ -163,8 +163,8 @@ static __global__ void __launch_bounds__(kThreads, kBlocks) step_pass_kernel(Ste
   const Mode mode = a.select.state->mode;
   if (mode == Mode::kExact) count(a.select, shared);
   if (mode != Mode::kSpeculative) return;
-  Logged notes(a.select, shared);
-  update_share<kFractional, true>(a.update, shared.waiting, notes, shared.counts);
+  Logged<true> notes(a.select, shared);
+  update_share<kFractional, true>(a.update, notes, shared.counts);
   notes.finish();
   flush_counts(a.update, shared.counts);
   resolve(a.select);
@@ -179,14 +179,14 @@ static __global__ void __launch_bounds__(kThreads, kBlocks) step_finish_kernel(S
   if (mode == Mode::kExact) update<kFractional, true>(a.update);
 }
 
-static __global__ void __launch_bounds__(kThreads, 3) capture_pass_kernel(SelectArguments a) {
+static __global__ void __launch_bounds__(kThreads, 4) capture_pass_kernel(SelectArguments a) {
   __shared__ Counts shared;
   if (a.state->mode == Mode::kExact) {
     count(a, shared);
     return;
   }
-  Logged notes(a, shared);
-  settle(a.risk, shared.waiting, notes, Bits());
+  Logged<false> notes(a, shared);
+  settle(a.risk, notes, Bits());
   notes.finish();
   resolve(a);
 }
@@ -197,9 +197,8 @@ static __global__ void __launch_bounds__(kThreads, 4) capture_finish_kernel(Sele
     redo_bits(a, bounds);
     return;
   }
-  __shared__ Waiting waiting[kThreads / kWarp];
   NoNotes notes = {bounds, nullptr};
-  settle(a.risk, waiting, notes, Bits());
+  settle(a.risk, notes, Bits());
 }
 
 }  // namespace cuda
