@@ -53,7 +53,7 @@ ROSE_DEVICE void settle(const Risk& risk, Notes& notes, Write write) {
     const int vectors = for_vectors<kTimes>(
         segment, is_usual, run.count, [&](auto types, int middle) ROSE_ALWAYS_INLINE {
           using Types = decltype(types);
-          constexpr int kCount = kTimes * Types::kCount;
+          constexpr int kCount = (Types::kIsUsual ? kTimes : 1) * Types::kCount;
           const Dtype of_g = types.of(1, segment.dtype[risk.operand]);
           const Dtype of_m = types.of(2, segment.dtype[risk.operand + 1]);
           const char* const g_data = data_from(segment, risk.operand, of_g, run.begin);
