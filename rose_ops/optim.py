@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
-from itertools import accumulate, compress, groupby
+from itertools import accumulate, compress
 from numbers import Real
 from operator import is_
 from typing import Any, NamedTuple, TypeGuard
@@ -32,10 +32,6 @@ from rose_ops.layout import empty_masks, memory_order, overlaps_itself
 from rose_ops.reference import (
     FRACTION_UNIT,
     Field,
-    clip_factors,
-    float32,
-    norm_of,
-    select_tensors,
 )
 
 ORDERS = {"first": ("first",), "second": ("second",), "ensemble": ("first", "second")}
@@ -603,7 +599,8 @@ class RoseFusedAdamW(Optimizer):
         if settings.max_grad_norm is None:
             return _Clip()
         sums = self._ops(batch).sums_of_squares(batch.grads, inv_scale)
-        self.grad_norm = norm = norm_of(sums.sum())
+        factors = self._ops(batch).clip_factors(sums, settings.max_grad_norm)
+        self.grad_norm = norm = factors[0]
         if settings.error_if_nonfinite and not norm.isfinite():
             found_inf = getattr(self, "found_inf", None)
             if found_inf is None or found_inf.item() == 0:  # else the step is skipped
@@ -612,7 +609,7 @@ class RoseFusedAdamW(Optimizer):
                     f"max_grad_norm={settings.max_grad_norm}; nothing was changed (with "
                     "error_if_nonfinite=False such a step leaves selective parameters alone)"
                 )
-        return _Clip(clip_factors(norm, settings.max_grad_norm), sums)
+        return _Clip(factors[1:], sums)
 
     def _exp_avg_sums(self, batch: _Batch) -> Tensor:
         """Sums of squares of first moments.
@@ -642,19 +639,12 @@ class RoseFusedAdamW(Optimizer):
         sums = clip.sums
         if sums is None or len(sums) != len(batch.params):
             sums = self._ops(batch).sums_of_squares(batch.grads, inv_scale)
-        norms = norm_of(sums, clip.factors)
-        exp_avg_norms = norm_of(self._exp_avg_sums(batch)) if kind == "second" else None
-        # Filled where it is needed: a copy from the CPU could not be part of a CUDA graph.
-        alphas = [float32(1.0 - group["betas"][0]) for group in self.param_groups]
-        alpha = torch.cat(
-            [
-                torch.full((len(list(run)),), alphas[row], dtype=torch.float32, device=norms.device)
-                for row, run in groupby(batch.layout.rows)
-            ]
-        )
-        mask, self._records[kind] = select_tensors(
-            norms, exp_avg_norms, alpha, *self.settings.fractions(kind), self._rank_inactive
-        )
+        exp_avg_sums = self._exp_avg_sums(batch) if kind == "second" else None
+        mask = torch.empty(len(sums), dtype=torch.bool, device=sums.device)
+        self._records[kind] = self._ops(batch).select_tensors_(
+            mask, sums, exp_avg_sums, self._hyper_table(), batch.layout.group, clip.factors,
+            *self.settings.fractions(kind), self._rank_inactive,
+        )  # fmt: skip
         return list(mask.unbind())
 
     @property

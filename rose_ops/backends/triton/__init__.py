@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from triton import knobs
 
+from rose_ops import reference
 from rose_ops.backends.triton import bracket, kernels
 from rose_ops.backends.triton.table import (
     ALL,
@@ -501,3 +502,20 @@ def sums_of_squares(tensors: list[Tensor], inv_scale: Tensor | None) -> Tensor:
                 kernels._sums_kernel, len(c.rows), c.rows, partial, c.base, sums, BLOCK=BLOCK, PARTS=256
             )
     return sums
+
+
+def clip_factors(sums: Tensor, max_norm: float) -> Tensor:
+    """See :func:`rose_ops.reference.clip_factors`."""
+    return reference.clip_factors(sums, max_norm)
+
+
+def select_tensors_(
+    mask: Tensor, sums: Tensor, exp_avg_sums: Tensor | None, hyper: Tensor, group: Tensor,
+    clip: Tensor | None, upper: int, lower: int, rank_inactive: bool,
+) -> Tensor:  # fmt: skip
+    """See :func:`rose_ops.reference.select_tensors_`. PyTorch's kernels: there are few tensors."""
+    _check_fractions(upper, lower)
+    alphas = upload(1.0 - hyper[group, 0], mask.device).float()
+    return reference._select_tensors_(
+        mask, sums, exp_avg_sums, alphas, clip, upper, lower, rank_inactive
+    )
