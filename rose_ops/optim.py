@@ -107,9 +107,15 @@ class Settings:
                 "process_group is not there yet: rankings over several processes are not there"
             )
 
+    @cached_property
+    def _fractions(self) -> dict[str, tuple[int, int]]:
+        return {kind: self._fractions_of(kind) for kind in ("first", "second")}
+
     def fractions(self, kind: str) -> tuple[int, int]:
         """(c_h, c_l) of the ``"first"`` or ``"second"`` mask, in units of 1e-9."""
+        return self._fractions[kind]
 
+    def _fractions_of(self, kind: str) -> tuple[int, int]:
         def pick(name: str, value: float | tuple[float, float]) -> float:
             if not isinstance(value, (tuple, list)):
                 return value
@@ -145,6 +151,7 @@ class _Layout:
     rows: list[int]  # of the group table
     offsets: list[int]
     states: list[dict[str, Tensor]] = field(default_factory=list)  # from _init_state() on
+    masks: dict[str, list[Tensor]] = field(default_factory=dict)  # by kind, to be written again
     _selective: tuple[list[bool], _Layout] | None = None
 
     @cached_property
@@ -178,6 +185,21 @@ class _Batch(NamedTuple):
     layout: _Layout
     views: list[Tensor]  # of parameters
     grads: list[Tensor]
+    scattered: list[int]  # parameters that are not contiguous
+
+    @classmethod
+    def of(cls, layout: _Layout, grads: list[Tensor]) -> _Batch:
+        scattered = [i for i, p in enumerate(layout.params) if not p.is_contiguous()]
+        batch = cls(layout, [], [], scattered)
+        return cls(layout, batch.ordered(layout.params), batch.ordered(grads), scattered)
+
+    def ordered(self, tensors: list[Tensor]) -> list[Tensor]:
+        """What belongs to the parameters, in the order of their memory."""
+        if self.scattered:
+            tensors = list(tensors)
+            for i in self.scattered:
+                (tensors[i],) = memory_order(self.params[i], (tensors[i],))
+        return tensors
 
     @property
     def params(self) -> list[Tensor]:
@@ -185,15 +207,15 @@ class _Batch(NamedTuple):
 
     def states(self, key: str) -> list[Tensor]:
         values = [state[key] for state in self.layout.states]
-        if key in _MOMENTS:
-            _in_memory_order(self.params, values)
-        return values
+        return self.ordered(values) if key in _MOMENTS else values
 
     def subset(self, keep: list[bool]) -> _Batch:
         if all(keep):
             return self
+        layout = self.layout.subset(keep)
         views, grads = (list(compress(x, keep)) for x in (self.views, self.grads))
-        return _Batch(self.layout.subset(keep), views, grads)
+        scattered = [i for i, p in enumerate(layout.params) if not p.is_contiguous()]
+        return _Batch(layout, views, grads, scattered)
 
 
 class _Seen(NamedTuple):
@@ -448,9 +470,7 @@ class RoseFusedAdamW(Optimizer):
             _check_graph(self, not layout.states)
         if any(grad.requires_grad for grad in grads):
             grads = [grad.detach() for grad in grads]
-        views = list(layout.params)
-        _in_memory_order(layout.params, views, grads)
-        return _Batch(layout, views, grads)
+        return _Batch.of(layout, grads)
 
     def _known_layout(
         self, every: list[Tensor], numels: list[int], present: list[bool]
@@ -586,12 +606,23 @@ class RoseFusedAdamW(Optimizer):
     def _ops(self, batch: _Batch) -> Any:
         return self._backend(batch.layout).ops
 
-    def _selective_flags(self, layout: _Layout) -> list[bool]:
-        flags = [group["selective"] for group in self.param_groups]
-        return [flags[row] for row in layout.rows]
-
     def _selective(self, batch: _Batch) -> _Batch:
-        return batch.subset(self._selective_flags(batch.layout))
+        flags = [group["selective"] for group in self.param_groups]
+        return batch if all(flags) else batch.subset([flags[row] for row in batch.layout.rows])
+
+    def _has_selective(self, batch: _Batch) -> bool:
+        flags = [group["selective"] for group in self.param_groups]
+        return any(flags[row] for row in batch.layout.rows)
+
+    def _masks_of(self, kind: str, layout: _Layout, make: Callable[[], list[Tensor]]) -> list[Tensor]:
+        """Where masks go: again where the latest were, which are used up, or about to be replaced. A
+        graph owns its masks."""
+        if not layout.params[0].is_cpu and torch.cuda.is_current_stream_capturing():
+            return make()
+        device = layout.params[0].device
+        if kind not in layout.masks or layout.masks[kind][0].device != device:
+            layout.masks[kind] = make()
+        return layout.masks[kind]
 
     def _clip(self, batch: _Batch, inv_scale: Tensor | None) -> _Clip:
         """Of the gradients of all parameters."""
@@ -640,12 +671,20 @@ class RoseFusedAdamW(Optimizer):
         if sums is None or len(sums) != len(batch.params):
             sums = self._ops(batch).sums_of_squares(batch.grads, inv_scale)
         exp_avg_sums = self._exp_avg_sums(batch) if kind == "second" else None
-        mask = torch.empty(len(sums), dtype=torch.bool, device=sums.device)
+        # The whole first, then its parts.
+        mask, *masks = self._masks_of(
+            f"{kind} of tensors",
+            batch.layout,
+            lambda: [
+                whole := torch.empty(len(sums), dtype=torch.bool, device=sums.device),
+                *whole.unbind(),
+            ],
+        )
         self._records[kind] = self._ops(batch).select_tensors_(
             mask, sums, exp_avg_sums, self._hyper_table(), batch.layout.group, clip.factors,
             *self.settings.fractions(kind), self._rank_inactive,
         )  # fmt: skip
-        return list(mask.unbind())
+        return masks
 
     @property
     def _rank_inactive(self) -> bool:
@@ -698,7 +737,11 @@ class RoseFusedAdamW(Optimizer):
         if settings.granularity == "tensor":
             return self._tensor_masks(kind, batch, inv_scale, clip)
         ops, fractions = self._ops(batch), settings.fractions(kind)
-        masks = empty_masks([view.numel() for view in batch.views], batch.views[0].device)
+        masks = self._masks_of(
+            kind,
+            batch.layout,
+            lambda: empty_masks([view.numel() for view in batch.views], batch.views[0].device),
+        )
         tensors = (batch.grads, batch.states("exp_avg") if kind == "second" else [])
         table = (self._hyper_table(), batch.layout.group, inv_scale, clip.factors)
         if settings.selection == "bracket":
@@ -742,7 +785,7 @@ class RoseFusedAdamW(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         batch = self._collect()
-        selects = self._is_selecting() and any(self._selective_flags(batch.layout))
+        selects = self._is_selecting() and self._has_selective(batch)
         if selects and "first" in self.settings.kinds and "first" not in self._captured:
             raise RuntimeError(
                 f"order={self.settings.order!r} needs a first-order mask: call kl.backward() and "
@@ -781,8 +824,9 @@ class RoseFusedAdamW(Optimizer):
                 found = [state.get(key) for state in layout.states]
             elif settings.granularity == "tensor":
                 bools = self._tensor_masks(kind, selective, inv_scale, clip)
-                by_param = dict(zip(selective.params, bools, strict=True))
-                found = [by_param.get(p) for p in batch.params]
+                # Hashing a tensor takes a call in Python.
+                by_id = dict(zip(map(id, selective.params), bools, strict=True))
+                found = [by_id.get(id(p)) for p in batch.params]
             else:
                 ranks = True
                 continue
@@ -977,14 +1021,6 @@ class RoseFusedAdamW(Optimizer):
 def _are(ones: list[Any], others: list[Any]) -> bool:
     """Whether these are the same objects."""
     return len(ones) == len(others) and all(map(is_, ones, others))
-
-
-def _in_memory_order(params: list[Tensor], *lists: list[Tensor]) -> None:
-    """Replace what belongs to a parameter that is not contiguous by views; see memory_order()."""
-    for i, p in enumerate(params):
-        if not p.is_contiguous():
-            for tensors in lists:
-                (tensors[i],) = memory_order(p, (tensors[i],))
 
 
 def _rules_out(masks: list[Tensor]) -> bool:
