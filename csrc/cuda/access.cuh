@@ -22,7 +22,7 @@ ROSE_DEVICE int lane() { return (int)threadIdx.x % kWarp; }
 // The lanes before this one.
 ROSE_DEVICE unsigned lanes_below() { return (1u << lane()) - 1; }
 
-// In a loop: what is in shared memory is read anew, rather than kept in registers that are needed.
+// What is in shared memory is read anew after this, rather than kept in registers that are needed.
 ROSE_DEVICE void keep_in_memory() {
 #if defined(__CUDA_ARCH__)
   asm volatile("" ::: "memory");

@@ -8,7 +8,6 @@ namespace cuda {
 
 // Nothing but elements that are not finite: the thresholds are known.
 struct NoNotes {
-  static constexpr bool kAny = false;
   Bounds known;
   uint32_t* nonfinite;  // of the block, in shared memory; or null
 
@@ -71,8 +70,6 @@ ROSE_DEVICE void add_to_block(uint32_t* count, unsigned x) {
 template <bool kOld>
 class Logged {
  public:
-  static constexpr bool kAny = true;
-
   ROSE_METHOD Logged(const SelectArguments& a, Counts& shared) : a_(a), shared_(shared) {
     clear<2 * kBins>(shared.of_windows[0]);
     clear<kCounts>(shared.counts);
@@ -211,14 +208,13 @@ class Logged {
 };
 
 // Settles elements by their keys: those of a lane from `first` on whose bits are set. Fills in which are
-// selected, and which not finite. key(j); old(j, p, m, v). By whole warps if there are notes.
+// selected, and which not finite. key(j); old(j, p, m, v). By whole warps.
 template <typename Notes, typename Key, typename Old>
 ROSE_DEVICE void examine(unsigned unsure, int first, int64_t base, unsigned& selected,
                          unsigned& nonfinite, Notes& notes, Key key, Old old) {
 #pragma unroll 1
   while (true) {
-    const unsigned takers =
-        Notes::kAny ? __ballot_sync(kFullWarp, unsure != 0) : (unsigned)(unsure != 0);
+    const unsigned takers = __ballot_sync(kFullWarp, unsure != 0);
     if (takers == 0) return;
     if (unsure != 0) {
       const int j = __ffs((int)unsure) - 1;

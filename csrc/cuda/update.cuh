@@ -246,6 +246,7 @@ ROSE_DEVICE void update_run(const Updated& u, bool rank_inactive, const Run& run
       auto raw_m = read_vector<kCount>(m_data, of_m, i);
       auto raw_p = read_vector<kCount>(p_data, of_p, i);
       auto raw_v = read_vector<kCount>(v_data, of_v, i);
+      keep_in_memory();  // these loads are not to wait for what the first of them decide
       const auto scaled = [&](float g) { return Types::kIsUsual ? mul(g, u.factor) : u.gradient(g); };
       const auto gradient = [&](int j) { return scaled(get(raw_g, of_g, j)); };
       // Masks of one order alone are the same whichever it is.
