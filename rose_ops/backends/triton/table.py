@@ -53,6 +53,8 @@ class Table:
     dims: Tensor
     hyper: Tensor
     extra: Tensor  # float64
+    ones: Tensor  # two float32
+    zero: Tensor
 
     @property
     def tiles(self) -> int:
@@ -234,9 +236,10 @@ def _make(
         torch.tensor(pool or [[0] * _DIM], dtype=torch.int64).reshape(-1),
         hyper.reshape(-1).view(torch.int64),
         torch.tensor([*extra, 0.0], dtype=torch.float64).view(torch.int64),
+        torch.tensor([1.0, 1.0, 0.0, 0.0]).view(torch.int64),
     ]
     blob = _upload(torch.cat(words), device)
-    rows_, dims_, hyper_, extra_ = blob.split([len(w) for w in words])
+    rows_, dims_, hyper_, extra_, constants = blob.split([len(w) for w in words])
     rows_ = rows_.view(-1, COLUMNS)
     classes, at, base = [], 0, 0
     for (dtypes, linear, aligned), rows, own, first_tiles in zip(
@@ -249,7 +252,10 @@ def _make(
         ).sub_(1)
         classes.append(Class(dtypes, linear, aligned, its_rows, of_tiles, base, first_tiles))
         at, base = at + len(rows), base + own
-    return Table(tuple(classes), rows_, dims_, hyper_.view(torch.float64), extra_.view(torch.float64))
+    return Table(
+        tuple(classes), rows_, dims_, hyper_.view(torch.float64), extra_.view(torch.float64),
+        *constants.view(torch.float32).split(2),
+    )  # fmt: skip
 
 
 _recent: OrderedDict[tuple, Any] = OrderedDict()
