@@ -468,8 +468,6 @@ class RoseFusedAdamW(Optimizer):
             self._seen = _Seen(layout, every, groups, numels, present, dtypes, [])
         if layout.params and not layout.params[0].is_cpu:
             _check_graph(self, not layout.states)
-        if any(grad.requires_grad for grad in grads):
-            grads = [grad.detach() for grad in grads]
         return _Batch.of(layout, grads)
 
     def _known_layout(
