@@ -81,6 +81,8 @@ FORBIDDEN = re.compile(
 # were a float, with two limits. Flushed to zero, it is as far below them.
 UPPER_WORD = re.compile(r"mov\.b64 \{tmp, (%r\d+)\}, %rd\d+; \}\n\tabs\.ftz\.f32 \t(%r\d+), \1;")
 PREPARING = ("prepare", "sample", "sample-strided")
+# Where the last program goes on, one atomic waits for the others' memory accesses.
+LAST_GOES_ON = ("select", "bracket", "resolve")
 
 
 def without_comparisons(ptx: str) -> tuple[str, int]:
@@ -128,6 +130,9 @@ def compile_case(name: str, arch: int) -> None:
     to_read, compared = without_comparisons(ptx) if name in PREPARING else (ptx, 0)
     for found in sorted(set(FORBIDDEN.findall(to_read))):
         print("PTX:", found)
+    ordered = len(re.findall(r"atom\S*\.acq_rel", ptx))
+    if ordered != (name in LAST_GOES_ON):
+        print(f"{ordered} atomics that wait, expected {int(name in LAST_GOES_ON)}")
     for access, wanted in (("ld", loads), ("st", stores)):
         count = len(re.findall(rf"{access}\.global\S*\.v4\.b32", ptx))
         if count < wanted:
@@ -193,6 +198,7 @@ FAULTS = {
     "flushed": ["PTX: add.ftz", r"SASS: .* FADD\.FTZ"],
     "upper word": ["PTX: abs.ftz", r"SASS: .* FADD\.FTZ"],
     "narrowing": ["PTX: cvt.*bf16", "SASS: .* F2FP?.BF16"],
+    "ordered": ["atomics that wait"],
 }
 
 

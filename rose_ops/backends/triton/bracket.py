@@ -499,7 +499,7 @@ def _kind(row, index, valid, base, selected, first_weight, second_weight, FRACTI
     return kind
 
 
-@kernel(registers=72)
+@kernel(registers=80)
 def _update_pass_kernel(
     rows, tile_rows, tiles, ranked_tiles, dims, hyper, inv_scale, clip, rank_inactive, found_inf, state,
     log_keys, log_places, log_old, capacity, first_place, prepared, keys, first_weight, second_weight,
