@@ -355,3 +355,17 @@ def test_the_same_bits_from_twenty_repetitions(device, generator, way, dtype):
             assert not any(torch.equal(found[key], bits_of(before[key])) for key in written)
         for key, value in found.items():
             assert torch.equal(value, first[key]), f"{key}, repetition {i}"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_the_hardware_rounds_to_bfloat16_as_the_kernels_expect():
+    """pack_bf16 in csrc/cuda/access.cuh leaves it to cvt.rn.bf16: every float32 but NaN, denormals kept."""
+    step = 1 << 26
+    for first in range(-(1 << 31), 1 << 31, step):
+        bits = torch.arange(first, first + step, dtype=torch.int64, device="cuda")
+        x = bits.int().view(torch.float32)
+        found = x.to(BF16).view(torch.int16)
+        u = bits & 0xFFFFFFFF
+        expected = ((u + 0x7FFF + ((u >> 16) & 1)) >> 16).short()
+        assert torch.equal(torch.where(x.isnan(), 0, found), torch.where(x.isnan(), 0, expected))

@@ -22,7 +22,7 @@ ROSE_DEVICE int lane() { return (int)threadIdx.x % kWarp; }
 // The lanes before this one.
 ROSE_DEVICE unsigned lanes_below() { return (1u << lane()) - 1; }
 
-// In a loop: what is in shared memory is read anew, rather than kept in registers that are needed.
+// What is in shared memory is read anew after this, rather than kept in registers that are needed.
 ROSE_DEVICE void keep_in_memory() {
 #if defined(__CUDA_ARCH__)
   asm volatile("" ::: "memory");
@@ -182,9 +182,12 @@ ROSE_DEVICE Raw<kCount> read_vector(const void* data, Dtype dtype, int index) {
       const uint4 w = read<uint4>(data, (index + i) / 4);
       raw.words[i] = w.x, raw.words[i + 1] = w.y, raw.words[i + 2] = w.z, raw.words[i + 3] = w.w;
     }
-  } else if (kCount == 8) {
-    const uint4 w = read<uint4>(data, index / 8);
-    raw.words[0] = w.x, raw.words[1] = w.y, raw.words[2] = w.z, raw.words[3] = w.w;
+  } else if (kCount >= 8) {
+#pragma unroll
+    for (int i = 0; i < kCount / 2; i += 4) {
+      const uint4 w = read<uint4>(data, index / 8 + i / 4);
+      raw.words[i] = w.x, raw.words[i + 1] = w.y, raw.words[i + 2] = w.z, raw.words[i + 3] = w.w;
+    }
   } else {
     const uint2 w = read<uint2>(data, index / 4);
     raw.words[0] = w.x, raw.words[1] = w.y;
@@ -213,6 +216,21 @@ ROSE_DEVICE float get(const Raw<kCount>& raw, Dtype dtype, int j) {
   const uint32_t word = raw.words[j / 2];
   if (dtype == Dtype::kBFloat16) return bits_float(j % 2 == 0 ? word << 16 : word & 0xFFFF0000u);
   return half_to_float((uint16_t)(word >> (j % 2 * 16)));
+}
+
+// Two numbers to nearest, the first in the lower half; not for NaN.
+ROSE_DEVICE uint32_t pack_bf16(float first, float second) {
+#if defined(__CUDA_ARCH__)
+  uint32_t word;  // keeps denormals: tests/test_gpu.py tries all numbers
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(second), "f"(first));
+  return word;
+#else
+  return float_to_bf16(first) | (uint32_t)float_to_bf16(second) << 16;
+#endif
+}
+
+ROSE_DEVICE uint32_t high_halves(uint32_t first, uint32_t second) {
+  return first >> 16 | (second & 0xFFFF0000u);
 }
 
 template <int kCount>
@@ -249,12 +267,13 @@ struct Mixed {
 };
 
 // loop(types, middle) for the elements before `middle` of a run of `count`: vectors, by whole warps.
-// Returns `middle`; the others, fewer than a warp has in its vectors or all of a segment that has none, come
+// A thread has kTimes as many elements as the types say. Returns `middle`; the others, fewer than a warp has in its vectors or all of a segment that has none, come
 // one at a time.
-template <typename Loop>
+template <int kTimes = 1, typename Loop>
 ROSE_DEVICE int for_vectors(const Segment& segment, bool is_usual, int count, Loop loop) {
   constexpr Dtype kFloat = Dtype::kFloat32, kBf16 = Dtype::kBFloat16;
-  const int four = count / (4 * kWarp) * (4 * kWarp), eight = count / (8 * kWarp) * (8 * kWarp);
+  constexpr int kFour = 4 * kTimes * kWarp, kEight = 8 * kTimes * kWarp;
+  const int four = count / kFour * kFour, eight = count / kEight * kEight;
   if (segment.access == Access::kSingle) return 0;
   switch (is_usual ? segment.access : Access::kMixed) {
     case Access::kFloats:

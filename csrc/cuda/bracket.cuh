@@ -79,13 +79,29 @@ template <typename Body>
 ROSE_DEVICE void for_each_wrong(const SelectArguments& a, Bounds bounds, Body body) {
   const Count logged = a.state->log_size, capacity = (Count)a.log.capacity;
   const int64_t size = (int64_t)(logged < capacity ? logged : capacity);
+  constexpr int kAtOnce = 4;
+  const int64_t stride = (int64_t)gridDim.x * kThreads;
 #pragma unroll 1
-  for (int64_t i = (int64_t)blockIdx.x * kThreads + threadIdx.x; i < size;
-       i += (int64_t)gridDim.x * kThreads) {
-    const uint32_t word = read<uint32_t>(a.log.keys, i);
-    if (word == kNoKey) continue;
-    const bool was_selected = word >= kInactiveKey;
-    if (was_selected != (if_selected(word & ~kInactiveKey, bounds, 1) != 0)) body(i, was_selected);
+  for (int64_t first = (int64_t)blockIdx.x * kThreads + threadIdx.x; first < size;
+       first += kAtOnce * stride) {
+    uint32_t words[kAtOnce];
+#pragma unroll
+    for (int k = 0; k < kAtOnce; ++k) {
+      const int64_t i = first + k * stride;
+      words[k] = i < size ? read<uint32_t>(a.log.keys, i) : kNoKey;
+    }
+    unsigned wrong = 0;
+#pragma unroll
+    for (int k = 0; k < kAtOnce; ++k) {
+      const bool is_selected = if_selected(words[k] & ~kInactiveKey, bounds, 1) != 0;
+      const bool is_wrong = words[k] != kNoKey && (words[k] >= kInactiveKey) != is_selected;
+      wrong |= (unsigned)is_wrong << k;
+    }
+#pragma unroll 1
+    for (; wrong != 0; wrong &= wrong - 1) {
+      const int64_t i = first + (__ffs((int)wrong) - 1) * stride;
+      body(i, read<uint32_t>(a.log.keys, i) >= kInactiveKey);
+    }
   }
 }
 
@@ -163,8 +179,8 @@ static __global__ void __launch_bounds__(kThreads, kBlocks) step_pass_kernel(Ste
   const Mode mode = a.select.state->mode;
   if (mode == Mode::kExact) count(a.select, shared);
   if (mode != Mode::kSpeculative) return;
-  Logged notes(a.select, shared);
-  update_share<kFractional, true>(a.update, shared.waiting, notes, shared.counts);
+  Logged<true> notes(a.select, shared);
+  update_share<kFractional, true>(a.update, notes, shared.counts);
   notes.finish();
   flush_counts(a.update, shared.counts);
   resolve(a.select);
@@ -179,14 +195,14 @@ static __global__ void __launch_bounds__(kThreads, kBlocks) step_finish_kernel(S
   if (mode == Mode::kExact) update<kFractional, true>(a.update);
 }
 
-static __global__ void __launch_bounds__(kThreads, 3) capture_pass_kernel(SelectArguments a) {
+static __global__ void __launch_bounds__(kThreads, 4) capture_pass_kernel(SelectArguments a) {
   __shared__ Counts shared;
   if (a.state->mode == Mode::kExact) {
     count(a, shared);
     return;
   }
-  Logged notes(a, shared);
-  settle(a.risk, shared.waiting, notes, Bits());
+  Logged<false> notes(a, shared);
+  settle(a.risk, notes, Bits());
   notes.finish();
   resolve(a);
 }
@@ -197,9 +213,8 @@ static __global__ void __launch_bounds__(kThreads, 4) capture_finish_kernel(Sele
     redo_bits(a, bounds);
     return;
   }
-  __shared__ Waiting waiting[kThreads / kWarp];
   NoNotes notes = {bounds, nullptr};
-  settle(a.risk, waiting, notes, Bits());
+  settle(a.risk, notes, Bits());
 }
 
 }  // namespace cuda

@@ -40,7 +40,7 @@ ROSE_DEVICE uint32_t key_at(const Risk& risk, Factors factors, const Segment& se
 template <typename Body>
 ROSE_DEVICE void for_each_key(const Risk& risk, Body body) {
   const Factors factors = factors_of(risk);
-  for_each_run(risk.table, [&](const Run& run) {
+  for_each_run(risk.table, [&](const Run& run) ROSE_ALWAYS_INLINE {
     const Segment& segment = risk.table.segments[run.segment];
     if (!segment.selective) return;
     const Dtype* dtype = segment.dtype + risk.operand;
@@ -132,10 +132,19 @@ struct Judge {
     verdict.unsure |= (unsigned)!is_sure << j;
   }
 
-  // Whether an element has no risk, and is selected therefore; of one that is unsure.
-  ROSE_METHOD bool is_inactive(float g, float m) const {
-    const uint32_t zero = abs_bits(kSecondOrder ? m : g);
-    return !ranks_inactive && zero == 0 && abs_bits(g) < kInfinityBits;
+  // Whole rows without a history are common (embeddings): of a thread's kCount elements, those that have no
+  // risk, and are selected therefore, need no look at each. By whole warps.
+  template <int kCount, typename Gradient, typename Moment>
+  ROSE_METHOD void find_inactive(Gradient gradient, Moment moment, Verdict& verdict) const {
+    if (ranks_inactive || __ballot_sync(kFullWarp, verdict.unsure == (1u << kCount) - 1) == 0) return;
+#pragma unroll
+    for (int j = 0; j < kCount; ++j) {
+      const uint32_t zero = abs_bits(kSecondOrder ? moment(j) : gradient(j));
+      verdict.inactive |= (unsigned)(zero == 0 && abs_bits(gradient(j)) < kInfinityBits) << j;
+    }
+    verdict.inactive &= verdict.unsure;
+    verdict.unsure ^= verdict.inactive;
+    verdict.selected |= verdict.inactive;
   }
 };
 

@@ -6,56 +6,6 @@
 namespace rose {
 namespace cuda {
 
-// Elements that comparisons left unsure wait, until there are enough of them for a whole warp: a few
-// lanes that go a way of their own would take the time of all.
-struct Waiting {
-  static constexpr int kMost = kWarp + 8 * kWarp;  // fewer than a warp before, and all of a vector of 8
-  int element[kMost];  // position in the run
-  float v[kMost];      // second moment, which the update of a vector overwrites
-};
-
-// A warp's place in shared memory for them. All lanes hold the same.
-class Queue {
- public:
-  ROSE_METHOD explicit Queue(Waiting* of_block) : waiting_(of_block[warp()]) {}
-
-  // Those of a lane's elements from `first` on whose bits are set; v(j): of element j. By whole warps.
-  template <typename V>
-  ROSE_METHOD void add(unsigned bits, int first, V v) {
-    while (true) {
-      const unsigned takers = __ballot_sync(kFullWarp, bits != 0);
-      if (takers == 0) return;
-      if (bits != 0) {
-        const int j = __ffs((int)bits) - 1, at = size_ + __popc(takers & lanes_below());
-        bits &= bits - 1;
-        waiting_.element[at] = first + j;
-        waiting_.v[at] = v(j);
-      }
-      size_ += __popc(takers);
-    }
-  }
-  // treat(element, v, whether there is one) of a warp's worth of elements at a time; of the last few, too,
-  // if `all`.
-  template <typename Treat>
-  ROSE_METHOD void drain(bool all, Treat treat) {
-#pragma unroll 1
-    while (size_ >= kWarp || (all && size_ > 0)) {
-      __syncwarp();  // what the lanes wrote
-      const int count = size_ < kWarp ? size_ : kWarp, at = size_ - count + lane();
-      const bool is_there = lane() < count;
-      treat(is_there ? waiting_.element[at] : 0, is_there ? waiting_.v[at] : 0.0f, is_there);
-      size_ -= count;
-      __syncwarp();
-    }
-  }
-
- private:
-  Waiting& waiting_;
-  int size_ = 0;
-};
-
-// ---------------------------------------------------------------------------------------------- notes
-
 // Nothing but elements that are not finite: the thresholds are known.
 struct NoNotes {
   Bounds known;
@@ -69,15 +19,26 @@ struct NoNotes {
     return {fence_of<kSecondOrder>((uint32_t)known.high, (uint32_t)known.high),
             fence_of<kSecondOrder>((uint32_t)known.low, (uint32_t)known.low), alpha, ranks_inactive};
   }
-  // Of an element by its key: whether it is to be logged.
-  ROSE_METHOD bool look(uint32_t key) {
-    if (nonfinite != nullptr && key == kNonfiniteKey) atomicAdd(nonfinite, 1u);
-    return false;
-  }
   // Of a thread's elements that a comparison settled.
   ROSE_METHOD void count(const Verdict&) {}
-  // Writes an entry if `is_taken`. By whole warps.
-  ROSE_METHOD void log(bool, uint32_t, int64_t, float, float, float) {}
+  // Of an element of each of the lanes `takers` (this one among them) that was settled by its key:
+  // old(p, m, v) are its numbers before the update.
+  template <typename Old>
+  ROSE_METHOD void add(unsigned, int, uint32_t key, bool, Old) {
+    if (nonfinite != nullptr && key == kNonfiniteKey) atomicAdd(nonfinite, 1u);
+  }
+  // After it, by whole warps; and at the end of a run, whose first element has the place `base`.
+  ROSE_METHOD void end_round(unsigned, int64_t) {}
+  ROSE_METHOD void end_run(int64_t) {}
+};
+
+// Elements to be noted, once there are enough of them for a whole warp: a few lanes that go a way of their
+// own take the time of all.
+struct Waiting {
+  static constexpr int kMost = 2 * kWarp;  // fewer than a warp, and one of each lane
+  uint32_t word[kMost];                    // of the log; kNoKey: nothing to note
+  int element[kMost];                      // position in the run
+  float p[kMost], m[kMost], v[kMost];
 };
 
 // Entries of the log that a warp has taken: those from `next` on are free.
@@ -105,6 +66,8 @@ ROSE_DEVICE void add_to_block(uint32_t* count, unsigned x) {
 }
 
 // Counts, and a log of the elements whose risks are in the windows around the thresholds.
+// `kOld`: with what they were before the update.
+template <bool kOld>
 class Logged {
  public:
   ROSE_METHOD Logged(const SelectArguments& a, Counts& shared) : a_(a), shared_(shared) {
@@ -129,26 +92,6 @@ class Logged {
     return {fences[0], fences[1], alpha, ranks_inactive};
   }
 
-  ROSE_METHOD bool look(uint32_t key) {
-    if (key >= kInactiveKey) {
-      atomicAdd(&shared_.counts[key == kInactiveKey ? kInactive : kNonfinite], 1u);
-      return false;
-    }
-    bool is_logged = false;
-#pragma unroll
-    for (int t = 0; t < 2; ++t) {
-      const Window& window = shared_.windows[t];
-      const uint32_t above = key - window.low;
-      if (key < window.low) {
-        ++below_[t];
-      } else if (above <= window.width) {
-        atomicAdd(&shared_.of_windows[t][above >> window.shift], 1u);
-        is_logged = is_logged || window.logged;
-      }
-    }
-    return is_logged;
-  }
-
   ROSE_METHOD void count(const Verdict& verdict) {
     const int lower = __popc(verdict.below_lower);
     below_[0] += (unsigned)(__popc(verdict.selected) - __popc(verdict.inactive) + lower);
@@ -156,24 +99,25 @@ class Logged {
     if (verdict.inactive != 0) atomicAdd(&shared_.counts[kInactive], (unsigned)__popc(verdict.inactive));
   }
 
-  ROSE_METHOD void log(bool is_taken, uint32_t word, int64_t place, float p, float m, float v) {
-    const unsigned takers = __ballot_sync(kFullWarp, is_taken);
-    if (takers == 0) return;
-    // A full log is of no use: looking for room in it would only take long.
-    const bool full = shared_.chunks[warp()].next >= a_.log.capacity;
-    const int64_t at = full ? a_.log.capacity : reserve(takers);
-    if (!is_taken) return;
-    if (at >= a_.log.capacity) {
-      atomicAdd(&shared_.lost, 1u);
+  template <typename Old>
+  ROSE_METHOD void add(unsigned takers, int element, uint32_t key, bool is_selected, Old old) {
+    Waiting& waiting = shared_.waiting[warp()];
+    const int at = size_ + __popc(takers & lanes_below());
+    if (key >= kInactiveKey) {
+      atomicAdd(&shared_.counts[key == kInactiveKey ? kInactive : kNonfinite], 1u);
+      waiting.word[at] = kNoKey;
       return;
     }
-    write<uint32_t>(a_.log.keys, at, word);
-    if (a_.log.places == nullptr) return;
-    write<int64_t>(a_.log.places, at, place);
-    if (a_.log.old == nullptr) return;
-    write<float>(a_.log.old, 3 * at, p);
-    write<float>(a_.log.old, 3 * at + 1, m);
-    write<float>(a_.log.old, 3 * at + 2, v);
+    waiting.word[at] = key | (uint32_t)is_selected << 31;
+    waiting.element[at] = element;
+    if (kOld) old(waiting.p[at], waiting.m[at], waiting.v[at]);
+  }
+  ROSE_METHOD void end_round(unsigned takers, int64_t base) {
+    size_ += __popc(takers);
+    if (size_ >= kWarp) note(base);
+  }
+  ROSE_METHOD void end_run(int64_t base) {
+    if (size_ > 0) note(base);
   }
 
   // Adds all counts to those of the grid. For a whole block.
@@ -193,6 +137,50 @@ class Logged {
 
  private:
   static constexpr int kChunk = kWarp;  // entries that a warp takes of the log at a time
+
+  // The last elements that wait, one for each lane.
+  ROSE_METHOD void note(int64_t base) {
+    const Waiting& waiting = shared_.waiting[warp()];
+    __syncwarp();  // what the lanes wrote
+    const int count = size_ < kWarp ? size_ : kWarp, i = size_ - count + lane();
+    size_ -= count;
+    const uint32_t word = lane() < count ? waiting.word[i] : kNoKey;
+    const unsigned takers = __ballot_sync(kFullWarp, word != kNoKey && is_in_window(word & ~kInactiveKey));
+    if (takers != 0) {
+      // A full log is of no use: looking for room in it would only take long.
+      const bool full = shared_.chunks[warp()].next >= a_.log.capacity;
+      const int64_t at = full ? a_.log.capacity : reserve(takers);
+      const bool is_taker = (takers >> lane() & 1u) != 0;
+      if (is_taker && at >= a_.log.capacity) atomicAdd(&shared_.lost, 1u);
+      if (is_taker && at < a_.log.capacity) {
+        write<uint32_t>(a_.log.keys, at, word);
+        if (a_.log.places != nullptr) write<int64_t>(a_.log.places, at, base + waiting.element[i]);
+        if (kOld) {
+          write<float>(a_.log.old, 3 * at, waiting.p[i]);
+          write<float>(a_.log.old, 3 * at + 1, waiting.m[i]);
+          write<float>(a_.log.old, 3 * at + 2, waiting.v[i]);
+        }
+      }
+    }
+    __syncwarp();
+  }
+
+  // Counts a key; whether it is to be logged.
+  ROSE_METHOD bool is_in_window(uint32_t key) {
+    bool is_logged = false;
+#pragma unroll
+    for (int t = 0; t < 2; ++t) {
+      const Window& window = shared_.windows[t];
+      const uint32_t above = key - window.low;
+      if (key < window.low) {
+        ++below_[t];
+      } else if (above <= window.width) {
+        atomicAdd(&shared_.of_windows[t][above >> window.shift], 1u);
+        is_logged = is_logged || window.logged;
+      }
+    }
+    return is_logged;
+  }
 
   // Where this lane's entry goes, if it is one of the takers.
   ROSE_METHOD int64_t reserve(unsigned takers) {
@@ -216,7 +204,31 @@ class Logged {
   const SelectArguments& a_;
   Counts& shared_;
   unsigned below_[2] = {0, 0};
+  int size_ = 0;  // of the warp's elements that wait
 };
+
+// Settles elements by their keys: those of a lane from `first` on whose bits are set. Fills in which are
+// selected, and which not finite. key(j); old(j, p, m, v). By whole warps.
+template <typename Notes, typename Key, typename Old>
+ROSE_DEVICE void examine(unsigned unsure, int first, int64_t base, unsigned& selected,
+                         unsigned& nonfinite, Notes& notes, Key key, Old old) {
+#pragma unroll 1
+  while (true) {
+    const unsigned takers = __ballot_sync(kFullWarp, unsure != 0);
+    if (takers == 0) return;
+    if (unsure != 0) {
+      const int j = __ffs((int)unsure) - 1;
+      unsure &= unsure - 1;
+      const uint32_t its_key = key(j);
+      const bool is_selected = if_selected(its_key, notes.bounds(), 1) != 0;
+      selected |= (unsigned)is_selected << j;
+      nonfinite |= (unsigned)(its_key == kNonfiniteKey) << j;
+      notes.add(takers, first + j, its_key, is_selected,
+                [&](float& p, float& m, float& v) { old(j, p, m, v); });
+    }
+    notes.end_round(takers, base);
+  }
+}
 
 }  // namespace cuda
 }  // namespace rose

@@ -34,127 +34,92 @@ ROSE_DEVICE bool is_one_factor(Factors factors) {
   return fabsf(factors.inv_scale) == 1.0f || factors.clip == 1.0f;
 }
 
-// The elements of this block's share are settled by comparisons, or by their keys. `sink`: what becomes of
-// them (see Bits).
-template <bool kSecondOrder, typename Notes, typename Sink>
-ROSE_DEVICE void settle(const Risk& risk, Waiting* waiting, Notes& notes, Sink sink) {
+// The elements of this block's share are settled by comparisons, or by their keys. write(segment, position
+// of the first, which are selected, how many) of each lane's elements, by whole warps.
+template <bool kSecondOrder, typename Notes, typename Write>
+ROSE_DEVICE void settle(const Risk& risk, Notes& notes, Write write) {
   const Factors factors = factors_of(risk);
   const float factor = mul(factors.inv_scale, factors.clip);
   const bool is_usual = is_one_factor(factors) && notes.has_one_threshold();
-  Queue queue(waiting);
-  for_each_run(risk.table, [&](const Run& run) {
+  for_each_run(risk.table, [&](const Run& run) ROSE_ALWAYS_INLINE {
     const Segment& segment = risk.table.segments[run.segment];
     if (!segment.selective) return;
     const Judge<kSecondOrder> judge =
         notes.template judge<kSecondOrder>(segment.alpha, risk.rank_inactive);
-    const auto by_key = [&](int i, float, bool is_there) ROSE_ALWAYS_INLINE {
-      const int64_t at = run.begin + i;
-      const uint32_t key = is_there ? key_at(risk, factors, segment, at) : kNoKey;
-      const bool selected = if_selected(key, notes.bounds(), 1) != 0;
-      const bool is_logged = is_there && notes.look(key);
-      notes.log(is_logged, key | (uint32_t)selected << 31, segment.first_tile * kTile + at, 0, 0, 0);
-      return is_there && selected;
-    };
-    const auto add = [&](int i, float v, bool is_there) ROSE_ALWAYS_INLINE {
-      sink.add(segment, run.begin + i, by_key(i, v, is_there));
-    };
-    const int vectors = for_vectors(segment, is_usual, run.count, [&](auto types, int middle) ROSE_ALWAYS_INLINE {
-      using Types = decltype(types);
-      constexpr int kCount = Types::kCount;
-      const Dtype of_g = types.of(1, segment.dtype[risk.operand]);
-      const Dtype of_m = types.of(2, segment.dtype[risk.operand + 1]);
-      const char* const g_data = data_from(segment, risk.operand, of_g, run.begin);
-      const char* const m_data = data_from(segment, risk.operand + 1, of_m, run.begin);
+    const int64_t base = segment.first_tile * kTile + run.begin;
+    const auto no_old = [](int, float&, float&, float&) {};
+    // One operand alone: twice the elements, or too few bytes would be on their way.
+    constexpr int kTimes = kSecondOrder ? 1 : 2;
+    const int vectors = for_vectors<kTimes>(
+        segment, is_usual, run.count, [&](auto types, int middle) ROSE_ALWAYS_INLINE {
+          using Types = decltype(types);
+          constexpr int kCount = (Types::kIsUsual ? kTimes : 1) * Types::kCount;
+          const Dtype of_g = types.of(1, segment.dtype[risk.operand]);
+          const Dtype of_m = types.of(2, segment.dtype[risk.operand + 1]);
+          const char* const g_data = data_from(segment, risk.operand, of_g, run.begin);
+          const char* const m_data = data_from(segment, risk.operand + 1, of_m, run.begin);
 #pragma unroll 1
-      for (int i = threadIdx.x * kCount; i < middle; i += kThreads * kCount) {
-        const auto raw_g = read_vector<kCount>(g_data, of_g, i);
-        const auto raw_m = kSecondOrder ? read_vector<kCount>(m_data, of_m, i) : Raw<kCount>();
-        const auto gradient = [&](int j) {
-          const float g = get(raw_g, of_g, j);
-          return Types::kIsUsual ? mul(g, factor) : factors.scaled(g);
-        };
-        const auto moment = [&](int j) { return kSecondOrder ? get(raw_m, of_m, j) : 0.0f; };
-        Verdict verdict;
+          for (int i = threadIdx.x * kCount; i < middle; i += kThreads * kCount) {
+            const auto raw_g = read_vector<kCount>(g_data, of_g, i);
+            const auto raw_m = kSecondOrder ? read_vector<kCount>(m_data, of_m, i) : Raw<kCount>();
+            const auto scaled = [&](float g) {
+              return Types::kIsUsual ? mul(g, factor) : factors.scaled(g);
+            };
+            const auto gradient = [&](int j) { return scaled(get(raw_g, of_g, j)); };
+            const auto moment = [&](int j) { return kSecondOrder ? get(raw_m, of_m, j) : 0.0f; };
+            Verdict verdict;
 #pragma unroll
-        for (int j = 0; j < kCount; ++j) {
-          judge.template judge<Types::kIsUsual>(gradient(j), moment(j), j, verdict);
-        }
-        if (__ballot_sync(kFullWarp, verdict.unsure != 0) != 0) {
-#pragma unroll
-          for (int j = 0; j < kCount; ++j) {
-            const bool is_inactive = judge.is_inactive(gradient(j), moment(j));
-            verdict.inactive |= (unsigned)is_inactive << j & verdict.unsure;
+            for (int j = 0; j < kCount; ++j) {
+              judge.template judge<Types::kIsUsual>(gradient(j), moment(j), j, verdict);
+            }
+            if (__ballot_sync(kFullWarp, verdict.unsure != 0) != 0) {
+              judge.template find_inactive<kCount>(gradient, moment, verdict);
+              notes.count(verdict);
+              unsigned nonfinite = 0;
+              examine(
+                  verdict.unsure, i, base, verdict.selected, nonfinite, notes,
+                  [&](int j) {
+                    const float g = scaled(read_element(g_data, of_g, i + j));
+                    const float m = kSecondOrder ? read_element(m_data, of_m, i + j) : 0.0f;
+                    return kSecondOrder ? second_order_key(g, m, judge.alpha, risk.rank_inactive)
+                                        : first_order_key(g, risk.rank_inactive);
+                  },
+                  no_old);
+            } else {
+              notes.count(verdict);
+            }
+            write(segment, run.begin + i, verdict.selected, kCount);
           }
-          verdict.selected |= verdict.inactive;
-          queue.add(verdict.unsure ^ verdict.inactive, i, [](int) { return 0.0f; });
-        }
-        notes.count(verdict);
-        sink.write(segment, run.begin + i, verdict.selected, kCount);
-        queue.drain(false, add);
-      }
-    });
-    queue.drain(true, add);
+        });
 #pragma unroll 1
-    for (int base = vectors + warp() * kWarp; base < run.count; base += kThreads) {
-      const int i = base + lane();
-      const bool is_there = i < run.count;
-      const bool selected = by_key(is_there ? i : 0, 0.0f, is_there);
-      sink.write(segment, run.begin + i, selected, is_there ? 1 : 0);
+    for (int first = vectors + warp() * kWarp; first < run.count; first += kThreads) {
+      const int i = first + lane();
+      unsigned selected = 0, nonfinite = 0;
+      examine(
+          i < run.count, i, base, selected, nonfinite, notes,
+          [&](int) { return key_at(risk, factors, segment, run.begin + i); }, no_old);
+      write(segment, run.begin + i, selected, i < run.count ? 1 : 0);
     }
+    notes.end_run(base);
   });
 }
 
-template <typename Notes, typename Sink>
-ROSE_DEVICE void settle(const Risk& risk, Waiting* waiting, Notes& notes, Sink sink) {
+template <typename Notes, typename Write>
+ROSE_DEVICE void settle(const Risk& risk, Notes& notes, Write write) {
   if (risk.second_order) {
-    settle<true>(risk, waiting, notes, sink);
+    settle<true>(risk, notes, write);
   } else {
-    settle<false>(risk, waiting, notes, sink);
+    settle<false>(risk, notes, write);
   }
 }
-
-// Sinks. write(segment, position of the first, which are selected, how many) of each lane's elements that
-// are neighbours; add(segment, position, is it selected) of others. By whole warps.
-struct Nothing {
-  ROSE_METHOD void write(const Segment&, int64_t, unsigned, int) const {}
-  ROSE_METHOD void add(const Segment&, int64_t, bool) const {}
-};
-struct Bits {
-  ROSE_METHOD void write(const Segment& segment, int64_t i, unsigned selected, int count) const {
-    uint8_t* const bits = segment.bits;
-    if (count == 8) {
-      rose::cuda::write<uint8_t>(bits, i / 8, (uint8_t)selected);
-    } else if (count == 4) {  // two lanes have a byte between them
-      const unsigned next = __shfl_down_sync(kFullWarp, selected, 1);
-      if (lane() % 2 == 0) rose::cuda::write<uint8_t>(bits, i / 8, (uint8_t)(selected | next << 4));
-    } else {  // as many lanes as there are elements have one each
-      const unsigned word = __ballot_sync(kFullWarp, selected != 0);
-      const unsigned there = __ballot_sync(kFullWarp, count != 0);
-      if (lane() % 8 == 0 && (there >> lane() & 1u) != 0) {
-        rose::cuda::write<uint8_t>(bits, i / 8, (uint8_t)(word >> lane()));
-      }
-    }
-  }
-  // A bit of a byte that this warp has written. Lanes whose elements share a byte take turns.
-  ROSE_METHOD void add(const Segment& segment, int64_t i, bool selected) const {
-#pragma unroll 1
-    for (int bit = 0; bit < 8; ++bit) {
-      if (selected && i % 8 == bit) {
-        const unsigned byte = read<uint8_t>(segment.bits, i / 8);
-        rose::cuda::write<uint8_t>(segment.bits, i / 8, (uint8_t)(byte | 1u << bit));
-      }
-      __syncwarp();
-    }
-  }
-};
 
 // ---------------------------------------------------------------------------------------------- count
 
 // For a whole grid.
 ROSE_DEVICE void count(const SelectArguments& a, Counts& shared) {
   SelectState& state = *a.state;
-  Logged notes(a, shared);
-  settle(a.risk, shared.waiting, notes, Nothing());
+  Logged<false> notes(a, shared);
+  settle(a.risk, notes, [](const Segment&, int64_t, unsigned, int) {});
   notes.finish();
   if (!is_last_block(&state.tickets[0])) return;
   const Count ranked = (Count)a.elements - __ldcg(&state.counts[kInactive]) - __ldcg(&state.counts[kNonfinite]);

@@ -11,7 +11,7 @@ namespace cuda {
 static __global__ void __launch_bounds__(kThreads) squares_kernel(SquaresArguments a) {
   __shared__ double scratch[kThreads / kWarp];
   const float inv_scale = scalar_or_one(a.inv_scale);
-  for_each_run(a.table, [&](const Run& run) {
+  for_each_run(a.table, [&](const Run& run) ROSE_ALWAYS_INLINE {
     const Segment& segment = a.table.segments[run.segment];
     const int64_t begin = run.begin;
     const int count = run.count;

@@ -224,5 +224,26 @@ struct SquaresArguments {
   double* sums;
 };
 
+struct ClipArguments {
+  const double* sums;  // of squares
+  int64_t count;
+  float max_norm;
+  float* factors;  // norm, factor of selective tensors, of others
+};
+
+// Of a selection of whole tensors.
+struct TensorsArguments {
+  const double* sums;          // of squares of gradients
+  const double* exp_avg_sums;  // likewise of first moments, or null: first order
+  const float* alphas;
+  const float* clip;  // or null
+  int64_t count;      // less than 2^32
+  int64_t upper, lower;
+  bool rank_inactive;
+  uint32_t* keys;  // workspace
+  bool* mask;
+  int64_t* selection;
+};
+
 }  // namespace cuda
 }  // namespace rose

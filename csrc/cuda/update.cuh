@@ -13,10 +13,31 @@ ROSE_DEVICE Bounds read_bounds(const int64_t* selection) {
 
 // --------------------------------------------------------------------------------------------- capture
 
+// Writes the bits of masks.
+struct Bits {
+  ROSE_METHOD void operator()(const Segment& segment, int64_t i, unsigned selected, int count) const {
+    uint8_t* const bits = segment.bits;
+    if (count == 16) {
+      write<uint8_t>(bits, i / 8, (uint8_t)selected);
+      write<uint8_t>(bits, i / 8 + 1, (uint8_t)(selected >> 8));
+    } else if (count == 8) {
+      write<uint8_t>(bits, i / 8, (uint8_t)selected);
+    } else if (count == 4) {  // two lanes have a byte between them
+      const unsigned next = __shfl_down_sync(kFullWarp, selected, 1);
+      if (lane() % 2 == 0) write<uint8_t>(bits, i / 8, (uint8_t)(selected | next << 4));
+    } else {  // as many lanes as there are elements have one each
+      const unsigned word = __ballot_sync(kFullWarp, selected != 0);
+      const unsigned there = __ballot_sync(kFullWarp, count != 0);
+      if (lane() % 8 == 0 && (there >> lane() & 1u) != 0) {
+        write<uint8_t>(bits, i / 8, (uint8_t)(word >> lane()));
+      }
+    }
+  }
+};
+
 static __global__ void __launch_bounds__(kThreads, 4) capture_kernel(CaptureArguments a) {
   NoNotes notes = {read_bounds(a.selection), nullptr};
-  __shared__ Waiting waiting[kThreads / kWarp];
-  settle(a.risk, waiting, notes, Bits());
+  settle(a.risk, notes, Bits());
 }
 
 // ---------------------------------------------------------------------------------------------- update
@@ -58,8 +79,8 @@ struct Updated {
   const Dim* dims;  // of all segments
   const Segment* segment;
   Update update;
-  float scale, clip, factor;  // of gradients: two, or their product where that is the same (`usual`)
-  bool usual;
+  float scale, clip, factor;  // of gradients: two, or their product where that is the same
+  bool has_one_factor, has_one_threshold;
   Judge<true> judge;
   uint32_t random_key;
   int base_kind;
@@ -77,7 +98,8 @@ struct Updated {
     scale = prepared.scale;
     clip = prepared.clip;
     factor = mul(scale, clip);
-    usual = is_one_factor({scale, clip}) && notes.has_one_threshold();
+    has_one_factor = is_one_factor({scale, clip});
+    has_one_threshold = notes.has_one_threshold();
     judge = notes.template judge<true>(segment->alpha, a.rank_inactive);
     random_key = prepared.random_key;
     base_kind = prepared.base_kind;
@@ -146,14 +168,20 @@ struct RandomWords {
   ROSE_METHOD uint32_t of(int j) const { return words[j / 2] >> (j % 2 * 16); }
 };
 
+// Elements k and k + 1, rounded. Whether there is a NaN among them, which this is not for: put_pair rounds
+// to bfloat16 by the hardware, whose NaN is another one, or by an addition that may overflow.
 template <int kCount>
-ROSE_DEVICE void put_rounded(Raw<kCount>& raw, Dtype dtype, int j, float x, bool randomly,
-                             const RandomWords<kCount>& random) {
-  if (dtype == Dtype::kBFloat16 && randomly) {
-    put(raw, j, float_to_bf16_stochastic(x, random.of(j)));
-  } else {
-    put(raw, dtype, j, x);
+ROSE_DEVICE bool put_pair(Raw<kCount>& raw, Dtype dtype, int k, const float (&x)[2], bool randomly,
+                          const RandomWords<kCount>& random) {
+  if (dtype != Dtype::kBFloat16) {
+    put(raw, dtype, k, x[0]);
+    put(raw, dtype, k + 1, x[1]);
+    return false;
   }
+  const uint32_t bits = random.words[k / 2];
+  raw.words[k / 2] = randomly ? high_halves(float_bits(x[0]) + (bits & 0xFFFFu), float_bits(x[1]) + (bits >> 16))
+                              : pack_bf16(x[0], x[1]);
+  return (x[0] != x[0]) | (x[1] != x[1]);
 }
 
 // A run of a segment that is ruled out: the second moment goes on with the first one for a gradient.
@@ -172,7 +200,11 @@ ROSE_DEVICE void decay(const Updated& u, const Run& run) {
 #pragma unroll
       for (int j = 0; j < kCount; ++j) {
         const float next = second_moment(get(v, of_v, j), get(m, of_m, j), u.update);
-        put_rounded(v, of_v, j, next, of_v == Dtype::kBFloat16, random);
+        if (of_v == Dtype::kBFloat16) {
+          put(v, j, float_to_bf16_stochastic(next, random.of(j)));
+        } else {
+          put(v, of_v, j, next);
+        }
       }
       write_vector<kCount>(v_data, of_v, i, v);
     }
@@ -187,46 +219,18 @@ ROSE_DEVICE void decay(const Updated& u, const Run& run) {
 
 // A run of a segment. `kRanked`: its second-order mask is found on the way.
 template <bool kFractional, bool kRanked, typename Notes>
-ROSE_DEVICE void update_run(const Updated& u, bool rank_inactive, const Run& run, Queue& queue,
-                            Notes& notes, unsigned& updated) {
+ROSE_DEVICE void update_run(const Updated& u, bool rank_inactive, const Run& run, Notes& notes,
+                            unsigned& updated) {
   const Segment& segment = *u.segment;
   const bool is_checked = !kRanked && segment.selective;  // for NaN and inf
-  // Of an element by its key, and without vectors.
-  const auto treat = [&](int element, bool is_waiting, float old_v, bool is_there) ROSE_ALWAYS_INLINE {
-    const int64_t i = run.begin + element;
-    int64_t places[kOperands] = {};
-    float p = 0.0f, g = 0.0f, m = 0.0f, v = old_v;
-    uint32_t key = kNoKey;
-    bool selected = false;
-    if (is_there) {
-      locate(u.dims, segment, i, places);
-      p = u.load(0, places[0]), g = u.gradient(u.load(1, places[1])), m = u.load(2, places[2]);
-      if (!is_waiting) v = u.load(3, places[3]);
-      if (kRanked) {
-        key = second_order_key(g, m, segment.alpha, rank_inactive);
-        selected = if_selected(key, notes.bounds(), 1) != 0;
-      } else if (is_checked) {
-        key = abs_bits(g) < kInfinityBits && abs_bits(m) < kInfinityBits ? 0u : kNonfiniteKey;
-      }
-    }
-    if (kRanked || is_checked) {
-      const bool is_logged = is_there && notes.look(key);
-      notes.log(is_logged, key | (uint32_t)selected << 31, segment.first_tile * kTile + i, p, m, v);
-    }
-    if (!is_there) return;
-    int kind = u.kind(u.mask_bits(0, i), kRanked ? selected : u.mask_bits(1, i));
-    if (key == kNonfiniteKey) kind = 0;
-    if (!kFractional && kind != 0) kind = 3;
-    updated += kind != 0;
-    adamw_element<kFractional>(p, m, v, g, kind, u.update);
-    u.store(0, i, places[0], p);
-    u.store(2, i, places[2], m);
-    u.store(3, i, places[3], v);
+  const int64_t base = segment.first_tile * kTile + run.begin;
+  const auto key_of = [&](float scaled, float m) ROSE_ALWAYS_INLINE {
+    if (kRanked) return second_order_key(scaled, m, u.judge.alpha, rank_inactive);
+    const bool is_finite = abs_bits(scaled) < kInfinityBits && abs_bits(m) < kInfinityBits;
+    return is_finite ? 0u : kNonfiniteKey;
   };
-
-  const auto treat_waiting = [&](int element, float v, bool is_there)
-                                 ROSE_ALWAYS_INLINE { treat(element, true, v, is_there); };
-  const int vectors = for_vectors(segment, u.usual || !kRanked, run.count, [&](auto types, int middle) ROSE_ALWAYS_INLINE {
+  const bool is_usual = u.has_one_factor && (!kRanked || u.has_one_threshold);
+  const int vectors = for_vectors(segment, is_usual, run.count, [&](auto types, int middle) ROSE_ALWAYS_INLINE {
     using Types = decltype(types);
     constexpr int kCount = Types::kCount;
     const Dtype of_p = types.of(0, segment.dtype[0]), of_g = types.of(1, segment.dtype[1]);
@@ -242,14 +246,13 @@ ROSE_DEVICE void update_run(const Updated& u, bool rank_inactive, const Run& run
       auto raw_m = read_vector<kCount>(m_data, of_m, i);
       auto raw_p = read_vector<kCount>(p_data, of_p, i);
       auto raw_v = read_vector<kCount>(v_data, of_v, i);
-      const auto gradient = [&](int j) {
-        const float g = get(raw_g, of_g, j);
-        return Types::kIsUsual ? mul(g, u.factor) : u.gradient(g);
-      };
+      keep_in_memory();  // these loads are not to wait for what the first of them decide
+      const auto scaled = [&](float g) { return Types::kIsUsual ? mul(g, u.factor) : u.gradient(g); };
+      const auto gradient = [&](int j) { return scaled(get(raw_g, of_g, j)); };
       // Masks of one order alone are the same whichever it is.
       constexpr bool kAlone = kRanked && !kFractional;
       const unsigned first = kAlone ? 0 : u.mask_bits(0, run.begin + i);
-      unsigned second = kRanked ? 0 : u.mask_bits(1, run.begin + i), waiting = 0;
+      unsigned second = kRanked ? 0 : u.mask_bits(1, run.begin + i), nonfinite = 0;
       Verdict verdict;
       if (kRanked) {
 #pragma unroll
@@ -265,66 +268,114 @@ ROSE_DEVICE void update_run(const Updated& u, bool rank_inactive, const Run& run
       }
       if ((kRanked || is_checked) && __ballot_sync(kFullWarp, verdict.unsure != 0) != 0) {
         if (kRanked) {
-#pragma unroll
-          for (int j = 0; j < kCount; ++j) {
-            const bool is_inactive = u.judge.is_inactive(gradient(j), get(raw_m, of_m, j));
-            verdict.inactive |= (unsigned)is_inactive << j & verdict.unsure;
-          }
-          verdict.selected |= verdict.inactive;
+          const auto moment = [&](int j) { return get(raw_m, of_m, j); };
+          u.judge.template find_inactive<kCount>(gradient, moment, verdict);
+          notes.count(verdict);
         }
-        waiting = verdict.unsure ^ verdict.inactive;
-        queue.add(waiting, i, [&](int j) { return read_element(v_data, of_v, i + j); });
-      }
-      if (kRanked) {
+        unsigned selected = verdict.selected;
+        examine(
+            verdict.unsure, i, base, selected, nonfinite, notes,
+            [&](int j) {
+              const float g = scaled(read_element(g_data, of_g, i + j));
+              return key_of(g, read_element(m_data, of_m, i + j));
+            },
+            [&](int j, float& p, float& m, float& v) {
+              p = read_element(p_data, of_p, i + j);
+              m = read_element(m_data, of_m, i + j);
+              v = read_element(v_data, of_v, i + j);
+            });
+        if (kRanked) second = selected;
+      } else if (kRanked) {
         notes.count(verdict);
         second = verdict.selected;
       }
       constexpr unsigned kAll = (1u << kCount) - 1;
       const bool base = !kAlone && u.base_kind != 0;
-      const unsigned on = (base ? kAll : (first | second) & kAll) & ~waiting;
+      const unsigned on = (base ? kAll : (first | second) & kAll) & ~nonfinite;
       updated += (unsigned)__popc(on);
       const bool rounds_p = of_p == Dtype::kBFloat16 && u.stochastic;
       const RandomWords<kCount> random_p(u, 0, run.begin + i, rounds_p);
       const RandomWords<kCount> random_v(u, 3, run.begin + i, of_v == Dtype::kBFloat16);
+      const auto kind = [&](int j) {
+        return (on >> j & 1u) == 0 ? 0 : kFractional ? u.kind(first >> j, second >> j) : 3;
+      };
+      bool has_nan = false;
 #pragma unroll
-      for (int j = 0; j < kCount; ++j) {
-        float p = get(raw_p, of_p, j), m = get(raw_m, of_m, j), v = get(raw_v, of_v, j);
-        const int kind = (on >> j & 1u) == 0 ? 0 : kFractional ? u.kind(first >> j, second >> j) : 3;
-        adamw_element<kFractional>(p, m, v, gradient(j), kind, u.update);
-        put_rounded(raw_p, of_p, j, p, rounds_p, random_p);
-        put(raw_m, of_m, j, m);
-        put_rounded(raw_v, of_v, j, v, of_v == Dtype::kBFloat16, random_v);
+      for (int k = 0; k < kCount; k += 2) {
+        float p[2], m[2], v[2];
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          const int j = k + h;
+          p[h] = get(raw_p, of_p, j), m[h] = get(raw_m, of_m, j), v[h] = get(raw_v, of_v, j);
+          adamw_element<kFractional>(p[h], m[h], v[h], gradient(j), kind(j), u.update);
+        }
+        has_nan |= put_pair(raw_p, of_p, k, p, rounds_p, random_p);
+        has_nan |= put_pair(raw_m, of_m, k, m, false, random_v);
+        has_nan |= put_pair(raw_v, of_v, k, v, true, random_v);
       }
-      write_vector<kCount>(p_data, of_p, i, raw_p);
-      write_vector<kCount>(m_data, of_m, i, raw_m);
-      write_vector<kCount>(v_data, of_v, i, raw_v);
-      if (kRanked || is_checked) queue.drain(false, treat_waiting);
+      if (!has_nan) {
+        write_vector<kCount>(p_data, of_p, i, raw_p);
+        write_vector<kCount>(m_data, of_m, i, raw_m);
+        write_vector<kCount>(v_data, of_v, i, raw_v);
+      } else {
+#pragma unroll 1
+        for (int j = 0; j < kCount; ++j) {
+          const int64_t at = run.begin + i + j;
+          float p = u.load(0, at), m = u.load(2, at), v = u.load(3, at);
+          adamw_element<kFractional>(p, m, v, u.gradient(u.load(1, at)), kind(j), u.update);
+          u.store(0, at, at, p);
+          u.store(2, at, at, m);
+          u.store(3, at, at, v);
+        }
+      }
     }
   });
-  if (kRanked || is_checked) queue.drain(true, treat_waiting);
 #pragma unroll 1
-  for (int base = vectors + warp() * kWarp; base < run.count; base += kThreads) {
-    treat(base + lane(), false, 0.0f, base + lane() < run.count);
+  for (int start = vectors + warp() * kWarp; start < run.count; start += kThreads) {
+    const int element = start + lane();
+    const int64_t i = run.begin + element;
+    const bool is_there = element < run.count;
+    int64_t places[kOperands] = {};
+    float p = 0.0f, g = 0.0f, m = 0.0f, v = 0.0f;
+    if (is_there) {
+      locate(u.dims, segment, i, places);
+      p = u.load(0, places[0]), g = u.gradient(u.load(1, places[1]));
+      m = u.load(2, places[2]), v = u.load(3, places[3]);
+    }
+    unsigned selected = 0, nonfinite = 0;
+    if (kRanked || is_checked) {
+      examine(
+          is_there, element, base, selected, nonfinite, notes, [&](int) { return key_of(g, m); },
+          [&](int, float& old_p, float& old_m, float& old_v) { old_p = p, old_m = m, old_v = v; });
+    }
+    if (!is_there) continue;
+    int kind = u.kind(u.mask_bits(0, i), kRanked ? selected : u.mask_bits(1, i));
+    if (nonfinite != 0) kind = 0;
+    if (!kFractional && kind != 0) kind = 3;
+    updated += kind != 0;
+    adamw_element<kFractional>(p, m, v, g, kind, u.update);
+    u.store(0, i, places[0], p);
+    u.store(2, i, places[2], m);
+    u.store(3, i, places[3], v);
   }
+  notes.end_run(base);
 }
 
 // The elements of this block's share. `notes` take those that are ranked on the way.
 template <bool kFractional, bool kRanked, typename Notes>
-ROSE_DEVICE void update_share(const UpdateArguments& a, Waiting* waiting, Notes& notes,
-                              uint32_t* counts) {
+ROSE_DEVICE void update_share(const UpdateArguments& a, Notes& notes, uint32_t* counts) {
   __shared__ Updated u;
-  Queue queue(waiting);
   unsigned updated = 0;
-  for_each_run(a.table, [&](const Run& run) {
+  for_each_run(a.table, [&](const Run& run) ROSE_ALWAYS_INLINE {
     if (threadIdx.x == 0) u.fill(a, run.segment, notes);
     __syncthreads();
     if (!kRanked && u.ruled_out) {
       decay(u, run);
     } else if (kRanked && u.segment->selective) {
-      update_run<kFractional, true>(u, a.rank_inactive, run, queue, notes, updated);
+      update_run<kFractional, true>(u, a.rank_inactive, run, notes, updated);
     } else {
       NoNotes nothing = {{-1, -1}, &counts[kNonfinite]};
-      update_run<kFractional, false>(u, a.rank_inactive, run, queue, nothing, updated);
+      update_run<kFractional, false>(u, a.rank_inactive, run, nothing, updated);
     }
   });
   add_to_block(&counts[kUpdated], updated);
@@ -340,11 +391,10 @@ ROSE_DEVICE void flush_counts(const UpdateArguments& a, const uint32_t* counts) 
 template <bool kFractional, bool kRanked>
 ROSE_DEVICE void update(const UpdateArguments& a) {
   __shared__ uint32_t counts[kCounts];
-  __shared__ Waiting waiting[kThreads / kWarp];
   clear<kCounts>(counts);
   __syncthreads();
   NoNotes notes = {kRanked ? read_bounds(a.selection) : Bounds{-1, -1}, &counts[kNonfinite]};
-  update_share<kFractional, kRanked>(a, waiting, notes, counts);
+  update_share<kFractional, kRanked>(a, notes, counts);
   __syncthreads();
   flush_counts(a, counts);
 }

@@ -18,6 +18,7 @@ import triton
 from torch import Tensor
 from triton import knobs
 
+from rose_ops import reference
 from rose_ops.backends.triton import bracket, kernels
 from rose_ops.backends.triton.table import (
     ALL,
@@ -31,6 +32,7 @@ from rose_ops.backends.triton.table import (
     check,
     check_counts,
     check_groups,
+    check_rows,
     make,
     upload,
 )
@@ -521,3 +523,30 @@ def sums_of_squares(tensors: list[Tensor], inv_scale: Tensor | None) -> Tensor:
                 kernels._sums_kernel, len(c.rows), c.rows, partial, c.base, sums, BLOCK=BLOCK, PARTS=256
             )
     return sums
+
+
+def clip_factors(sums: Tensor, max_norm: float) -> Tensor:
+    """See :func:`rose_ops.reference.clip_factors`."""
+    check("sums", sums, torch.float64, sums.numel(), sums.device)
+    return reference.clip_factors(sums, max_norm)
+
+
+def select_tensors_(
+    mask: Tensor, sums: Tensor, exp_avg_sums: Tensor | None, hyper: Tensor, group: Tensor,
+    clip: Tensor | None, upper: int, lower: int, rank_inactive: bool,
+) -> Tensor:  # fmt: skip
+    """See :func:`rose_ops.reference.select_tensors_`. PyTorch's kernels: there are few tensors."""
+    _check_fractions(upper, lower)
+    count, device = mask.numel(), mask.device
+    check("mask", mask, torch.bool, count, device)
+    check("sums", sums, torch.float64, count, device)
+    if exp_avg_sums is not None:
+        check("exp_avg_sums", exp_avg_sums, torch.float64, count, device)
+    if clip is not None:
+        check("clip", clip, torch.float32, 2, device)
+    check_groups(hyper, group, count)
+    check_rows(hyper, group.tolist())
+    alphas = upload(1.0 - hyper.reshape(-1, 6)[group, 0], device).float()
+    return reference._select_tensors_(
+        mask, sums, exp_avg_sums, alphas, clip, upper, lower, rank_inactive
+    )

@@ -92,6 +92,14 @@ def check_groups(hyper: Tensor, group: Tensor, count: int) -> None:
     check("group", group, torch.int64, count, cpu)
 
 
+def check_rows(hyper: Tensor, groups: Sequence[int]) -> None:
+    """Raise RuntimeError unless these are rows of ``hyper``."""
+    count = len(hyper.reshape(-1, 6))
+    for i, row in enumerate(groups):
+        if not 0 <= row < count:
+            raise RuntimeError(f"group[{i}] is {row}; expected a row of hyper")
+
+
 def _dims(tensors: Sequence[Tensor]) -> list[list[int]]:
     """Sizes and strides, with neighbours merged that every operand walks as one; none: linear."""
     if all(t.is_contiguous() for t in tensors):
@@ -161,6 +169,7 @@ def _make(
     count = len(first.tensors)
     device = first.tensors[0].device if count else torch.device("cpu")
     groups = group.tolist()
+    check_rows(hyper, groups)
     members: dict[tuple[tuple[int, ...], bool, bool], list[list[int]]] = {}
     pool: list[list[int]] = []
     for i, tensors in enumerate(zip(*(role.tensors for role in roles), strict=True)):
@@ -185,8 +194,6 @@ def _make(
                     f"{what} is an expanded tensor, whose elements share memory; it cannot be updated "
                     "in place (use .contiguous())"
                 )
-        if not 0 <= groups[i] < len(hyper.reshape(-1, 6)):
-            raise RuntimeError(f"group[{i}] is {groups[i]}; expected a row of hyper")
         n = tensors[0].numel()
         dims = _dims(tensors) if n else []
         pointers = [t.data_ptr() for t in tensors]
