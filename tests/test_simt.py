@@ -162,57 +162,65 @@ def counted(simt, call) -> tuple[int, int, int]:
 N = 1 << 22
 
 
-@pytest.mark.parametrize(("mix", "limit"), [("normal", 44.0), ("ties", 52.2)])
-def test_bytes_of_an_exact_second_order_step(simt, ops, generator, mix, limit):
-    """fp32: AdamW's own 28 bytes per element, and what finding the threshold reads and writes."""
+@pytest.mark.parametrize(("mix", "unsure"), [("normal", 0.0), ("ties", 0.25)])
+def test_bytes_of_an_exact_second_order_step(simt, ops, generator, mix, unsure):
+    """fp32: AdamW's own 28 bytes per element, and what finding the threshold reads and writes.
+
+    g and m of elements that no comparison settles are read again, in the count and in the update: those
+    close to the threshold, which are few, or the quarter of the elements that has it for its risk.
+    """
     problem = problem_of(generator, N, (mix,))
     record = problem.select(ops, 600_000_000)
     # A sample must leave nothing behind that would mislead the next one.
     Problem.of([g * 1e-20 for g in problem.grads], problem.exp_avgs).select(ops, 600_000_000)
     _, read, written = counted(simt, lambda: problem.select(ops, 600_000_000))
-    _, *update = counted(simt, lambda: problem.update(ops, selection=record))
-    assert update == [16 * N, 12 * N]
-    assert 36 * N < read + written + sum(update) <= limit * N
+    assert 8 * N < read <= (8.31 + 8 * unsure) * N
+    assert written <= (0.07 + 2 * unsure) * N  # of the log, which has room for a part of the ties
+    _, read, written = counted(simt, lambda: problem.update(ops, selection=record))
+    assert 16 * N < read <= (16.001 + 8.01 * unsure) * N
+    assert written == 12 * N
 
 
 def test_bytes_of_a_first_order_capture(simt, ops, generator):
-    """The gradient twice, a bit for each element, and the log around the threshold."""
+    """The gradient twice, a bit for each element, and the log around the threshold: 1.2% of all keys are
+    read again and logged."""
     problem = problem_of(generator, 2 * N)
     _, read, written = counted(simt, lambda: problem.masks(ops, 600_000_000, first=True))
-    assert 8 * 2 * N < read <= 8.2 * 2 * N
-    assert 2 * N / 8 <= written <= (1 / 8 + 0.13) * 2 * N
+    assert 8 * 2 * N < read <= 8.15 * 2 * N
+    assert 2 * N / 8 <= written <= (1 / 8 + 0.05) * 2 * N
 
 
 @pytest.mark.parametrize(
     ("mix", "width", "limit"),
-    [("normal", 1.0, 30.0), ("ties", 1.0, 30.0), ("normal", 1e9, 44.5), ("ties", 1e9, 52.7)],
+    [("normal", 1.0, 30.0), ("ties", 1.0, 33.6), ("normal", 1e9, 36.8), ("ties", 1e9, 42.5)],
     ids=["normal", "ties", "normal-no-bracket", "ties-no-bracket"],
 )
 def test_bytes_of_a_bracketed_second_order_step(simt, ops, generator, mix, width, limit):
     """AdamW's own 28 bytes, the sample, the log; without a bracket, an exact step and the sample.
 
     Of the ties, one class of equal risks has the ranks from 3/8 to 5/8. At 0.6, near its end, one pilot
-    in eight takes the next class for the threshold's, and the step is an exact one.
+    in eight takes the next class for the threshold's, and the step is an exact one. All of a class, a
+    quarter of the elements, is read again, by key and with its old values: 20 bytes each.
     """
     problem = problem_of(generator, N, (mix,))
     upper = 500_000_000 if mix == "ties" else 600_000_000
     problem.copy().bracket_update(ops, upper)
     launches, read, written = counted(simt, lambda: problem.bracket_update(ops, upper, width=width))
-    assert launches == 5
+    assert launches == 6
     assert read > 16 * N
     assert written >= 12 * N
     assert read + written <= limit * N
 
 
 def test_bytes_of_a_bracketed_first_order_capture(simt, ops, generator):
-    """The gradient once, and the log: 12 bytes written and 8 read for 2.3% of the elements."""
+    """The gradient once, the sample, and the log: 12 bytes written and 8 read for 1.9% of the elements."""
     problem = problem_of(generator, 2 * N)
     launches, read, written = counted(
         simt, lambda: problem.bracket_capture(ops, 600_000_000, first=True)
     )
-    assert launches == 5
-    assert 4 * 2 * N < read <= 4.45 * 2 * N
-    assert 2 * N / 8 <= written <= (1 / 8 + 0.35) * 2 * N
+    assert launches == 6
+    assert 4 * 2 * N < read <= 4.5 * 2 * N
+    assert 2 * N / 8 <= written <= (1 / 8 + 0.23) * 2 * N
 
 
 def test_bytes_of_tensors_that_are_ruled_out(simt, ops, generator):
@@ -233,17 +241,19 @@ def test_bytes_of_bf16_moments(simt, ops, generator):
 
 @pytest.mark.parametrize("pieces", [1, 2, 500])
 def test_launches_of_a_step(simt, ops, generator, pieces):
-    """At most 6, whatever the number of tensors."""
+    """Whatever the number of tensors. A pass that finds nothing to do is launched all the same: only the
+    device knows."""
     problem = problem_of(generator, 40_000, pieces=pieces)
 
     def step():
         problem.update(ops, selection=problem.select(ops, 600_000_000))
 
-    assert counted(simt, step)[0] == 6
-    assert counted(simt, lambda: problem.masks(ops, 600_000_000))[0] == 5
+    assert counted(simt, step)[0] == 7
+    assert counted(simt, lambda: problem.masks(ops, 600_000_000))[0] == 6
+    assert counted(simt, lambda: problem.select(ops, 600_000_000, approx=True))[0] == 2
     assert counted(simt, lambda: tensor_norms(ops, problem.grads, None))[0] == 2
-    assert counted(simt, lambda: problem.bracket_capture(ops, 600_000_000, first=True))[0] == 5
-    assert counted(simt, lambda: problem.bracket_update(ops, 600_000_000))[0] == 5
+    assert counted(simt, lambda: problem.bracket_capture(ops, 600_000_000, first=True))[0] == 6
+    assert counted(simt, lambda: problem.bracket_update(ops, 600_000_000))[0] == 6
 
 
 def test_bin_of_a_rank_that_is_out_of_range(tmp_path):
@@ -281,11 +291,11 @@ def test_bin_of_a_rank_that_is_out_of_range(tmp_path):
 @pytest.mark.parametrize(
     ("old", "new"),
     [
-        ("Count nonfinite, inactive,", "Count inactive, nonfinite,"),
-        ("Count nonfinite, inactive,", "Count nonfinite, inactive, another,"),
+        ("Count dc_dc[2], dc_dr[2];", "Count dc_dr[2], dc_dc[2];"),
+        ("Count ranked, dr_dr;", "Count dr_dr, ranked;"),
         ("Count ranked, dr_dr;", "Count ranked, dr_dr; uint32_t another[2];"),
     ],
-    ids=["order", "gap", "size"],
+    ids=["order", "order-of-two", "size"],
 )
 def test_counters_that_are_no_array_do_not_compile(tmp_path, old, new):
     """Those that a kernel adds up as one."""
@@ -296,7 +306,7 @@ def test_counters_that_are_no_array_do_not_compile(tmp_path, old, new):
     compile_it = ["-fsyntax-only", "-x", "c++", table]
     build._compile(csrc, *compile_it)
     table.write_text(source.replace(old, new))
-    with pytest.raises(AssertionError, match=r"must be neighbours|an array of counts"):
+    with pytest.raises(AssertionError, match=r"an array of counts|by their numbers"):
         build._compile(csrc, *compile_it)
 
 
@@ -378,7 +388,7 @@ def test_launches_of_a_graph(simt, ops, generator):
     """Its tables are arguments of launches of 4 KB each: 128 bytes for a tensor, 48 for a stride."""
     for pieces, tables in ((1, 1), (201, 8)):
         graph, _ = captured(simt, ops, problem_of(generator, 40_000, pieces=pieces))
-        assert len(graph) == 5 + tables
+        assert len(graph) == 6 + tables
 
 
 # ------------------------------------------------------------------------------------- learning rates
