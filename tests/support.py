@@ -468,7 +468,10 @@ def compare_rounding(ops, generator: torch.Generator) -> None:
 
     With beta2 = 0, in a first step, two evaluations of the update term have no rounding that differs.
     """
-    for base in (0, 2**32 - 1300):  # the last tensor starts at an odd index; the second time, before 2^32
+    for base in (
+        0,
+        2**32 - 1300,
+    ):  # the last tensor starts at an odd index; the second time, before 2^32
         data = [values(2002, ("normal",), BF16, generator) for _ in range(4)]
         p, g, m, v = ([place(x[:600]), place(x[600:1001], "strided"), place(x[1001:])] for x in data)
         problem = Problem.of(

@@ -215,7 +215,7 @@ def check_misleading_samples(ops, generator) -> None:
     n = 300_000
     is_sampled, (anywhere, near) = sampled(n, False), torch.rand(2, n, generator=generator)
     for others in (near, near + 2, 1.595 + 0.01 * near):
-        others[:n // 10] = 0  # inactive, and not to be counted twice
+        others[: n // 10] = 0  # inactive, and not to be counted twice
         problem = Problem.of([torch.where(is_sampled, anywhere + 1, others)])
         for kept in ((600_000_000, 0), (600_000_000, 300_000_000)):
             record = problem.select(ops, *kept, first=True)

@@ -107,9 +107,7 @@ uint64_t run(Way way, Loops loops) {
     segment.sign = 1.0f;
     segment.selective = true;
     const bool is_narrow = loops == Loops::kNarrow;
-    segment.access = i == 1       ? Access::kSingle
-                     : is_narrow ? Access::kNarrow
-                                 : Access::kFloats;
+    segment.access = i == 1 ? Access::kSingle : is_narrow ? Access::kNarrow : Access::kFloats;
     for (Dtype& dtype : segment.dtype) dtype = is_narrow ? Dtype::kBFloat16 : Dtype::kFloat32;
     segment.step = &steps[i];
     for (auto& operand : data) {
@@ -141,16 +139,16 @@ uint64_t run(Way way, Loops loops) {
     s.lines = (lines + s.stratum - 1) / s.stratum;
   }
   const bool is_one_pass = way != Way::kLogged && way != Way::kSampled;
-  const int64_t unused = 3 * kThreads;  // of three blocks
+  const int64_t unused = 3 * kThreads;            // of three blocks
   s.log.capacity = way == Way::kSampled    ? 512  // fewer than there are in a window
                    : way == Way::kOverflow ? 4096 + unused
-                   : way == Way::kNoRoom   ? 16
+                   : way == Way::kNoRoom   ? 16 + unused  // it would have if all could be used
                                            : n + unused;
   std::vector<uint32_t> keys(s.log.capacity);
   s.log.keys = keys.data();
   if (is_one_pass) {
     s.speculative = true;
-    s.width = way == Way::kOverflow ? 0.02 : 0.2;
+    s.width = way == Way::kOverflow ? 0.02 : way == Way::kNoRoom ? 0.01 : 0.2;
     places.resize(s.log.capacity);
     old.resize(3 * s.log.capacity);
     s.log.places = places.data();
