@@ -468,18 +468,23 @@ def compare_rounding(ops, generator: torch.Generator) -> None:
 
     With beta2 = 0, in a first step, two evaluations of the update term have no rounding that differs.
     """
-    data = [values(1003, ("normal",), BF16, generator) for _ in range(4)]
-    p, g, m, v = ([place(x[:600]), place(x[600:], "strided")] for x in data)
-    problem = Problem.of(
-        g, m, (0.9, 0.0, *ROSE[2:]), params=p, exp_avg_sqs=[x.abs_() for x in v], lr=1e-2, seed=3,
-        stochastic=True,
-    )  # fmt: skip
-    expected = problem.copy()
-    everything = [torch.empty(0, dtype=torch.uint8)] * 2
-    expected.update(reference, everything)
-    problem.update(ops, everything)
-    for name in ("params", "exp_avgs", "exp_avg_sqs"):
-        assert_all_same_bits(getattr(problem, name), getattr(expected, name), name)
+    for base in (
+        0,
+        2**32 - 1300,
+    ):  # the last tensor starts at an odd index; the second time, before 2^32
+        data = [values(2002, ("normal",), BF16, generator) for _ in range(4)]
+        p, g, m, v = ([place(x[:600]), place(x[600:1001], "strided"), place(x[1001:])] for x in data)
+        problem = Problem.of(
+            g, m, (0.9, 0.0, *ROSE[2:]), params=p, exp_avg_sqs=[x.abs_() for x in v], lr=1e-2, seed=3,
+            stochastic=True,
+        )  # fmt: skip
+        problem.offsets += base
+        expected = problem.copy()
+        everything = [torch.empty(0, dtype=torch.uint8)] * 3
+        expected.update(reference, everything)
+        problem.update(ops, everything)
+        for name in ("params", "exp_avgs", "exp_avg_sqs"):
+            assert_all_same_bits(getattr(problem, name), getattr(expected, name), name)
 
 
 def assert_theta_close(p: Tensor, p0: Tensor, expected: Tensor, update: Tensor, what: str) -> None:

@@ -172,57 +172,65 @@ def test_what_is_made_of_norms_is_one_launch(simt, ops, generator):
     assert launches == 1
 
 
-@pytest.mark.parametrize(("mix", "limit"), [("normal", 44.0), ("ties", 52.2)])
-def test_bytes_of_an_exact_second_order_step(simt, ops, generator, mix, limit):
-    """fp32: AdamW's own 28 bytes per element, and what finding the threshold reads and writes."""
+@pytest.mark.parametrize(("mix", "unsure"), [("normal", 0.0), ("ties", 0.25)])
+def test_bytes_of_an_exact_second_order_step(simt, ops, generator, mix, unsure):
+    """fp32: AdamW's own 28 bytes per element, and what finding the threshold reads and writes.
+
+    g and m of elements that no comparison settles are read again, in the count and in the update: those
+    close to the threshold, which are few, or the quarter of the elements that has it for its risk.
+    """
     problem = problem_of(generator, N, (mix,))
     record = problem.select(ops, 600_000_000)
     # A sample must leave nothing behind that would mislead the next one.
     Problem.of([g * 1e-20 for g in problem.grads], problem.exp_avgs).select(ops, 600_000_000)
     _, read, written = counted(simt, lambda: problem.select(ops, 600_000_000))
-    _, *update = counted(simt, lambda: problem.update(ops, selection=record))
-    assert update == [16 * N, 12 * N]
-    assert 36 * N < read + written + sum(update) <= limit * N
+    assert 8 * N < read <= (8.31 + 8 * unsure) * N
+    assert written <= (0.07 + 2 * unsure) * N  # of the log, which has room for a part of the ties
+    _, read, written = counted(simt, lambda: problem.update(ops, selection=record))
+    assert 16 * N < read <= (16.001 + 8.01 * unsure) * N
+    assert written == 12 * N
 
 
 def test_bytes_of_a_first_order_capture(simt, ops, generator):
-    """The gradient twice, a bit for each element, and the log around the threshold."""
+    """The gradient twice, a bit for each element, and the log around the threshold: 1.2% of all keys are
+    read again and logged."""
     problem = problem_of(generator, 2 * N)
     _, read, written = counted(simt, lambda: problem.masks(ops, 600_000_000, first=True))
-    assert 8 * 2 * N < read <= 8.2 * 2 * N
-    assert 2 * N / 8 <= written <= (1 / 8 + 0.13) * 2 * N
+    assert 8 * 2 * N < read <= 8.15 * 2 * N
+    assert 2 * N / 8 <= written <= (1 / 8 + 0.05) * 2 * N
 
 
 @pytest.mark.parametrize(
     ("mix", "width", "limit"),
-    [("normal", 1.0, 30.0), ("ties", 1.0, 30.0), ("normal", 1e9, 44.5), ("ties", 1e9, 52.7)],
+    [("normal", 1.0, 30.0), ("ties", 1.0, 33.6), ("normal", 1e9, 36.8), ("ties", 1e9, 42.5)],
     ids=["normal", "ties", "normal-no-bracket", "ties-no-bracket"],
 )
 def test_bytes_of_a_bracketed_second_order_step(simt, ops, generator, mix, width, limit):
     """AdamW's own 28 bytes, the sample, the log; without a bracket, an exact step and the sample.
 
     Of the ties, one class of equal risks has the ranks from 3/8 to 5/8. At 0.6, near its end, one pilot
-    in eight takes the next class for the threshold's, and the step is an exact one.
+    in eight takes the next class for the threshold's, and the step is an exact one. All of a class, a
+    quarter of the elements, is read again, by key and with its old values: 20 bytes each.
     """
     problem = problem_of(generator, N, (mix,))
     upper = 500_000_000 if mix == "ties" else 600_000_000
     problem.copy().bracket_update(ops, upper)
     launches, read, written = counted(simt, lambda: problem.bracket_update(ops, upper, width=width))
-    assert launches == 5
+    assert launches == 6
     assert read > 16 * N
     assert written >= 12 * N
     assert read + written <= limit * N
 
 
 def test_bytes_of_a_bracketed_first_order_capture(simt, ops, generator):
-    """The gradient once, and the log: 12 bytes written and 8 read for 2.3% of the elements."""
+    """The gradient once, the sample, and the log: 12 bytes written and 8 read for 1.9% of the elements."""
     problem = problem_of(generator, 2 * N)
     launches, read, written = counted(
         simt, lambda: problem.bracket_capture(ops, 600_000_000, first=True)
     )
-    assert launches == 5
-    assert 4 * 2 * N < read <= 4.45 * 2 * N
-    assert 2 * N / 8 <= written <= (1 / 8 + 0.35) * 2 * N
+    assert launches == 6
+    assert 4 * 2 * N < read <= 4.5 * 2 * N
+    assert 2 * N / 8 <= written <= (1 / 8 + 0.23) * 2 * N
 
 
 def test_bytes_of_tensors_that_are_ruled_out(simt, ops, generator):
@@ -243,17 +251,19 @@ def test_bytes_of_bf16_moments(simt, ops, generator):
 
 @pytest.mark.parametrize("pieces", [1, 2, 500])
 def test_launches_of_a_step(simt, ops, generator, pieces):
-    """At most 6, whatever the number of tensors."""
+    """Whatever the number of tensors. A pass that finds nothing to do is launched all the same: only the
+    device knows."""
     problem = problem_of(generator, 40_000, pieces=pieces)
 
     def step():
         problem.update(ops, selection=problem.select(ops, 600_000_000))
 
-    assert counted(simt, step)[0] == 6
-    assert counted(simt, lambda: problem.masks(ops, 600_000_000))[0] == 5
+    assert counted(simt, step)[0] == 7
+    assert counted(simt, lambda: problem.masks(ops, 600_000_000))[0] == 6
+    assert counted(simt, lambda: problem.select(ops, 600_000_000, approx=True))[0] == 2
     assert counted(simt, lambda: tensor_norms(ops, problem.grads, None))[0] == 2
-    assert counted(simt, lambda: problem.bracket_capture(ops, 600_000_000, first=True))[0] == 5
-    assert counted(simt, lambda: problem.bracket_update(ops, 600_000_000))[0] == 5
+    assert counted(simt, lambda: problem.bracket_capture(ops, 600_000_000, first=True))[0] == 6
+    assert counted(simt, lambda: problem.bracket_update(ops, 600_000_000))[0] == 6
 
 
 def test_bin_of_a_rank_that_is_out_of_range(tmp_path):
@@ -291,11 +301,11 @@ def test_bin_of_a_rank_that_is_out_of_range(tmp_path):
 @pytest.mark.parametrize(
     ("old", "new"),
     [
-        ("Count nonfinite, inactive,", "Count inactive, nonfinite,"),
-        ("Count nonfinite, inactive,", "Count nonfinite, inactive, another,"),
+        ("Count dc_dc[2], dc_dr[2];", "Count dc_dr[2], dc_dc[2];"),
+        ("Count ranked, dr_dr;", "Count dr_dr, ranked;"),
         ("Count ranked, dr_dr;", "Count ranked, dr_dr; uint32_t another[2];"),
     ],
-    ids=["order", "gap", "size"],
+    ids=["order", "order-of-two", "size"],
 )
 def test_counters_that_are_no_array_do_not_compile(tmp_path, old, new):
     """Those that a kernel adds up as one."""
@@ -306,7 +316,7 @@ def test_counters_that_are_no_array_do_not_compile(tmp_path, old, new):
     compile_it = ["-fsyntax-only", "-x", "c++", table]
     build._compile(csrc, *compile_it)
     table.write_text(source.replace(old, new))
-    with pytest.raises(AssertionError, match=r"must be neighbours|an array of counts"):
+    with pytest.raises(AssertionError, match=r"an array of counts|by their numbers"):
         build._compile(csrc, *compile_it)
 
 
@@ -388,7 +398,7 @@ def test_launches_of_a_graph(simt, ops, generator):
     """Its tables are arguments of launches of 4 KB each: 128 bytes for a tensor, 48 for a stride."""
     for pieces, tables in ((1, 1), (201, 8)):
         graph, _ = captured(simt, ops, problem_of(generator, 40_000, pieces=pieces))
-        assert len(graph) == 5 + tables
+        assert len(graph) == 6 + tables
 
 
 # ------------------------------------------------------------------------------------- learning rates
@@ -411,13 +421,18 @@ def test_a_schedule_uploads_nothing(simt, ops, generator, groups):
 
 # -------------------------------------------------------------------------------------------- races
 
+TSAN_OPTIONS = f"suppressions={build.HERE / 'tsan.txt'}"
+
 
 def test_no_data_race(tmp_path):
     """ThreadSanitizer over every kernel, each CUDA thread a fiber of its own, two OS threads."""
     binary = build.build_races(tmp_path, build.CSRC)
     digests = set()
-    for seed in ([], ["1"], ["2"]):
-        found = subprocess.run([binary, *seed], capture_output=True, text=True, timeout=600)
+    environment = {**os.environ, "TSAN_OPTIONS": TSAN_OPTIONS}
+    for seed in ([], ["1"]):
+        found = subprocess.run(
+            [binary, *seed], capture_output=True, text=True, timeout=600, env=environment
+        )
         assert found.returncode == 0, found.stderr[-6000:]
         digests.add(found.stdout)
     assert len(digests) == 1
@@ -437,22 +452,11 @@ def test_address_and_undefined_behaviour_sanitizers(tmp_path):
 
 # ------------------------------------------------------------------------------------------- mutants
 
-SUMS_OF_PASS = """    for (int field = 1; field < kFields; ++field) {
-      add_to(&state.nonfinite + (field - 1), counts[field], shared_.scratch);
-    }
-"""
-FLUSH_OF_PASS = "    flush<2 * kBins>(shared_.of_windows[0], state.of_windows[0]);\n"
+SHORT_RUNS = ("access.cuh", "kMostTiles = 1 << 16;", "kMostTiles = 2;")
 
-# What is broken: file, text, replacement, and which occurrence.
-MUTANTS: dict[str, tuple[str, str, str]] = {
-    "barrier after clearing the histogram": (
-        "select.cuh", "  clear<2 * kBins>(of_windows[0]);\n  __syncthreads();",
-        "  clear<2 * kBins>(of_windows[0]);",
-    ),
-    "barrier before flushing the histogram": (
-        "select.cuh", "  __syncthreads();\n  flush<kBins>(histogram, state.histogram);",
-        "  flush<kBins>(histogram, state.histogram);",
-    ),
+# What is broken: file, text (found there once), replacement; any number of them.
+MUTANTS: dict[str, tuple[str, ...]] = {
+    # ------------------------------------------------------------------ access.cuh
     "barrier in the sum of a block": (
         "access.cuh", "  if (lane() == 0) scratch[warp()] = x;\n  __syncthreads();",
         "  if (lane() == 0) scratch[warp()] = x;",
@@ -467,90 +471,339 @@ MUTANTS: dict[str, tuple[str, str, str]] = {
     "barrier after the ticket": (
         "access.cuh", "== gridDim.x - 1;\n  __syncthreads();", "== gridDim.x - 1;",
     ),
-    "atomic of the shared histogram": (
-        "select.cuh", "if (key < kInactiveKey) atomicAdd(&histogram[key >> kShift], 1u);",
-        "if (key < kInactiveKey) histogram[key >> kShift] += 1u;",
-    ),
-    "atomic of the global histogram": (
-        "select.cuh", "atomicAdd(all + i, (To)block[i]);", "all[i] += (To)block[i];",
-    ),
-    "atomic of a count": (
-        "access.cuh", "if (threadIdx.x == 0 && sum != 0) atomicAdd(total, sum);",
-        "if (threadIdx.x == 0 && sum != 0) *total += sum;",
-    ),
-    "atomic of the log": (
-        "select.cuh", "if (lane() == leader) at = atomicAdd(size, (Count)__popc(takers));",
-        "if (lane() == leader) { at = *size; *size += (Count)__popc(takers); }",
+    "barrier before the next run": ("access.cuh", "    __syncthreads();  // of the last body\n", ""),
+    "barrier after the next run is known": (
+        "access.cuh", "    __syncthreads();\n    if (run.count == 0) return;",
+        "    if (run.count == 0) return;",
     ),
     "atomic of the ticket": (
         "access.cuh", "last = atomicAdd(ticket, 1u) == gridDim.x - 1;",
         "last = (*ticket)++ == gridDim.x - 1;",
     ),
-    "position in the log": (
-        "select.cuh", "((1u << lane()) - 1));", "((2u << lane()) - 1));",
+    "segment of a tile": ("access.cuh", "*kFirst <= tile) {", "*kFirst < tile) {"),
+    "first element of a share": (
+        "access.cuh", "(tile - segment.first_tile) * kTile;", "(tile - segment.first_tile) * (kTile - 1);",
     ),
-    "leader of a warp": (
-        "select.cuh",
-        "__shfl_sync(kFullWarp, at, leader);",
-        "__shfl_sync(kFullWarp, at, 0);",
+    "last element of a run": (
+        "access.cuh", "(rest < tiles * kTile ? rest : tiles * kTile)", "(tiles * kTile)",
     ),
-    "warp mask of the ballot": (
-        "select.cuh", "__ballot_sync(kFullWarp, take);", "__ballot_sync(0xFFFFu, take);",
+    "tiles of a run": (
+        "access.cuh", "tile += (run.count + kTile - 1) / kTile;", "tile += run.count / kTile + 1;",
     ),
-    "log full by one": ("select.cuh", "at < (Count)capacity) write", "at <= (Count)capacity) write"),
-    "log full by one, bracketed": (
-        "bracket.cuh", "if (at < a_.brackets.capacity) {", "if (at <= a_.brackets.capacity) {",
+    "tiles of a run, if it ends before its share": (
+        "access.cuh", "tile += (run.count + kTile - 1) / kTile;", "tile += tiles;",
     ),
-    "log that overflowed": (
-        "select.cuh", "__ldcg(&state.log_size[t]) <= (Count)a.log_capacity};", "true};",
+    "next segment": ("access.cuh", "          ++run.segment;", "          run.segment += 2;"),
+    "stride of a dimension": (
+        "access.cuh", "coordinate * dim.strides[operand + k];", "coordinate * dim.strides[operand];",
+    ),
+    "halves of a word": (
+        "access.cuh", "j % 2 == 0 ? word << 16 : word & 0xFFFF0000u",
+        "j % 2 != 0 ? word << 16 : word & 0xFFFF0000u",
+    ),
+    "halves of a pair": (
+        "access.cuh", "float_to_bf16(first) | (uint32_t)float_to_bf16(second) << 16",
+        "float_to_bf16(second) | (uint32_t)float_to_bf16(first) << 16",
+    ),
+    "halves of a pair, rounded randomly": (
+        "access.cuh", "first >> 16 | (second & 0xFFFF0000u)", "second >> 16 | (first & 0xFFFF0000u)",
+    ),
+    "vector of 8 bytes": ("access.cuh", "make_uint2(w[0], w[1])", "make_uint2(w[1], w[0])"),
+    "elements after the last vector": ("access.cuh", "      return eight;", "      return four;"),
+    "vectors by whole warps": ("access.cuh", "kFour = 4 * kTimes * kWarp", "kFour = 4 * kTimes"),
+    "vectors of bfloat16 by whole warps": (
+        "access.cuh", "kEight = 8 * kTimes * kWarp", "kEight = 8 * kTimes",
+    ),
+    "size of an element": ("access.cuh", "begin * (dtype == Dtype::kFloat32 ? 4 : 2)", "begin * 4"),
+    "elements that a thread has of mixed dtypes": (
+        "select.cuh", "(Types::kIsUsual ? kTimes : 1) * Types::kCount", "kTimes * Types::kCount",
+    ),
+    # -------------------------------------------------------------------- keys.cuh
+    "tensors that are not ranked": (
+        "select.cuh", "    if (!segment.selective) return;\n", "",
+    ),
+    "tensors that are not ranked, of all keys": (
+        "keys.cuh", "    if (!segment.selective) return;\n", "",
+    ),
+    "factors of all keys": (
+        "keys.cuh", "factors.scaled(get(raw_g, dtype[0], j))", "get(raw_g, dtype[0], j)",
+    ),
+    "fence below, relative": ("keys.cuh", "1.0f - 0x1p-21f", "1.0f"),
+    "fence below, absolute": (
+        "keys.cuh", "1.0f - 0x1p-21f), 0x1p-22f)", "1.0f - 0x1p-21f), 0.0f)",
+    ),
+    "fence above, relative": ("keys.cuh", "1.0f + 0x1p-21f", "1.0f"),
+    "fence above, absolute": (
+        "keys.cuh", "1.0f + 0x1p-21f), 0x1p-22f)", "1.0f + 0x1p-21f), 0.0f)",
+    ),
+    "fence of no threshold": (
+        "keys.cuh", "if (low > kInfinityBits) return {-1.0f, -1.0f};\n", "",
+    ),
+    "moments of zero": ("keys.cuh", "unit >= kSmallestMoment;", "unit >= 0.0f;"),
+    "gradients of zero": ("keys.cuh", "bool is_settled = risk > 0.0f;", "bool is_settled = true;"),
+    "infinite risks": ("keys.cuh", "& (risk < bits_float(kInfinityBits)) & is_settled", "& is_settled"),
+    "unsure elements": (
+        "keys.cuh", "(unsigned)!(is_below | is_above) << j", "(unsigned)!(is_below | is_above | is_settled) << j",
+    ),
+    "lower threshold, the side": (
+        "keys.cuh", "(unsigned)(is_below & is_above_lower) << j", "(unsigned)(is_below & is_below_lower) << j",
+    ),
+    "lower threshold, the window": (
+        "keys.cuh", "(is_below & (is_below_lower | is_above_lower))", "is_below",
+    ),
+    "lower threshold, the count": (
+        "keys.cuh", "verdict.below_lower |= (unsigned)(is_below & is_below_lower) << j;", "",
+    ),
+    "inactive elements, selected": ("keys.cuh", "    verdict.selected |= verdict.inactive;\n", ""),
+    "inactive elements, looked at again": ("keys.cuh", "    verdict.unsure ^= verdict.inactive;\n", ""),
+    "inactive elements that are ranked": ("keys.cuh", "ranks_inactive || __ballot", "__ballot"),
+    "inactive elements without a finite gradient": (
+        "keys.cuh", "zero == 0 && abs_bits(gradient(j)) < kInfinityBits", "zero == 0",
+    ),
+    # --------------------------------------------------------------------- log.cuh
+    "barrier before the pass": (
+        "log.cuh", "shared.chunks[warp()] = {0, 0};\n    __syncthreads();", "shared.chunks[warp()] = {0, 0};",
+    ),
+    "inactive elements, the count below": ("log.cuh", " - __popc(verdict.inactive) + lower", " + lower"),
+    "elements below the lower threshold, of the upper": (
+        "log.cuh", " - __popc(verdict.inactive) + lower", " - __popc(verdict.inactive)",
+    ),
+    "elements below the lower threshold": ("log.cuh", "    below_[1] += (unsigned)lower;\n", ""),
+    "atomic of inactive elements": (
+        "log.cuh", "atomicAdd(&shared_.counts[kInactive], (unsigned)__popc(verdict.inactive));",
+        "shared_.counts[kInactive] += (unsigned)__popc(verdict.inactive);",
+    ),
+    "atomic of elements that are not ranked": (
+        "log.cuh", "atomicAdd(&shared_.counts[key == kInactiveKey ? kInactive : kNonfinite], 1u);",
+        "shared_.counts[key == kInactiveKey ? kInactive : kNonfinite] += 1u;",
+    ),
+    "atomic of a block's count": (
+        "log.cuh", "if (lane() == 0 && x != 0) atomicAdd(count, x);",
+        "if (lane() == 0 && x != 0) *count += x;",
+    ),
+    "slot of an element that is not ranked": ("log.cuh", "      waiting.word[at] = kNoKey;\n", ""),
+    "slot of an element": (
+        "log.cuh", "size_ + __popc(takers & lanes_below());", "size_ + __popc(takers & lanes_below() / 2);",
+    ),
+    "slots that are taken": ("log.cuh", "    size_ += __popc(takers);", "    size_ = __popc(takers);"),
+    "slots that are free again": ("log.cuh", "    size_ -= count;\n", ""),
+    "how an entry was treated": ("log.cuh", "key | (uint32_t)is_selected << 31", "key"),
+    "last elements of a run": ("log.cuh", "    if (size_ > 0) note(base);\n", ""),
+    "barrier of a warp before it notes": ("log.cuh", "    __syncwarp();  // what the lanes wrote\n", ""),
+    "elements that wait, the last": ("log.cuh", "i = size_ - count + lane();", "i = lane();"),
+    "sign of a key in a window": ("log.cuh", "is_in_window(word & ~kInactiveKey)", "is_in_window(word)"),
+    "entries without room": (
+        "log.cuh", "      if (is_taker && at >= a_.log.capacity) atomicAdd(&shared_.lost, 1u);\n", "",
+    ),
+    "overflow that is not noticed": (
+        "log.cuh", "if (threadIdx.x == 0 && shared_.lost != 0)", "if (false)",
+    ),
+    "log full by one": (
+        "log.cuh", "if (is_taker && at < a_.log.capacity) {", "if (is_taker && at <= a_.log.capacity) {",
+    ),
+    "log full, the rest of a chunk": (
+        "log.cuh", "if (lane() < chunk.left && chunk.next + lane() < a_.log.capacity) {",
+        "if (lane() < chunk.left) {",
+    ),
+    "rest of a chunk": (
+        "log.cuh", "      write<uint32_t>(a_.log.keys, chunk.next + lane(), kNoKey);\n", "",
+    ),
+    "rest of a chunk, its end": ("log.cuh", "if (lane() < chunk.left && chunk", "if (chunk"),
+    "place of an entry": ("log.cuh", "base + waiting.element[i]", "base"),
+    "old value": ("log.cuh", "3 * at + 1, waiting.m[i]", "3 * at + 1, waiting.p[i]"),
+    "keys below a window": ("log.cuh", "        ++below_[t];\n", "        ++below_[0];\n"),
+    "last key of a window": ("log.cuh", "} else if (above <= window.width) {", "} else if (above < window.width) {"),
+    "bin of a key": (
+        "log.cuh", "atomicAdd(&shared_.of_windows[t][above >> window.shift], 1u);",
+        "atomicAdd(&shared_.of_windows[t][(above + 1) >> window.shift], 1u);",
+    ),
+    "atomic of a window's histogram": (
+        "log.cuh", "atomicAdd(&shared_.of_windows[t][above >> window.shift], 1u);",
+        "shared_.of_windows[t][above >> window.shift] += 1u;",
+    ),
+    "atomic of the log": (
+        "log.cuh", "if (lane() == 0) first = atomicAdd(&a_.state->log_size, (Count)kChunk);",
+        "if (lane() == 0) { first = a_.state->log_size; a_.state->log_size += (Count)kChunk; }",
+    ),
+    "leader of a warp": ("log.cuh", "first = __shfl_sync(kFullWarp, first, 0);", ""),
+    "next chunk, the entry before": ("log.cuh", "before >= left", "before > left"),
+    "next chunk, its entries": ("log.cuh", "(int64_t)first + before - left;", "(int64_t)first + before;"),
+    "next chunk, what follows": ("log.cuh", "(int64_t)first + wanted - left;", "(int64_t)first + wanted;"),
+    "next chunk, what is left": ("log.cuh", "left - wanted + kChunk : left", "kChunk : left"),
+    "barrier of a warp before it takes a chunk": (
+        "log.cuh", "    __syncwarp();\n    if (lane() == 0) chunk =", "    if (lane() == 0) chunk =",
+    ),
+    "barrier before the counts of a pass": (
+        "log.cuh", "below_[1]);\n    __syncthreads();", "below_[1]);",
+    ),
+    "bit of an element that is settled by its key": (
+        "log.cuh", "selected |= (unsigned)is_selected << j;", "selected |= (unsigned)is_selected;",
+    ),
+    "bit of an element that is not finite": (
+        "log.cuh", "(unsigned)(its_key == kNonfiniteKey) << j", "(unsigned)(its_key == kNonfiniteKey)",
+    ),
+    "elements that are not finite, the count": (
+        "log.cuh", "if (nonfinite != nullptr && key == kNonfiniteKey) atomicAdd(nonfinite, 1u);", "",
+    ),
+    # ------------------------------------------------------------------ sample.cuh
+    "rank within a bin, by one": (
+        "sample.cuh", "if (below < rank && rank <= below + bins[i]) found",
+        "if (below <= rank && rank < below + bins[i]) found",
+    ),
+    "barrier before the next bin is looked for": (
+        "sample.cuh", "  __syncthreads();  // of the last use\n", "",
+    ),
+    "atomic of the global histogram": (
+        "sample.cuh", "atomicAdd(all + i, (To)block[i]);", "all[i] += (To)block[i];",
+    ),
+    "factors of the sample": (
+        "sample.cuh", "factors.scaled(from_bits(g[k], segments[k]->dtype[operand]))",
+        "from_bits(g[k], segments[k]->dtype[operand])",
+    ),
+    "address of a line that ends early": ("sample.cuh", "    if (i >= segment.n) continue;\n", ""),
+    "inactive elements of the sample": ("sample.cuh", "if (key < kInactiveKey) keys[k] = key;", "keys[k] = key;"),
+    "barrier between two steps of sorting": (
+        "sample.cuh", "      __syncthreads();\n      const int i = 2", "      const int i = 2",
+    ),
+    "barrier after the size of the pilot": (
+        "sample.cuh", "size = i + 1;\n  }\n  __syncthreads();", "size = i + 1;\n  }",
+    ),
+    "barrier after the views": (
+        "sample.cuh", ": no_view();\n  }\n  __syncthreads();", ": no_view();\n  }",
+    ),
+    "bracket without width": ("sample.cuh", "a.width * (", "0.0 * ("),
+    "class of ties that is not surely the threshold": (
+        "sample.cuh", "if (below < -1.0 - margin && upto > margin) {", "if (upto > below) {",
+    ),
+    "room of the log": ("sample.cuh", "(double)a.stratum <= room;", "(double)a.stratum <= 1e300;"),
+    "room of the log, what chunks leave unused": ("sample.cuh", "(double)(a.log.capacity - a.log.spare)", "(double)a.log.capacity"),
+    "room of the log, blocks": ("launch.cu", "select.log.spare = blocks * kThreads;", "select.log.spare = 0;"),
+    "order of the sample's sums": ("sample.cuh", "sums[6 + t] += __popc(votes(key < view.window.low));", "sums[8 + t] += __popc(votes(key < view.window.low));"),
+    "atomic of the sample's histogram": (
+        "sample.cuh", "atomicAdd(&bins[t][above >> view.window.shift], 1u);",
+        "bins[t][above >> view.window.shift] += 1u;",
+    ),
+    "atomic of the sample's sums": (
+        "sample.cuh", "sums[i] != 0) atomicAdd(&of_block[i], sums[i]);", "sums[i] != 0) of_block[i] += sums[i];",
+    ),
+    "barrier after the sample": (
+        "sample.cuh", "atomicAdd(&of_block[i], sums[i]);\n  }\n  __syncthreads();",
+        "atomicAdd(&of_block[i], sums[i]);\n  }",
+    ),
+    "sample left behind": ("sample.cuh", "  clear<2 * kBins>(sample.bins[0]);\n", ""),
+    "sums of the sample left behind": ("sample.cuh", "  clear<kSums>((Count*)&sample.sums);\n", ""),
+    "ticket of the sample left behind": ("sample.cuh", "  if (threadIdx.x == 0) sample.ticket = 0;\n", ""),
+    # ------------------------------------------------------------------ select.cuh
+    "two factors": (
+        "select.cuh", "return fabsf(factors.inv_scale) == 1.0f || factors.clip == 1.0f;", "return true;",
+    ),
+    "two thresholds": (
+        "select.cuh", "is_one_factor(factors) && notes.has_one_threshold();", "is_one_factor(factors);",
+    ),
+    "counts where an element is unsure": (
+        "select.cuh", "              notes.count(verdict);\n              unsigned nonfinite = 0;",
+        "              unsigned nonfinite = 0;",
+    ),
+    "counts where no element is unsure": (
+        "select.cuh", "            } else {\n              notes.count(verdict);\n            }", "            }",
+    ),
+    "factors of an unsure element": (
+        "select.cuh", "scaled(read_element(g_data, of_g, i + j))", "read_element(g_data, of_g, i + j)",
+    ),
+    "last element": ("select.cuh", "i < run.count, i, base, selected", "i < run.count - 1, i, base, selected"),
+    "last elements of a run, noted": ("select.cuh", "    notes.end_run(base);\n", ""),
+    "elements that are not finite, of the ranked": (
+        "select.cuh", "counts[kInactive]) - __ldcg(&state.counts[kNonfinite]);", "counts[kInactive]);",
     ),
     "window that missed": (
-        "select.cuh", "if (below_window < rank && rank <= below_window + in_window) {",
-        "if (in_window > 0) {",
+        "select.cuh", "const bool is_inside = below < rank && rank <= below + inside;",
+        "const bool is_inside = inside > 0;",
+    ),
+    "window that missed, the flag": ("select.cuh", "      if (!is_inside) state.unlucky = true;\n", ""),
+    "log that overflowed": (
+        "select.cuh", "const bool logged = __ldcg(&state.overflowed) == 0;", "const bool logged = true;",
     ),
     "stale histogram between passes": (
-        "select.cuh", "  __syncthreads();\n  clear<2 * kBins>(state.of_windows[0]);\n}", "}",
+        "select.cuh", "state.ranked = ranked;\n  clear<2 * kBins>(state.of_windows[0]);", "state.ranked = ranked;",
     ),
-    "rank within a bin, by one": (
-        "select.cuh", "if (rank <= below + inside) {", "if (rank < below + inside) {",
+    "histogram of all keys": ("select.cuh", "if (!a.approx && !state.unlucky) return;", "if (!a.approx) return;"),
+    "barrier after clearing the histogram": (
+        "select.cuh", "  clear<kCounts>(counts);\n  __syncthreads();", "  clear<kCounts>(counts);",
     ),
-    "rank between threads, by one": (
-        "select.cuh", "if (below < rank && rank <= upto) {", "if (below <= rank && rank < upto) {",
+    "barrier before flushing the histogram": (
+        "select.cuh", "  __syncthreads();\n  flush<kBins>(histogram, state.histogram);",
+        "  flush<kBins>(histogram, state.histogram);",
     ),
+    "atomic of the shared histogram": (
+        "select.cuh", "atomicAdd(&histogram[key >> kShift], 1u);", "histogram[key >> kShift] += 1u;",
+    ),
+    "counts of the histogram, twice": ("select.cuh", "if (a.approx) flush<kCounts>", "flush<kCounts>"),
+    "log of a threshold outside of its window": (
+        "select.cuh", "bin.index << kShift, kShift, true, false};", "bin.index << kShift, kShift, true, true};",
+    ),
+    "edge of a bin": ("select.cuh", "edge <= kInfinityBits ? edge - 1", "edge <= kInfinityBits ? edge"),
     "shift of the last digit": (
         "select.cuh", "shift[t] = target.bits > 11 ? target.bits - 11 : 0;",
         "shift[t] = target.bits > 10 ? target.bits - 10 : 0;",
     ),
+    "sign of a logged key": (
+        "select.cuh", "read<uint32_t>(a.log.keys, i) & ~kInactiveKey, of_log", "read<uint32_t>(a.log.keys, i), of_log",
+    ),
+    "barrier before a digit is counted": (
+        "select.cuh", "    clear<2 * kBins>(histogram[0]);\n    __syncthreads();", "    clear<2 * kBins>(histogram[0]);",
+    ),
+    "barrier after a digit is counted": (
+        "select.cuh", "    __syncthreads();\n#pragma unroll\n    for (int t = 0; t < 2; ++t) flush",
+        "#pragma unroll\n    for (int t = 0; t < 2; ++t) flush",
+    ),
+    "atomic of a digit": (
+        "select.cuh", "atomicAdd(&histogram[t][(key - low[t]) >> shift[t]], 1u);",
+        "histogram[t][(key - low[t]) >> shift[t]] += 1u;",
+    ),
+    "stale histogram between digits": (
+        "select.cuh", "    if (!kLast) clear<2 * kBins>(state.of_windows[0]);\n", "",
+    ),
+    "keys below a digit": ("select.cuh", "      target.below += bin.below;\n", ""),
     "tie rule, high": ("../include/rose/element.h", "k <= bounds.high", "k < bounds.high"),
     "tie rule, low": ("../include/rose/element.h", "k > bounds.low", "k >= bounds.low"),
-    "first element of a share": (
-        "access.cuh", "(tile - table.segments[index].first_tile) * kTile;",
-        "(tile - table.segments[index].first_tile) * (kTile - 1);",
-    ),
-    "next segment": (
-        "access.cuh", "segments[index + 1].first_tile <= tile) ++index;",
-        "segments[index + 1].first_tile < tile) ++index;",
-    ),
-    "last element": ("update.cuh", "is_there = i < count;", "is_there = i < count - 1;"),
-    "last element of a tensor that is ruled out": (
-        "update.cuh", "i < count; i += kThreads) {", "i < count - 1; i += kThreads) {",
-    ),
-    "bits of a mask": ("update.cuh", ">> (i % 8) : 0u", ">> (i % 4) : 0u"),
-    "half of a byte": ("update.cuh", "half, 1) << kVector;", "half, 1) << (kVector - 1);"),
-    "byte beyond the mask": (
-        "update.cuh", "lane() < kWarp / 8 && first < count", "lane() < kWarp / 8",
-    ),
-    "infinity found": (
-        "update.cuh", "  if (is_set(a.found_inf)) return;\n", "",
-    ),
-    "non-finite element": ("update.cuh", "kind = 0;\n", "\n"),
-    "stride of a dimension": (
-        "access.cuh", "coordinate * dim.strides[operand + k];", "coordinate * dim.strides[operand];",
-    ),
-    "global index of a tensor": ("update.cuh", "(segment.offset + i);", "i;"),
+    # ------------------------------------------------------------------ update.cuh
+    "second byte of a mask": ("update.cuh", "      write<uint8_t>(bits, i / 8 + 1, (uint8_t)(selected >> 8));\n", ""),
+    "half of a byte": ("update.cuh", "(selected | next << 4)", "(selected | next << 3)"),
+    "byte beyond the mask": ("update.cuh", "lane() % 8 == 0 && (there >> lane() & 1u) != 0", "lane() % 8 == 0"),
+    "byte of a mask": ("update.cuh", "(uint8_t)(word >> lane())", "(uint8_t)word"),
+    "sign of a gradient": ("update.cuh", "mul(segment.sign, scalar_or_one(a.inv_scale))", "scalar_or_one(a.inv_scale)"),
     "clipping of tensors that are not selective": (
         "update.cuh", "a.clip[segment.selective ? 0 : 1]", "a.clip[0]",
     ),
+    "learning rate of a group": ("update.cuh", "a.few_lrs[segment.group]", "a.few_lrs[0]"),
+    "learning rate of a group, of many": ("update.cuh", "a.lrs[segment.group]", "a.lrs[0]"),
+    "tensor that is ruled out": (
+        "update.cuh", "prepared.base_kind == 0 && !has_bits && !a.from_risk", "false",
+    ),
+    "tensor that bits may select": (
+        "update.cuh", "prepared.base_kind == 0 && !has_bits &&", "prepared.base_kind == 0 &&",
+    ),
+    "infinity found, steps": ("update.cuh", "i < a.table.count && !is_set(a.found_inf)", "i < a.table.count"),
+    "infinity found": ("update.cuh", "if (!is_set(a.found_inf)) update<", "update<"),
+    "infinity found, by thresholds": (
+        "bracket.cuh", "  if (is_set(a.update.found_inf)) return;\n  const Mode", "  const Mode",
+    ),
+    "infinity found, bracketed": (
+        "bracket.cuh", "  if (is_set(a.update.found_inf)) return;  // Mode::kNothing\n", "",
+    ),
+    "product of the factors": ("update.cuh", "factor = mul(scale, clip);", "factor = scale;"),
+    "two factors of an update": (
+        "update.cuh", "has_one_factor = is_one_factor({scale, clip});", "has_one_factor = true;",
+    ),
+    "two factors of tensors that are not ranked": (
+        "update.cuh", "u.has_one_factor && (!kRanked || u.has_one_threshold)",
+        "(!kRanked || (u.has_one_factor && u.has_one_threshold))",
+    ),
+    "two thresholds of an update": (
+        "update.cuh", "has_one_threshold = notes.has_one_threshold();", "has_one_threshold = true;",
+    ),
+    "bits of a mask": ("update.cuh", ">> (i % 8);", ">> (i % 4);"),
+    "order of a mask": ("update.cuh", "2 * (int)(second & 1u)", "(int)(second & 1u)"),
     "bits of parameters' rounding": (
         "update.cuh", "operand == 0 ? Rounded::kParameter : Rounded::kSecondMoment",
         "Rounded::kSecondMoment",
@@ -558,88 +811,119 @@ MUTANTS: dict[str, tuple[str, str, str]] = {
     "bits of the second neighbour": (
         "../include/rose/element.h", "return word >> (16 * (low & 1u));", "return word;",
     ),
-    "learning rate of a group": ("update.cuh", "a.few_lrs[segment.group]", "a.few_lrs[0]"),
-    "learning rate of a group, of many": ("update.cuh", "a.lrs[segment.group]", "a.lrs[0]"),
-    "place of a graph's words": ("launch.cu", "part.to = to + from;", "part.to = to;"),
-    "last of a graph's words": ("launch.cu", "if (i < a.count) a.to", "if (i < a.count - 1) a.to"),
-    "tensor that is ruled out": (
-        "update.cuh", "prepared.base_kind == 0 && !has_bits && !a.from_risk", "false",
+    "global index of a tensor": ("update.cuh", "(uint64_t)(offset + i), rounded", "(uint64_t)i, rounded"),
+    "global index of a tensor, in vectors": ("update.cuh", "(uint64_t)(u.offset + i);", "(uint64_t)i;"),
+    "upper half of an index": (
+        "update.cuh", "(its_high == high ? key : mix(its_high ^ u.random_key))", "key",
     ),
-    "tensor that bits may select": (
-        "update.cuh", "prepared.base_kind == 0 && !has_bits &&", "prepared.base_kind == 0 &&",
+    "random bits from an odd index on": ("update.cuh", "    if (even == index) return;\n", "    return;\n"),
+    "random bits from an odd index on, the last": (
+        "update.cuh", "const uint32_t last = word(kCount / 2);", "const uint32_t last = words[0];",
     ),
-    "tensors that are not ranked": ("keys.cuh", "    if (!segment.selective) return;\n", ""),
-    "sample left behind": ("select.cuh", "  clear<2 * kBins>(sample.bins[0]);\n", ""),
-    "sums of the sample left behind": ("select.cuh", "clear<kSums>((Count*)&sample.sums);", ""),
-    "bracket without width": ("select.cuh", "a.brackets.width * (", "0.0 * ("),
-    "class of ties that is not surely the threshold": (
-        "select.cuh", "if (below < -1.0 - margin && upto > margin) {", "if (upto > below) {",
+    "random bits of neighbours": (
+        "update.cuh", "float_bits(x[0]) + (bits & 0xFFFFu), float_bits(x[1]) + (bits >> 16)",
+        "float_bits(x[0]) + (bits >> 16), float_bits(x[1]) + (bits & 0xFFFFu)",
     ),
-    "sign of a logged key": ("select.cuh", "word & ~kInactiveKey, low[t]", "word, low[t]"),
-    "infinity found, bracketed": (
-        "bracket.cuh", "  if (is_set(a.update.found_inf)) return;  // Mode::kNothing\n", "",
+    "random bits of neighbours that are ruled out": ("update.cuh", "random.of(j)", "random.of(0)"),
+    "NaN of bfloat16": ("update.cuh", "return (x[0] != x[0]) | (x[1] != x[1]);", "return false;"),
+    "NaN of a second neighbour": (
+        "update.cuh", "return (x[0] != x[0]) | (x[1] != x[1]);", "return x[0] != x[0];",
     ),
-    "barrier before the pass": (
-        "bracket.cuh",
-        "shared.windows[threadIdx.x] = a.state->windows[threadIdx.x];\n    __syncthreads();",
-        "shared.windows[threadIdx.x] = a.state->windows[threadIdx.x];",
+    "NaN of a second moment": (
+        "update.cuh", "has_nan |= put_pair(raw_v", "put_pair(raw_v",
     ),
-    "flush before all have counted": (
-        "bracket.cuh",
-        "    __syncthreads();\n#pragma unroll 1\n" + SUMS_OF_PASS + FLUSH_OF_PASS,
-        FLUSH_OF_PASS + SUMS_OF_PASS,
+    "neighbours of a NaN": (
+        "update.cuh", "for (int j = 0; j < kCount; ++j) {\n          const int64_t at",
+        "for (int j = 0; j < kCount - 1; ++j) {\n          const int64_t at",
     ),
-    "atomic of the bracket's histogram": (
-        "bracket.cuh", "atomicAdd(&shared_.of_windows[t][(key - window.low) >> window.shift], 1u);",
-        "shared_.of_windows[t][(key - window.low) >> window.shift] += 1u;",
+    "neighbours of a NaN, their gradients": ("update.cuh", "u.gradient(u.load(1, at))", "u.load(1, at)"),
+    "last element of a tensor that is ruled out": (
+        "update.cuh", "i < run.begin + run.count; i += kThreads) {", "i < run.begin + run.count - 1; i += kThreads) {",
     ),
-    "atomic of the bracket's log": (
-        "bracket.cuh", "first = atomicAdd(&a_.state->log_size[0], (Count)total);",
-        "{ first = a_.state->log_size[0]; a_.state->log_size[0] += (Count)total; }",
+    "moment that is not finite": (
+        "update.cuh", "abs_bits(scaled) < kInfinityBits && abs_bits(m) < kInfinityBits", "abs_bits(scaled) < kInfinityBits",
     ),
-    "entry of a lane": ("bracket.cuh", "votes & lanes_below());", "votes & lanes_below() / 2);"),
-    "entries of a lane": ("bracket.cuh", "      ++at;\n", ""),
-    "place of an entry": ("bracket.cuh", "at, place + j);", "at, place);"),
-    "how an entry was treated": ("bracket.cuh", "entry.key | (uint32_t)selected << 31", "entry.key"),
-    "old value": ("bracket.cuh", "+ 1, entry.m);", "+ 1, entry.p);"),
-    "bin of a key in the bracket": (
-        "bracket.cuh", "(key - window.low) >> window.shift", "(key - window.low + 1) >> window.shift",
+    "non-finite elements of masks": (
+        "update.cuh", "const bool is_checked = !kRanked && segment.selective;", "const bool is_checked = false;",
     ),
-    "keys below a bracket": (
-        "bracket.cuh", "(kBelow + t, key < window.low)", "(kBelow, key < window.low)",
+    "non-finite element": ("update.cuh", "(first | second) & kAll) & ~nonfinite;", "(first | second) & kAll);"),
+    "non-finite element, one at a time": ("update.cuh", "    if (nonfinite != 0) kind = 0;\n", ""),
+    "elements that are updated": ("update.cuh", "(first | second) & kAll)", "(first | second))"),
+    "elements that are settled by their keys": ("update.cuh", "        if (kRanked) second = selected;\n", ""),
+    "old value of a vector": (
+        "update.cuh", "              v = read_element(v_data, of_v, i + j);", "              v = read_element(p_data, of_v, i + j);",
     ),
+    "old value, one at a time": ("update.cuh", "old_m = m, old_v = v;", "old_m = v, old_v = m;"),
+    "last element of an update": (
+        "update.cuh", "const bool is_there = element < run.count;", "const bool is_there = element < run.count - 1;",
+    ),
+    "last elements of an update's run, noted": ("update.cuh", "  notes.end_run(base);\n", ""),
+    "barrier before a run is updated": (
+        "update.cuh", "u.fill(a, run.segment, notes);\n    __syncthreads();", "u.fill(a, run.segment, notes);",
+    ),
+    "barrier before an update's counts": (
+        "update.cuh", "(a, notes, counts);\n  __syncthreads();", "(a, notes, counts);",
+    ),
+    "atomic of an update's count": (
+        "update.cuh", "counts[kUpdated] != 0) atomicAdd(&a.counts[0], (Count)counts[kUpdated]);",
+        "counts[kUpdated] != 0) a.counts[0] += (Count)counts[kUpdated];",
+    ),
+    # ----------------------------------------------------------------- bracket.cuh
+    "keys below a bracket": ("bracket.cuh", "counts[kBelowUpper + t]), in_window", "counts[kBelowUpper]), in_window"),
     "miss below, the threshold": (
         "bracket.cuh", "target.low = window.low - 1;", "target.low = window.low;",
     ),
-    "miss above, the count": ("bracket.cuh", "      target.inside = (Count)inside;\n", ""),
+    "miss above, the count": ("bracket.cuh", "    target.inside = (Count)inside;\n", ""),
     "miss that is not reported": ("bracket.cuh", "state.missed = true;", "state.missed = false;"),
-    "overflow that is not noticed": (
-        "bracket.cuh", "if (overflow || !window.logged) {", "if (!window.logged) {",
+    "overflow that is not reported": (
+        "bracket.cuh", "if (overflowed || (missed && target.searching))", "if (missed && target.searching)",
+    ),
+    "overflow, the threshold": ("bracket.cuh", "if (overflowed || !window.logged) {", "if (!window.logged) {"),
+    "count after an overflow": ("bracket.cuh", "i <= last; i += kThreads", "i < last; i += kThreads"),
+    "stale histogram after a pass": (
+        "bracket.cuh", "  __syncthreads();\n  clear<2 * kBins>(state.of_windows[0]);\n", "",
     ),
     "entries of a log that overflowed": (
         "bracket.cuh", "(logged < capacity ? logged : capacity)", "logged",
     ),
-    "count after an overflow": ("bracket.cuh", "i <= last; i += kThreads", "i < last; i += kThreads"),
+    "entries of a log, at once": ("bracket.cuh", "i < size ? read<uint32_t>(a.log.keys, i) : kNoKey", "read<uint32_t>(a.log.keys, i)"),
+    "no entry": ("bracket.cuh", "words[k] != kNoKey && ", ""),
+    "entry that is wrong": ("bracket.cuh", "(__ffs((int)wrong) - 1) * stride", "0 * stride"),
+    "tile of a place": ("bracket.cuh", "find_segment(table, place / kTile)", "find_segment(table, place / (2 * kTile))"),
     "element done again, its mask": (
-        "bracket.cuh", "rest + (was ? 0 : a.second_weight);", "rest + (was ? a.second_weight : 0);",
+        "bracket.cuh", "rest + (was_selected ? 0 : a.second_weight);", "rest + (was_selected ? a.second_weight : 0);",
     ),
-    "element done again, its count": (
-        "bracket.cuh", " - (rest + (was ? a.second_weight : 0) != 0);", ";",
+    "element done again, its first mask": ("bracket.cuh", "!= 0 ? a.first_weight : 0);", "!= 0 ? 0 : 0);"),
+    "element done again, its count": ("bracket.cuh", "was_selected ? &less : &more", "was_selected ? &more : &less"),
+    "element done again, counted twice": ("bracket.cuh", "if (rest == 0) atomicAdd(", "atomicAdd("),
+    "element done again, its gradient": ("bracket.cuh", "u.gradient(u.load(1, places[1]))", "u.load(1, places[1])"),
+    "barrier before elements are done again": (
+        "bracket.cuh", "more = less = 0;\n  __syncthreads();", "more = less = 0;",
     ),
-    "element done again, its first mask": (
-        "bracket.cuh", "u.captured_kind(u.mask_bits(0, place.element), 0)", "u.captured_kind(0, 0)",
+    "barrier after elements are done again": (
+        "bracket.cuh", "  __syncthreads();\n  if (threadIdx.x == 0 && more", "  if (threadIdx.x == 0 && more",
     ),
-    "bits of a byte, twice": ("bracket.cuh", "      if (is_wrong(e - 1)) return;\n", ""),
-    "bits of a byte, the first alone": (
-        "bracket.cuh", "if (is_wrong(e)) flips |=", "if (false) flips |=",
+    "atomic of elements done again": ("bracket.cuh", "if (rest == 0) atomicAdd(was_selected ? &less : &more, 1u);", "if (rest == 0) ++(was_selected ? less : more);"),
+    "byte done again, its first bit": ("bracket.cuh", "at.element / 8 * 8;", "at.element;"),
+    "byte done again, its other bits": ("bracket.cuh", "byte |= (unsigned)if", "byte = (unsigned)if"),
+    "addresses of a byte done again": ("bracket.cuh", "j < 8 && first + j < segment.n", "j < 8"),
+    "no bracket, no update": (
+        "bracket.cuh", "  if (mode == Mode::kExact) update<kFractional, true>(a.update);\n", "",
     ),
-    "no bracket, no update": ("bracket.cuh", "if (mode != Mode::kExact) return;", "return;"),
+    "no bracket, no count": ("bracket.cuh", "  if (mode == Mode::kExact) count(a.select, shared);\n", ""),
+    # ------------------------------------------------------------------------ rest
+    "squares of a tensor that is not linear": ("squares.cuh", "segment, begin + j, place", "segment, j, place"),
+    "squares of a tile": ("squares.cuh", "segment.first_tile + (begin + start) / kTile", "segment.first_tile + begin / kTile"),
+    "share of the ranked tiles": ("launch.cu", "((others.share = table.share), ...);", "((void)others, ...);"),
+    "place of a graph's words": ("launch.cu", "part.to = to + from;", "part.to = to;"),
+    "last of a graph's words": ("launch.cu", "if (i < a.count) a.to", "if (i < a.count - 1) a.to"),
 }  # fmt: skip
 
 
 # Which check is likely to fail: it is made first.
 LIKELY = {
-    "barrier": "races", "atomic": "races", "byte beyond": "addresses", "log full": "addresses",
+    "barrier": "races", "atomic": "races", "room": "races", "byte beyond": "addresses",
+    "log full": "addresses", "address": "addresses", "entries of a log": "addresses",
 }  # fmt: skip
 
 
@@ -652,23 +936,37 @@ def failures(folder: Path, csrc: Path, likely: str = "results") -> list[str]:
         "races": lambda: [build.build_races(folder, csrc)],
         "addresses": lambda: [build.build_races(folder, csrc, sanitized)],
     }
-    environment = {**os.environ, "TSAN_OPTIONS": "halt_on_error=1"}
+    environment = {**os.environ, "TSAN_OPTIONS": f"{TSAN_OPTIONS}:halt_on_error=1"}
     for name in sorted(checks, key=lambda name: name != likely):
-        run = subprocess.run(checks[name](), capture_output=True, timeout=600, env=environment)
+        try:
+            run = subprocess.run(checks[name](), capture_output=True, timeout=600, env=environment)
+        except subprocess.TimeoutExpired:
+            return [f"{name}, which never end"]
         if run.returncode != 0:
             return [name]
     return []
+
+
+def mutate(csrc: Path, mutant: tuple[str, ...]) -> None:
+    for file, text, replacement in zip(mutant[::3], mutant[1::3], mutant[2::3], strict=True):
+        path = csrc / "cuda" / file
+        source = path.read_text()
+        assert source.count(text) == 1, f"{file}: {text!r}: bring the table of mutants up to date"
+        path.write_text(source.replace(text, replacement))
+
+
+def test_mutants_are_of_these_sources(tmp_path):
+    """So that the table is known to be old where mutants, which take long, are not tried."""
+    for name, mutant in {**MUTANTS, "short runs": SHORT_RUNS}.items():
+        csrc = build.copy_sources(tmp_path / name.replace(" ", "-"))
+        mutate(csrc, mutant)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MUTANTS)
 def test_every_mutant_is_caught(name, tmp_path):
     csrc = build.copy_sources(tmp_path)
-    file, text, replacement = MUTANTS[name]
-    path = csrc / "cuda" / file
-    source = path.read_text()
-    assert text in source, f"{file} has no {text!r}: bring the table of mutants up to date"
-    path.write_text(source.replace(text, replacement))
+    mutate(csrc, MUTANTS[name])
     likely = [check for start, check in LIKELY.items() if name.startswith(start)]
     assert failures(tmp_path, csrc, *likely)
 
@@ -677,3 +975,11 @@ def test_every_mutant_is_caught(name, tmp_path):
 def test_the_sources_as_they_are_pass(tmp_path):
     """What is said of mutants must not be true of the original."""
     assert failures(tmp_path, build.copy_sources(tmp_path)) == []
+
+
+@pytest.mark.slow
+def test_runs_that_a_block_walks_in_parts(tmp_path):
+    """As of segments with more elements than an int counts, but of two tiles."""
+    csrc = build.copy_sources(tmp_path)
+    mutate(csrc, SHORT_RUNS)
+    assert failures(tmp_path, csrc) == []

@@ -25,6 +25,7 @@ BINDINGS = [
 ]  # fmt: skip
 FLAGS = ["-O2", "-g1", "-fvisibility=hidden", "-std=c++17", "-ffp-contract=off", "-DROSE_SIMT",
          "-DTORCH_TARGET_VERSION=0x020a000000000000"]  # fmt: skip
+QUICK = ("-O1", "-DROSE_INLINE_LITTLE")  # to compile, for what runs once
 
 
 def include_paths(csrc: Path = CSRC) -> list[Path]:
@@ -77,7 +78,7 @@ def copy_sources(folder: Path) -> Path:
 def build_mutant(folder: Path, csrc: Path) -> Path:
     """The extension with the kernels of ``csrc``, and all else as it is."""
     kernels = folder / "kernels.o"
-    _compile(csrc, "-O1", "-fPIC", "-c", HERE / "kernels.cpp", "-o", kernels)
+    _compile(csrc, *QUICK, "-fPIC", "-c", HERE / "kernels.cpp", "-o", kernels)
     others = [FOLDER / f"{path.stem}.o" for path in BINDINGS]
     library = folder / "rose_simt.so"
     lib = Path(torch.__file__).parent / "lib"
@@ -93,7 +94,7 @@ def build_races(
     device, binary = folder / "simt.o", folder / "races"
     # ThreadSanitizer must not see the device itself switch fibers.
     own = sanitizers if "-DROSE_TSAN" not in sanitizers else ["-DROSE_TSAN"]
-    _compile(csrc, "-O1", *own, "-c", HERE / "simt.cpp", "-o", device)
+    _compile(csrc, *QUICK, *own, "-c", HERE / "simt.cpp", "-o", device)
     sources = [HERE / "races.cpp", HERE / "kernels.cpp"]
-    _compile(csrc, "-O1", *sanitizers, *sources, device, "-o", binary, "-lpthread")
+    _compile(csrc, *QUICK, *sanitizers, *sources, device, "-o", binary, "-lpthread")
     return binary

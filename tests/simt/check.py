@@ -1,7 +1,8 @@
 """Compares the kernels of an extension, possibly a mutant, with the reference; exits with 1 if unequal.
 
 Data that finds bugs: ties, thresholds at the edges of bins, sizes that do not divide, many tensors,
-keys that differ in their last bits, masks with stale bits around them, every order of threads.
+keys that differ in their last bits, rows without a history, masks with stale bits around them, every
+order of threads; of what there are several ways to do, all of them.
 """
 
 from __future__ import annotations
@@ -45,24 +46,40 @@ MIXES = (
 KEPT = ((600_000_000, 0), (ONE, 500_000_000), (1, 0), (999_999_999, 999_000_000))
 
 
-def problem_of(n: int, mix, pieces: int, dtype, moment, generator) -> Problem:
+# Of parameters and gradients, and of moments: each has a loop of its own, but for float16.
+DTYPES = ((FLOAT, FLOAT), (BF16, BF16), (HALF, FLOAT), (FLOAT, BF16), (BF16, FLOAT))
+MAXIMIZED = (*PLAIN[:4], -1.0, 0.0)
+
+
+def problem_of(
+    n: int, mix, pieces: int, dtype, moment, generator, inv_scale=None, rank_inactive=False
+) -> Problem:
+    """Of several tensors, every third is contiguous in all operands. ``inv_scale`` is a second factor."""
     cuts = torch.randint(0, n, (pieces - 1,), generator=generator).sort().values
     layouts = ("contiguous", "transposed", "strided", "padded")
 
     def tensors(operand, dtype):
         split = values(n, mix, dtype, generator).tensor_split(cuts)
+        if "zero" in mix:
+            for t in split:  # whole rows without a history, and without a gradient
+                t[100:400] = 0 if operand == 2 else t[100:400]
+                t[300:500] = 0 if operand == 1 else t[300:500]
         if pieces == 1:
-            return list(split)
-        split = [t.view(-1, 3) if t.numel() % 3 == 0 else t for t in split]
-        return [place(t, layouts[(i + operand) % 4], offset=i % 3) for i, t in enumerate(split)]
+            return [place(t, offset=4 if dtype == HALF else 8) for t in split]
+        split = [t.view(-1, 3) if t.numel() % 3 == 0 and i % 3 else t for i, t in enumerate(split)]
+        return [
+            place(t, layouts[(i + operand) % 4 if i % 3 else 0], offset=i % 3)
+            for i, t in enumerate(split)
+        ]
 
     p, g, m, v = tensors(0, dtype), tensors(1, dtype), tensors(2, moment), tensors(3, moment)
     v = [t.abs_() for t in v]
     group = (torch.arange(pieces) % 4 == 3).long()  # some are not selective
     return Problem.of(
         g, m, params=p, exp_avg_sqs=v, gamma=0.3, seed=3, stochastic=True,
-        clip=torch.tensor([0.75, 0.5]), hyper=hyper_table(ROSE, PLAIN), group=group,
-        lr=torch.tensor([1e-2, 1e-3], dtype=torch.float64),
+        clip=torch.tensor([0.7, 0.6]), hyper=hyper_table(ROSE, MAXIMIZED), group=group,
+        lr=torch.tensor([1e-2, 1e-3], dtype=torch.float64), rank_inactive=rank_inactive,
+        inv_scale=None if inv_scale is None else torch.tensor(inv_scale),
     )  # fmt: skip
 
 
@@ -71,6 +88,10 @@ def check(ops, problem: Problem) -> None:
         for kept in KEPT:
             record = problem.select(ops, *kept, first=first)
             assert record.tolist() == problem.select(reference, *kept, first=first).tolist()
+            record = problem.select(ops, *kept, first=first, approx=True)
+            approx = problem.select(reference, *kept, first=first, approx=True)
+            assert record.tolist() == approx.tolist()
+        record = problem.select(reference, *KEPT[1], first=first)
         masks = problem.capture(ops, record, first=first)
         expected = problem.capture(reference, record, first=first)
         assert all(torch.equal(a, b) for a, b in zip(masks, expected, strict=True))
@@ -90,6 +111,7 @@ def check(ops, problem: Problem) -> None:
     problem.found_inf = torch.ones(())
     before = [bits(t) for t in problem.params]
     problem.update(ops, masks)
+    problem.update(ops, (), (), record)
     assert problem.bracket_update(ops, 600_000_000).tolist() == [-1, -1] + [0] * Field.SIZE
     assert all(torch.equal(a, bits(b)) for a, b in zip(before, problem.params, strict=True))
 
@@ -113,6 +135,36 @@ def check_brackets(ops, problem: Problem) -> None:
                     assert_consistent(problem, record, first=True)
                 expected = problem.capture(reference, record, first=first)
                 assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def check_close_risks(ops, generator) -> None:
+    """Keys within a few units of the threshold's last place: a comparison alone could not tell them."""
+    n = 8192
+    for risk in (2.0**-9, 0.6, 300.0):
+        m = (torch.rand(n, generator=generator) + 0.5) * values(n, ("one",), FLOAT, generator)
+        few = torch.randint(-8, 9, (n,), generator=generator)
+        r = risk * (1 + few * 2.0**-24) + torch.randint(-1, 2, (n,), generator=generator) * 2.0**-25
+        side = 1 if risk > 1 else torch.randint(0, 2, (n,), generator=generator) * 2 - 1
+        alpha = reference.float32(1.0 - ROSE[0])
+        problem = Problem.of([(m.double() * (1 + side * r.double()) / alpha).float()], [m])
+        for kept in ((500_000_000, 0), (700_000_000, 300_000_000)):
+            record = problem.select(ops, *kept)
+            assert record.tolist() == problem.select(reference, *kept).tolist()
+            expected = problem.capture(reference, record)
+            assert torch.equal(problem.capture(ops, record)[0], expected[0])
+            compare_update(ops, problem.copy(), selection=record)
+
+
+def check_nans(ops, generator) -> None:
+    """Of a GPU: all bits set but the sign, so that random bits added to them could make a zero."""
+    for dtype in (FLOAT, BF16):
+        p, g, m, v = (values(2000, ("normal",), FLOAT, generator) for _ in range(4))
+        g.view(torch.int32)[::37] = 0x7FFFFFFF
+        narrow = [p.to(dtype)], [v.abs_().to(BF16)]
+        problem = Problem.of(
+            [g], [m.to(BF16)], MAXIMIZED, params=narrow[0], exp_avg_sqs=narrow[1], stochastic=True
+        )
+        compare_update(ops, problem)
 
 
 def check_graph(module, ops, generator) -> None:
@@ -163,10 +215,21 @@ def check_misleading_samples(ops, generator) -> None:
     n = 300_000
     is_sampled, (anywhere, near) = sampled(n, False), torch.rand(2, n, generator=generator)
     for others in (near, near + 2, 1.595 + 0.01 * near):
+        others[: n // 10] = 0  # inactive, and not to be counted twice
         problem = Problem.of([torch.where(is_sampled, anywhere + 1, others)])
         for kept in ((600_000_000, 0), (600_000_000, 300_000_000)):
             record = problem.select(ops, *kept, first=True)
             assert record.tolist() == problem.select(reference, *kept, first=True).tolist()
+    # In a step without a bracket, whose second tensor is not ranked.
+    is_sampled = sampled(n, True)
+    m = torch.ones(n)
+    risk = torch.where(is_sampled, anywhere, 2.0 + near)
+    other = values(5000, ("normal",), FLOAT, generator)
+    problem = Problem.of(
+        [10 * (1 + risk), other], [m, other], hyper=hyper_table(ROSE, PLAIN), group=torch.arange(2),
+        lr=torch.tensor([1e-2, 1e-2]),
+    )  # fmt: skip
+    compare_bracket(ops, problem, 600_000_000, width=1e9)
     n = 100_000
     for shift in (500, -500):
         # Every key is that of many elements, those at the ends of a bracket, too.
@@ -191,18 +254,25 @@ def main(library: str) -> None:
     generator.seed()
     module.configure("random", seed=torch.seed() % 2**32, resident=3)
     compare_rounding(ops, generator)
+    check_nans(ops, generator)
+    check_close_risks(ops, generator)
     check_misleading_samples(ops, generator)
     check_graph(module, ops, generator)
-    for order in ("random", "forward", "reverse"):
-        module.configure(order, seed=torch.seed() % 2**32, resident=3)
+    for k, order in enumerate(("random", "forward", "reverse")):
+        # One block walks several runs; each of three has a share.
+        module.configure(order, seed=torch.seed() % 2**32, resident=1 if order == "forward" else 3)
+        options = {"inv_scale": (None, None, 0.3)[k], "rank_inactive": order == "forward"}
         for i, mix in enumerate(MIXES):
-            for n, pieces in ((9_001, 1), (30_011, 17)):
-                dtype, moment = ((FLOAT, FLOAT), (BF16, BF16), (HALF, FLOAT))[i % 3]
-                check(ops, problem_of(n, mix, pieces, dtype, moment, generator))
+            for n, pieces in ((8_192 if order == "forward" else 9_001, 1), (30_011, 17)):
+                check(ops, problem_of(n, mix, pieces, *DTYPES[(i + 2 * k) % 5], generator, **options))
         if order == "random":  # the one that finds most
-            brackets = (("normal",), 300_007, 1), (MIXES[2], 100_003, 17), (("ties",), 100_003, 5)
-            for mix, n, pieces in brackets:
-                check_brackets(ops, problem_of(n, mix, pieces, FLOAT, FLOAT, generator))
+            brackets = (
+                (("normal",), 300_007, 1, FLOAT, FLOAT, None), (("normal",), 100_003, 5, BF16, BF16, None),
+                (MIXES[2], 100_003, 17, FLOAT, FLOAT, 0.3), (("ties",), 100_003, 5, FLOAT, FLOAT, None),
+            )  # fmt: skip
+            for mix, n, pieces, dtype, moment, inv_scale in brackets:
+                problem = problem_of(n, mix, pieces, dtype, moment, generator, inv_scale)
+                check_brackets(ops, problem)
             assert compare_bracket(ops, overflowing(generator), 600_000_000)[Field.MISSES] == 1
     # Large enough to be sampled: a window, a log that is used, and one that overflows.
     for mix in (("normal",), ("normal", "ties", "ties"), ("one",) * 30 + ("normal",)):

@@ -4,6 +4,7 @@
 #include <cinttypes>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <random>
 #include <vector>
 
@@ -26,6 +27,13 @@ enum class Way {
   kSpeculative,  // in the pass that updates or captures
   kNoRoom,       // that pass has no room for a bracket
   kOverflow,     // its log overflows, and it misses
+};
+
+// Which loops are taken.
+enum class Loops {
+  kGeneral,  // for any dtypes, and two thresholds
+  kFloats,   // one threshold
+  kNarrow,   // and bfloat16
 };
 
 class Digest {
@@ -66,7 +74,15 @@ void mislead(const SelectArguments& s, std::vector<std::vector<float>> (&data)[4
   }
 }
 
-uint64_t run(Way way) {
+void to_bf16(std::vector<float>& values) {
+  auto* narrow = reinterpret_cast<uint16_t*>(values.data());
+  for (size_t i = 0; i < values.size(); ++i) {
+    const uint16_t bits = float_to_bf16(values[i]);
+    std::memcpy(narrow + i, &bits, sizeof(bits));  // at or before what is read next
+  }
+}
+
+uint64_t run(Way way, Loops loops) {
   std::mt19937 random(7);
   std::normal_distribution<float> normal;
   std::vector<std::vector<float>> data[4];
@@ -90,7 +106,9 @@ uint64_t run(Way way) {
     segment.alpha = 0.1f;
     segment.sign = 1.0f;
     segment.selective = true;
-    segment.access = i == 1 ? Access::kSingle : Access::kFloats;
+    const bool is_narrow = loops == Loops::kNarrow;
+    segment.access = i == 1 ? Access::kSingle : is_narrow ? Access::kNarrow : Access::kFloats;
+    for (Dtype& dtype : segment.dtype) dtype = is_narrow ? Dtype::kBFloat16 : Dtype::kFloat32;
     segment.step = &steps[i];
     for (auto& operand : data) {
       operand.emplace_back(kSizes[i]);
@@ -114,29 +132,34 @@ uint64_t run(Way way) {
   s.selection = record.data();
   s.elements = n;
   s.upper = 600000000;
-  s.lower = 300000000;
+  s.lower = loops == Loops::kGeneral ? 300000000 : 0;
   s.width = 1.0;
   if (way != Way::kLogged) {
     s.stratum = 8;
     s.lines = (lines + s.stratum - 1) / s.stratum;
   }
   const bool is_one_pass = way != Way::kLogged && way != Way::kSampled;
-  const int64_t unused = 3 * kThreads;  // of three blocks
+  const int64_t unused = 3 * kThreads;            // of three blocks
   s.log.capacity = way == Way::kSampled    ? 512  // fewer than there are in a window
                    : way == Way::kOverflow ? 4096 + unused
-                   : way == Way::kNoRoom   ? 16
+                   : way == Way::kNoRoom   ? 16 + unused  // it would have if all could be used
                                            : n + unused;
   std::vector<uint32_t> keys(s.log.capacity);
   s.log.keys = keys.data();
   if (is_one_pass) {
     s.speculative = true;
-    s.width = way == Way::kOverflow ? 0.02 : 0.2;
+    s.width = way == Way::kOverflow ? 0.02 : way == Way::kNoRoom ? 0.01 : 0.2;
     places.resize(s.log.capacity);
     old.resize(3 * s.log.capacity);
     s.log.places = places.data();
     s.log.old = old.data();
   }
   if (way == Way::kOverflow) mislead(s, data);
+  if (loops == Loops::kNarrow) {
+    for (auto& operand : data) {
+      for (auto& values : operand) to_bf16(values);
+    }
+  }
   const Mode mode = !is_one_pass || way == Way::kNoRoom ? Mode::kExact : Mode::kSpeculative;
   const auto check_mode = [&] {
     const bool overflows = mode == Mode::kSpeculative && state[0].overflowed != 0;
@@ -188,10 +211,13 @@ uint64_t run(Way way) {
 int main(int argc, char** argv) {
   simt::settings = {argc > 1 ? simt::Order::kRandom : simt::Order::kForward,
                     argc > 1 ? std::strtoull(argv[1], nullptr, 10) : 0, 2, 3};
-  const uint64_t digest = run(Way::kLogged);
-  for (const Way way : {Way::kSampled, Way::kSpeculative, Way::kNoRoom}) {
-    if (run(way) != digest) check("results depend on how thresholds are found");
+  for (const Loops loops : {Loops::kGeneral, Loops::kFloats, Loops::kNarrow}) {
+    const uint64_t digest = run(Way::kLogged, loops);
+    for (const Way way : {Way::kSpeculative, Way::kSampled, Way::kNoRoom}) {
+      if (run(way, loops) != digest) check("results depend on how thresholds are found");
+      if (loops != Loops::kGeneral) break;  // what is left has no loop of its own
+    }
+    if (loops == Loops::kGeneral) run(Way::kOverflow, loops);
+    std::printf("%016" PRIx64 "\n", digest);
   }
-  run(Way::kOverflow);
-  std::printf("%016" PRIx64 "\n", digest);
 }
