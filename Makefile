@@ -51,11 +51,11 @@ verify-triton: $(VENV)/ready
 lint: $(VENV)/ready  ## formatting, style and types
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 	$(BIN)/mypy
-	find csrc tests/simt -type f ! -name '*.py*' | xargs $(BIN)/clang-format --dry-run -Werror
+	find csrc tests/simt -type f ! -name '*.py*' ! -name '*.txt' | xargs $(BIN)/clang-format --dry-run -Werror
 
 format: $(VENV)/ready  ## rewrite the sources as `make lint` wants them
 	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
-	find csrc tests/simt -type f ! -name '*.py*' | xargs $(BIN)/clang-format -i
+	find csrc tests/simt -type f ! -name '*.py*' ! -name '*.txt' | xargs $(BIN)/clang-format -i
 
 bench: $(VENV)/ready-bench  ## speed and memory against other optimizers; DEVICE=cuda on a GPU
 	$(BIN)/python -m benchmarks --device $(or $(DEVICE),cpu) $(ARGS)

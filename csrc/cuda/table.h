@@ -20,8 +20,8 @@ constexpr int kBlocks = ROSE_BLOCKS;
 constexpr int kBlocks = 3;  // of an update on a multiprocessor, so that a thread has 80 registers
 #endif
 
-// How a segment is accessed: as vectors of elements, whose dtypes (parameter and gradient; moments) a loop
-// may be compiled for. 16 bytes at a time, but for bfloat16 next to float32, which comes in 8.
+// How a segment is accessed: as vectors of elements, whose dtypes (parameter and gradient; moments) a
+// loop may be compiled for. 16 bytes at a time, but for bfloat16 next to float32, which comes in 8.
 enum class Access : uint8_t {
   kSingle,         // one by one: strided, or not aligned
   kFloats,         // float32
