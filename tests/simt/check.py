@@ -54,7 +54,7 @@ MAXIMIZED = (*PLAIN[:4], -1.0, 0.0)
 def problem_of(
     n: int, mix, pieces: int, dtype, moment, generator, inv_scale=None, rank_inactive=False
 ) -> Problem:
-    """Of several tensors, every third is contiguous in all operands. ``inv_scale`` is a second factor."""
+    """Of several tensors, every third is contiguous in all operands; ``inv_scale``: a second factor."""
     cuts = torch.randint(0, n, (pieces - 1,), generator=generator).sort().values
     layouts = ("contiguous", "transposed", "strided", "padded")
 
@@ -267,8 +267,10 @@ def main(library: str) -> None:
                 check(ops, problem_of(n, mix, pieces, *DTYPES[(i + 2 * k) % 5], generator, **options))
         if order == "random":  # the one that finds most
             brackets = (
-                (("normal",), 300_007, 1, FLOAT, FLOAT, None), (("normal",), 100_003, 5, BF16, BF16, None),
-                (MIXES[2], 100_003, 17, FLOAT, FLOAT, 0.3), (("ties",), 100_003, 5, FLOAT, FLOAT, None),
+                (("normal",), 300_007, 1, FLOAT, FLOAT, None),
+                (("normal",), 100_003, 5, BF16, BF16, None),
+                (MIXES[2], 100_003, 17, FLOAT, FLOAT, 0.3),
+                (("ties",), 100_003, 5, FLOAT, FLOAT, None),
             )  # fmt: skip
             for mix, n, pieces, dtype, moment, inv_scale in brackets:
                 problem = problem_of(n, mix, pieces, dtype, moment, generator, inv_scale)
