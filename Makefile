@@ -11,7 +11,7 @@ VERIFY := sanitize verify-triton verify-mutants verify-binaries
 SOURCES := setup.py $(shell find csrc -type f)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test gpu verify-gpu $(VERIFY) verify-abi lint format bench bench-all clean
+.PHONY: help demo test gpu verify-gpu $(VERIFY) verify-triton-release verify-abi lint format bench bench-all clean
 .DELETE_ON_ERROR:
 
 help:  ## this list
@@ -34,6 +34,13 @@ verify-binaries: $(VENV)/ready
 	$(BIN)/python -m pytest -p no:cacheprovider -m slow tests/test_gpu_binaries.py tests/test_instructions.py \
 		tests/test_roofline.py tests/test_triton.py $(ARGS)
 
+# What another release of Triton makes of the kernels: from 3.6 on, which PyTorch 2.10 brings.
+OTHER_TRITON ?= 3.6.0
+verify-triton-release: $(VENV)/ready  ## the Triton kernels, as compiled by OTHER_TRITON (3.6.0)
+	$(PIP) install --no-deps --target build/triton-$(OTHER_TRITON) triton==$(OTHER_TRITON)
+	PYTHONPATH=$(CURDIR)/build/triton-$(OTHER_TRITON) $(BIN)/python -m pytest -p no:cacheprovider -m slow \
+		tests/test_triton.py -k "compiled or gate" $(ARGS)
+
 verify-mutants: $(VENV)/ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p no:cacheprovider -m slow tests/test_simt.py $(ARGS)
 
@@ -44,11 +51,11 @@ verify-triton: $(VENV)/ready
 lint: $(VENV)/ready  ## formatting, style and types
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 	$(BIN)/mypy
-	find csrc tests/simt -type f ! -name '*.py*' | xargs $(BIN)/clang-format --dry-run -Werror
+	find csrc tests/simt -type f ! -name '*.py*' ! -name '*.txt' | xargs $(BIN)/clang-format --dry-run -Werror
 
 format: $(VENV)/ready  ## rewrite the sources as `make lint` wants them
 	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
-	find csrc tests/simt -type f ! -name '*.py*' | xargs $(BIN)/clang-format -i
+	find csrc tests/simt -type f ! -name '*.py*' ! -name '*.txt' | xargs $(BIN)/clang-format -i
 
 bench: $(VENV)/ready-bench  ## speed and memory against other optimizers; DEVICE=cuda on a GPU
 	$(BIN)/python -m benchmarks --device $(or $(DEVICE),cpu) $(ARGS)

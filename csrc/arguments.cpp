@@ -20,6 +20,18 @@ void check_fractions(int64_t upper, int64_t lower) {
                   lower, " and upper ", upper);
 }
 
+void check_tensors(const Tensor& mask, const Tensor& sums, const std::optional<Tensor>& exp_avg_sums,
+                   int64_t upper, int64_t lower) {
+  check_fractions(upper, lower);
+  const int64_t count = mask.numel();
+  STD_TORCH_CHECK(count <= UINT32_MAX, "mask has ", count, " elements; expected less than 2^32");
+  check_table(mask, ScalarType::Bool, count, "mask", mask.device());
+  check_table(sums, ScalarType::Double, count, "sums", mask.device());
+  if (exp_avg_sums) {
+    check_table(*exp_avg_sums, ScalarType::Double, count, "exp_avg_sums", mask.device());
+  }
+}
+
 Groups::Groups(const Tensor& hyper, const Tensor& group, size_t tensors)
     : count_(hyper.numel() / kColumns) {
   check_table(hyper, ScalarType::Double, count_ * kColumns, "hyper");

@@ -16,6 +16,10 @@ void check_table(const Tensor& tensor, ScalarType dtype, int64_t numel, const ch
 
 void check_fractions(int64_t upper, int64_t lower);
 
+// The arguments of a selection of whole tensors.
+void check_tensors(const Tensor& mask, const Tensor& sums, const std::optional<Tensor>& exp_avg_sums,
+                   int64_t upper, int64_t lower);
+
 // The group table and each tensor's row in it; both on the CPU, whatever the device of the tensors.
 class Groups {
  public:

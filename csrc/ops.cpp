@@ -16,6 +16,8 @@ STABLE_TORCH_LIBRARY_IMPL(rose_ops, CPU, m) {
   m.impl("bracket_adamw_", TORCH_BOX(&rose::cpu::bracket_adamw_));
   m.impl("bracket_capture_", TORCH_BOX(&rose::cpu::bracket_capture_));
   m.impl("sums_of_squares", TORCH_BOX(&rose::cpu::sums_of_squares));
+  m.impl("clip_factors", TORCH_BOX(&rose::cpu::clip_factors));
+  m.impl("select_tensors_", TORCH_BOX(&rose::cpu::select_tensors_));
 }
 
 #ifdef ROSE_WITH_CUDA
@@ -26,5 +28,7 @@ STABLE_TORCH_LIBRARY_IMPL(rose_ops, CUDA, m) {
   m.impl("bracket_adamw_", TORCH_BOX(&rose::cuda::ops::bracket_adamw_));
   m.impl("bracket_capture_", TORCH_BOX(&rose::cuda::ops::bracket_capture_));
   m.impl("sums_of_squares", TORCH_BOX(&rose::cuda::ops::sums_of_squares));
+  m.impl("clip_factors", TORCH_BOX(&rose::cuda::ops::clip_factors));
+  m.impl("select_tensors_", TORCH_BOX(&rose::cuda::ops::select_tensors_));
 }
 #endif

@@ -27,6 +27,10 @@ void define_operators(Library& m) {
       "Tensor group, Tensor? inv_scale, Tensor? clip, int upper, int lower, bool rank_inactive, "
       "int draw, float width) -> Tensor");
   m.def("sums_of_squares(Tensor[] tensors, Tensor? inv_scale) -> Tensor");
+  m.def("clip_factors(Tensor sums, float max_norm) -> Tensor");
+  m.def(
+      "select_tensors_(Tensor(a!) mask, Tensor sums, Tensor? exp_avg_sums, Tensor hyper, Tensor group, "
+      "Tensor? clip, int upper, int lower, bool rank_inactive) -> Tensor");
 }
 
 }  // namespace rose

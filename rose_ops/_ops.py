@@ -125,6 +125,21 @@ def register_fakes(namespace: str = "rose_ops") -> None:
         device = _check_devices({}, tensors=tensors, inv_scale=inv_scale)
         return torch.empty(len(tensors), dtype=torch.float64, device=device)
 
+    @torch.library.register_fake(f"{namespace}::clip_factors")
+    def _(sums, max_norm) -> Tensor:
+        return sums.new_empty(3, dtype=torch.float32)
+
+    @torch.library.register_fake(f"{namespace}::select_tensors_")
+    def _(mask, sums, exp_avg_sums, hyper, group, clip, *_settings) -> Tensor:
+        device = _check_devices(
+            {"hyper": hyper, "group": group},
+            mask=mask,
+            sums=sums,
+            exp_avg_sums=exp_avg_sums,
+            clip=clip,
+        )
+        return torch.empty(Field.SIZE, dtype=torch.int64, device=device)
+
 
 try:
     torch.ops.load_library(_LIBRARY)

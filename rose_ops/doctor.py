@@ -122,6 +122,14 @@ def _results(ops: Any, device: str, data: list[list[Tensor]]) -> dict[str, list[
         )
     finite = [t.nan_to_num(0.0, 0.0, 0.0) for t in g]
     found["sums of squares"] = [ops.sums_of_squares(tensors, None) for tensors in (g, finite)]
+    # Of sums that are the same everywhere, and exact in float64.
+    sums = [torch.tensor(values, dtype=torch.float64) for values in ([9.0, 4.0, 3.0], [2.0, 0.0, 5.0])]
+    of_g, of_m = (values.to(device) for values in sums)
+    found["clipping"] = [ops.clip_factors(of_g, max_norm) for max_norm in (1.0, 5.0)]
+    for kind, squares in (("first", None), ("second", of_m)):
+        mask = torch.zeros(len(g), dtype=torch.bool, device=device)
+        record = ops.select_tensors_(mask, of_g, squares, *tables, None, *_FRACTIONS, False)
+        found[f"{kind}-order selection of tensors"] = [record, mask]
     return {name: [t.cpu() for t in tensors] for name, tensors in found.items()}
 
 

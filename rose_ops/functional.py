@@ -14,7 +14,7 @@ from torch import Tensor
 
 from rose_ops import backends
 from rose_ops.layout import empty_masks
-from rose_ops.reference import FRACTION_UNIT, Field, float32, norm_of, select_tensors
+from rose_ops.reference import FRACTION_UNIT, Field
 
 SELECTIONS = ("exact", "bracket", "approx")
 INACTIVE = ("update", "rank")
@@ -189,14 +189,15 @@ def capture_mask(
     ops = backends.resolve(backend, _device(grads)).ops
     if granularity == "tensor":
         choice("inactive", inactive, INACTIVE)
-        alpha = torch.full(
-            (len(grads),), float32(1.0 - beta1), dtype=torch.float32, device=_device(grads)
-        )
+        mask = torch.empty(len(grads), dtype=torch.bool, device=_device(grads))
         # An operator is found by its tensors; there is none to ask about an empty list.
-        norms = norm_of(ops.sums_of_squares(_detached(grads), inv_scale)) if grads else alpha
-        exp_avg_norms = norm_of(ops.sums_of_squares(_detached(exp_avgs), None)) if exp_avgs else None
+        sums = ops.sums_of_squares(_detached(grads), inv_scale) if grads else mask.double()
+        of_moments = ops.sums_of_squares(_detached(exp_avgs), None) if exp_avgs else None
+        tables = _one_group(grads, beta1, 0.0, 0.0, 0.0, 1.0, 1.0)
         fractions = check_fractions(upper, lower)
-        mask, record = select_tensors(norms, exp_avg_norms, alpha, *fractions, inactive == "rank")
+        record = ops.select_tensors_(
+            mask, sums, of_moments, *tables, None, *fractions, inactive == "rank"
+        )
         return list(mask.unbind()), Selection.from_record(record)
     masks = empty_masks([g.numel() for g in grads], _device(grads))
     tensors = (masks, _detached(grads), _detached(exp_avgs))

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
-from itertools import compress, groupby
+from itertools import accumulate, compress
 from numbers import Real
+from operator import is_
 from typing import Any, NamedTuple, TypeGuard
 
 import torch
@@ -30,11 +32,6 @@ from rose_ops.layout import empty_masks, memory_order, overlaps_itself
 from rose_ops.reference import (
     FRACTION_UNIT,
     Field,
-    Hyper,
-    clip_factors,
-    float32,
-    norm_of,
-    select_tensors,
 )
 
 ORDERS = {"first": ("first",), "second": ("second",), "ensemble": ("first", "second")}
@@ -110,9 +107,15 @@ class Settings:
                 "process_group is not there yet: rankings over several processes are not there"
             )
 
+    @cached_property
+    def _fractions(self) -> dict[str, tuple[int, int]]:
+        return {kind: self._fractions_of(kind) for kind in ("first", "second")}
+
     def fractions(self, kind: str) -> tuple[int, int]:
         """(c_h, c_l) of the ``"first"`` or ``"second"`` mask, in units of 1e-9."""
+        return self._fractions[kind]
 
+    def _fractions_of(self, kind: str) -> tuple[int, int]:
         def pick(name: str, value: float | tuple[float, float]) -> float:
             if not isinstance(value, (tuple, list)):
                 return value
@@ -140,18 +143,91 @@ class Settings:
 
 
 @dataclass
-class _Batch:
-    """One step's tensors in index-space order, and the rows of the group table they belong to."""
+class _Layout:
+    """Parameters that have a gradient, in index-space order. Kept as long as nothing about them
+    changes, so that what follows from them is found once."""
 
-    params: list[Tensor] = field(default_factory=list)  # as given; views and grads: in memory order
-    views: list[Tensor] = field(default_factory=list)
-    grads: list[Tensor] = field(default_factory=list)
-    groups: list[int] = field(default_factory=list)
-    offsets: list[int] = field(default_factory=list)
+    params: list[Tensor]
+    rows: list[int]  # of the group table
+    offsets: list[int]
     states: list[dict[str, Tensor]] = field(default_factory=list)  # from _init_state() on
+    masks: dict[str, list[Tensor]] = field(default_factory=dict)  # by kind, to be written again
+    _selective: tuple[list[bool], _Layout] | None = None
+
+    @cached_property
+    def group(self) -> Tensor:
+        return torch.tensor(self.rows)
+
+    @cached_property
+    def offset(self) -> Tensor:
+        return torch.tensor(self.offsets)
+
+    @cached_property
+    def members(self) -> list[Tensor]:
+        """The model's parameters."""
+        return [m for p in self.params for m in members(p)]
+
+    def subset(self, keep: list[bool]) -> _Layout:
+        if self._selective is None or self._selective[0] != keep:
+            part = _Layout(
+                list(compress(self.params, keep)),
+                list(compress(self.rows, keep)),
+                list(compress(self.offsets, keep)),
+                list(compress(self.states, keep)),
+            )
+            self._selective = keep, part
+        return self._selective[1]
+
+
+class _Batch(NamedTuple):
+    """One step's tensors, in memory order."""
+
+    layout: _Layout
+    views: list[Tensor]  # of parameters
+    grads: list[Tensor]
+    scattered: list[int]  # parameters that are not contiguous
+
+    @classmethod
+    def of(cls, layout: _Layout, grads: list[Tensor]) -> _Batch:
+        scattered = [i for i, p in enumerate(layout.params) if not p.is_contiguous()]
+        batch = cls(layout, [], [], scattered)
+        return cls(layout, batch.ordered(layout.params), batch.ordered(grads), scattered)
+
+    def ordered(self, tensors: list[Tensor]) -> list[Tensor]:
+        """What belongs to the parameters, in the order of their memory."""
+        if self.scattered:
+            tensors = list(tensors)
+            for i in self.scattered:
+                (tensors[i],) = memory_order(self.params[i], (tensors[i],))
+        return tensors
+
+    @property
+    def params(self) -> list[Tensor]:
+        return self.layout.params
+
+    def states(self, key: str) -> list[Tensor]:
+        values = [state[key] for state in self.layout.states]
+        return self.ordered(values) if key in _MOMENTS else values
 
     def subset(self, keep: list[bool]) -> _Batch:
-        return self if all(keep) else _Batch(*(list(compress(x, keep)) for x in vars(self).values()))
+        if all(keep):
+            return self
+        layout = self.layout.subset(keep)
+        views, grads = (list(compress(x, keep)) for x in (self.views, self.grads))
+        scattered = [i for i, p in enumerate(layout.params) if not p.is_contiguous()]
+        return _Batch(layout, views, grads, scattered)
+
+
+class _Seen(NamedTuple):
+    """A layout, and what it was made from."""
+
+    layout: _Layout
+    every: list[Tensor]  # parameters
+    groups: list[int]  # their lengths
+    numels: list[int]
+    present: list[bool]  # gradients
+    dtypes: list[torch.dtype]
+    states: list[dict[str, Tensor]]  # those of other parameters, too
 
 
 class _Clip(NamedTuple):
@@ -300,6 +376,10 @@ class RoseFusedAdamW(Optimizer):
         self._dtypes: dict[Tensor, torch.dtype] = {}
         self._records: dict[str, Tensor] = {}
         self._sums: dict[Tensor, tuple[Tensor, int, float]] = {}  # see _exp_avg_sums
+        self._seen: _Seen | None = None
+        self._hyper: tuple[list[Any], Tensor] | None = None
+        self._lrs: tuple[list[Any], Tensor] | None = None
+        self._loaded: tuple[torch.device, backends.Backend] | None = None
         self.grad_norm: Tensor | None = None
 
     # ------------------------------------------------------------------------------------- groups
@@ -351,40 +431,88 @@ class RoseFusedAdamW(Optimizer):
 
     # --------------------------------------------------------------------------------------- step
 
-    def _collect(self) -> _Batch:
-        """All parameters that have a gradient. Raises before anything is changed."""
+    def _collect(self, known: bool = True) -> _Batch:
+        """All parameters that have a gradient. Raises before anything is changed.
+
+        What is as in the latest step is not looked at again. Most of what then could be wrong is left
+        to the operators, which check their arguments before they change any; see _explained().
+
+        Args:
+            known: False: look at everything.
+        """
         if torch._C._current_graph_task_id() != -1:
             raise RuntimeError(
                 "RoseFusedAdamW was called inside a backward pass (optimizer-in-backward); its "
                 "ranking is global and needs all gradients: call it after backward()"
             )
-        batch = _Batch()
-        offset = 0
-        for row, group in enumerate(self.param_groups):
-            for p in group["params"]:
-                if (grad := p.grad) is not None:  # once: a flat parameter looks at all its members
-                    self._check_ready(p, grad, offset)
-                    grad = grad.detach() if grad.requires_grad else grad
-                    view, grad = memory_order(p, (p.detach(), grad))
-                    batch.params.append(p)
-                    batch.views.append(view)
-                    batch.grads.append(grad)
-                    batch.groups.append(row)
-                    batch.offsets.append(offset)
-                offset += p.numel()
-        if batch.params and not batch.params[0].is_cpu:
-            _check_graph(self, any("step" not in self.state.get(p, {}) for p in batch.params))
-        return batch
+        every = [p for group in self.param_groups for p in group["params"]]
+        found = [p.grad for p in every]  # once: a flat parameter looks at all its members
+        present = [grad is not None for grad in found]
+        numels = [p.numel() for p in every]
+        layout = self._known_layout(every, numels, present) if known else None
+        grads = [grad for grad in found if grad is not None]
+        if layout is None:
+            self._seen = None
+            groups = [len(group["params"]) for group in self.param_groups]
+            rows = [row for row, count in enumerate(groups) for _ in range(count)]
+            offsets = list(accumulate(numels, initial=0))[:-1]
+            layout = _Layout(
+                list(compress(every, present)),
+                list(compress(rows, present)),
+                list(compress(offsets, present)),
+            )
+            for p, grad, offset in zip(layout.params, grads, layout.offsets, strict=True):
+                self._check_ready(p, grad, offset)
+            dtypes = [p.dtype for p in layout.params]
+            # Complete once there are states.
+            self._seen = _Seen(layout, every, groups, numels, present, dtypes, [])
+        if layout.params and not layout.params[0].is_cpu:
+            _check_graph(self, not layout.states)
+        return _Batch.of(layout, grads)
 
-    def _init_state(self, batch: _Batch) -> None:
-        new = [p for p in batch.params if "step" not in self.state[p]]
+    def _known_layout(
+        self, every: list[Tensor], numels: list[int], present: list[bool]
+    ) -> _Layout | None:
+        """That of the latest step, unless something about the parameters is not as it was there."""
+        seen = self._seen
+        if (
+            seen is not None
+            and seen.layout.states
+            and _are(every, seen.every)
+            and numels == seen.numels
+            and present == seen.present
+            and [len(group["params"]) for group in self.param_groups] == seen.groups
+            and [p.dtype for p in seen.layout.params] == seen.dtypes
+            and _are([*self.state.values()], seen.states)
+            and all("step" in state for state in seen.layout.states)
+            and self._backend(seen.layout).name != "reference"  # which checks nothing
+        ):
+            return seen.layout
+        return None
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        """Where an operator refuses tensors that were not looked at: say what is wrong in the user's
+        terms, if it is that."""
+        try:
+            yield
+        except Exception:
+            self._collect(known=False)
+            raise
+
+    def _init_state(self, layout: _Layout) -> None:
+        if layout.states:
+            return
+        new = [p for p in layout.params if "step" not in self.state[p]]
         for p in new:
             self._dtypes[p] = p.dtype
             self.state[p]["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
         for moment in _MOMENTS:
             for p, zeros in zip(new, memory.zeros_like(new, self.settings.moment_dtype), strict=True):
                 self.state[p][moment] = zeros
-        batch.states = [self.state[p] for p in batch.params]
+        layout.states = [self.state[p] for p in layout.params]
+        if self._seen is not None and self._seen.layout is layout:
+            self._seen = self._seen._replace(states=[*self.state.values()])
 
     def _check_ready(self, p: Tensor, grad: Tensor, offset: int) -> None:
         state = self.state.get(p)
@@ -427,56 +555,72 @@ class RoseFusedAdamW(Optimizer):
                     "a change of dtype, and load the old one's state_dict() into it"
                 )
 
-    def _states(self, batch: _Batch, key: str) -> list[Tensor]:
-        values = [state[key] for state in batch.states]
-        if key not in _MOMENTS:
-            return values
-        return [
-            x if p.is_contiguous() else memory_order(p, (x,))[0]
-            for p, x in zip(batch.params, values, strict=True)
-        ]
-
-    def _tables(self) -> tuple[Tensor, Tensor]:
-        """Learning rates ``[G]``, where tensors of the user's are, and on the CPU the other
-        hyperparameters ``[G, 6]``."""
+    def _lr_table(self) -> Tensor:
+        """Learning rates ``[G]``, where tensors of the user's are."""
         lrs = [group["lr"] for group in self.param_groups]
+        if not any(isinstance(lr, Tensor) for lr in lrs):
+            if self._lrs is None or self._lrs[0] != lrs:
+                self._lrs = lrs, torch.tensor(lrs, dtype=torch.float64)
+            return self._lrs[1]
         device = next((x.device for x in lrs if isinstance(x, Tensor) and not x.is_cpu), None)
-        lr = torch.stack(
-            [
-                x.detach().to(device, torch.float64).reshape(())
-                if isinstance(x, Tensor) and x.device == device
-                # Filled where it is needed: a copy from the CPU would wait for the device.
-                else torch.full((), float(x), dtype=torch.float64, device=device)
-                for x in lrs
-            ]
-        )
+        columns = [
+            x.detach().to(device, torch.float64).reshape(1)
+            if isinstance(x, Tensor) and x.device == device
+            # Filled where it is needed: a copy from the CPU would wait for the device.
+            else torch.full((1,), float(x), dtype=torch.float64, device=device)
+            for x in lrs
+        ]
+        return torch.cat(columns) if len(columns) > 1 else columns[0]
+
+    def _hyper_table(self) -> Tensor:
+        """The other hyperparameters ``[G, 6]``, on the CPU."""
         selecting = self._is_selecting()
-        hyper = torch.empty(len(lrs), len(Hyper), dtype=torch.float64)
-        for row, group in zip(hyper, self.param_groups, strict=True):
-            columns = {
-                Hyper.BETA1: group["betas"][0],
-                Hyper.BETA2: group["betas"][1],
-                Hyper.EPS: group["eps"],
-                Hyper.WEIGHT_DECAY: group["weight_decay"],
-                Hyper.SIGN: -1.0 if group["maximize"] else 1.0,
-                Hyper.SELECTIVE: float(group["selective"] and selecting),
-            }
-            row.copy_(torch.tensor([columns[column] for column in Hyper], dtype=torch.float64))
-        return lr, hyper
+        values = [
+            (
+                group["betas"][0],
+                group["betas"][1],
+                group["eps"],
+                group["weight_decay"],
+                -1.0 if group["maximize"] else 1.0,
+                float(group["selective"] and selecting),
+            )
+            for group in self.param_groups
+        ]
+        if self._hyper is None or self._hyper[0] != values:
+            self._hyper = values, torch.tensor(values, dtype=torch.float64)
+        return self._hyper[1]
 
     def _is_selecting(self) -> bool:
         """Whether the coming step selects at all."""
         settings = self.settings
         return not settings.is_adamw and self._steps_done >= settings.selection_warmup_steps
 
-    def _ops(self, batch: _Batch) -> Any:
-        return backends.resolve(self.settings.backend, batch.views[0].device).ops
+    def _backend(self, layout: _Layout) -> backends.Backend:
+        device = layout.params[0].device
+        if self._loaded is None or self._loaded[0] != device:
+            self._loaded = device, backends.resolve(self.settings.backend, device)
+        return self._loaded[1]
 
-    def _selective_flags(self, batch: _Batch) -> list[bool]:
-        return [self.param_groups[row]["selective"] for row in batch.groups]
+    def _ops(self, batch: _Batch) -> Any:
+        return self._backend(batch.layout).ops
 
     def _selective(self, batch: _Batch) -> _Batch:
-        return batch.subset(self._selective_flags(batch))
+        flags = [group["selective"] for group in self.param_groups]
+        return batch if all(flags) else batch.subset([flags[row] for row in batch.layout.rows])
+
+    def _has_selective(self, batch: _Batch) -> bool:
+        flags = [group["selective"] for group in self.param_groups]
+        return any(flags[row] for row in batch.layout.rows)
+
+    def _masks_of(self, kind: str, layout: _Layout, make: Callable[[], list[Tensor]]) -> list[Tensor]:
+        """Where masks go: again where the latest were, which are used up, or about to be replaced. A
+        graph owns its masks."""
+        if not layout.params[0].is_cpu and torch.cuda.is_current_stream_capturing():
+            return make()
+        device = layout.params[0].device
+        if kind not in layout.masks or layout.masks[kind][0].device != device:
+            layout.masks[kind] = make()
+        return layout.masks[kind]
 
     def _clip(self, batch: _Batch, inv_scale: Tensor | None) -> _Clip:
         """Of the gradients of all parameters."""
@@ -484,7 +628,8 @@ class RoseFusedAdamW(Optimizer):
         if settings.max_grad_norm is None:
             return _Clip()
         sums = self._ops(batch).sums_of_squares(batch.grads, inv_scale)
-        self.grad_norm = norm = norm_of(sums.sum())
+        factors = self._ops(batch).clip_factors(sums, settings.max_grad_norm)
+        self.grad_norm = norm = factors[0]
         if settings.error_if_nonfinite and not norm.isfinite():
             found_inf = getattr(self, "found_inf", None)
             if found_inf is None or found_inf.item() == 0:  # else the step is skipped
@@ -493,7 +638,7 @@ class RoseFusedAdamW(Optimizer):
                     f"max_grad_norm={settings.max_grad_norm}; nothing was changed (with "
                     "error_if_nonfinite=False such a step leaves selective parameters alone)"
                 )
-        return _Clip(clip_factors(norm, settings.max_grad_norm), sums)
+        return _Clip(factors[1:], sums)
 
     def _exp_avg_sums(self, batch: _Batch) -> Tensor:
         """Sums of squares of first moments.
@@ -501,10 +646,10 @@ class RoseFusedAdamW(Optimizer):
         On the CPU, those of tensors that the latest step left alone are remembered, with the version
         of the moment. (A GPU's masks are not read back.)
         """
-        moments, sums_of_squares = self._states(batch, "exp_avg"), self._ops(batch).sums_of_squares
+        moments, sums_of_squares = batch.states("exp_avg"), self._ops(batch).sums_of_squares
         if not moments[0].is_cpu:
             return sums_of_squares(moments, None)
-        keys = [(m := state["exp_avg"], m._version) for state in batch.states]
+        keys = [(m := state["exp_avg"], m._version) for state in batch.layout.states]
         new = []
         for i, (p, (m, version)) in enumerate(zip(batch.params, keys, strict=True)):
             known = self._sums.get(p)
@@ -523,20 +668,21 @@ class RoseFusedAdamW(Optimizer):
         sums = clip.sums
         if sums is None or len(sums) != len(batch.params):
             sums = self._ops(batch).sums_of_squares(batch.grads, inv_scale)
-        norms = norm_of(sums, clip.factors)
-        exp_avg_norms = norm_of(self._exp_avg_sums(batch)) if kind == "second" else None
-        # Filled where it is needed: a copy from the CPU could not be part of a CUDA graph.
-        alphas = [float32(1.0 - group["betas"][0]) for group in self.param_groups]
-        alpha = torch.cat(
-            [
-                torch.full((len(list(run)),), alphas[row], dtype=torch.float32, device=norms.device)
-                for row, run in groupby(batch.groups)
-            ]
+        exp_avg_sums = self._exp_avg_sums(batch) if kind == "second" else None
+        # The whole first, then its parts.
+        mask, *masks = self._masks_of(
+            f"{kind} of tensors",
+            batch.layout,
+            lambda: [
+                whole := torch.empty(len(sums), dtype=torch.bool, device=sums.device),
+                *whole.unbind(),
+            ],
         )
-        mask, self._records[kind] = select_tensors(
-            norms, exp_avg_norms, alpha, *self.settings.fractions(kind), self._rank_inactive
-        )
-        return list(mask.unbind())
+        self._records[kind] = self._ops(batch).select_tensors_(
+            mask, sums, exp_avg_sums, self._hyper_table(), batch.layout.group, clip.factors,
+            *self.settings.fractions(kind), self._rank_inactive,
+        )  # fmt: skip
+        return masks
 
     @property
     def _rank_inactive(self) -> bool:
@@ -570,27 +716,32 @@ class RoseFusedAdamW(Optimizer):
             raise RuntimeError(f"capture({kind!r}): no parameter has a gradient; call backward() first")
         if self._is_selecting():
             inv_scale = _reciprocal(grad_scale)
-            # What is clipped is the gradient to update with; ranks of the other do not depend on it.
-            clip = self._clip(batch, inv_scale) if kind == "second" else _Clip()
-            batch = self._selective(batch)
-            masks = self._capture(kind, batch, inv_scale, clip) if batch.params else []
+            with self._explained():
+                # The gradient to update with is clipped; ranks of the other do not depend on it.
+                clip = self._clip(batch, inv_scale) if kind == "second" else _Clip()
+                self._init_state(batch.layout)
+                batch = self._selective(batch)
+                masks = self._capture(kind, batch, inv_scale, clip) if batch.params else []
             self._drop_masks(kind)  # a second capture replaces the first
-            for p, mask in zip(batch.params, masks, strict=True):
-                self.state[p][_mask_key(kind)] = mask
+            key = _mask_key(kind)
+            for state, mask in zip(batch.layout.states, masks, strict=True):
+                state[key] = mask
             self._captured.add(kind)
         if clear:
             self.zero_grad(set_to_none=True)
 
     def _capture(self, kind: str, batch: _Batch, inv_scale: Tensor | None, clip: _Clip) -> list[Tensor]:
-        self._init_state(batch)
         settings = self.settings
         if settings.granularity == "tensor":
             return self._tensor_masks(kind, batch, inv_scale, clip)
-        _, hyper = self._tables()
         ops, fractions = self._ops(batch), settings.fractions(kind)
-        masks = empty_masks([view.numel() for view in batch.views], batch.views[0].device)
-        tensors = (batch.grads, self._states(batch, "exp_avg") if kind == "second" else [])
-        table = (hyper, torch.tensor(batch.groups), inv_scale, clip.factors)
+        masks = self._masks_of(
+            kind,
+            batch.layout,
+            lambda: empty_masks([view.numel() for view in batch.views], batch.views[0].device),
+        )
+        tensors = (batch.grads, batch.states("exp_avg") if kind == "second" else [])
+        table = (self._hyper_table(), batch.layout.group, inv_scale, clip.factors)
         if settings.selection == "bracket":
             self._records[kind] = ops.bracket_capture_(
                 masks, *tensors, *table, *fractions, self._rank_inactive, self._steps_done, 1.0
@@ -632,21 +783,23 @@ class RoseFusedAdamW(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         batch = self._collect()
-        selects = self._is_selecting() and any(self._selective_flags(batch))
+        selects = self._is_selecting() and self._has_selective(batch)
         if selects and "first" in self.settings.kinds and "first" not in self._captured:
             raise RuntimeError(
                 f"order={self.settings.order!r} needs a first-order mask: call kl.backward() and "
                 'optimizer.capture("first") before step() (rose_ops.rose_backward does both)'
             )
         if batch.params:
-            self._update(batch, selects)
+            with self._explained():
+                self._update(batch, selects)
         for kind in tuple(self._captured):
             self._drop_masks(kind)
         return loss
 
     def _drop_masks(self, kind: str) -> None:
+        key = _mask_key(kind)
         for state in self.state.values():
-            state.pop(_mask_key(kind), None)
+            state.pop(key, None)
         self._captured.discard(kind)
 
     def _update(self, batch: _Batch, selects: bool) -> None:
@@ -655,8 +808,9 @@ class RoseFusedAdamW(Optimizer):
             return  # nothing to read back here; on a GPU the kernels look
         inv_scale = _reciprocal(getattr(self, "grad_scale", None))
         clip = self._clip(batch, inv_scale)
-        self._init_state(batch)
-        lr, hyper = self._tables()
+        layout = batch.layout
+        self._init_state(layout)
+        lr, hyper = self._lr_table(), self._hyper_table()
         ops = self._ops(batch)
         settings = self.settings
         masks: dict[str, list[Tensor]] = {"first": [], "second": []}
@@ -664,23 +818,25 @@ class RoseFusedAdamW(Optimizer):
         selective = self._selective(batch)
         for kind in settings.kinds if selects else ():
             if kind in self._captured:
-                found = [state.get(_mask_key(kind)) for state in batch.states]
+                key = _mask_key(kind)
+                found = [state.get(key) for state in layout.states]
             elif settings.granularity == "tensor":
                 bools = self._tensor_masks(kind, selective, inv_scale, clip)
-                by_param = dict(zip(selective.params, bools, strict=True))
-                found = [by_param.get(p) for p in batch.params]
+                # Hashing a tensor takes a call in Python.
+                by_id = dict(zip(map(id, selective.params), bools, strict=True))
+                found = [by_id.get(id(p)) for p in batch.params]
             else:
                 ranks = True
                 continue
             # A parameter that had no gradient at the capture is outside that ranking: selected.
             none = torch.empty(0, dtype=torch.uint8, device=batch.views[0].device)
             masks[kind] = [none if mask is None else mask for mask in found]
-        group, fractions = torch.tensor(batch.groups), settings.fractions("second")
+        fractions = settings.fractions("second")
         tensors = (
-            batch.views, batch.grads, self._states(batch, "exp_avg"),
-            self._states(batch, "exp_avg_sq"), self._states(batch, "step"), masks["first"],
+            batch.views, batch.grads, batch.states("exp_avg"), batch.states("exp_avg_sq"),
+            batch.states("step"), masks["first"],
         )  # fmt: skip
-        tables = (lr, hyper, group, torch.tensor(batch.offsets), inv_scale, clip.factors, found_inf)
+        tables = (lr, hyper, layout.group, layout.offset, inv_scale, clip.factors, found_inf)
         stochastic = settings.param_rounding == "stochastic"
         if ranks and settings.selection == "bracket":
             result = ops.bracket_adamw_(
@@ -692,9 +848,9 @@ class RoseFusedAdamW(Optimizer):
             record = None
             if ranks:
                 self._records["second"] = record = ops.select(
-                    selective.grads, self._states(selective, "exp_avg"), hyper,
-                    torch.tensor(selective.groups), inv_scale, clip.factors, *fractions,
-                    self._rank_inactive, settings.selection == "approx",
+                    selective.grads, selective.states("exp_avg"), hyper, selective.layout.group,
+                    inv_scale, clip.factors, *fractions, self._rank_inactive,
+                    settings.selection == "approx",
                 )  # fmt: skip
             self._records["update"] = ops.adamw_(
                 *tensors, masks["second"], record, *tables, settings.gamma, self._rank_inactive,
@@ -704,7 +860,7 @@ class RoseFusedAdamW(Optimizer):
             if not _rules_out([found[i] for found in masks.values() if found]):
                 self._sums.pop(p, None)
         # As after any in-place operation: a backward that still needs the old values is an error.
-        torch.autograd.graph.increment_version([m for p in batch.params for m in members(p)])
+        torch.autograd.graph.increment_version(layout.members)
         self._steps_done += 1
 
     @property
@@ -858,6 +1014,11 @@ class RoseFusedAdamW(Optimizer):
 
     def __repr__(self) -> str:
         return f"{super().__repr__()[:-1]}\n{self.settings}\n)"
+
+
+def _are(ones: list[Any], others: list[Any]) -> bool:
+    """Whether these are the same objects."""
+    return len(ones) == len(others) and all(map(is_, ones, others))
 
 
 def _rules_out(masks: list[Tensor]) -> bool:

@@ -94,17 +94,20 @@ def scaled(
 
 
 @keeps_denormals
-def clip_factors(norm: Tensor, max_norm: float) -> Tensor:
-    """What gradients of selective and of other tensors are multiplied by to be clipped: ``[2]``.
+def clip_factors(sums: Tensor, max_norm: float) -> Tensor:
+    """The norm of all gradients, and what those of selective and of other tensors are multiplied by to
+    be clipped: float32 ``[3]``.
 
     ``min(1, max_norm / (norm + 1e-6))``, as ``torch.nn.utils.clip_grad_norm_`` has it. A norm that is
     not finite makes every element of a selective tensor NaN, so that none of them is updated.
 
     Args:
-        norm: float32 scalar, the norm of all gradients together.
+        sums: float64, the squared norm of each tensor. They are added in float64, in an order that is
+            up to the backend.
     """
+    norm = norm_of(sums.sum())
     factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-    return torch.stack([torch.where(norm.isfinite(), factor, torch.nan), factor])
+    return torch.stack([norm, torch.where(norm.isfinite(), factor, torch.nan), factor])
 
 
 def risk_key(g: Tensor, m: Tensor | None, alpha: float | Tensor, rank_inactive: bool) -> Tensor:
@@ -556,6 +559,7 @@ def select_tensors(
 
     zero = torch.zeros((), dtype=torch.int64, device=key.device)
     fields = dict.fromkeys(range(Field.SIZE), zero)
+    fields[Field.HIGH] = fields[Field.LOW] = zero - 1
     if len(key):
         nothing = n == 0
         fields[Field.HIGH] = torch.where(nothing, -1, quantile(upper))
@@ -567,3 +571,45 @@ def select_tensors(
     mask = is_selected(key, torch.stack([*fields.values()]))
     fields[Field.KEPT] = (mask & ranked).sum()
     return mask, torch.stack([*fields.values()])
+
+
+def select_tensors_(
+    mask: Tensor,
+    sums: Tensor,
+    exp_avg_sums: Tensor | None,
+    hyper: Tensor,
+    group: Tensor,
+    clip: Tensor | None,
+    upper: int,
+    lower: int,
+    rank_inactive: bool,
+) -> Tensor:
+    """:func:`select_tensors` from sums of squares, into a bool ``mask``.
+
+    Args:
+        sums: float64 ``[N]``, of gradients, as :func:`sums_of_squares` returns them. exp_avg_sums:
+            likewise of first moments, or None for first order.
+
+    Returns:
+        The selection record.
+    """
+    alphas = torch.tensor(
+        [1.0 - beta1 for beta1 in hyper[group, Hyper.BETA1].tolist()], dtype=torch.float32
+    )
+    return _select_tensors_(mask, sums, exp_avg_sums, alphas, clip, upper, lower, rank_inactive)
+
+
+def _select_tensors_(
+    mask: Tensor,
+    sums: Tensor,
+    exp_avg_sums: Tensor | None,
+    alphas: Tensor,
+    clip: Tensor | None,
+    upper: int,
+    lower: int,
+    rank_inactive: bool,
+) -> Tensor:
+    moments = None if exp_avg_sums is None else norm_of(exp_avg_sums)
+    found, record = select_tensors(norm_of(sums, clip), moments, alphas, upper, lower, rank_inactive)
+    mask.copy_(found)
+    return record

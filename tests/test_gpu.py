@@ -360,7 +360,7 @@ def test_the_same_bits_from_twenty_repetitions(device, generator, way, dtype):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_the_hardware_rounds_to_bfloat16_as_the_kernels_expect():
-    """pack_bf16 in csrc/cuda/access.cuh leaves it to cvt.rn.bf16: every float32 but NaN, denormals kept."""
+    """pack_bf16 leaves it to cvt.rn.bf16: every number but NaN, denormals kept."""
     step = 1 << 26
     for first in range(-(1 << 31), 1 << 31, step):
         bits = torch.arange(first, first + step, dtype=torch.int64, device="cuda")

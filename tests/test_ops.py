@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 import pytest
 import torch
@@ -78,6 +79,19 @@ def bracket_capture_args(p: Problem):
     )  # fmt: skip
 
 
+def sums_of(generator, n: int = 9):
+    return torch.rand(n, generator=generator, dtype=torch.float64)
+
+
+def select_tensors_args(generator, first: bool = False):
+    problem, n = problem_of(generator), 9
+    return (
+        torch.zeros(n, dtype=torch.bool), sums_of(generator), None if first else sums_of(generator),
+        problem.hyper, torch.zeros(n, dtype=torch.int64), torch.tensor([0.5, 0.5]) if first else None,
+        600_000_000, 100_000_000, False,
+    )  # fmt: skip
+
+
 def _cases():
     """(operator, arguments from a generator), by name."""
     scale = torch.tensor(0.5)
@@ -109,6 +123,9 @@ def _cases():
         "bracket_capture_": (rose.bracket_capture_, lambda g: bracket_capture_args(problem_of(g))),
         "sums_of_squares": (rose.sums_of_squares, lambda g: (problem_of(g).grads, None)),
         "sums_of_squares-scaled": (rose.sums_of_squares, lambda g: (problem_of(g, BF16).grads, scale)),
+        "clip_factors": (rose.clip_factors, lambda g: (sums_of(g), 1.0)),
+        "select_tensors_-second": (rose.select_tensors_, lambda g: select_tensors_args(g)),
+        "select_tensors_-first": (rose.select_tensors_, lambda g: select_tensors_args(g, True)),
     }
 
 
@@ -129,11 +146,7 @@ def test_opcheck(generator, name, check):
 
 OPERATORS = (
     "select", "capture_", "adamw_", "bracket_adamw_", "bracket_capture_", "sums_of_squares",
-)  # fmt: skip
-
-
-OPERATORS = (
-    "select", "capture_", "adamw_", "bracket_adamw_", "bracket_capture_", "sums_of_squares",
+    "clip_factors", "select_tensors_",
 )  # fmt: skip
 
 
@@ -149,6 +162,8 @@ def test_what_is_written_is_what_the_schema_says():
         "bracket_adamw_": ["params", "exp_avgs", "exp_avg_sqs", "steps"],
         "bracket_capture_": ["masks"],
         "sums_of_squares": [],
+        "clip_factors": [],
+        "select_tensors_": ["mask"],
     }
 
 
@@ -286,6 +301,36 @@ def call_capture(ops, problem, masks, record):
         masks, problem.grads, problem.exp_avgs, problem.hyper, problem.group, problem.inv_scale,
         None, record, False,
     )  # fmt: skip
+
+
+BAD_TENSORS = {
+    "mask-uint8": (0, torch.zeros(9, dtype=torch.uint8), "mask must be"),
+    "mask-short": (0, torch.zeros(8, dtype=torch.bool), "sums must be"),
+    "sums-float32": (1, torch.zeros(9), "sums must be"),
+    "sums-strided": (1, torch.zeros(18, dtype=torch.float64)[::2], "sums must be"),
+    "moments-short": (2, torch.zeros(8, dtype=torch.float64), "exp_avg_sums must be"),
+    "hyper-float32": (3, torch.zeros(1, 6), "hyper must be"),
+    "group-short": (4, torch.zeros(8, dtype=torch.int64), "group must be"),
+    "group-too-large": (4, torch.ones(9, dtype=torch.int64), "group[0] is 1"),
+    "clip-three": (5, torch.ones(3), "clip must be"),
+    "upper": (6, ONE + 1, "expected 0 <= lower < upper"),
+    "lower": (7, 600_000_000, "expected 0 <= lower < upper"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_TENSORS)
+def test_select_tensors_refuses(ops, generator, name):
+    at, value, words = BAD_TENSORS[name]
+    arguments = list(select_tensors_args(generator))
+    arguments[at] = value
+    with pytest.raises(ERRORS, match=re.escape(words)):
+        ops.select_tensors_(*arguments)
+    assert not arguments[0].any()
+
+
+def test_clip_factors_refuses(ops):
+    with pytest.raises(ERRORS, match="sums must be"):
+        ops.clip_factors(torch.zeros(3), 1.0)
 
 
 @pytest.mark.parametrize("name", BAD_RISKS)

@@ -634,6 +634,125 @@ def test_parameters_added_after_a_capture_are_updated(generator):
     assert (params[5] != before).all()
 
 
+def _new_data(optimizer, params):
+    for p in params:
+        p.data = p.data.clone()
+
+
+def _transposed_data(optimizer, params):
+    for p in params:
+        if p.dim() == 2:
+            p.data = p.data.t().contiguous().t()
+
+
+def _new_state(optimizer, params):
+    p = params[0]
+    optimizer.state[p] = {key: value.clone() for key, value in optimizer.state[p].items()}
+
+
+def _new_moment(optimizer, params):
+    optimizer.state[params[0]]["exp_avg"] = optimizer.state[params[0]]["exp_avg"] * 2
+
+
+def _no_state(optimizer, params):
+    optimizer.state[params[1]].clear()
+
+
+def _swapped(optimizer, params):
+    group = optimizer.param_groups[0]["params"]
+    group[0], group[1] = group[1], group[0]
+
+
+def _moved_to_the_other_group(optimizer, params):
+    optimizer.param_groups[1]["params"].insert(0, optimizer.param_groups[0]["params"].pop())
+
+
+def _without_a_parameter(optimizer, params):
+    del optimizer.param_groups[0]["params"][1]
+
+
+def _reloaded(optimizer, params):
+    optimizer.load_state_dict(optimizer.state_dict())
+
+
+def _set(**options):
+    return lambda optimizer, params: optimizer.param_groups[1].update(options)
+
+
+CHANGES = {
+    "lr": _set(lr=0.3),
+    "tensor-lr": _set(lr=torch.tensor(0.2)),
+    "betas": _set(betas=(0.5, 0.9)),
+    "eps": _set(eps=0.1),
+    "weight_decay": _set(weight_decay=0.5),
+    "maximize": _set(maximize=True),
+    "selective": _set(selective=False),
+    "data": _new_data,
+    "layout": _transposed_data,
+    "state": _new_state,
+    "moment": _new_moment,
+    "no-state": _no_state,
+    "order": _swapped,
+    "group": _moved_to_the_other_group,
+    "parameter": _without_a_parameter,
+    "state-dict": _reloaded,
+}
+
+
+@each_order
+@each_granularity
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_change_between_steps_is_seen(change, order, granularity, generator):
+    """What is kept from step to step is right for the next one: the reference keeps nothing. Stochastic
+    rounding shows where in the index space each tensor is taken to be."""
+    ours = parameters(generator)
+    theirs = clones(ours)
+    optimizers = [
+        RoseFusedAdamW(
+            [{"params": params[:3]}, {"params": params[3:], "lr": 0.02}], lr=0.01, order=order,
+            granularity=granularity, state_dtype=torch.bfloat16, backend=backend,
+        )
+        for params, backend in ((ours, "auto"), (theirs, "reference"))
+    ]  # fmt: skip
+    for step in range(6):
+        kl, grads = gradients(ours, generator), gradients(ours, generator)
+        for optimizer, params in zip(optimizers, (ours, theirs), strict=True):
+            if step in (2, 4):
+                CHANGES[change](optimizer, params)
+            masked_step(optimizer, params, grads, kl)
+        for a, b in zip(ours, theirs, strict=True):
+            assert optimizers[0].state[a].keys() == optimizers[1].state[b].keys()
+            for key, moment in optimizers[0].state[a].items():
+                assert_same_bits(moment, optimizers[1].state[b][key])
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("wrong", ["dtype", "shape", "sparse"])
+def test_what_goes_wrong_after_some_steps_is_said_and_changes_nothing(wrong, generator):
+    params = parameters(generator)
+    optimizer = RoseFusedAdamW(params)
+    for _ in range(3):
+        give(params, gradients(params, generator))
+        optimizer.step()
+    give(params, gradients(params, generator))
+    p = params[0]
+    if wrong == "dtype":
+        p.data = p.data.half()
+        message = "was torch.float32 and is now torch.float16"
+    elif wrong == "shape":
+        p.data = p.data.t()
+        message = r"has shape \(7, 5\); expected the parameter's"
+    else:
+        p.grad = p.grad.to_sparse()
+        message = "is sparse"
+    before = [q.detach().clone() for q in params[1:]]
+    moments = [optimizer.state[q]["exp_avg"].clone() for q in params]
+    with pytest.raises(RuntimeError, match=message):
+        optimizer.step()
+    assert_all_same_bits([q.detach() for q in params[1:]], before, "params")
+    assert_all_same_bits([optimizer.state[q]["exp_avg"] for q in params], moments, "exp_avg")
+
+
 def test_tied_parameters_count_once(generator):
     class Tied(nn.Module):
         def __init__(self) -> None:

@@ -662,3 +662,52 @@ def test_tensors_without_history_or_finite_norm(generator):
     assert record[Field.RANKED] == 2
     assert record[Field.INACTIVE] == 1
     assert record[Field.NONFINITE] == 3
+
+
+def sums_like(generator, n: int, mix=()) -> torch.Tensor:
+    """Squared norms, and some special ones."""
+    sums = torch.rand(n, generator=generator, dtype=torch.float64) * 100
+    for i, value in enumerate(mix):
+        sums[i::11] = value
+    return sums
+
+
+SPECIAL_SUMS = (0.0, math.inf, math.nan, 1e-320, 1e300, 4.0, 4.0)
+
+
+@pytest.mark.parametrize("n", [0, 1, 2, 7, 201, 256, 300, 1000])
+@pytest.mark.parametrize("special", [False, True], ids=["ordinary", "special"])
+@pytest.mark.parametrize("first", [False, True], ids=["second", "first"])
+def test_selection_of_tensors(ops, generator, n, special, first):
+    """Masks and records of every fraction, bit for bit."""
+    mix = SPECIAL_SUMS if special else ()
+    sums, moments = sums_like(generator, n, mix), sums_like(generator, n, mix[::-1])
+    hyper = hyper_table(ROSE, (0.5, *ROSE[1:]))
+    group = torch.arange(n) % len(hyper)
+    for upper, lower, clip, rank_inactive in (
+        (600_000_000, 0, None, False),
+        (333_333_333, 100_000_000, torch.tensor([0.3, 1.0]), True),
+        (ONE, 999_999_999, None, True),
+        (1, 0, torch.tensor([math.nan, 0.0]), False),
+    ):
+        found = []
+        for one in (reference, ops):
+            mask = torch.zeros(n, dtype=torch.bool)
+            record = one.select_tensors_(
+                mask, sums, None if first else moments, hyper, group, clip, upper, lower, rank_inactive
+            )
+            found.append((record.tolist(), mask.tolist()))
+        assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("n", [0, 1, 2, 201, 256, 257, 3000])
+def test_clip_factors(ops, generator, n):
+    """Norm and factors, bit for bit: sums of whole numbers are exact in any order."""
+    sums = sums_like(generator, n).round()
+    for max_norm in (1.0, 1e-3, 37.7, 1e9, math.inf):
+        for value in (None, 0.0, math.inf, math.nan, 1e-320, 1e300):
+            if value is not None and n > 0:
+                sums = torch.full((n,), 0.0, dtype=torch.float64)
+                sums[n // 2] = value
+            expected = reference.clip_factors(sums, max_norm)
+            assert_same_bits(ops.clip_factors(sums, max_norm).nan_to_num(-1), expected.nan_to_num(-1))

@@ -162,6 +162,16 @@ def counted(simt, call) -> tuple[int, int, int]:
 N = 1 << 22
 
 
+def test_what_is_made_of_norms_is_one_launch(simt, ops, generator):
+    sums = torch.rand(300, generator=generator, dtype=torch.float64)
+    mask, tables = torch.zeros(300, dtype=torch.bool), Problem.of([sums.float()] * 300, None)
+    launches, *_ = counted(simt, lambda: ops.clip_factors(sums, 1.0))
+    assert launches == 1
+    select = (mask, sums, sums, tables.hyper, tables.group, None, 600_000_000, 0, False)
+    launches, *_ = counted(simt, lambda: ops.select_tensors_(*select))
+    assert launches == 1
+
+
 @pytest.mark.parametrize(("mix", "unsure"), [("normal", 0.0), ("ties", 0.25)])
 def test_bytes_of_an_exact_second_order_step(simt, ops, generator, mix, unsure):
     """fp32: AdamW's own 28 bytes per element, and what finding the threshold reads and writes.

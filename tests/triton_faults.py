@@ -1,4 +1,4 @@
-"""A Triton kernel with one fault in its arithmetic, which test_triton.py must find."""
+"""A Triton kernel with one fault, which test_triton.py must find."""
 
 from __future__ import annotations
 
@@ -29,4 +29,6 @@ def kernel(data, FAULT: tl.constexpr):
         )
     elif FAULT == "narrowing":
         y = y.to(tl.bfloat16).to(tl.float32)
+    elif FAULT == "ordered":
+        tl.atomic_add(at, y)
     tl.store(at, y)

@@ -1,9 +1,11 @@
 #include "ops_cpu.h"
 
+#include <algorithm>
 #include <cstring>
 #include <mutex>
 #include <numeric>
 
+#include "rose/norms.h"
 #include "update.h"
 
 namespace rose {
@@ -246,6 +248,57 @@ Tensor sums_of_squares(std::vector<Tensor> tensors, std::optional<Tensor> inv_sc
     totals[i] = std::accumulate(first, first + (segment.n + kTile - 1) / kTile, 0.0);
   }
   return result;
+}
+
+Tensor clip_factors(Tensor sums, double max_norm) {
+  FpMode mode;
+  check_table(sums, ScalarType::Double, sums.numel(), "sums");
+  const double* const from = sums.const_data_ptr<double>();
+  Tensor result = torch::stable::empty({3}, ScalarType::Float);
+  write_clip_factors(std::accumulate(from, from + sums.numel(), 0.0), static_cast<float>(max_norm),
+                     result.mutable_data_ptr<float>());
+  return result;
+}
+
+Tensor select_tensors_(Tensor mask, Tensor sums, std::optional<Tensor> exp_avg_sums, Tensor hyper,
+                       Tensor group, std::optional<Tensor> clip, int64_t upper, int64_t lower,
+                       bool rank_inactive) {
+  FpMode mode;
+  check_tensors(mask, sums, exp_avg_sums, upper, lower);
+  const size_t count = static_cast<size_t>(mask.numel());
+  const Groups groups(hyper, group, count);
+  const float factor = Factors(std::nullopt, clip).clip;
+  const double* const squares = sums.const_data_ptr<double>();
+  const double* const of_moments = exp_avg_sums ? exp_avg_sums->const_data_ptr<double>() : nullptr;
+  Selection selection;
+  std::vector<uint32_t> keys, ranked;
+  for (size_t i = 0; i < count; ++i) {
+    const float norm = mul(norm_of(squares[i]), factor);
+    const uint32_t key = of_moments == nullptr ? first_order_key(norm, rank_inactive)
+                                               : second_order_key(norm, norm_of(of_moments[i]),
+                                                                  groups.alpha(i), rank_inactive);
+    keys.push_back(key);
+    selection.inactive += key == kInactiveKey;
+    if (key < kInactiveKey) ranked.push_back(key);
+  }
+  std::sort(ranked.begin(), ranked.end());
+  selection.ranked = static_cast<int64_t>(ranked.size());
+  selection.nonfinite = static_cast<int64_t>(count) - selection.ranked - selection.inactive;
+  const auto threshold = [&](int64_t fraction) {
+    const Quantile quantile = quantile_of(fraction, selection.ranked);
+    const auto at = [&](int64_t index) { return ranked[static_cast<size_t>(index)]; };
+    return static_cast<int64_t>(between(at(quantile.index), at(quantile.next), quantile.weight));
+  };
+  if (!ranked.empty()) {
+    selection.high = threshold(upper);
+    selection.low = threshold(lower) - 1;
+  }
+  bool* const chosen = static_cast<bool*>(mask.mutable_data_ptr());
+  for (size_t i = 0; i < count; ++i) {
+    chosen[i] = if_selected(keys[i], selection.bounds(), 1) != 0;
+    selection.kept += chosen[i] && keys[i] < kInactiveKey;
+  }
+  return record_of(selection);
 }
 
 }  // namespace cpu

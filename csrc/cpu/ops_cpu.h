@@ -42,5 +42,11 @@ Tensor bracket_capture_(std::vector<Tensor> masks, std::vector<Tensor> grads,
 
 Tensor sums_of_squares(std::vector<Tensor> tensors, std::optional<Tensor> inv_scale);
 
+Tensor clip_factors(Tensor sums, double max_norm);
+
+Tensor select_tensors_(Tensor mask, Tensor sums, std::optional<Tensor> exp_avg_sums, Tensor hyper,
+                       Tensor group, std::optional<Tensor> clip, int64_t upper, int64_t lower,
+                       bool rank_inactive);
+
 }  // namespace cpu
 }  // namespace rose

@@ -22,7 +22,7 @@ ROSE_DEVICE int lane() { return (int)threadIdx.x % kWarp; }
 // The lanes before this one.
 ROSE_DEVICE unsigned lanes_below() { return (1u << lane()) - 1; }
 
-// In a loop: what is in shared memory is read anew, rather than kept in registers that are needed.
+// What is in shared memory is read anew after this, rather than kept in registers that are needed.
 ROSE_DEVICE void keep_in_memory() {
 #if defined(__CUDA_ARCH__)
   asm volatile("" ::: "memory");
@@ -115,8 +115,8 @@ ROSE_DEVICE void for_each_run(const Table& table, Body body) {
 
 // Where element `index` of a segment (row-major) is in the memory of each operand from `operand` on.
 template <int kCount>
-ROSE_DEVICE void locate(const Dim* dims, const Segment& segment, int64_t index,
-                        int64_t (&at)[kCount], int operand = 0) {
+ROSE_DEVICE void locate(const Dim* dims, const Segment& segment, int64_t index, int64_t (&at)[kCount],
+                        int operand = 0) {
 #pragma unroll
   for (int k = 0; k < kCount; ++k) at[k] = segment.dims == 0 ? index : 0;
 #pragma unroll 1
@@ -250,9 +250,9 @@ ROSE_DEVICE void put(Raw<kCount>& raw, Dtype dtype, int j, float x) {
 
 // ------------------------------------------------------------------------------- loops by data types
 
-// What a loop knows of its operands when it is compiled: how many elements a thread has of each, and the
-// dtypes of parameters with gradients, and of moments. Those of Mixed are looked up, and it is for what is
-// not usual in other ways, too (see their users).
+// What a loop knows of its operands when it is compiled: how many elements a thread has of each, and
+// the dtypes of parameters with gradients, and of moments. Those of Mixed are looked up, and it is for
+// what is not usual in other ways, too (see their users).
 template <Dtype kValues, Dtype kMoments>
 struct Known {
   static constexpr bool kIsUsual = true;
@@ -267,8 +267,8 @@ struct Mixed {
 };
 
 // loop(types, middle) for the elements before `middle` of a run of `count`: vectors, by whole warps.
-// A thread has kTimes as many elements as the types say. Returns `middle`; the others, fewer than a warp has in its vectors or all of a segment that has none, come
-// one at a time.
+// A thread has kTimes as many elements as the types say. Returns `middle`; the others, fewer than a
+// warp has in its vectors or all of a segment that has none, come one at a time.
 template <int kTimes = 1, typename Loop>
 ROSE_DEVICE int for_vectors(const Segment& segment, bool is_usual, int count, Loop loop) {
   constexpr Dtype kFloat = Dtype::kFloat32, kBf16 = Dtype::kBFloat16;

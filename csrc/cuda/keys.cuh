@@ -67,13 +67,13 @@ ROSE_DEVICE void for_each_key(const Risk& risk, Body body) {
 // ---------------------------------------------------------------------------------------- without keys
 
 // Most elements are far from a threshold, and a comparison shows on which side, without the division
-// that a key takes. A risk of second order is |x - |m|| / |m| with x = alpha * |g|: it is below a key of
-// the value L where |x - |m|| < below * |m|, and above one of the value H where it is > above * |m|.
+// that a key takes. A risk of second order is |x - |m|| / |m| with x = alpha * |g|: it is below a key
+// of the value L where |x - |m|| < below * |m|, and above one of the value H where it is > above * |m|.
 // `below` and `above` are L and H moved apart by more than all rounding errors together. Let u = 2^-24.
-// The key's quotient and difference are off by u(1 + 2r) in all; the difference and the products here by
-// factors 1 +- u. So 4u(1 + 2L) and 4u(1 + 2H), themselves rounded, suffice where |m| is large enough for
-// products that are no denormals (kSmallestMoment, and `below` at least 2^-20). In first order, risks
-// are compared with L and H themselves.
+// The key's quotient and difference are off by u(1 + 2r) in all; the difference and the products here
+// by factors 1 +- u. So 4u(1 + 2L) and 4u(1 + 2H), themselves rounded, suffice where |m| is large
+// enough for products that are no denormals (kSmallestMoment, and `below` at least 2^-20). In first
+// order, risks are compared with L and H themselves.
 struct Fence {
   float below, above;  // -1: no risk is below, every risk is above
 };
@@ -125,15 +125,16 @@ struct Judge {
       verdict.unsure |= (unsigned)!(is_below | is_above) << j;
       return;
     }
-    const bool is_below_lower = risk < mul(lower.below, unit), is_above_lower = risk > mul(lower.above, unit);
+    const bool is_below_lower =
+        risk<mul(lower.below, unit), is_above_lower = risk> mul(lower.above, unit);
     const bool is_sure = (is_below & (is_below_lower | is_above_lower)) | (is_above & is_above_lower);
     verdict.selected |= (unsigned)(is_below & is_above_lower) << j;
     verdict.below_lower |= (unsigned)(is_below & is_below_lower) << j;
     verdict.unsure |= (unsigned)!is_sure << j;
   }
 
-  // Whole rows without a history are common (embeddings): of a thread's kCount elements, those that have no
-  // risk, and are selected therefore, need no look at each. By whole warps.
+  // Whole rows without a history are common (embeddings): of a thread's kCount elements, those that
+  // have no risk, and are selected therefore, need no look at each. By whole warps.
   template <int kCount, typename Gradient, typename Moment>
   ROSE_METHOD void find_inactive(Gradient gradient, Moment moment, Verdict& verdict) const {
     if (ranks_inactive || __ballot_sync(kFullWarp, verdict.unsure == (1u << kCount) - 1) == 0) return;

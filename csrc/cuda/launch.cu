@@ -2,6 +2,8 @@
 
 #include <cuda_runtime.h>
 
+#include <mutex>
+
 #include "bracket.cuh"
 #include "squares.cuh"
 
@@ -19,19 +21,50 @@ const char* text(cudaError_t error) {
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 
-// As many blocks as run at once, or fewer where there are fewer tiles. Each has `share` tiles.
-template <typename Kernel>
-const char* grid_of(Kernel kernel, int64_t tiles, int64_t& blocks, int32_t& share) {
-  int device = 0, processors = 0, per_processor = 0;
-  cudaError_t error = cudaGetDevice(&device);
-  if (error == cudaSuccess) {
-    error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
-  }
+// Blocks of a kernel that a device runs at once.
+cudaError_t ask_resident(const void* kernel, int device, int64_t& resident) {
+  int processors = 0, per_processor = 0;
+  cudaError_t error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
   if (error == cudaSuccess) {
     error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_processor, kernel, kThreads, 0);
   }
+  resident = (int64_t)processors * per_processor;
+  return error;
+}
+
+// The same, asked once for each kernel and device: the answer takes longer than a launch.
+cudaError_t resident_blocks(const void* kernel, int64_t& resident) {
+  constexpr int kKept = 64;
+  static std::mutex mutex;
+  static struct {
+    const void* kernel;
+    int device;
+    int64_t resident;
+  } known[kKept];
+  static int count = 0;
+  int device = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error != cudaSuccess) return error;
+  std::lock_guard<std::mutex> lock(mutex);
+  for (int i = 0; i < count; ++i) {
+    if (known[i].kernel == kernel && known[i].device == device) {
+      resident = known[i].resident;
+      return error;
+    }
+  }
+  error = ask_resident(kernel, device, resident);
+#ifndef ROSE_SIMT  // where tests change it
+  if (error == cudaSuccess && count < kKept) known[count++] = {kernel, device, resident};
+#endif
+  return error;
+}
+
+// As many blocks as run at once, or fewer where there are fewer tiles. Each has `share` tiles.
+template <typename Kernel>
+const char* grid_of(Kernel kernel, int64_t tiles, int64_t& blocks, int32_t& share) {
+  int64_t resident = 0;
+  const cudaError_t error = resident_blocks((const void*)kernel, resident);
   if (error != cudaSuccess) return text(error);
-  const int64_t resident = (int64_t)processors * per_processor;
   share = tiles <= resident ? 1 : (int32_t)((tiles + resident - 1) / resident);
   blocks = tiles == 0 ? 1 : (tiles + share - 1) / share;
   return nullptr;

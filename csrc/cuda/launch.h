@@ -15,6 +15,8 @@ const char* bracket_capture(SelectArguments arguments, Stream stream);
 const char* bracket_update(StepArguments arguments, Stream stream);
 const char* update(UpdateArguments arguments, Stream stream);
 const char* sums_of_squares(SquaresArguments arguments, Stream stream);
+const char* clip_factors(ClipArguments arguments, Stream stream);
+const char* select_tensors(TensorsArguments arguments, Stream stream);
 
 // Whether `stream` is being captured into a CUDA graph.
 const char* is_capturing(Stream stream, bool& capturing);

@@ -8,7 +8,6 @@ namespace cuda {
 
 // Nothing but elements that are not finite: the thresholds are known.
 struct NoNotes {
-  static constexpr bool kAny = false;
   Bounds known;
   uint32_t* nonfinite;  // of the block, in shared memory; or null
 
@@ -33,8 +32,8 @@ struct NoNotes {
   ROSE_METHOD void end_run(int64_t) {}
 };
 
-// Elements to be noted, once there are enough of them for a whole warp: a few lanes that go a way of their
-// own take the time of all.
+// Elements to be noted, once there are enough of them for a whole warp: a few lanes that go a way of
+// their own take the time of all.
 struct Waiting {
   static constexpr int kMost = 2 * kWarp;  // fewer than a warp, and one of each lane
   uint32_t word[kMost];                    // of the log; kNoKey: nothing to note
@@ -71,8 +70,6 @@ ROSE_DEVICE void add_to_block(uint32_t* count, unsigned x) {
 template <bool kOld>
 class Logged {
  public:
-  static constexpr bool kAny = true;
-
   ROSE_METHOD Logged(const SelectArguments& a, Counts& shared) : a_(a), shared_(shared) {
     clear<2 * kBins>(shared.of_windows[0]);
     clear<kCounts>(shared.counts);
@@ -99,7 +96,8 @@ class Logged {
     const int lower = __popc(verdict.below_lower);
     below_[0] += (unsigned)(__popc(verdict.selected) - __popc(verdict.inactive) + lower);
     below_[1] += (unsigned)lower;
-    if (verdict.inactive != 0) atomicAdd(&shared_.counts[kInactive], (unsigned)__popc(verdict.inactive));
+    if (verdict.inactive != 0)
+      atomicAdd(&shared_.counts[kInactive], (unsigned)__popc(verdict.inactive));
   }
 
   template <typename Old>
@@ -148,7 +146,8 @@ class Logged {
     const int count = size_ < kWarp ? size_ : kWarp, i = size_ - count + lane();
     size_ -= count;
     const uint32_t word = lane() < count ? waiting.word[i] : kNoKey;
-    const unsigned takers = __ballot_sync(kFullWarp, word != kNoKey && is_in_window(word & ~kInactiveKey));
+    const unsigned takers =
+        __ballot_sync(kFullWarp, word != kNoKey && is_in_window(word & ~kInactiveKey));
     if (takers != 0) {
       // A full log is of no use: looking for room in it would only take long.
       const bool full = shared_.chunks[warp()].next >= a_.log.capacity;
@@ -210,15 +209,14 @@ class Logged {
   int size_ = 0;  // of the warp's elements that wait
 };
 
-// Settles elements by their keys: those of a lane from `first` on whose bits are set. Fills in which are
-// selected, and which not finite. key(j); old(j, p, m, v). By whole warps if there are notes.
+// Settles elements by their keys: those of a lane from `first` on whose bits are set. Fills in which
+// are selected, and which not finite. key(j); old(j, p, m, v). By whole warps.
 template <typename Notes, typename Key, typename Old>
 ROSE_DEVICE void examine(unsigned unsure, int first, int64_t base, unsigned& selected,
                          unsigned& nonfinite, Notes& notes, Key key, Old old) {
 #pragma unroll 1
   while (true) {
-    const unsigned takers =
-        Notes::kAny ? __ballot_sync(kFullWarp, unsure != 0) : (unsigned)(unsure != 0);
+    const unsigned takers = __ballot_sync(kFullWarp, unsure != 0);
     if (takers == 0) return;
     if (unsure != 0) {
       const int j = __ffs((int)unsure) - 1;

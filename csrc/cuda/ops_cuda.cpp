@@ -359,6 +359,41 @@ Tensor sums_of_squares(std::vector<Tensor> tensors, std::optional<Tensor> inv_sc
   return result;
 }
 
+Tensor clip_factors(Tensor sums, double max_norm) {
+  const Context context(sums.device());
+  const int64_t count = sums.numel();
+  check_table(sums, ScalarType::Double, count, "sums", context.device());
+  Tensor result = context.empty(3, ScalarType::Float);
+  check(cuda::clip_factors({sums.const_data_ptr<double>(), count, static_cast<float>(max_norm),
+                            result.mutable_data_ptr<float>()},
+                           context.stream()));
+  return result;
+}
+
+Tensor select_tensors_(Tensor mask, Tensor sums, std::optional<Tensor> exp_avg_sums, Tensor hyper,
+                       Tensor group, std::optional<Tensor> clip, int64_t upper, int64_t lower,
+                       bool rank_inactive) {
+  const Context context(mask.device());
+  const int64_t count = mask.numel();
+  check_tensors(mask, sums, exp_avg_sums, upper, lower);
+  const Groups groups(hyper, group, static_cast<size_t>(count));
+  std::vector<uint64_t> words(static_cast<size_t>((count + 1) / 2));
+  for (int64_t i = 0; i < count; ++i) {
+    const uint64_t bits = float_bits(groups.alpha(static_cast<size_t>(i)));
+    words[static_cast<size_t>(i / 2)] |= bits << 32 * (i % 2);
+  }
+  Tensor alphas = upload(std::move(words), context);
+  Tensor keys = context.empty(count, ScalarType::Int);
+  Tensor result = context.empty(8, ScalarType::Long);
+  check(cuda::select_tensors(
+      {sums.const_data_ptr<double>(), exp_avg_sums ? exp_avg_sums->const_data_ptr<double>() : nullptr,
+       static_cast<const float*>(alphas.const_data_ptr()), floats(clip, 2, "clip", context), count,
+       upper, lower, rank_inactive, static_cast<uint32_t*>(keys.mutable_data_ptr()),
+       static_cast<bool*>(mask.mutable_data_ptr()), result.mutable_data_ptr<int64_t>()},
+      context.stream()));
+  return result;
+}
+
 }  // namespace ops
 }  // namespace cuda
 }  // namespace rose

@@ -75,8 +75,8 @@ constexpr int kPilot = 2 * kThreads;  // keys
 // Keys of an element each of lines that are drawn from their strata; kNoKey if it is not ranked or not
 // there. First all places, then all loads, so that these overlap.
 template <int kCount>
-ROSE_DEVICE void sampled_keys(const SelectArguments& a, Factors factors, const int64_t (&strata)[kCount],
-                              int element, uint32_t (&keys)[kCount]) {
+ROSE_DEVICE void sampled_keys(const SelectArguments& a, Factors factors,
+                              const int64_t (&strata)[kCount], int element, uint32_t (&keys)[kCount]) {
   const Table& table = a.risk.table;
   const int operand = a.risk.operand;
   const Segment* segments[kCount];
@@ -204,9 +204,8 @@ ROSE_DEVICE Plan plan_of(const SelectArguments& a, const View& view, int t, bool
                    q * q * (double)__ldcg(&sums.dr_dr);
   const double deviation = sqrt(u > 0.0 ? u : 0.0);
   constexpr double kLog = 25.0;  // l in the derivation
-  const double margin =
-      is_bracket ? a.width * (sqrt(2.0 * kLog) * deviation + 8.0 / 3.0 * kLine * kLog)
-                 : 3.0 * deviation + kLine;
+  const double margin = is_bracket ? a.width * (sqrt(2.0 * kLog) * deviation + 8.0 / 3.0 * kLine * kLog)
+                                   : 3.0 * deviation + kLine;
   if (is_bracket && view.pivot != kNoKey) {  // is that surely the threshold?
     const double below = (double)__ldcg(&sums.below_pivot[t]) - q * ranked;
     const double upto = below + (double)__ldcg(&sums.at_pivot[t]);

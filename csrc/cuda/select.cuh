@@ -3,7 +3,8 @@
 //   sample     a window around where each threshold seems to be
 //   count      below each window and in its bins, and a log of the keys inside
 //   histogram  (only if a threshold is not in its window) the leading 11 bits of all keys
-//   narrow     twice: the next 11 bits, and the rest, of the log; or of all elements, if entries are missing
+//   narrow     twice: the next 11 bits, and the rest, of the log; or of all elements, if entries are
+//   missing
 //
 // A radix select, whose first digit is found by comparisons.
 #pragma once
@@ -34,8 +35,8 @@ ROSE_DEVICE bool is_one_factor(Factors factors) {
   return fabsf(factors.inv_scale) == 1.0f || factors.clip == 1.0f;
 }
 
-// The elements of this block's share are settled by comparisons, or by their keys. write(segment, position
-// of the first, which are selected, how many) of each lane's elements, by whole warps.
+// The elements of this block's share are settled by comparisons, or by their keys. write(segment,
+// position of the first, which are selected, how many) of each lane's elements, by whole warps.
 template <bool kSecondOrder, typename Notes, typename Write>
 ROSE_DEVICE void settle(const Risk& risk, Notes& notes, Write write) {
   const Factors factors = factors_of(risk);
@@ -122,7 +123,8 @@ ROSE_DEVICE void count(const SelectArguments& a, Counts& shared) {
   settle(a.risk, notes, [](const Segment&, int64_t, unsigned, int) {});
   notes.finish();
   if (!is_last_block(&state.tickets[0])) return;
-  const Count ranked = (Count)a.elements - __ldcg(&state.counts[kInactive]) - __ldcg(&state.counts[kNonfinite]);
+  const Count ranked =
+      (Count)a.elements - __ldcg(&state.counts[kInactive]) - __ldcg(&state.counts[kNonfinite]);
   const bool logged = __ldcg(&state.overflowed) == 0;
 #pragma unroll 1
   for (int t = 0; t < 2; ++t) {
@@ -134,8 +136,10 @@ ROSE_DEVICE void count(const SelectArguments& a, Counts& shared) {
     const Count inside = find_bin<kBins>(state.of_windows[t], rank > below ? rank - below : 0, bin);
     const bool is_inside = below < rank && rank <= below + inside;
     if (threadIdx.x == 0) {
-      state.targets[t] = {rank, below + bin.below, bin.inside, window.low + (bin.index << window.shift),
-                          window.shift, true, logged};
+      state.targets[t] = {rank,         below + bin.below,
+                          bin.inside,   window.low + (bin.index << window.shift),
+                          window.shift, true,
+                          logged};
       if (!is_inside) state.unlucky = true;
     }
     __syncthreads();
@@ -215,7 +219,7 @@ static __global__ void __launch_bounds__(kThreads, 4) narrow_kernel(SelectArgume
   if (counts[0] || counts[1]) {
     clear<2 * kBins>(histogram[0]);
     __syncthreads();
-    const auto count = [&](uint32_t key, const uint32_t(&size)[2]) {
+    const auto count = [&](uint32_t key, const uint32_t (&size)[2]) {
 #pragma unroll
       for (int t = 0; t < 2; ++t) {
         if (key - low[t] < size[t]) atomicAdd(&histogram[t][(key - low[t]) >> shift[t]], 1u);

@@ -20,8 +20,8 @@ constexpr int kBlocks = ROSE_BLOCKS;
 constexpr int kBlocks = 3;  // of an update on a multiprocessor, so that a thread has 80 registers
 #endif
 
-// How a segment is accessed: as vectors of elements, whose dtypes (parameter and gradient; moments) a loop
-// may be compiled for. 16 bytes at a time, but for bfloat16 next to float32, which comes in 8.
+// How a segment is accessed: as vectors of elements, whose dtypes (parameter and gradient; moments) a
+// loop may be compiled for. 16 bytes at a time, but for bfloat16 next to float32, which comes in 8.
 enum class Access : uint8_t {
   kSingle,         // one by one: strided, or not aligned
   kFloats,         // float32
@@ -222,6 +222,27 @@ struct SquaresArguments {
   const float* inv_scale;
   double* partial;  // workspace, one for each tile
   double* sums;
+};
+
+struct ClipArguments {
+  const double* sums;  // of squares
+  int64_t count;
+  float max_norm;
+  float* factors;  // norm, factor of selective tensors, of others
+};
+
+// Of a selection of whole tensors.
+struct TensorsArguments {
+  const double* sums;          // of squares of gradients
+  const double* exp_avg_sums;  // likewise of first moments, or null: first order
+  const float* alphas;
+  const float* clip;  // or null
+  int64_t count;      // less than 2^32
+  int64_t upper, lower;
+  bool rank_inactive;
+  uint32_t* keys;  // workspace
+  bool* mask;
+  int64_t* selection;
 };
 
 }  // namespace cuda

@@ -73,8 +73,8 @@ static __global__ void __launch_bounds__(kThreads) prepare_kernel(UpdateArgument
   if (i < a.table.count && !is_set(a.found_inf)) prepare(a, i);
 }
 
-// What the elements of a segment need, in shared memory: registers are for the elements, and what is read
-// from global memory would have to be read again after every store.
+// What the elements of a segment need, in shared memory: registers are for the elements, and what is
+// read from global memory would have to be read again after every store.
 struct Updated {
   const Dim* dims;  // of all segments
   const Segment* segment;
@@ -168,8 +168,8 @@ struct RandomWords {
   ROSE_METHOD uint32_t of(int j) const { return words[j / 2] >> (j % 2 * 16); }
 };
 
-// Elements k and k + 1, rounded. Whether there is a NaN among them, which this is not for: put_pair rounds
-// to bfloat16 by the hardware, whose NaN is another one, or by an addition that may overflow.
+// Elements k and k + 1, rounded. Whether there is a NaN among them, which this is not for: put_pair
+// rounds to bfloat16 by the hardware, whose NaN is another one, or by an addition that may overflow.
 template <int kCount>
 ROSE_DEVICE bool put_pair(Raw<kCount>& raw, Dtype dtype, int k, const float (&x)[2], bool randomly,
                           const RandomWords<kCount>& random) {
@@ -179,36 +179,38 @@ ROSE_DEVICE bool put_pair(Raw<kCount>& raw, Dtype dtype, int k, const float (&x)
     return false;
   }
   const uint32_t bits = random.words[k / 2];
-  raw.words[k / 2] = randomly ? high_halves(float_bits(x[0]) + (bits & 0xFFFFu), float_bits(x[1]) + (bits >> 16))
-                              : pack_bf16(x[0], x[1]);
+  raw.words[k / 2] =
+      randomly ? high_halves(float_bits(x[0]) + (bits & 0xFFFFu), float_bits(x[1]) + (bits >> 16))
+               : pack_bf16(x[0], x[1]);
   return (x[0] != x[0]) | (x[1] != x[1]);
 }
 
 // A run of a segment that is ruled out: the second moment goes on with the first one for a gradient.
 ROSE_DEVICE void decay(const Updated& u, const Run& run) {
   const Segment& segment = *u.segment;
-  const int vectors = for_vectors(segment, true, run.count, [&](auto types, int middle) ROSE_ALWAYS_INLINE {
-    constexpr int kCount = decltype(types)::kCount;
-    const Dtype of_m = types.of(2, segment.dtype[2]), of_v = types.of(3, segment.dtype[3]);
-    const char* const m_data = data_from(segment, 2, of_m, run.begin);
-    char* const v_data = data_from(segment, 3, of_v, run.begin);
+  const int vectors =
+      for_vectors(segment, true, run.count, [&](auto types, int middle) ROSE_ALWAYS_INLINE {
+        constexpr int kCount = decltype(types)::kCount;
+        const Dtype of_m = types.of(2, segment.dtype[2]), of_v = types.of(3, segment.dtype[3]);
+        const char* const m_data = data_from(segment, 2, of_m, run.begin);
+        char* const v_data = data_from(segment, 3, of_v, run.begin);
 #pragma unroll 1
-    for (int i = threadIdx.x * kCount; i < middle; i += kThreads * kCount) {
-      const auto m = read_vector<kCount>(m_data, of_m, i);
-      auto v = read_vector<kCount>(v_data, of_v, i);
-      const RandomWords<kCount> random(u, 3, run.begin + i, of_v == Dtype::kBFloat16);
+        for (int i = threadIdx.x * kCount; i < middle; i += kThreads * kCount) {
+          const auto m = read_vector<kCount>(m_data, of_m, i);
+          auto v = read_vector<kCount>(v_data, of_v, i);
+          const RandomWords<kCount> random(u, 3, run.begin + i, of_v == Dtype::kBFloat16);
 #pragma unroll
-      for (int j = 0; j < kCount; ++j) {
-        const float next = second_moment(get(v, of_v, j), get(m, of_m, j), u.update);
-        if (of_v == Dtype::kBFloat16) {
-          put(v, j, float_to_bf16_stochastic(next, random.of(j)));
-        } else {
-          put(v, of_v, j, next);
+          for (int j = 0; j < kCount; ++j) {
+            const float next = second_moment(get(v, of_v, j), get(m, of_m, j), u.update);
+            if (of_v == Dtype::kBFloat16) {
+              put(v, j, float_to_bf16_stochastic(next, random.of(j)));
+            } else {
+              put(v, of_v, j, next);
+            }
+          }
+          write_vector<kCount>(v_data, of_v, i, v);
         }
-      }
-      write_vector<kCount>(v_data, of_v, i, v);
-    }
-  });
+      });
 #pragma unroll 1
   for (int64_t i = run.begin + vectors + threadIdx.x; i < run.begin + run.count; i += kThreads) {
     int64_t places[kOperands];
@@ -230,105 +232,109 @@ ROSE_DEVICE void update_run(const Updated& u, bool rank_inactive, const Run& run
     return is_finite ? 0u : kNonfiniteKey;
   };
   const bool is_usual = u.has_one_factor && (!kRanked || u.has_one_threshold);
-  const int vectors = for_vectors(segment, is_usual, run.count, [&](auto types, int middle) ROSE_ALWAYS_INLINE {
-    using Types = decltype(types);
-    constexpr int kCount = Types::kCount;
-    const Dtype of_p = types.of(0, segment.dtype[0]), of_g = types.of(1, segment.dtype[1]);
-    const Dtype of_m = types.of(2, segment.dtype[2]), of_v = types.of(3, segment.dtype[3]);
-    char* const p_data = data_from(segment, 0, of_p, run.begin);
-    const char* const g_data = data_from(segment, 1, of_g, run.begin);
-    char* const m_data = data_from(segment, 2, of_m, run.begin);
-    char* const v_data = data_from(segment, 3, of_v, run.begin);
+  const int vectors =
+      for_vectors(segment, is_usual, run.count, [&](auto types, int middle) ROSE_ALWAYS_INLINE {
+        using Types = decltype(types);
+        constexpr int kCount = Types::kCount;
+        const Dtype of_p = types.of(0, segment.dtype[0]), of_g = types.of(1, segment.dtype[1]);
+        const Dtype of_m = types.of(2, segment.dtype[2]), of_v = types.of(3, segment.dtype[3]);
+        char* const p_data = data_from(segment, 0, of_p, run.begin);
+        const char* const g_data = data_from(segment, 1, of_g, run.begin);
+        char* const m_data = data_from(segment, 2, of_m, run.begin);
+        char* const v_data = data_from(segment, 3, of_v, run.begin);
 #pragma unroll 1
-    for (int i = threadIdx.x * kCount; i < middle; i += kThreads * kCount) {
-      keep_in_memory();
-      const auto raw_g = read_vector<kCount>(g_data, of_g, i);
-      auto raw_m = read_vector<kCount>(m_data, of_m, i);
-      auto raw_p = read_vector<kCount>(p_data, of_p, i);
-      auto raw_v = read_vector<kCount>(v_data, of_v, i);
-      const auto scaled = [&](float g) { return Types::kIsUsual ? mul(g, u.factor) : u.gradient(g); };
-      const auto gradient = [&](int j) { return scaled(get(raw_g, of_g, j)); };
-      // Masks of one order alone are the same whichever it is.
-      constexpr bool kAlone = kRanked && !kFractional;
-      const unsigned first = kAlone ? 0 : u.mask_bits(0, run.begin + i);
-      unsigned second = kRanked ? 0 : u.mask_bits(1, run.begin + i), nonfinite = 0;
-      Verdict verdict;
-      if (kRanked) {
+        for (int i = threadIdx.x * kCount; i < middle; i += kThreads * kCount) {
+          keep_in_memory();
+          const auto raw_g = read_vector<kCount>(g_data, of_g, i);
+          auto raw_m = read_vector<kCount>(m_data, of_m, i);
+          auto raw_p = read_vector<kCount>(p_data, of_p, i);
+          auto raw_v = read_vector<kCount>(v_data, of_v, i);
+          keep_in_memory();  // these loads are not to wait for what the first of them decide
+          const auto scaled = [&](float g) {
+            return Types::kIsUsual ? mul(g, u.factor) : u.gradient(g);
+          };
+          const auto gradient = [&](int j) { return scaled(get(raw_g, of_g, j)); };
+          // Masks of one order alone are the same whichever it is.
+          constexpr bool kAlone = kRanked && !kFractional;
+          const unsigned first = kAlone ? 0 : u.mask_bits(0, run.begin + i);
+          unsigned second = kRanked ? 0 : u.mask_bits(1, run.begin + i), nonfinite = 0;
+          Verdict verdict;
+          if (kRanked) {
 #pragma unroll
-        for (int j = 0; j < kCount; ++j) {
-          u.judge.template judge<Types::kIsUsual>(gradient(j), get(raw_m, of_m, j), j, verdict);
-        }
-      } else if (is_checked) {
+            for (int j = 0; j < kCount; ++j) {
+              u.judge.template judge<Types::kIsUsual>(gradient(j), get(raw_m, of_m, j), j, verdict);
+            }
+          } else if (is_checked) {
 #pragma unroll
-        for (int j = 0; j < kCount; ++j) {  // sums that overflow are looked at, too
-          const float sum = add(fabsf(gradient(j)), fabsf(get(raw_m, of_m, j)));
-          verdict.unsure |= (unsigned)!(sum < bits_float(kInfinityBits)) << j;
-        }
-      }
-      if ((kRanked || is_checked) && __ballot_sync(kFullWarp, verdict.unsure != 0) != 0) {
-        if (kRanked) {
-          const auto moment = [&](int j) { return get(raw_m, of_m, j); };
-          u.judge.template find_inactive<kCount>(gradient, moment, verdict);
-          notes.count(verdict);
-        }
-        unsigned selected = verdict.selected;
-        examine(
-            verdict.unsure, i, base, selected, nonfinite, notes,
-            [&](int j) {
-              const float g = scaled(read_element(g_data, of_g, i + j));
-              return key_of(g, read_element(m_data, of_m, i + j));
-            },
-            [&](int j, float& p, float& m, float& v) {
-              p = read_element(p_data, of_p, i + j);
-              m = read_element(m_data, of_m, i + j);
-              v = read_element(v_data, of_v, i + j);
-            });
-        if (kRanked) second = selected;
-      } else if (kRanked) {
-        notes.count(verdict);
-        second = verdict.selected;
-      }
-      constexpr unsigned kAll = (1u << kCount) - 1;
-      const bool base = !kAlone && u.base_kind != 0;
-      const unsigned on = (base ? kAll : (first | second) & kAll) & ~nonfinite;
-      updated += (unsigned)__popc(on);
-      const bool rounds_p = of_p == Dtype::kBFloat16 && u.stochastic;
-      const RandomWords<kCount> random_p(u, 0, run.begin + i, rounds_p);
-      const RandomWords<kCount> random_v(u, 3, run.begin + i, of_v == Dtype::kBFloat16);
-      const auto kind = [&](int j) {
-        return (on >> j & 1u) == 0 ? 0 : kFractional ? u.kind(first >> j, second >> j) : 3;
-      };
-      bool has_nan = false;
+            for (int j = 0; j < kCount; ++j) {  // sums that overflow are looked at, too
+              const float sum = add(fabsf(gradient(j)), fabsf(get(raw_m, of_m, j)));
+              verdict.unsure |= (unsigned)!(sum < bits_float(kInfinityBits)) << j;
+            }
+          }
+          if ((kRanked || is_checked) && __ballot_sync(kFullWarp, verdict.unsure != 0) != 0) {
+            if (kRanked) {
+              const auto moment = [&](int j) { return get(raw_m, of_m, j); };
+              u.judge.template find_inactive<kCount>(gradient, moment, verdict);
+              notes.count(verdict);
+            }
+            unsigned selected = verdict.selected;
+            examine(
+                verdict.unsure, i, base, selected, nonfinite, notes,
+                [&](int j) {
+                  const float g = scaled(read_element(g_data, of_g, i + j));
+                  return key_of(g, read_element(m_data, of_m, i + j));
+                },
+                [&](int j, float& p, float& m, float& v) {
+                  p = read_element(p_data, of_p, i + j);
+                  m = read_element(m_data, of_m, i + j);
+                  v = read_element(v_data, of_v, i + j);
+                });
+            if (kRanked) second = selected;
+          } else if (kRanked) {
+            notes.count(verdict);
+            second = verdict.selected;
+          }
+          constexpr unsigned kAll = (1u << kCount) - 1;
+          const bool base = !kAlone && u.base_kind != 0;
+          const unsigned on = (base ? kAll : (first | second) & kAll) & ~nonfinite;
+          updated += (unsigned)__popc(on);
+          const bool rounds_p = of_p == Dtype::kBFloat16 && u.stochastic;
+          const RandomWords<kCount> random_p(u, 0, run.begin + i, rounds_p);
+          const RandomWords<kCount> random_v(u, 3, run.begin + i, of_v == Dtype::kBFloat16);
+          const auto kind = [&](int j) {
+            return (on >> j & 1u) == 0 ? 0 : kFractional ? u.kind(first >> j, second >> j) : 3;
+          };
+          bool has_nan = false;
 #pragma unroll
-      for (int k = 0; k < kCount; k += 2) {
-        float p[2], m[2], v[2];
+          for (int k = 0; k < kCount; k += 2) {
+            float p[2], m[2], v[2];
 #pragma unroll
-        for (int h = 0; h < 2; ++h) {
-          const int j = k + h;
-          p[h] = get(raw_p, of_p, j), m[h] = get(raw_m, of_m, j), v[h] = get(raw_v, of_v, j);
-          adamw_element<kFractional>(p[h], m[h], v[h], gradient(j), kind(j), u.update);
-        }
-        has_nan |= put_pair(raw_p, of_p, k, p, rounds_p, random_p);
-        has_nan |= put_pair(raw_m, of_m, k, m, false, random_v);
-        has_nan |= put_pair(raw_v, of_v, k, v, true, random_v);
-      }
-      if (!has_nan) {
-        write_vector<kCount>(p_data, of_p, i, raw_p);
-        write_vector<kCount>(m_data, of_m, i, raw_m);
-        write_vector<kCount>(v_data, of_v, i, raw_v);
-      } else {
+            for (int h = 0; h < 2; ++h) {
+              const int j = k + h;
+              p[h] = get(raw_p, of_p, j), m[h] = get(raw_m, of_m, j), v[h] = get(raw_v, of_v, j);
+              adamw_element<kFractional>(p[h], m[h], v[h], gradient(j), kind(j), u.update);
+            }
+            has_nan |= put_pair(raw_p, of_p, k, p, rounds_p, random_p);
+            has_nan |= put_pair(raw_m, of_m, k, m, false, random_v);
+            has_nan |= put_pair(raw_v, of_v, k, v, true, random_v);
+          }
+          if (!has_nan) {
+            write_vector<kCount>(p_data, of_p, i, raw_p);
+            write_vector<kCount>(m_data, of_m, i, raw_m);
+            write_vector<kCount>(v_data, of_v, i, raw_v);
+          } else {
 #pragma unroll 1
-        for (int j = 0; j < kCount; ++j) {
-          const int64_t at = run.begin + i + j;
-          float p = u.load(0, at), m = u.load(2, at), v = u.load(3, at);
-          adamw_element<kFractional>(p, m, v, u.gradient(u.load(1, at)), kind(j), u.update);
-          u.store(0, at, at, p);
-          u.store(2, at, at, m);
-          u.store(3, at, at, v);
+            for (int j = 0; j < kCount; ++j) {
+              const int64_t at = run.begin + i + j;
+              float p = u.load(0, at), m = u.load(2, at), v = u.load(3, at);
+              adamw_element<kFractional>(p, m, v, u.gradient(u.load(1, at)), kind(j), u.update);
+              u.store(0, at, at, p);
+              u.store(2, at, at, m);
+              u.store(3, at, at, v);
+            }
+          }
         }
-      }
-    }
-  });
+      });
 #pragma unroll 1
   for (int start = vectors + warp() * kWarp; start < run.count; start += kThreads) {
     const int element = start + lane();

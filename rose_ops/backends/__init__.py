@@ -56,10 +56,9 @@ def _why_not_triton() -> str | None:
     if not _INTERPRETED and not torch.cuda.is_available() and not torch.xpu.is_available():
         return "PyTorch finds no GPU here (no driver, or a PyTorch built without one)"
     try:
-        _load_triton()
+        return _load_triton().why_not()
     except Exception as error:  # whatever a broken installation raises is the reason
         return f"Triton's kernels could not be imported: {error}"
-    return None
 
 
 def _why_not_cuda() -> str | None:

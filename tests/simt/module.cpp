@@ -16,6 +16,8 @@ STABLE_TORCH_LIBRARY_IMPL(rose_simt, CPU, m) {
   m.impl("bracket_adamw_", TORCH_BOX(&rose::cuda::ops::bracket_adamw_));
   m.impl("bracket_capture_", TORCH_BOX(&rose::cuda::ops::bracket_capture_));
   m.impl("sums_of_squares", TORCH_BOX(&rose::cuda::ops::sums_of_squares));
+  m.impl("clip_factors", TORCH_BOX(&rose::cuda::ops::clip_factors));
+  m.impl("select_tensors_", TORCH_BOX(&rose::cuda::ops::select_tensors_));
 }
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {

@@ -96,7 +96,8 @@ ROSE_INLINE uint32_t first_order_key(float g, bool rank_inactive) {
 ROSE_INLINE uint32_t second_order_key(float g, float m, float alpha, bool rank_inactive) {
   const uint32_t ag = abs_bits(g), am = abs_bits(m);
 #if defined(__CUDA_ARCH__)
-  const uint32_t divisor = am == 0 ? 0x3F800000u : am;  // division by zero takes a device ten times as long
+  const uint32_t divisor =
+      am == 0 ? 0x3F800000u : am;  // division by zero takes a device ten times as long
 #else
   const uint32_t divisor = am;
 #endif

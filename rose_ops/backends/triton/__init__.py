@@ -14,13 +14,16 @@ from typing import Any
 
 import numpy as np
 import torch
+import triton
 from torch import Tensor
 from triton import knobs
 
+from rose_ops import reference
 from rose_ops.backends.triton import bracket, kernels
 from rose_ops.backends.triton.table import (
     ALL,
     BITS,
+    DTYPES,
     NO_MASK,
     WHOLE,
     Class,
@@ -29,6 +32,7 @@ from rose_ops.backends.triton.table import (
     check,
     check_counts,
     check_groups,
+    check_rows,
     make,
     upload,
 )
@@ -37,13 +41,30 @@ from rose_ops.reference import FRACTION_UNIT, Field, keeps_denormals
 INTERPRETED = bool(knobs.runtime.interpret)
 
 # Elements of a tile. The interpreter has a price for each tile; a GPU wants 16 bytes for each thread,
-# of which there are 256 where they share a histogram, and 128 elsewhere.
+# and more where each tile takes a histogram.
 BLOCK = 1 << 14 if INTERPRETED else 512
 SELECT_BLOCK = 1 << 14 if INTERPRETED else 1024
-_STATE = 16 + 2 * 2048
+_STATE = 16 + 2 * 256
 _BRACKET_STATE = 48 + 64 * 8 + 2 * 2048 + 2 * (1 << 15) + 2 * (1 << 16)
 # Lines of the sample at a time: drawn, and counted.
 DRAWN_LINES, LINES = (1024, 1024) if INTERPRETED else (32, 64)
+
+
+def why_not() -> str | None:
+    """Why these kernels cannot be used with this Triton and these GPUs, or None."""
+    release = tuple(map(int, triton.__version__.split(".")[:2]))
+    if release < (3, 6):
+        return (
+            f"Triton {triton.__version__} is not tested; install 3.6 or later (PyTorch 2.10 brings it)"
+        )
+    if release < (3, 7) and not INTERPRETED and torch.version.cuda is not None:
+        for i in range(torch.cuda.device_count()):
+            if torch.cuda.get_device_capability(i) >= (10, 0):
+                return (
+                    "Triton 3.6 rounds a product and a sum only once on Blackwell GPUs, against its "
+                    "options; install 3.7 or later (PyTorch 2.12 brings it)"
+                )
+    return None
 
 
 @contextlib.contextmanager
@@ -70,8 +91,16 @@ def _programs(tiles: int, device: torch.device, each: int = 8) -> int:
     return max(1, min(tiles, resident))
 
 
-def _launch(kernel: Any, programs: int, *args: Any, num_warps: int = 4, **constants: Any) -> None:
-    kernel[(programs,)](*args, **constants, num_warps=num_warps, enable_fp_fusion=False)
+def _options(kernel: Any) -> dict[str, Any]:
+    """What to launch a kernel with: all that Triton knows on this machine."""
+    options = kernels.OPTIONS[kernel.fn.__name__]
+    if torch.version.cuda is None:  # a limit to registers is NVIDIA's
+        options = {name: value for name, value in options.items() if name != "maxnreg"}
+    return options
+
+
+def _launch(kernel: Any, programs: int, *args: Any, **constants: Any) -> None:
+    kernel[(programs,)](*args, **constants, **_options(kernel))
 
 
 def _check(name: str, tensor: Tensor | None, numel: int, device: torch.device) -> None:
@@ -88,30 +117,28 @@ def _check_fractions(upper: int, lower: int) -> None:
 
 
 class _Factors:
-    """What gradients are multiplied by, on the device; None is checked, and costs nothing."""
+    """What gradients are multiplied by, on the device, and whether inactive elements are ranked."""
 
-    def __init__(self, inv_scale: Tensor | None, clip: Tensor | None, device: torch.device) -> None:
+    def __init__(
+        self, inv_scale: Tensor | None, clip: Tensor | None, rank_inactive: bool, device: torch.device
+    ) -> None:
         _check("inv_scale", inv_scale, 1, device)
         _check("clip", clip, 2, device)
-        self.inv_scale, self.clip = inv_scale, clip
+        self.inv_scale, self.clip, self.rank_inactive = inv_scale, clip, rank_inactive
 
-    def pointers(self, table: Table) -> tuple[Tensor, Tensor]:
-        scale, clip = (table.hyper if t is None else t for t in (self.inv_scale, self.clip))
-        return scale, clip
-
-    def constants(self) -> dict[str, Any]:
-        return {"SCALED": self.inv_scale is not None, "CLIPPED": self.clip is not None}
+    def of(self, table: Table) -> tuple[Tensor, Tensor, int]:
+        """As arguments of kernels: ones where there is nothing."""
+        scale, clip = (table.ones if t is None else t for t in (self.inv_scale, self.clip))
+        return scale, clip, int(self.rank_inactive)
 
 
-def _risk_constants(c: Class, second: bool, rank_inactive: bool, factors: _Factors) -> dict[str, Any]:
+def _risk_constants(c: Class, second: bool) -> dict[str, Any]:
     return {
         "D0": c.dtypes[0],
         "D1": c.dtypes[-1],
         "LINEAR": c.linear,
         "ALIGNED": c.aligned,
         "SECOND": second,
-        "RANK_INACTIVE": rank_inactive,
-        **factors.constants(),
     }
 
 
@@ -138,19 +165,19 @@ def select(
     grads = _resolved(grads)
     table = make(_risk_roles(grads, exp_avgs), hyper, group, SELECT_BLOCK)
     device = _device(grads)
-    factors = _Factors(inv_scale, clip, device)
+    factors = _Factors(inv_scale, clip, rank_inactive, device)
     state = torch.zeros(_STATE + Field.SIZE, dtype=torch.int64, device=device)
     record = state[_STATE:]
     programs = [_programs(c.tiles, device) for c in table.classes]
-    passes = 1 if approx else 3
+    digits = (8, 3) if approx else (8, 8, 8, 7)
     with _on(device):
-        for i in range(passes):
+        for i, bits in enumerate(digits):
             for c, own in zip(table.classes, programs, strict=True):
                 _launch(
                     kernels._select_kernel, own, c.rows, c.tile_rows, c.tiles, table.dims, table.hyper,
-                    *factors.pointers(table), state, record, upper, lower, sum(programs), PASS=i,
-                    LAST=i == passes - 1, APPROX=approx, BLOCK=SELECT_BLOCK, num_warps=8,
-                    **_risk_constants(c, bool(exp_avgs), rank_inactive, factors),
+                    *factors.of(table), state, record, upper, lower,
+                    sum(programs), i, 31 - sum(digits[: i + 1]), bits, int(i == len(digits) - 1),
+                    BLOCK=SELECT_BLOCK, **_risk_constants(c, bool(exp_avgs)),
                 )  # fmt: skip
     return record
 
@@ -181,13 +208,13 @@ def capture_(
     grads = _resolved(grads)
     table = _capture_table(masks, grads, exp_avgs, hyper, group)
     check("selection", selection, torch.int64, Field.SIZE, device)
-    factors = _Factors(inv_scale, clip, device)
+    factors = _Factors(inv_scale, clip, rank_inactive, device)
     with _on(device):
         for c in table.classes:
             _launch(
                 kernels._capture_kernel, _programs(c.tiles, device), c.rows, c.tile_rows, c.tiles,
-                table.dims, table.hyper, *factors.pointers(table), selection, BLOCK=BLOCK,
-                **_risk_constants(c, bool(exp_avgs), rank_inactive, factors),
+                table.dims, table.hyper, *factors.of(table), selection,
+                BLOCK=BLOCK, **_risk_constants(c, bool(exp_avgs)),
             )  # fmt: skip
 
 
@@ -240,7 +267,7 @@ class _Update:
             )
         for step in steps:
             check("steps", step, torch.float32, 1, device)
-        self.factors = _Factors(inv_scale, clip, device)
+        self.factors = _Factors(inv_scale, clip, rank_inactive, device)
         _check("found_inf", found_inf, 1, device)
         flags = hyper.reshape(-1, 6)[:, 5].tolist()
         selective = [0 <= row < len(flags) and flags[row] != 0 for row in group.tolist()]
@@ -261,22 +288,21 @@ class _Update:
         fractional = bool(first_masks) and (from_risk or bool(second_masks))
         self.weights = (1, 2) if fractional else (3, 3)
         self.rules_out = not from_risk and WHOLE in first_kinds + second_kinds
-        self.found = table.hyper if found_inf is None else found_inf
+        self.found = table.zero if found_inf is None else found_inf
+        self.stochastic, self.fractional = stochastic, fractional
         # Written by the first launch, before others read them.
         count = self.count = len(params)
         self.prepared = torch.empty(max(count, 1), 16, device=device)
         self.keys = torch.empty(max(count, 1), 2, dtype=torch.int32, device=device)
         self.lr = upload(lr, device) if lr.is_cpu else lr
-        self.flags = {"FOUND": found_inf is not None}
-        self.constants = {
-            "FRACTIONAL": fractional, "HAS_FIRST": bool(first_masks), "RANK_INACTIVE": rank_inactive,
-            "STOCHASTIC": stochastic, **self.flags, **self.factors.constants(),
-        }  # fmt: skip
 
     def of(self, c: Class) -> dict[str, Any]:
         """Constants of kernels that update a class."""
         dtypes = {f"D{i}": dtype for i, dtype in enumerate(c.dtypes)}
-        return {**dtypes, "LINEAR": c.linear, "ALIGNED": c.aligned, "BLOCK": BLOCK, **self.constants}
+        return {
+            **dtypes, "LINEAR": c.linear, "ALIGNED": c.aligned, "FRACTIONAL": self.fractional,
+            "STOCHASTIC": self.stochastic and c.dtypes[0] == DTYPES[torch.bfloat16], "BLOCK": BLOCK,
+        }  # fmt: skip
 
 
 @keeps_denormals
@@ -304,16 +330,14 @@ def adamw_(
     with _on(u.device):
         _launch(
             kernels._prepare_kernel, max(u.count, 1), table.rows, u.count, table.hyper, u.lr, u.found,
-            u.prepared, u.keys, counts, table.extra, table.extra[1:], *u.weights,
-            RULES_OUT=u.rules_out, **u.flags,
+            u.prepared, u.keys, counts, table.extra, table.extra[1:], *u.weights, int(u.rules_out),
         )  # fmt: skip
         for c in table.classes:
             _launch(
                 kernels._update_kernel, max(c.tiles, 1), c.rows, c.tile_rows, c.tiles, table.dims,
-                table.hyper, *u.factors.pointers(table), u.found,
+                table.hyper, *u.factors.of(table), u.found,
                 counts if selection is None else selection, u.prepared, u.keys, counts, *u.weights,
-                FROM_RISK=selection is not None, HAS_SECOND=bool(second_masks), RULES_OUT=u.rules_out,
-                **u.of(c),
+                FROM_RISK=selection is not None, **u.of(c),
             )  # fmt: skip
     return counts
 
@@ -354,20 +378,21 @@ class _Bracket:
 
 def _bracketed(
     table: Table, device: torch.device, ranked: Sequence[int], elements: int, upper: int, lower: int,
-    draw: int, width: float, found: Tensor, pointers: tuple[Tensor, ...], prepare: tuple[Any, ...],
+    draw: int, width: float, found: Tensor, factors: tuple[Any, ...], prepare: tuple[Any, ...],
     constants: list[dict[str, Any]], update: _Update | None,
 ) -> Tensor:  # fmt: skip
     """The launches of bracket.py.
 
     Args:
         ranked: tiles of each class whose elements are ranked, the first ones.
+        factors: see :meth:`_Factors.of`.
         prepare: arguments of the first kernel to prepare the update.
         constants: of the kernels that find keys, for each class.
         update: or None for a capture.
     """
     b = _Bracket.of(ranked, elements, update is not None, device)
-    two, flags = {"TWO": lower > 0}, {"FOUND": False} if update is None else update.flags
-    grad = {"GRAD": 0 if update is None else 1}
+    two, updates = {"TWO": lower > 0}, int(update is not None)
+    operand = updates  # gradients follow parameters, or are the first
     lines, before = sum(b.strata), 0
     programs = [_programs(c.tiles, device) for c in table.classes]
     with _on(device):
@@ -376,50 +401,48 @@ def _bracketed(
             keys = {k: v for k, v in constants[i].items() if k != "ALIGNED"}
             _launch(
                 bracket._sample_kernel, max(-(-strata // DRAWN_LINES), prepared, 1),
-                c.rows, c.tile_rows, tiles, table.dims, table.hyper, *pointers, found, b.state,
-                b.record, len(b.record), b.sample, draw % 2**31, before, strata, b.stratum, *prepare,
-                **keys, **grad, PREPARES=prepared > 0, LINES=DRAWN_LINES,
-                BLOCK=BLOCK, **flags,
+                c.rows, c.tile_rows, tiles, table.dims, table.hyper, *factors, operand, found, b.state,
+                b.record, len(b.record), b.sample, draw % 2**31, before, strata, b.stratum, table.rows,
+                prepared, *prepare, **keys, LINES=DRAWN_LINES, BLOCK=BLOCK,
             )  # fmt: skip
             before += strata
         _launch(
             bracket._bracket_kernel, _programs(-(-lines // LINES), device, each=1), found, b.state,
-            b.sample, lines, b.stratum, upper, lower, float(width), elements, b.capacity, **two,
-            LINES=LINES, num_warps=8, **flags,
+            b.sample, lines, b.stratum, upper, lower, float(width), elements, b.capacity, LINES=LINES,
         )  # fmt: skip
         for i, (c, tiles) in enumerate(zip(table.classes, ranked, strict=True)):
             place = c.base * BLOCK
             if update is None:
                 _launch(
                     bracket._capture_pass_kernel, max(c.tiles, 1), c.rows, c.tile_rows, c.tiles,
-                    table.dims, table.hyper, *pointers, b.state, *b.log, b.capacity, place,
+                    table.dims, table.hyper, *factors, b.state, *b.log, b.capacity, place,
                     BLOCK=BLOCK, **two, **constants[i],
                 )  # fmt: skip
             else:
                 _launch(
                     bracket._update_pass_kernel, max(c.tiles, 1), c.rows, c.tile_rows, c.tiles, tiles,
-                    table.dims, table.hyper, *pointers, found, b.state, *b.log, b.capacity, place,
+                    table.dims, table.hyper, *factors, found, b.state, *b.log, b.capacity, place,
                     update.prepared, update.keys, *update.weights, **two, **update.of(c),
                 )  # fmt: skip
         for i, (c, tiles) in enumerate(zip(table.classes, ranked, strict=True)):
             _launch(
                 bracket._resolve_kernel, programs[i], c.rows, c.tile_rows, tiles, table.dims,
-                table.hyper, *pointers, found, b.state, b.record, b.log[0], b.capacity, elements, upper,
-                lower, sum(programs), FIRST=i == 0, UPDATES=update is not None, BLOCK=BLOCK, **two,
-                **grad, **flags, **constants[i],
+                table.hyper, *factors, operand, found, b.state, b.record, b.log[0], b.capacity,
+                elements, upper, lower, sum(programs), int(i == 0), updates, BLOCK=BLOCK,
+                **constants[i],
             )  # fmt: skip
         for i, (c, tiles) in enumerate(zip(table.classes, ranked, strict=True)):
             place = c.base * BLOCK
             if update is None:
                 _launch(
                     bracket._capture_fix_kernel, programs[i], c.rows, c.tile_rows, c.tiles, table.dims,
-                    table.hyper, *pointers, b.state, b.record, *b.log, b.capacity, place, BLOCK=BLOCK,
+                    table.hyper, *factors, b.state, b.record, *b.log, b.capacity, place, BLOCK=BLOCK,
                     **constants[i],
                 )  # fmt: skip
             else:
                 _launch(
                     bracket._update_fix_kernel, programs[i], c.rows, c.tile_rows, c.tiles, tiles,
-                    table.dims, table.hyper, *pointers, found, b.state, b.record, *b.log, b.capacity,
+                    table.dims, table.hyper, *factors, found, b.state, b.record, *b.log, b.capacity,
                     place, update.prepared, update.keys, *update.weights, **update.of(c),
                 )  # fmt: skip
     return b.record
@@ -436,13 +459,14 @@ def bracket_capture_(
     device = _device(grads)
     grads = _resolved(grads)
     table = _capture_table(masks, grads, exp_avgs, hyper, group)
-    factors = _Factors(inv_scale, clip, device)
-    constants = [_risk_constants(c, bool(exp_avgs), rank_inactive, factors) for c in table.classes]
-    unused = table.hyper
-    prepare = (table.rows, 0, unused, unused, unused, unused, unused, 0, 0)
+    factors = _Factors(inv_scale, clip, rank_inactive, device)
+    constants = [_risk_constants(c, bool(exp_avgs)) for c in table.classes]
+    unused = (
+        table.hyper, table.ones, table.rows.view(torch.int32), table.extra, table.extra, 0, 0,
+    )  # fmt: skip
     return _bracketed(
         table, device, [c.tiles for c in table.classes], sum(g.numel() for g in grads), upper, lower,
-        draw, width, unused, factors.pointers(table), prepare, constants, None,
+        draw, width, table.zero, factors.of(table), unused, constants, None,
     )  # fmt: skip
 
 
@@ -463,18 +487,16 @@ def bracket_adamw_(
     table = u.table
     constants = [
         {
-            **_risk_constants(c, True, rank_inactive, u.factors),
+            **_risk_constants(c, True),
             "D0": c.dtypes[min(1, len(c.dtypes) - 1)],
             "D1": c.dtypes[min(2, len(c.dtypes) - 1)],
         }
         for c in table.classes
     ]
-    prepare = (
-        table.rows, u.count, u.lr, u.prepared, u.keys, table.extra, table.extra[1:], *u.weights,
-    )  # fmt: skip
+    prepare = (u.lr, u.prepared, u.keys, table.extra, table.extra[1:], *u.weights)
     return _bracketed(
         table, u.device, [c.selective for c in table.classes], u.elements, upper, lower, draw, width,
-        u.found, u.factors.pointers(table), prepare, constants, u,
+        u.found, u.factors.of(table), prepare, constants, u,
     )  # fmt: skip
 
 
@@ -482,7 +504,7 @@ def bracket_adamw_(
 def sums_of_squares(tensors: list[Tensor], inv_scale: Tensor | None) -> Tensor:
     """See :func:`rose_ops.reference.sums_of_squares`."""
     device = _device(tensors)
-    factors = _Factors(inv_scale, None, device)
+    factors = _Factors(inv_scale, None, False, device)
     hyper, group = torch.zeros(1, 6, dtype=torch.float64), torch.zeros(len(tensors), dtype=torch.int64)
     tensors = _resolved(tensors)
     table: Table = make([Role("tensors", tensors)], hyper, group, BLOCK)
@@ -494,10 +516,37 @@ def sums_of_squares(tensors: list[Tensor], inv_scale: Tensor | None) -> Tensor:
         for c in table.classes:
             _launch(
                 kernels._squares_kernel, _programs(c.tiles, device), c.rows, c.tile_rows, c.tiles,
-                table.dims, factors.pointers(table)[0], partial, c.base, D0=c.dtypes[0],
-                LINEAR=c.linear, ALIGNED=c.aligned, SCALED=inv_scale is not None, BLOCK=BLOCK,
+                table.dims, factors.of(table)[0], partial, c.base, D0=c.dtypes[0],
+                LINEAR=c.linear, ALIGNED=c.aligned, BLOCK=BLOCK,
             )  # fmt: skip
             _launch(
                 kernels._sums_kernel, len(c.rows), c.rows, partial, c.base, sums, BLOCK=BLOCK, PARTS=256
             )
     return sums
+
+
+def clip_factors(sums: Tensor, max_norm: float) -> Tensor:
+    """See :func:`rose_ops.reference.clip_factors`."""
+    check("sums", sums, torch.float64, sums.numel(), sums.device)
+    return reference.clip_factors(sums, max_norm)
+
+
+def select_tensors_(
+    mask: Tensor, sums: Tensor, exp_avg_sums: Tensor | None, hyper: Tensor, group: Tensor,
+    clip: Tensor | None, upper: int, lower: int, rank_inactive: bool,
+) -> Tensor:  # fmt: skip
+    """See :func:`rose_ops.reference.select_tensors_`. PyTorch's kernels: there are few tensors."""
+    _check_fractions(upper, lower)
+    count, device = mask.numel(), mask.device
+    check("mask", mask, torch.bool, count, device)
+    check("sums", sums, torch.float64, count, device)
+    if exp_avg_sums is not None:
+        check("exp_avg_sums", exp_avg_sums, torch.float64, count, device)
+    if clip is not None:
+        check("clip", clip, torch.float32, 2, device)
+    check_groups(hyper, group, count)
+    check_rows(hyper, group.tolist())
+    alphas = upload(1.0 - hyper.reshape(-1, 6)[group, 0], device).float()
+    return reference._select_tensors_(
+        mask, sums, exp_avg_sums, alphas, clip, upper, lower, rank_inactive
+    )

@@ -47,6 +47,7 @@ from rose_ops.backends.triton.kernels import (
     _store_moments,
     _store_parameter,
     _tile,
+    kernel,
 )
 
 LINE: tl.constexpr = tl.constexpr(16)
@@ -111,6 +112,11 @@ def _programs_of(count, size):
 
 
 @triton.jit
+def _add(word, numbers):
+    tl.atomic_add(word, tl.sum(numbers.to(tl.int64)), sem="relaxed")
+
+
+@triton.jit
 def _zero(words, count):
     for start in range(0, count, WINDOW_BINS):
         at = start + tl.arange(0, WINDOW_BINS)
@@ -120,22 +126,21 @@ def _zero(words, count):
 # --------------------------------------------------------------------------------------------- sample
 
 
-@triton.jit(do_not_specialize=["draw", "before", "strata", "stratum", "tiles", "count", "words"])
+@kernel(registers=128)
 def _sample_kernel(
-    rows, tile_rows, tiles, dims, hyper, inv_scale, clip, found_inf, state, record, words, sample, draw,
-    before, strata, stratum,
+    rows, tile_rows, tiles, dims, hyper, inv_scale, clip, rank_inactive, operand, found_inf, state,
+    record, words, sample, draw, before, strata, stratum,
     all_rows, count, lr, prepared, keys, gamma, seed, first_weight, second_weight,
     D0: tl.constexpr, D1: tl.constexpr, LINEAR: tl.constexpr, SECOND: tl.constexpr,
-    RANK_INACTIVE: tl.constexpr, SCALED: tl.constexpr, CLIPPED: tl.constexpr, GRAD: tl.constexpr,
-    PREPARES: tl.constexpr, FOUND: tl.constexpr, LINES: tl.constexpr, BLOCK: tl.constexpr,
+    LINES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The sample's keys, of ``strata`` lines that follow ``before`` ones of other launches. Positions
-    are counted in whole tiles; a line that is beyond the end of its segment is not there."""
-    if PREPARES:
-        _prepare(
-            all_rows, count, hyper, lr, found_inf, prepared, keys, gamma, seed, first_weight,
-            second_weight, False, FOUND,
-        )  # fmt: skip
+    are counted in whole tiles; a line that is beyond the end of its segment is not there. Prepares the
+    update of ``count`` segments."""
+    _prepare(
+        all_rows, count, hyper, lr, found_inf, prepared, keys, gamma, seed, first_weight, second_weight,
+        0,
+    )  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
     for start in range(program * 1024, ZEROED, tl.num_programs(0) * 1024):
         at = start + tl.arange(0, 1024)
@@ -156,8 +161,8 @@ def _sample_kernel(
     n = tl.load(row + N)
     valid = there[:, None] & (index < n[:, None])
     key = _keys_of_tile(
-        row[:, None], dims, index, valid, hyper, inv_scale, clip, D0, D1, LINEAR, False, SECOND,
-        RANK_INACTIVE, SCALED, CLIPPED, GRAD, True,
+        row[:, None], dims, index, valid, hyper, inv_scale, clip, rank_inactive, operand, D0, D1,
+        LINEAR, False, SECOND, True,
     )  # fmt: skip
     key = tl.where(valid, key, NONFINITE)
     to = number[:, None] * LINE + tl.arange(0, LINE)[None, :]
@@ -269,83 +274,6 @@ def _decide(state, t, fraction, stratum, width):
     return tl.where(collapsed, 0.0, most)
 
 
-@triton.jit(do_not_specialize=["lines", "stratum", "upper", "lower", "width", "elements", "capacity"])
-def _bracket_kernel(
-    found_inf, state, sample, lines, stratum, upper, lower, width, elements, capacity,
-    TWO: tl.constexpr, FOUND: tl.constexpr, LINES: tl.constexpr,
-):  # fmt: skip
-    """Each program finds the windows, which are the same; the last one the brackets."""
-    runs = lines > 0
-    if FOUND:
-        runs = runs & (tl.load(found_inf) == 0)
-    if runs:
-        few = tl.minimum(lines, FEW)
-        element = tl.arange(0, FEW * LINE)
-        there = element // LINE < few
-        line = (element // LINE).to(tl.int64) * (lines // few)
-        some = tl.load(sample + line * LINE + element % LINE, mask=there, other=NONFINITE)
-        bins = tl.arange(0, WINDOW_BINS)
-        sampled = tl.full([], 0, tl.int64)
-        for t in tl.static_range(2 if TWO else 1):
-            target = state + TARGETS + t * TARGET
-            low, high, middle = _window(some, upper if t == 0 else lower, lines)
-            shift = _shift_for(high - low, WINDOW_BINS)
-            tl.store(target + WINDOW_LOW, low.to(tl.int64))
-            tl.store(target + WINDOW_HIGH, high.to(tl.int64))
-            tl.store(target + MIDDLE, middle.to(tl.int64))
-            counts = tl.zeros([WINDOW_BINS], tl.int32)
-            sampled = tl.full([], 0, tl.int64)
-            below = tl.full([], 0, tl.int64)
-            upto_middle = tl.full([], 0, tl.int64)
-            at_middle = tl.full([], 0, tl.int64)
-            cc = tl.full([], 0, tl.int64)
-            cr = tl.full([], 0, tl.int64)
-            rr = tl.full([], 0, tl.int64)
-            begin, end, stride = _programs_of(lines, LINES)
-            for start in range(begin, end, stride):
-                number = start + tl.arange(0, LINES).to(tl.int64)
-                at = number[:, None] * LINE + tl.arange(0, LINE)[None, :]
-                key = tl.load(sample + at, mask=(number < lines)[:, None], other=NONFINITE)
-                ranked = key >= 0
-                r = tl.sum(ranked.to(tl.int32), axis=1)
-                c = tl.sum((ranked & (key <= middle)).to(tl.int32), axis=1)
-                even_r, odd_r = tl.split(r.reshape([LINES // 2, 2]))
-                even_c, odd_c = tl.split(c.reshape([LINES // 2, 2]))
-                dr = (even_r - odd_r).to(tl.int64)
-                dc = (even_c - odd_c).to(tl.int64)
-                rr += tl.sum(dr * dr)
-                cr += tl.sum(dc * dr)
-                cc += tl.sum(dc * dc)
-                sampled += tl.sum(r).to(tl.int64)
-                upto_middle += tl.sum(c).to(tl.int64)
-                flat = key.reshape([LINES * LINE])
-                at_middle += tl.sum((flat == middle).to(tl.int32)).to(tl.int64)
-                below += tl.sum(((flat >= 0) & (flat < low)).to(tl.int32)).to(tl.int64)
-                inside = (flat >= low) & (flat <= high)
-                digit = tl.where(inside, (flat - low) >> shift, 0)
-                counts += tl.histogram(digit, WINDOW_BINS, mask=inside)
-            tl.atomic_add(target + BELOW_WINDOW, below)
-            tl.atomic_add(target + UPTO_MIDDLE, upto_middle)
-            tl.atomic_add(target + AT_MIDDLE, at_middle)
-            tl.atomic_add(target + CC, cc)
-            tl.atomic_add(target + CR, cr)
-            tl.atomic_add(target + RR, rr)
-            tl.atomic_add(
-                state + WINDOWS + t * WINDOW_BINS + bins, counts.to(tl.int64), mask=counts > 0
-            )
-        tl.atomic_add(state + SAMPLED, sampled)
-        tl.debug_barrier()
-        if tl.atomic_add(state + BRACKET_TICKET, 1) == tl.num_programs(0) - 1:
-            most = _decide(state, 0, upper, stratum, width)
-            if TWO:
-                most += _decide(state, 1, lower, stratum, width)
-            most = tl.minimum(most, elements.to(tl.float64))
-            tl.store(state + MODE, tl.where(most <= capacity, SPECULATE, EXACT).to(tl.int64))
-
-
-# ----------------------------------------------------------------------------------------------- pass
-
-
 @triton.jit
 def _count_digits(bins, digit, inside, BLOCK: tl.constexpr):
     """Adds to bins; those of the first digit together, as atomics would queue in a class of ties."""
@@ -359,6 +287,83 @@ def _count_digits(bins, digit, inside, BLOCK: tl.constexpr):
         bins + tl.where(inside, digit, 0), tl.full([BLOCK], 1, tl.int64),
         mask=inside & (digit != common), sem="relaxed",
     )  # fmt: skip
+
+
+@kernel(registers=128, num_warps=16)
+def _bracket_kernel(
+    found_inf, state, sample, lines, stratum, upper, lower, width, elements, capacity,
+    LINES: tl.constexpr,
+):  # fmt: skip
+    """Each program finds the windows, which are the same; the last one the brackets."""
+    if (lines > 0) & (tl.load(found_inf) == 0):
+        few = tl.minimum(lines, FEW)
+        element = tl.arange(0, FEW * LINE)
+        there = element // LINE < few
+        line = (element // LINE).to(tl.int64) * (lines // few)
+        some = tl.load(sample + line * LINE + element % LINE, mask=there, other=NONFINITE)
+        targets = 1 + (lower > 0).to(tl.int32)
+        for t in range(0, targets):
+            target = state + TARGETS + t * TARGET
+            low, high, middle = _window(some, tl.where(t == 0, upper, lower), lines)
+            shift = _shift_for(high - low, WINDOW_BINS)
+            tl.store(target + WINDOW_LOW, low.to(tl.int64))
+            tl.store(target + WINDOW_HIGH, high.to(tl.int64))
+            tl.store(target + MIDDLE, middle.to(tl.int64))
+            # Of each line, 8 bits for each of four numbers, which are 16 at most.
+            sampled = tl.zeros([LINES], tl.int32)
+            upto_middle = tl.zeros([LINES], tl.int32)
+            at_middle = tl.zeros([LINES], tl.int32)
+            below = tl.zeros([LINES], tl.int32)
+            cc = tl.zeros([LINES // 2], tl.int32)
+            cr = tl.zeros([LINES // 2], tl.int32)
+            rr = tl.zeros([LINES // 2], tl.int32)
+            begin, end, stride = _programs_of(lines, LINES)
+            for start in range(begin, end, stride):
+                number = start + tl.arange(0, LINES).to(tl.int64)
+                at = number[:, None] * LINE + tl.arange(0, LINE)[None, :]
+                key = tl.load(sample + at, mask=(number < lines)[:, None], other=NONFINITE)
+                ranked = key >= 0
+                four = (
+                    ranked.to(tl.int32)
+                    + ((ranked & (key <= middle)).to(tl.int32) << 8)
+                    + ((key == middle).to(tl.int32) << 16)
+                    + ((ranked & (key < low)).to(tl.int32) << 24)
+                )
+                four = tl.sum(four, axis=1)
+                r = four & 0xFF
+                c = (four >> 8) & 0xFF
+                sampled += r
+                upto_middle += c
+                at_middle += (four >> 16) & 0xFF
+                below += four >> 24
+                even_r, odd_r = tl.split(r.reshape([LINES // 2, 2]))
+                even_c, odd_c = tl.split(c.reshape([LINES // 2, 2]))
+                rr += (even_r - odd_r) * (even_r - odd_r)
+                cr += (even_c - odd_c) * (even_r - odd_r)
+                cc += (even_c - odd_c) * (even_c - odd_c)
+                flat = key.reshape([LINES * LINE])
+                inside = (flat >= low) & (flat <= high)
+                digit = tl.where(inside, (flat - low) >> shift, 0)
+                _count_digits(state + WINDOWS + t * WINDOW_BINS, digit, inside, LINES * LINE)
+            _add(target + BELOW_WINDOW, below)
+            _add(target + UPTO_MIDDLE, upto_middle)
+            _add(target + AT_MIDDLE, at_middle)
+            _add(target + CC, cc)
+            _add(target + CR, cr)
+            _add(target + RR, rr)
+            if t == 0:
+                _add(state + SAMPLED, sampled)
+        tl.debug_barrier()
+        # Releases what all programs have added to the last one.
+        if tl.atomic_add(state + BRACKET_TICKET, 1, sem="acq_rel") == tl.num_programs(0) - 1:
+            most = tl.full([], 0.0, tl.float64)
+            for t in range(0, targets):
+                most += _decide(state, t, tl.where(t == 0, upper, lower), stratum, width)
+            most = tl.minimum(most, elements.to(tl.float64))
+            tl.store(state + MODE, tl.where(most <= capacity, SPECULATE, EXACT).to(tl.int64))
+
+
+# ----------------------------------------------------------------------------------------------- pass
 
 
 @triton.jit
@@ -437,20 +442,20 @@ def _append(
     return first, after, fits
 
 
-@triton.jit(do_not_specialize=["ranked_tiles", "tiles", "first_place", "capacity"])
+@kernel()
 def _capture_pass_kernel(
-    rows, tile_rows, tiles, dims, hyper, inv_scale, clip, state, log_keys, log_places, capacity,
-    first_place, D0: tl.constexpr, D1: tl.constexpr, LINEAR: tl.constexpr, ALIGNED: tl.constexpr,
-    SECOND: tl.constexpr, RANK_INACTIVE: tl.constexpr, SCALED: tl.constexpr, CLIPPED: tl.constexpr,
-    TWO: tl.constexpr, BLOCK: tl.constexpr,
+    rows, tile_rows, tiles, dims, hyper, inv_scale, clip, rank_inactive, state, log_keys, log_places,
+    capacity, first_place,
+    D0: tl.constexpr, D1: tl.constexpr, LINEAR: tl.constexpr, ALIGNED: tl.constexpr,
+    SECOND: tl.constexpr, TWO: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The pass of a capture: bits by the estimate."""
     if tiles > 0:
         tile = tl.program_id(0).to(tl.int64)
         row, index, valid = _tile(rows, tile_rows, tile, ALIGNED, BLOCK)
         key = _keys_of_tile(
-            row, dims, index, valid, hyper, inv_scale, clip, D0, D1, LINEAR, ALIGNED, SECOND,
-            RANK_INACTIVE, SCALED, CLIPPED,
+            row, dims, index, valid, hyper, inv_scale, clip, rank_inactive, 0, D0, D1, LINEAR, ALIGNED,
+            SECOND,
         )  # fmt: skip
         key = tl.where(valid, key, -1)
         kept = _by_estimate(state, key, TWO)
@@ -465,13 +470,13 @@ def _capture_pass_kernel(
 @triton.jit
 def _gradient_and_moment(
     row, dims, index, valid, hyper, inv_scale, clip, D1: tl.constexpr, D2: tl.constexpr,
-    LINEAR: tl.constexpr, ALIGNED: tl.constexpr, SCALED: tl.constexpr, CLIPPED: tl.constexpr,
+    LINEAR: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     at = _locate(row, dims, index, 1, LINEAR)
     g = _load(tl.load(row + DATA + 1), at, valid, D1, ALIGNED)
     at = _locate(row, dims, index, 2, LINEAR)
     m = _load(tl.load(row + DATA + 2), at, valid, D2, ALIGNED)
-    return _gradient(g, row, hyper, inv_scale, clip, SCALED, CLIPPED), m
+    return _gradient(g, row, hyper, inv_scale, clip), m
 
 
 @triton.jit
@@ -486,45 +491,40 @@ def _parameter_and_square(
 
 
 @triton.jit
-def _kind(row, index, valid, base, selected, first_weight, second_weight, HAS_FIRST: tl.constexpr):
+def _kind(row, index, valid, base, selected, first_weight, second_weight, FRACTIONAL: tl.constexpr):
     """Of a selective segment's masks, for elements that are finite."""
     kind = base + selected.to(tl.int32) * second_weight
-    if HAS_FIRST:
+    if FRACTIONAL:  # there are first-order masks
         kind += _mask_bit(row, index, valid, 0) * first_weight
     return kind
 
 
-@triton.jit(do_not_specialize=["ranked_tiles", "tiles", "first_place", "capacity"])
+@kernel(registers=80)
 def _update_pass_kernel(
-    rows, tile_rows, tiles, ranked_tiles, dims, hyper, inv_scale, clip, found_inf, state, log_keys,
-    log_places, log_old, capacity, first_place, prepared, keys, first_weight, second_weight,
+    rows, tile_rows, tiles, ranked_tiles, dims, hyper, inv_scale, clip, rank_inactive, found_inf, state,
+    log_keys, log_places, log_old, capacity, first_place, prepared, keys, first_weight, second_weight,
     D0: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, D3: tl.constexpr, LINEAR: tl.constexpr,
-    ALIGNED: tl.constexpr, FRACTIONAL: tl.constexpr, HAS_FIRST: tl.constexpr,
-    RANK_INACTIVE: tl.constexpr, STOCHASTIC: tl.constexpr, SCALED: tl.constexpr, CLIPPED: tl.constexpr,
-    FOUND: tl.constexpr, TWO: tl.constexpr, BLOCK: tl.constexpr,
+    ALIGNED: tl.constexpr, FRACTIONAL: tl.constexpr, STOCHASTIC: tl.constexpr, TWO: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The pass of an update. Segments from ``ranked_tiles`` on are not selective."""
-    runs = tiles > 0
-    if FOUND:
-        runs = runs & (tl.load(found_inf) == 0)
-    if runs:
+    if (tiles > 0) & (tl.load(found_inf) == 0):
         tile = tl.program_id(0).to(tl.int64)
         row, index, valid = _tile(rows, tile_rows, tile, ALIGNED, BLOCK)
         speculate = tl.load(state + MODE) == SPECULATE
         is_ranked = valid & (tl.zeros([BLOCK], tl.int64) + tile < ranked_tiles)
         if speculate:
             g, m = _gradient_and_moment(
-                row, dims, index, valid, hyper, inv_scale, clip, D1, D2, LINEAR, ALIGNED, SCALED,
-                CLIPPED,
-            )  # fmt: skip
+                row, dims, index, valid, hyper, inv_scale, clip, D1, D2, LINEAR, ALIGNED
+            )
             segment = tl.load(row + INDEX)
             alpha = (1.0 - tl.load(hyper + tl.load(row + GROUP) * 6)).to(tl.float32)
-            key = tl.where(is_ranked, _key(g, m, alpha, True, RANK_INACTIVE), -1)
+            key = tl.where(is_ranked, _key(g, m, alpha, rank_inactive, True), -1)
             kept = _by_estimate(state, key, TWO)
             base = tl.zeros([BLOCK], tl.int32) + tl.load(keys + segment * 2 + 1)
             kind = _kind(
                 row, index, valid, base, kept | (key == INACTIVE), first_weight, second_weight,
-                HAS_FIRST,
+                FRACTIONAL,
             )  # fmt: skip
             kind = tl.where(key == NONFINITE, 0, kind)
             logged, count = _count(state, tile, key, valid & (kind != 0), kept, TWO, BLOCK)
@@ -545,8 +545,8 @@ def _update_pass_kernel(
             _store_moments(row, dims, index, m, v, pair, valid, D2, D3, LINEAR, ALIGNED, True)
         else:
             key = _keys_of_tile(
-                row, dims, index, is_ranked, hyper, inv_scale, clip, D1, D2, LINEAR, ALIGNED, True,
-                RANK_INACTIVE, SCALED, CLIPPED, 1,
+                row, dims, index, is_ranked, hyper, inv_scale, clip, rank_inactive, 1, D1, D2, LINEAR,
+                ALIGNED, True,
             )  # fmt: skip
             key = tl.where(is_ranked, key, -1)
             none = key != key
@@ -589,7 +589,7 @@ def _narrow(state, t, fraction, elements):
     target = state + TARGETS + t * TARGET
     ranked = elements - _total(state, PASS_INACTIVE) - _total(state, BAD)
     rank = _rank_of(fraction.to(tl.int64), ranked)
-    field = BELOW if t == 0 else BELOW_LOWER
+    field = tl.where(t == 0, BELOW, BELOW_LOWER)
     below = _total(state, field)
     inside = _total(state, field + 1)
     rank -= below
@@ -639,74 +639,60 @@ def _count_second(state, t, key, start, searches, BLOCK: tl.constexpr):
         _count_digits(state + SECOND_DIGITS + t * SECOND_BINS, digit, inside, BLOCK)
 
 
-@triton.jit(do_not_specialize=["tiles", "capacity", "elements", "upper", "lower", "programs"])
+@kernel(registers=128)
 def _resolve_kernel(
-    rows, tile_rows, tiles, dims, hyper, inv_scale, clip, found_inf, state, record, log_keys, capacity,
-    elements, upper, lower, programs,
+    rows, tile_rows, tiles, dims, hyper, inv_scale, clip, rank_inactive, operand, found_inf, state,
+    record, log_keys, capacity, elements, upper, lower, programs, first, updates,
     D0: tl.constexpr, D1: tl.constexpr, LINEAR: tl.constexpr, ALIGNED: tl.constexpr,
-    SECOND: tl.constexpr, RANK_INACTIVE: tl.constexpr, SCALED: tl.constexpr, CLIPPED: tl.constexpr,
-    GRAD: tl.constexpr, FIRST: tl.constexpr, TWO: tl.constexpr, UPDATES: tl.constexpr,
-    FOUND: tl.constexpr, BLOCK: tl.constexpr,
+    SECOND: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Second digits of the log (by the FIRST launch) or of all keys; the last program scans."""
-    runs = programs > 0
-    if FOUND:
-        runs = runs & (tl.load(found_inf) == 0)
-    if runs:
-        exact = tl.load(state + MODE) == EXACT
-        _, _, _, searches, start, _, _ = _narrow(state, 0, upper, elements)
-        lower_searches = searches
-        lower_start = start
-        if TWO:
-            _, _, _, lower_searches, lower_start, _, _ = _narrow(state, 1, lower, elements)
-        if exact:
-            begin, end, stride = _programs_of(tiles, 1)
-            for tile in range(begin, end, stride):
-                row, index, valid = _tile(rows, tile_rows, tile, ALIGNED, BLOCK)
-                key = _keys_of_tile(
-                    row, dims, index, valid, hyper, inv_scale, clip, D0, D1, LINEAR, ALIGNED, SECOND,
-                    RANK_INACTIVE, SCALED, CLIPPED, GRAD,
-                )  # fmt: skip
-                key = tl.where(valid, key, -1)
-                _count_second(state, 0, key, start, searches, BLOCK)
-                if TWO:
-                    _count_second(state, 1, key, lower_start, lower_searches, BLOCK)
-        elif FIRST:
-            logged = tl.minimum(tl.load(state + LOGGED), capacity)
-            begin, end, stride = _programs_of(logged, BLOCK)
-            for entry in range(begin, end, stride):
-                at = entry + tl.arange(0, BLOCK)
-                key = tl.load(log_keys + at, mask=at < logged, other=0) & 0x7FFFFFFF
-                key = tl.where(at < logged, key, -1)
-                _count_second(state, 0, key, start, searches, BLOCK)
-                if TWO:
-                    _count_second(state, 1, key, lower_start, lower_searches, BLOCK)
+    """Second digits of the log (by the ``first`` launch) or of all keys; the last program scans."""
+    if (programs > 0) & (tl.load(found_inf) == 0):
+        speculated = tl.load(state + MODE) == SPECULATE
+        logged = tl.load(state + LOGGED)
+        targets = 1 + (lower > 0).to(tl.int32)
+        for t in range(0, targets):
+            fraction = tl.where(t == 0, upper, lower)
+            _, _, _, searches, start, _, _ = _narrow(state, t, fraction, elements)
+            if speculated:
+                count = tl.where(first != 0, tl.minimum(logged, capacity), 0)
+                begin, end, stride = _programs_of(count, BLOCK)
+                for entry in range(begin, end, stride):
+                    at = entry + tl.arange(0, BLOCK)
+                    key = tl.load(log_keys + at, mask=at < count, other=0) & 0x7FFFFFFF
+                    key = tl.where(at < count, key, -1)
+                    _count_second(state, t, key, start, searches, BLOCK)
+            else:
+                begin, end, stride = _programs_of(tiles, 1)
+                for tile in range(begin, end, stride):
+                    row, index, valid = _tile(rows, tile_rows, tile, ALIGNED, BLOCK)
+                    key = _keys_of_tile(
+                        row, dims, index, valid, hyper, inv_scale, clip, rank_inactive, operand, D0, D1,
+                        LINEAR, ALIGNED, SECOND,
+                    )  # fmt: skip
+                    _count_second(state, t, tl.where(valid, key, -1), start, searches, BLOCK)
         tl.debug_barrier()
-        if tl.atomic_add(state + RESOLVE_TICKET, 1) == programs - 1:
-            high, upto, missed = _threshold(state, 0, upper, elements)
-            low = tl.full([], -1, tl.int64)
-            upto_low = tl.full([], 0, tl.int64)
-            if TWO:
-                low, upto_low, missed_low = _threshold(state, 1, lower, elements)
-                missed = missed | missed_low
-            kept = tl.maximum(upto - upto_low, 0)
+        # Releases what all programs have added to the last one.
+        if tl.atomic_add(state + RESOLVE_TICKET, 1, sem="acq_rel") == programs - 1:
             # More was logged than the log takes: the estimate has to do.
-            full = (tl.load(state + MODE) == SPECULATE) & (tl.load(state + LOGGED) > capacity)
-            if full:
-                high = tl.load(state + TARGETS + ESTIMATE)
-                if TWO:
-                    low = tl.load(state + TARGETS + TARGET + ESTIMATE)
-                kept = _total(state, KEPT)
+            full = speculated & (logged > capacity)
+            missed = full
+            kept = tl.full([], 0, tl.int64)
+            for t in range(0, targets):
+                fraction = tl.where(t == 0, upper, lower)
+                key, upto, is_missed = _threshold(state, t, fraction, elements)
+                missed = missed | is_missed
+                kept += tl.where(t == 0, upto, -upto)
+                estimate = tl.load(state + TARGETS + t * TARGET + ESTIMATE)
+                tl.store(record + t, tl.where(full, estimate, key))
             inactive = _total(state, PASS_INACTIVE)
             bad = _total(state, BAD)
-            tl.store(record, high)
-            tl.store(record + 1, low)
-            tl.store(record + 2, kept)
+            tl.store(record + 2, tl.where(full, _total(state, KEPT), tl.maximum(kept, 0)))
             tl.store(record + 3, elements - inactive - bad)
             tl.store(record + 4, inactive)
             tl.store(record + 5, bad)
-            tl.store(record + 6, (missed | full).to(tl.int64))
-            if UPDATES:
+            tl.store(record + 6, missed.to(tl.int64))
+            if updates != 0:
                 tl.store(record + 8, _total(state, UPDATED))
                 tl.store(record + 9, bad)
 
@@ -729,12 +715,12 @@ def _wrong(
     return at, wrong, place // BLOCK, place % BLOCK, selected
 
 
-@triton.jit(do_not_specialize=["tiles", "capacity", "first_place"])
+@kernel()
 def _capture_fix_kernel(
-    rows, tile_rows, tiles, dims, hyper, inv_scale, clip, state, record, log_keys, log_places, capacity,
-    first_place, D0: tl.constexpr, D1: tl.constexpr, LINEAR: tl.constexpr, ALIGNED: tl.constexpr,
-    SECOND: tl.constexpr, RANK_INACTIVE: tl.constexpr, SCALED: tl.constexpr, CLIPPED: tl.constexpr,
-    BLOCK: tl.constexpr,
+    rows, tile_rows, tiles, dims, hyper, inv_scale, clip, rank_inactive, state, record, log_keys,
+    log_places, capacity, first_place,
+    D0: tl.constexpr, D1: tl.constexpr, LINEAR: tl.constexpr, ALIGNED: tl.constexpr,
+    SECOND: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     logged = tl.load(state + LOGGED)
     if tl.load(state + MODE) == EXACT:
@@ -742,8 +728,8 @@ def _capture_fix_kernel(
         for tile in range(begin, end, stride):
             row, index, valid = _tile(rows, tile_rows, tile, ALIGNED, BLOCK)
             key = _keys_of_tile(
-                row, dims, index, valid, hyper, inv_scale, clip, D0, D1, LINEAR, ALIGNED, SECOND,
-                RANK_INACTIVE, SCALED, CLIPPED,
+                row, dims, index, valid, hyper, inv_scale, clip, rank_inactive, 0, D0, D1, LINEAR,
+                ALIGNED, SECOND,
             )  # fmt: skip
             _store_mask_bits(row, tile, _is_selected(key, record) & valid, BLOCK)
     elif logged <= capacity:
@@ -763,19 +749,15 @@ def _capture_fix_kernel(
                 tl.atomic_xor(word, one << bit, mask=wrong, sem="relaxed")
 
 
-@triton.jit(do_not_specialize=["tiles", "ranked_tiles", "capacity", "first_place"])
+@kernel(registers=128)
 def _update_fix_kernel(
-    rows, tile_rows, tiles, ranked_tiles, dims, hyper, inv_scale, clip, found_inf, state, record,
-    log_keys, log_places, log_old, capacity, first_place, prepared, keys, first_weight, second_weight,
+    rows, tile_rows, tiles, ranked_tiles, dims, hyper, inv_scale, clip, rank_inactive, found_inf, state,
+    record, log_keys, log_places, log_old, capacity, first_place, prepared, keys, first_weight,
+    second_weight,
     D0: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, D3: tl.constexpr, LINEAR: tl.constexpr,
-    ALIGNED: tl.constexpr, FRACTIONAL: tl.constexpr, HAS_FIRST: tl.constexpr,
-    RANK_INACTIVE: tl.constexpr, STOCHASTIC: tl.constexpr, SCALED: tl.constexpr, CLIPPED: tl.constexpr,
-    FOUND: tl.constexpr, BLOCK: tl.constexpr,
+    ALIGNED: tl.constexpr, FRACTIONAL: tl.constexpr, STOCHASTIC: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    runs = tiles > 0
-    if FOUND:
-        runs = runs & (tl.load(found_inf) == 0)
-    if runs:
+    if (tiles > 0) & (tl.load(found_inf) == 0):
         logged = tl.load(state + LOGGED)
         updated = tl.full([], 0, tl.int64)
         if tl.load(state + MODE) == EXACT:
@@ -783,17 +765,16 @@ def _update_fix_kernel(
             for tile in range(begin, end, stride):
                 row, index, valid = _tile(rows, tile_rows, tile, ALIGNED, BLOCK)
                 g, m = _gradient_and_moment(
-                    row, dims, index, valid, hyper, inv_scale, clip, D1, D2, LINEAR, ALIGNED, SCALED,
-                    CLIPPED,
-                )  # fmt: skip
+                    row, dims, index, valid, hyper, inv_scale, clip, D1, D2, LINEAR, ALIGNED
+                )
                 p, v = _parameter_and_square(row, dims, index, valid, D0, D3, LINEAR, ALIGNED)
                 segment = tl.load(row + INDEX)
                 alpha = (1.0 - tl.load(hyper + tl.load(row + GROUP) * 6)).to(tl.float32)
                 is_ranked = valid & (tl.zeros([BLOCK], tl.int64) + tile < ranked_tiles)
-                key = tl.where(is_ranked, _key(g, m, alpha, True, RANK_INACTIVE), -1)
+                key = tl.where(is_ranked, _key(g, m, alpha, rank_inactive, True), -1)
                 base = tl.zeros([BLOCK], tl.int32) + tl.load(keys + segment * 2 + 1)
                 selected = is_ranked & _is_selected(key, record)
-                kind = _kind(row, index, valid, base, selected, first_weight, second_weight, HAS_FIRST)
+                kind = _kind(row, index, valid, base, selected, first_weight, second_weight, FRACTIONAL)
                 kind = tl.where(key == NONFINITE, 0, kind)
                 updated += tl.sum((valid & (kind != 0)).to(tl.int32)).to(tl.int64)
                 pair = keys + segment * 2
@@ -814,11 +795,11 @@ def _update_fix_kernel(
                     v = tl.load(log_old + 2 * capacity + at, mask=wrong, other=0.0)
                     to_g = _locate(row, dims, index, 1, LINEAR, True)
                     g = _load(tl.load(row + DATA + 1), to_g, wrong, D1, False)
-                    g = _gradient(g, row, hyper, inv_scale, clip, SCALED, CLIPPED)
+                    g = _gradient(g, row, hyper, inv_scale, clip)
                     segment = tl.load(row + INDEX)
                     base = tl.load(keys + segment * 2 + 1)
                     kind = _kind(
-                        row, index, wrong, base, selected, first_weight, second_weight, HAS_FIRST
+                        row, index, wrong, base, selected, first_weight, second_weight, FRACTIONAL
                     )
                     was = kind + tl.where(selected, -second_weight, second_weight)
                     change = (kind != 0).to(tl.int32) - (was != 0).to(tl.int32)

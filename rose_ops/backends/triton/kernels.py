@@ -1,21 +1,50 @@
 """The Triton kernels; their arithmetic is that of ``csrc/include/rose/element.h``, one by one.
 
 A launch walks the tiles of the segments (tensors) of one class: equal dtypes, aligned or not. Rows of
-int64 describe segments, see :class:`rose_ops.backends.triton.table.Column`. Launch with
-``enable_fp_fusion=False``: every product and sum is rounded.
+int64 describe segments, see :func:`rose_ops.backends.triton.table.make`.
 """
 
 # Kernels are compiled, not run: their annotations are Triton's.
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
+from typing import Any
+
 import triton
 import triton.language as tl
+
+OPTIONS: dict[str, dict[str, Any]] = {}
+"""What each kernel has to be launched with, and what the tests compile it with."""
+
+
+def kernel(registers: int = 64, num_warps: int = 4) -> Callable[[Callable[..., None]], Any]:
+    """A kernel that is compiled once for each set of constants.
+
+    By default, Triton has other code for numbers that are 1 or divisible by 16, and for addresses that
+    are: minutes of compiling, for tables of which single words are read.
+
+    Args:
+        registers: of a thread, at most. Releases of Triton differ in what they would take.
+    """
+
+    def decorate(function: Callable[..., None]) -> Any:
+        # Without fusion, every product and sum is rounded.
+        OPTIONS[function.__name__] = {
+            "num_warps": num_warps, "maxnreg": registers, "enable_fp_fusion": False,
+        }  # fmt: skip
+        parameters = inspect.signature(function).parameters.values()
+        numbers = [p.name for p in parameters if p.annotation != "tl.constexpr"]
+        return triton.jit(function, do_not_specialize=numbers)
+
+    return decorate
+
 
 INACTIVE: tl.constexpr = tl.constexpr(-(1 << 31))  # keys as int32: below every ranked one
 NONFINITE: tl.constexpr = tl.constexpr(-(1 << 31) + (1 << 20))
 INFINITY: tl.constexpr = tl.constexpr(0x7F800000)
 ONE: tl.constexpr = tl.constexpr(0x3F800000)
-BINS: tl.constexpr = tl.constexpr(2048)
+BINS: tl.constexpr = tl.constexpr(256)
 
 # Columns of a row, and words of the state of a selection; the same as in table.py.
 N: tl.constexpr = tl.constexpr(0)
@@ -109,7 +138,7 @@ def _mix(x):
 
 @triton.jit
 def _locate(
-    row, dims, index, OPERAND: tl.constexpr, LINEAR: tl.constexpr, ROWS: tl.constexpr = False
+    row, dims, index, operand, LINEAR: tl.constexpr, ROWS: tl.constexpr = False
 ):  # fmt: skip
     """Where the elements ``index`` (row-major) of one operand are in its memory. ROWS: a row each."""
     if LINEAR:
@@ -125,7 +154,7 @@ def _locate(
         dim = dims + (first + count - 1 - k) * 5  # size, strides
         size = tl.load(dim, mask=used, other=1)
         rest = index // size
-        at += (index - rest * size) * tl.load(dim + 1 + OPERAND, mask=used, other=0)
+        at += (index - rest * size) * tl.load(dim + 1 + operand, mask=used, other=0)
         index = rest
     return tl.where(count == 0, index, at)
 
@@ -143,22 +172,16 @@ def _tile(rows, tile_rows, tile, ALIGNED: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _key(g, m, alpha, SECOND: tl.constexpr, RANK_INACTIVE: tl.constexpr):
+def _key(g, m, alpha, rank_inactive, SECOND: tl.constexpr):
     ag = _bits(g)
     if SECOND:
         am = _bits(m)
         ratio = tl.div_rn(alpha * _float(ag), _float(am))
-        ranked = _bits(ratio - 1.0)
-        if RANK_INACTIVE:
-            inactive = tl.where(ag == 0, ONE, INFINITY)
-        else:
-            inactive = tl.full(ag.shape, INACTIVE, tl.int32)
-        key = tl.where(am == 0, inactive, ranked)
+        ranked = tl.where(ag == 0, ONE, INFINITY)
+        key = tl.where(am == 0, tl.where(rank_inactive != 0, ranked, INACTIVE), _bits(ratio - 1.0))
         finite = (ag < INFINITY) & (am < INFINITY)
     else:
-        key = ag
-        if not RANK_INACTIVE:
-            key = tl.where(ag == 0, INACTIVE, key)
+        key = tl.where((ag == 0) & (rank_inactive == 0), INACTIVE, ag)
         finite = ag < INFINITY
     return tl.where(finite, key, NONFINITE)
 
@@ -172,25 +195,20 @@ def _is_selected(key, selection):
 
 @triton.jit
 def _keys_of_tile(
-    row, dims, index, valid, hyper, inv_scale, clip,
+    row, dims, index, valid, hyper, inv_scale, clip, rank_inactive, operand,
     D0: tl.constexpr, D1: tl.constexpr, LINEAR: tl.constexpr, ALIGNED: tl.constexpr,
-    SECOND: tl.constexpr, RANK_INACTIVE: tl.constexpr, SCALED: tl.constexpr, CLIPPED: tl.constexpr,
-    GRAD: tl.constexpr = 0, ROWS: tl.constexpr = False,
+    SECOND: tl.constexpr, ROWS: tl.constexpr = False,
 ):  # fmt: skip
-    """Keys of gradients (operand GRAD, of dtype D0) and first moments (the next, D1)."""
-    at = _locate(row, dims, index, GRAD, LINEAR, ROWS)
-    g = _load(tl.load(row + DATA + GRAD), at, valid, D0, ALIGNED)
+    """Keys of gradients (this operand, of dtype D0) and first moments (the next, D1)."""
+    at = _locate(row, dims, index, operand, LINEAR, ROWS)
+    g = _load(tl.load(row + DATA + operand), at, valid, D0, ALIGNED)
     m = g
     alpha = 1.0
     if SECOND:
-        at = _locate(row, dims, index, GRAD + 1, LINEAR, ROWS)
-        m = _load(tl.load(row + DATA + GRAD + 1), at, valid, D1, ALIGNED)
+        at = _locate(row, dims, index, operand + 1, LINEAR, ROWS)
+        m = _load(tl.load(row + DATA + operand + 1), at, valid, D1, ALIGNED)
         alpha = (1.0 - tl.load(hyper + tl.load(row + GROUP) * 6)).to(tl.float32)
-    if SCALED:
-        g = g * tl.load(inv_scale)
-    if CLIPPED:
-        g = g * tl.load(clip)
-    return _key(g, m, alpha, SECOND, RANK_INACTIVE)
+    return _key(g * tl.load(inv_scale) * tl.load(clip), m, alpha, rank_inactive, SECOND)
 
 
 @triton.jit
@@ -198,66 +216,62 @@ def _rank_of(fraction, n):
     return fraction * (n // 1000000000) + fraction * (n % 1000000000) // 1000000000
 
 
-@triton.jit
+@kernel(registers=96)
 def _select_kernel(
-    rows, tile_rows, tiles, dims, hyper, inv_scale, clip, state, selection, upper, lower, programs,
-    PASS: tl.constexpr, LAST: tl.constexpr, APPROX: tl.constexpr,
+    rows, tile_rows, tiles, dims, hyper, inv_scale, clip, rank_inactive, state, selection, upper, lower,
+    programs, number, shift, digits, last,
     D0: tl.constexpr, D1: tl.constexpr, LINEAR: tl.constexpr, ALIGNED: tl.constexpr,
-    SECOND: tl.constexpr, RANK_INACTIVE: tl.constexpr, SCALED: tl.constexpr, CLIPPED: tl.constexpr,
-    BLOCK: tl.constexpr,
+    SECOND: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One digit of both thresholds: 11, 11 and 9 bits. The last program of a pass scans."""
-    SHIFT: tl.constexpr = 20 if PASS == 0 else (9 if PASS == 1 else 0)
-    DIGIT: tl.constexpr = 9 if PASS == 2 else 11
+    """``digits`` bits of both thresholds, from the one at ``shift`` on. The last program scans.
+
+    8 bits at a time: a histogram counts by ballots, in registers, and takes time for every bin.
+    """
     bins = tl.arange(0, BINS)
     upper_counts = tl.zeros([BINS], tl.int32)
     lower_counts = tl.zeros([BINS], tl.int32)
-    inactive = tl.zeros([BLOCK], tl.int32)
-    nonfinite = tl.zeros([BLOCK], tl.int32)
+    unranked = tl.zeros([BLOCK], tl.int32)  # 16 bits for inactive ones, 16 for others
     high = tl.load(state + TARGETS)
     low = tl.load(state + TARGETS + 4)
     upper_prefix = tl.load(state + TARGETS + 2).to(tl.int32)
     lower_prefix = tl.load(state + TARGETS + 6).to(tl.int32)
-    first = tl.program_id(0).to(tl.int64)
-    if PASS == 0 or high + low > 0:  # else there is nothing to look for
-        for tile in range(first, tiles, tl.num_programs(0)):
+    is_first = number == 0
+    if is_first | (high + low > 0):  # else there is nothing to look for
+        for tile in range(tl.program_id(0).to(tl.int64), tiles, tl.num_programs(0)):
             row, index, valid = _tile(rows, tile_rows, tile, ALIGNED, BLOCK)
             key = _keys_of_tile(
-                row, dims, index, valid, hyper, inv_scale, clip, D0, D1, LINEAR, ALIGNED, SECOND,
-                RANK_INACTIVE, SCALED, CLIPPED,
+                row, dims, index, valid, hyper, inv_scale, clip, rank_inactive, 0, D0, D1, LINEAR,
+                ALIGNED, SECOND,
             )  # fmt: skip
-            digit = (key >> SHIFT) & ((1 << DIGIT) - 1)
+            unranked += (valid & (key == INACTIVE)).to(tl.int32)
+            unranked += (valid & (key == NONFINITE)).to(tl.int32) << 16
             ranked = valid & (key >= 0)
-            if PASS == 0:
-                upper_counts += tl.histogram(tl.where(ranked, digit, 0), BINS, mask=ranked)
-                inactive += (valid & (key == INACTIVE)).to(tl.int32)
-                nonfinite += (valid & (key == NONFINITE)).to(tl.int32)
-            else:
-                prefix = key >> (SHIFT + DIGIT)
-                inside = ranked & (high > 0) & (prefix == upper_prefix)
-                upper_counts += tl.histogram(tl.where(inside, digit, 0), BINS, mask=inside)
-                if low > 0:
-                    inside = ranked & (prefix == lower_prefix)
-                    lower_counts += tl.histogram(tl.where(inside, digit, 0), BINS, mask=inside)
+            digit = (key >> shift) & ((1 << digits) - 1)
+            prefix = (key >> shift) >> digits
+            inside = ranked & (prefix == upper_prefix)
+            upper_counts += tl.histogram(tl.where(inside, digit, 0), BINS, mask=inside)
+            if low > 0:
+                inside = ranked & (prefix == lower_prefix)
+                lower_counts += tl.histogram(tl.where(inside, digit, 0), BINS, mask=inside)
     histogram = state + HISTOGRAMS + bins
-    tl.atomic_add(histogram, upper_counts.to(tl.int64), mask=upper_counts > 0)
-    tl.atomic_add(histogram + BINS, lower_counts.to(tl.int64), mask=lower_counts > 0)
-    if PASS == 0:
-        tl.atomic_add(state + STATE_INACTIVE, tl.sum(inactive.to(tl.int64)))
-        tl.atomic_add(state + STATE_NONFINITE, tl.sum(nonfinite.to(tl.int64)))
+    tl.atomic_add(histogram, upper_counts.to(tl.int64), mask=upper_counts > 0, sem="relaxed")
+    tl.atomic_add(histogram + BINS, lower_counts.to(tl.int64), mask=lower_counts > 0, sem="relaxed")
+    if is_first:
+        inactive = tl.sum((unranked & 0xFFFF).to(tl.int64))
+        tl.atomic_add(state + STATE_INACTIVE, inactive, sem="relaxed")
+        tl.atomic_add(state + STATE_NONFINITE, tl.sum((unranked >> 16).to(tl.int64)), sem="relaxed")
     tl.debug_barrier()
-    if tl.atomic_add(state + TICKETS + PASS, 1) == programs - 1:
-        if PASS == 0:
-            counts = tl.load(histogram, cache_modifier=".cg")
-            n = tl.sum(counts)
+    # Releases what all programs have added to the last one.
+    if tl.atomic_add(state + TICKETS + number, 1, sem="acq_rel") == programs - 1:
+        if is_first:
+            n = tl.sum(tl.load(histogram, cache_modifier=".cg"))
             tl.store(state + RANKED, n)
             high = _rank_of(upper, n)
             low = _rank_of(lower, n)
         for t in tl.static_range(2):
             rank = high if t == 0 else low
             target = state + TARGETS + 4 * t
-            source = histogram + (0 if PASS == 0 else t * BINS)
-            counts = tl.load(source, cache_modifier=".cg")
+            counts = tl.load(histogram + tl.where(is_first, 0, t * BINS), cache_modifier=".cg")
             upto = tl.cumsum(counts, 0)
             below = tl.load(target + 1)
             wanted = rank - below
@@ -265,17 +279,16 @@ def _select_kernel(
             digit = tl.sum(tl.where(here, bins.to(tl.int64), 0))
             tl.store(target, rank)
             tl.store(target + 1, below + tl.sum(tl.where(here, upto - counts, 0)))
-            tl.store(target + 2, (tl.load(target + 2) << DIGIT) + digit)
+            tl.store(target + 2, (tl.load(target + 2) << digits) + digit)
             tl.store(target + 3, tl.sum(tl.where(here, counts, 0)))
         tl.debug_barrier()
         tl.store(histogram, tl.zeros([BINS], tl.int64))
         tl.store(histogram + BINS, tl.zeros([BINS], tl.int64))
-        if LAST:
+        if last != 0:  # bits that were not looked for are those of the largest key
             for t in tl.static_range(2):
                 target = state + TARGETS + 4 * t
-                edge = tl.load(target + 2)
-                if APPROX:
-                    edge = tl.minimum((edge << 20) + ((1 << 20) - 1), INFINITY)
+                edge = (tl.load(target + 2) << shift) + ((1 << shift) - 1)
+                edge = tl.minimum(edge, INFINITY)
                 tl.store(selection + t, tl.where(tl.load(target) > 0, edge, -1))
             upto_high = tl.load(state + TARGETS + 1) + tl.load(state + TARGETS + 3)
             upto_low = tl.load(state + TARGETS + 5) + tl.load(state + TARGETS + 7)
@@ -296,27 +309,25 @@ def _store_mask_bits(row, tile, selected, BLOCK: tl.constexpr):
     tl.store(pointer + at, byte.to(tl.uint8), mask=at * 8 < tl.load(row + N))
 
 
-@triton.jit
+@kernel()
 def _capture_kernel(
-    rows, tile_rows, tiles, dims, hyper, inv_scale, clip, selection,
+    rows, tile_rows, tiles, dims, hyper, inv_scale, clip, rank_inactive, selection,
     D0: tl.constexpr, D1: tl.constexpr, LINEAR: tl.constexpr, ALIGNED: tl.constexpr,
-    SECOND: tl.constexpr, RANK_INACTIVE: tl.constexpr, SCALED: tl.constexpr, CLIPPED: tl.constexpr,
-    BLOCK: tl.constexpr,
+    SECOND: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    first = tl.program_id(0).to(tl.int64)
-    for tile in range(first, tiles, tl.num_programs(0)):
+    for tile in range(tl.program_id(0).to(tl.int64), tiles, tl.num_programs(0)):
         row, index, valid = _tile(rows, tile_rows, tile, ALIGNED, BLOCK)
         key = _keys_of_tile(
-            row, dims, index, valid, hyper, inv_scale, clip, D0, D1, LINEAR, ALIGNED, SECOND,
-            RANK_INACTIVE, SCALED, CLIPPED,
+            row, dims, index, valid, hyper, inv_scale, clip, rank_inactive, 0, D0, D1, LINEAR, ALIGNED,
+            SECOND,
         )  # fmt: skip
         _store_mask_bits(row, tile, _is_selected(key, selection) & valid, BLOCK)
 
 
-@triton.jit
+@kernel()
 def _prepare_kernel(
     rows, count, hyper, lr, found_inf, prepared, keys, counts, gamma, seed, first_weight, second_weight,
-    RULES_OUT: tl.constexpr, FOUND: tl.constexpr,
+    rules_out,
 ):  # fmt: skip
     """A program for each segment."""
     if tl.program_id(0) == 0:
@@ -324,21 +335,18 @@ def _prepare_kernel(
         tl.store(counts + 1, 0)
     _prepare(
         rows, count, hyper, lr, found_inf, prepared, keys, gamma, seed, first_weight, second_weight,
-        RULES_OUT, FOUND,
+        rules_out,
     )  # fmt: skip
 
 
 @triton.jit
 def _prepare(
     rows, count, hyper, lr, found_inf, prepared, keys, gamma, seed, first_weight, second_weight,
-    RULES_OUT: tl.constexpr, FOUND: tl.constexpr,
+    rules_out,
 ):  # fmt: skip
     """What all elements of a segment have in common in an update, and its step."""
     i = tl.program_id(0).to(tl.int64)
-    runs = i < count
-    if FOUND:
-        runs = runs & (tl.load(found_inf) == 0)
-    if runs:
+    if (i < count) & (tl.load(found_inf) == 0):
         row = rows + i * COLUMNS
         group = hyper + tl.load(row + GROUP) * 6
         beta1 = tl.load(group)
@@ -378,8 +386,8 @@ def _prepare(
             if given == 2:
                 whole = tl.load(tl.load(row + MASK + k).to(tl.pointer_type(tl.uint8))) != 0
             kind += tl.where(whole, added, 0)
-        if RULES_OUT:
-            kind = tl.where(selective & (kind == 0) & (some == 0), -1, kind)
+        ruled_out = selective & (kind == 0) & (some == 0) & (rules_out != 0)
+        kind = tl.where(ruled_out, -1, kind)
         pair = keys + tl.load(row + INDEX) * 2
         scrambled = step.to(tl.int64).to(tl.uint32) * 0x9E3779B9
         tl.store(
@@ -389,16 +397,11 @@ def _prepare(
 
 
 @triton.jit
-def _gradient(g, row, hyper, inv_scale, clip, SCALED: tl.constexpr, CLIPPED: tl.constexpr):
+def _gradient(g, row, hyper, inv_scale, clip):
     """Unscaled, clipped, and negated to maximize."""
     group = hyper + tl.load(row + GROUP) * 6
-    factor = tl.load(group + 4).to(tl.float32)
-    if SCALED:
-        factor = factor * tl.load(inv_scale)
-    g = g * factor
-    if CLIPPED:
-        g = g * tl.load(clip + tl.where(tl.load(group + 5) != 0, 0, 1))
-    return g
+    factor = tl.load(group + 4).to(tl.float32) * tl.load(inv_scale)
+    return g * factor * tl.load(clip + tl.where(tl.load(group + 5) != 0, 0, 1))
 
 
 @triton.jit
@@ -483,21 +486,16 @@ def _store_moments(
         _store(tl.load(row + DATA + 3), at, v, valid, D3, ALIGNED)
 
 
-@triton.jit
+@kernel(registers=72)
 def _update_kernel(
-    rows, tile_rows, tiles, dims, hyper, inv_scale, clip, found_inf, selection, prepared, keys, counts,
-    first_weight, second_weight,
-    D0: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, D3: tl.constexpr,
-    LINEAR: tl.constexpr, ALIGNED: tl.constexpr, FRACTIONAL: tl.constexpr, FROM_RISK: tl.constexpr,
-    HAS_FIRST: tl.constexpr, HAS_SECOND: tl.constexpr, RULES_OUT: tl.constexpr,
-    RANK_INACTIVE: tl.constexpr, STOCHASTIC: tl.constexpr, SCALED: tl.constexpr, CLIPPED: tl.constexpr,
-    FOUND: tl.constexpr, BLOCK: tl.constexpr,
+    rows, tile_rows, tiles, dims, hyper, inv_scale, clip, rank_inactive, found_inf, selection, prepared,
+    keys, counts, first_weight, second_weight,
+    D0: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, D3: tl.constexpr, LINEAR: tl.constexpr,
+    ALIGNED: tl.constexpr, FRACTIONAL: tl.constexpr, FROM_RISK: tl.constexpr, STOCHASTIC: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """AdamW under the mask, in place. A program for each tile: a loop would take registers."""
-    runs = tiles > 0
-    if FOUND:
-        runs = runs & (tl.load(found_inf) == 0)
-    if runs:
+    if (tiles > 0) & (tl.load(found_inf) == 0):
         tile = tl.program_id(0).to(tl.int64)
         row, index, valid = _tile(rows, tile_rows, tile, ALIGNED, BLOCK)
         segment = tl.load(row + INDEX)
@@ -507,26 +505,23 @@ def _update_kernel(
         m = _load(tl.load(row + DATA + 2), at, valid, D2, ALIGNED)
         at = _locate(row, dims, index, 3, LINEAR)
         v = _load(tl.load(row + DATA + 3), at, valid, D3, ALIGNED)
-        live = True
-        if RULES_OUT:
-            live = tl.load(key + 1) >= 0
-        if live:
+        if tl.load(key + 1) >= 0:
             at = _locate(row, dims, index, 0, LINEAR)
             p = _load(tl.load(row + DATA), at, valid, D0, ALIGNED)
             at = _locate(row, dims, index, 1, LINEAR)
             g = _load(tl.load(row + DATA + 1), at, valid, D1, ALIGNED)
-            g = _gradient(g, row, hyper, inv_scale, clip, SCALED, CLIPPED)
+            g = _gradient(g, row, hyper, inv_scale, clip)
             group = hyper + tl.load(row + GROUP) * 6
             selective = tl.zeros([BLOCK], tl.int32) + tl.load(group + 5).to(tl.int32) != 0
             kind = tl.zeros([BLOCK], tl.int32) + tl.load(key + 1)
-            if HAS_FIRST:
+            if FRACTIONAL or not FROM_RISK:
                 kind += _mask_bit(row, index, valid, 0) * first_weight
-            if HAS_SECOND:
-                kind += _mask_bit(row, index, valid, 1) * second_weight
             if FROM_RISK:
                 alpha = (1.0 - tl.load(group)).to(tl.float32)
-                risk = _key(g, m, alpha, True, RANK_INACTIVE)
+                risk = _key(g, m, alpha, rank_inactive, True)
                 kind += (selective & _is_selected(risk, selection)).to(tl.int32) * second_weight
+            else:
+                kind += _mask_bit(row, index, valid, 1) * second_weight
             bad = selective & ((_bits(g) >= INFINITY) | (_bits(m) >= INFINITY))
             kind = tl.where(bad, 0, kind)
             tl.atomic_add(counts, tl.sum((valid & (kind != 0)).to(tl.int64)), sem="relaxed")
@@ -539,24 +534,20 @@ def _update_kernel(
             _store_moments(row, dims, index, m, v, key, valid, D2, D3, LINEAR, ALIGNED, False)
 
 
-@triton.jit
+@kernel()
 def _squares_kernel(
     rows, tile_rows, tiles, dims, inv_scale, partial, base,
-    D0: tl.constexpr, LINEAR: tl.constexpr, ALIGNED: tl.constexpr, SCALED: tl.constexpr,
-    BLOCK: tl.constexpr,
+    D0: tl.constexpr, LINEAR: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Sum of squares of each tile, in a fixed order."""
-    first = tl.program_id(0).to(tl.int64)
-    for tile in range(first, tiles, tl.num_programs(0)):
+    for tile in range(tl.program_id(0).to(tl.int64), tiles, tl.num_programs(0)):
         row, index, valid = _tile(rows, tile_rows, tile, ALIGNED, BLOCK)
         x = _load(tl.load(row + DATA), _locate(row, dims, index, 0, LINEAR), valid, D0, ALIGNED)
-        if SCALED:
-            x = x * tl.load(inv_scale)
-        x = tl.where(valid, x.to(tl.float64), 0.0)
+        x = tl.where(valid, (x * tl.load(inv_scale)).to(tl.float64), 0.0)
         tl.store(partial + base + tile, tl.sum(x * x))
 
 
-@triton.jit
+@kernel()
 def _sums_kernel(rows, partial, base, sums, BLOCK: tl.constexpr, PARTS: tl.constexpr):
     """The sum of each segment from those of its tiles. A program each."""
     row = rows + tl.program_id(0).to(tl.int64) * COLUMNS

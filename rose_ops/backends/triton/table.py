@@ -53,6 +53,8 @@ class Table:
     dims: Tensor
     hyper: Tensor
     extra: Tensor  # float64
+    ones: Tensor  # two float32
+    zero: Tensor
 
     @property
     def tiles(self) -> int:
@@ -88,6 +90,14 @@ def check_groups(hyper: Tensor, group: Tensor, count: int) -> None:
     cpu = torch.device("cpu")
     check("hyper", hyper, torch.float64, hyper.numel() // 6 * 6, cpu)
     check("group", group, torch.int64, count, cpu)
+
+
+def check_rows(hyper: Tensor, groups: Sequence[int]) -> None:
+    """Raise RuntimeError unless these are rows of ``hyper``."""
+    count = len(hyper.reshape(-1, 6))
+    for i, row in enumerate(groups):
+        if not 0 <= row < count:
+            raise RuntimeError(f"group[{i}] is {row}; expected a row of hyper")
 
 
 def _dims(tensors: Sequence[Tensor]) -> list[list[int]]:
@@ -159,6 +169,7 @@ def _make(
     count = len(first.tensors)
     device = first.tensors[0].device if count else torch.device("cpu")
     groups = group.tolist()
+    check_rows(hyper, groups)
     members: dict[tuple[tuple[int, ...], bool, bool], list[list[int]]] = {}
     pool: list[list[int]] = []
     for i, tensors in enumerate(zip(*(role.tensors for role in roles), strict=True)):
@@ -183,8 +194,6 @@ def _make(
                     f"{what} is an expanded tensor, whose elements share memory; it cannot be updated "
                     "in place (use .contiguous())"
                 )
-        if not 0 <= groups[i] < len(hyper.reshape(-1, 6)):
-            raise RuntimeError(f"group[{i}] is {groups[i]}; expected a row of hyper")
         n = tensors[0].numel()
         dims = _dims(tensors) if n else []
         pointers = [t.data_ptr() for t in tensors]
@@ -227,9 +236,10 @@ def _make(
         torch.tensor(pool or [[0] * _DIM], dtype=torch.int64).reshape(-1),
         hyper.reshape(-1).view(torch.int64),
         torch.tensor([*extra, 0.0], dtype=torch.float64).view(torch.int64),
+        torch.tensor([1.0, 1.0, 0.0, 0.0]).view(torch.int64),
     ]
     blob = _upload(torch.cat(words), device)
-    rows_, dims_, hyper_, extra_ = blob.split([len(w) for w in words])
+    rows_, dims_, hyper_, extra_, constants = blob.split([len(w) for w in words])
     rows_ = rows_.view(-1, COLUMNS)
     classes, at, base = [], 0, 0
     for (dtypes, linear, aligned), rows, own, first_tiles in zip(
@@ -242,7 +252,10 @@ def _make(
         ).sub_(1)
         classes.append(Class(dtypes, linear, aligned, its_rows, of_tiles, base, first_tiles))
         at, base = at + len(rows), base + own
-    return Table(tuple(classes), rows_, dims_, hyper_.view(torch.float64), extra_.view(torch.float64))
+    return Table(
+        tuple(classes), rows_, dims_, hyper_.view(torch.float64), extra_.view(torch.float64),
+        *constants.view(torch.float32).split(2),
+    )  # fmt: skip
 
 
 _recent: OrderedDict[tuple, Any] = OrderedDict()
