@@ -526,9 +526,7 @@ MUTANTS: dict[str, tuple[str, ...]] = {
         "keys.cuh", "factors.scaled(get(raw_g, dtype[0], j))", "get(raw_g, dtype[0], j)",
     ),
     "fence below, relative": ("keys.cuh", "1.0f - 0x1p-21f", "1.0f"),
-    "fence below, absolute": ("keys.cuh", "1.0f - 0x1p-21f), 0x1p-22f)", "1.0f - 0x1p-21f), 0.0f)"),
     "fence above, relative": ("keys.cuh", "1.0f + 0x1p-21f", "1.0f"),
-    "fence above, absolute": ("keys.cuh", "1.0f + 0x1p-21f), 0x1p-22f)", "1.0f + 0x1p-21f), 0.0f)"),
     "fence of no threshold": ("keys.cuh", "if (low > kInfinityBits) return {-1.0f, -1.0f};\n", ""),
     "moments of zero": ("keys.cuh", "unit >= kSmallestMoment;", "unit >= 0.0f;"),
     "gradients of zero": ("keys.cuh", "bool is_settled = risk > 0.0f;", "bool is_settled = true;"),
@@ -874,8 +872,8 @@ MUTANTS: dict[str, tuple[str, ...]] = {
     ),
     "NaN of a second moment": ("update.cuh", "has_nan |= put_pair(raw_v", "put_pair(raw_v"),
     "neighbours of a NaN": (
-        "update.cuh", "for (int j = 0; j < kCount; ++j) {\n          const int64_t at",
-        "for (int j = 0; j < kCount - 1; ++j) {\n          const int64_t at",
+        "update.cuh", "for (int j = 0; j < kCount; ++j) {\n              const int64_t at",
+        "for (int j = 0; j < kCount - 1; ++j) {\n              const int64_t at",
     ),
     "neighbours of a NaN, their gradients": (
         "update.cuh", "u.gradient(u.load(1, at))", "u.load(1, at)",
@@ -995,6 +993,14 @@ MUTANTS: dict[str, tuple[str, ...]] = {
         "squares.cuh", "segment.first_tile + (begin + start) / kTile",
         "segment.first_tile + begin / kTile",
     ),
+    "barrier after a sum over tensors": (
+        "norms.cuh", "total = sum;\n    __syncthreads();", "total = sum;",
+    ),
+    "threshold of tensors": ("norms.cuh", "<= quantile.index)", "< quantile.index)"),
+    "threshold of tensors, two at once": (
+        "norms.cuh", "Count(key < high_try) << 32", "Count(key < low_try) << 32",
+    ),
+    "factor of norms": ("norms.cuh", "mul(norm, a.clip[0])", "mul(norm, a.clip[1])"),
     "share of the ranked tiles": (
         "launch.cu", "((others.share = table.share), ...);", "((void)others, ...);",
     ),

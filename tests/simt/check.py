@@ -55,7 +55,8 @@ def problem_of(
     n: int, mix, pieces: int, dtype, moment, generator, inv_scale=None, rank_inactive=False
 ) -> Problem:
     """Of several tensors, every third is contiguous in all operands; ``inv_scale``: a second factor."""
-    cuts = torch.randint(0, n, (pieces - 1,), generator=generator).sort().values
+    cuts = torch.randint(4096, n, (pieces - 1,), generator=generator).sort().values
+    cuts[:1] = 4096  # the first tensor ends with a tile
     layouts = ("contiguous", "transposed", "strided", "padded")
 
     def tensors(operand, dtype):
@@ -167,6 +168,26 @@ def check_nans(ops, generator) -> None:
         compare_update(ops, problem)
 
 
+def check_norms(ops, generator) -> None:
+    """Of tensors, more than a block has threads: ordinary ones, ties and zeros."""
+    sums, moments = torch.rand(2, 300, generator=generator, dtype=torch.float64) * 100
+    sums[::5], moments[::7] = 4.0, 0.0
+    for max_norm in (1.0, 1e9):
+        factors = [one.clip_factors(sums.round(), max_norm).tolist() for one in (reference, ops)]
+        assert factors[0] == factors[1]
+    for first in (True, False):
+        for clip in (None, torch.tensor([0.3, 0.7])):
+            found = []
+            for one in (reference, ops):
+                mask = torch.zeros(300, dtype=torch.bool)
+                record = one.select_tensors_(
+                    mask, sums, None if first else moments, hyper_table(ROSE, (0.5, *ROSE[1:])),
+                    torch.arange(300) % 2, clip, 600_000_000, 300_000_000, False,
+                )  # fmt: skip
+                found.append((record.tolist(), mask.tolist()))
+            assert found[0] == found[1]
+
+
 def check_graph(module, ops, generator) -> None:
     """Replays of a step with a table of several launches, and more learning rates than are by value."""
     problem = problem_of(30_011, ("normal",), 60, FLOAT, FLOAT, generator)
@@ -254,6 +275,7 @@ def main(library: str) -> None:
     generator.seed()
     module.configure("random", seed=torch.seed() % 2**32, resident=3)
     compare_rounding(ops, generator)
+    check_norms(ops, generator)
     check_nans(ops, generator)
     check_close_risks(ops, generator)
     check_misleading_samples(ops, generator)
