@@ -54,8 +54,9 @@ MAXIMIZED = (*PLAIN[:4], -1.0, 0.0)
 def problem_of(
     n: int, mix, pieces: int, dtype, moment, generator, inv_scale=None, rank_inactive=False
 ) -> Problem:
-    """Of several tensors, every third is contiguous in all operands. ``inv_scale`` is a second factor."""
-    cuts = torch.randint(0, n, (pieces - 1,), generator=generator).sort().values
+    """Of several tensors, every third is contiguous in all operands; ``inv_scale``: a second factor."""
+    cuts = torch.randint(4096, n, (pieces - 1,), generator=generator).sort().values
+    cuts[:1] = 4096  # the first tensor ends with a tile
     layouts = ("contiguous", "transposed", "strided", "padded")
 
     def tensors(operand, dtype):
@@ -167,6 +168,26 @@ def check_nans(ops, generator) -> None:
         compare_update(ops, problem)
 
 
+def check_norms(ops, generator) -> None:
+    """Of tensors, more than a block has threads: ordinary ones, ties and zeros."""
+    sums, moments = torch.rand(2, 300, generator=generator, dtype=torch.float64) * 100
+    sums[::5], moments[::7] = 4.0, 0.0
+    for max_norm in (1.0, 1e9):
+        factors = [one.clip_factors(sums.round(), max_norm).tolist() for one in (reference, ops)]
+        assert factors[0] == factors[1]
+    for first in (True, False):
+        for clip in (None, torch.tensor([0.3, 0.7])):
+            found = []
+            for one in (reference, ops):
+                mask = torch.zeros(300, dtype=torch.bool)
+                record = one.select_tensors_(
+                    mask, sums, None if first else moments, hyper_table(ROSE, (0.5, *ROSE[1:])),
+                    torch.arange(300) % 2, clip, 600_000_000, 300_000_000, False,
+                )  # fmt: skip
+                found.append((record.tolist(), mask.tolist()))
+            assert found[0] == found[1]
+
+
 def check_graph(module, ops, generator) -> None:
     """Replays of a step with a table of several launches, and more learning rates than are by value."""
     problem = problem_of(30_011, ("normal",), 60, FLOAT, FLOAT, generator)
@@ -254,6 +275,7 @@ def main(library: str) -> None:
     generator.seed()
     module.configure("random", seed=torch.seed() % 2**32, resident=3)
     compare_rounding(ops, generator)
+    check_norms(ops, generator)
     check_nans(ops, generator)
     check_close_risks(ops, generator)
     check_misleading_samples(ops, generator)
@@ -267,8 +289,10 @@ def main(library: str) -> None:
                 check(ops, problem_of(n, mix, pieces, *DTYPES[(i + 2 * k) % 5], generator, **options))
         if order == "random":  # the one that finds most
             brackets = (
-                (("normal",), 300_007, 1, FLOAT, FLOAT, None), (("normal",), 100_003, 5, BF16, BF16, None),
-                (MIXES[2], 100_003, 17, FLOAT, FLOAT, 0.3), (("ties",), 100_003, 5, FLOAT, FLOAT, None),
+                (("normal",), 300_007, 1, FLOAT, FLOAT, None),
+                (("normal",), 100_003, 5, BF16, BF16, None),
+                (MIXES[2], 100_003, 17, FLOAT, FLOAT, 0.3),
+                (("ties",), 100_003, 5, FLOAT, FLOAT, None),
             )  # fmt: skip
             for mix, n, pieces, dtype, moment, inv_scale in brackets:
                 problem = problem_of(n, mix, pieces, dtype, moment, generator, inv_scale)

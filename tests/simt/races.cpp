@@ -178,6 +178,17 @@ uint64_t run(Way way, Loops loops) {
   std::vector<double> partial(tiles);
   std::vector<double> sums(kSegments);
   check(sums_of_squares({table, nullptr, partial.data(), sums.data()}, nullptr));
+  constexpr int kTensors = 300;
+  std::vector<double> norms(kTensors);
+  for (int i = 0; i < kTensors; ++i) norms[i] = i * 37 % 101;
+  std::vector<float> factors(3), alphas(kTensors, 0.1f);
+  check(clip_factors({norms.data(), kTensors, 1.0f, factors.data()}, nullptr));
+  std::vector<uint32_t> keys_of_tensors(kTensors);
+  std::vector<int64_t> record_of_tensors(8);
+  bool chosen[kTensors];
+  check(select_tensors({norms.data(), nullptr, alphas.data(), nullptr, kTensors, 600000000, 300000000,
+                        false, keys_of_tensors.data(), chosen, record_of_tensors.data()},
+                       nullptr));
   std::vector<Prepared> prepared(kSegments);
   std::vector<Count> counts(2);
   const double lr = 1e-2;
@@ -198,6 +209,8 @@ uint64_t run(Way way, Loops loops) {
   Digest digest;
   digest.add(record);
   digest.add(sums);
+  digest.add(factors);
+  digest.add(record_of_tensors);
   digest.add(counts);
   for (auto& operand : data) {
     for (auto& values : operand) digest.add(values);
