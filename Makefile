@@ -41,8 +41,11 @@ verify-triton-release: $(VENV)/ready  ## the Triton kernels, as compiled by OTHE
 	PYTHONPATH=$(CURDIR)/build/triton-$(OTHER_TRITON) $(BIN)/python -m pytest -p no:cacheprovider -m slow \
 		tests/test_triton.py -k "compiled or gate" $(ARGS)
 
+# Of some two hundred mutants, this share: others each time. All of them take an hour or two.
+MUTANTS ?= 1
 verify-mutants: $(VENV)/ready
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p no:cacheprovider -m slow tests/test_simt.py $(ARGS)
+	ROSE_TEST_SHARE=$(MUTANTS) ROSE_TEST_SEED=$${ROSE_TEST_SEED:-$$(date +%s)} \
+		OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p no:cacheprovider -m slow tests/test_simt.py $(ARGS)
 
 verify-triton: $(VENV)/ready
 	ROSE_TEST_THOROUGH=0.1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p no:cacheprovider -m slow \
