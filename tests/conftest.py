@@ -72,8 +72,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """ROSE_TEST_SHARE=0.1 runs a tenth of the tests: others with another ROSE_TEST_SEED, and the same ones in
-    every process."""
+    """ROSE_TEST_SHARE=0.1 runs a tenth of the tests, the same ones in every process; others with another
+    ROSE_TEST_SEED."""
     share, seed = float(os.environ.get("ROSE_TEST_SHARE", "1")), os.environ.get("ROSE_TEST_SEED", "")
     if share < 1:
         chosen = [zlib.crc32((seed + item.nodeid).encode()) < share * 2**32 for item in items]
