@@ -72,7 +72,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """ROSE_TEST_SHARE=0.1 runs a tenth of the tests, the same ones in every process; others with another
+    """ROSE_TEST_SHARE=0.1 runs a tenth of the tests, in every process the same; others with another
     ROSE_TEST_SEED."""
     share, seed = float(os.environ.get("ROSE_TEST_SHARE", "1")), os.environ.get("ROSE_TEST_SEED", "")
     if share < 1:
