@@ -467,7 +467,7 @@ def test_bytes_of_a_bracketed_capture(triton_ops, counted, generator):
     call = lambda: problem.bracket_capture(triton_ops, 600_000_000, first=True)  # noqa: E731
     found = counted(problem.grads, call)
     assert found["launches"] == 5
-    assert 4 * N < found["read"] <= 4.6 * N, found
+    assert 4 * N < found["read"] <= 4.65 * N, found
     assert found["written"] <= 0.6 * N, found
 
 
