@@ -12,8 +12,9 @@ import re
 from collections import Counter
 from collections.abc import Callable, Mapping
 
-# Fused, approximate, flushing, rounding another way, or narrowing to bfloat16 (to float16, the hardware
-# rounds as it should). In double precision, only constants of a step are computed.
+# Fused, approximate, flushing, rounding another way, or narrowing to bfloat16 (of which pairs are asked
+# for: access.cuh; to float16, the hardware rounds as it should). In double precision, only constants of
+# a step are computed.
 WATCHED = re.compile(
     r"FFMA\S*|MUFU\.(?!\w+64H)\S+|\S*\.FTZ\S*|F(?:ADD|MUL)\S*\.R[MPZ]\S*|F2FP?\S*BF16\S*"
     r"|H(?:ADD|MUL|FMA)2\S*"
@@ -30,6 +31,7 @@ OPERATIONS = {
     "div.rn.f64": ("f64", None),
     "div.u64": ("u64", None),
     "div.s64": ("s64", None),
+    "cvt.rn.bf16x2.f32": ("f32", None),
 }
 
 
@@ -39,16 +41,18 @@ def probes(ptx: str) -> str:
     kernels = []
     for operation, (kind, _) in OPERATIONS.items():
         operands = "%x1" if "sqrt" in operation else "%x1, %x2"
+        result, of_result = ("%pair", "b32") if "x2" in operation else ("%x0", kind)
         kernels.append(f"""
 .visible .entry {operation.replace(".", "_")}(.param .u64 data) {{
   .reg .b64 %a;
   .reg .{kind} %x<3>;
+  .reg .b32 %pair;
   ld.param.u64 %a, [data];
   cvta.to.global.u64 %a, %a;
   ld.global.{kind} %x1, [%a];
   ld.global.{kind} %x2, [%a+8];
-  {operation} %x0, {operands};
-  st.global.{kind} [%a], %x0;
+  {operation} {result}, {operands};
+  st.global.{of_result} [%a], {result};
   ret;
 }}""")
     return header + "\n".join(kernels) + "\n"
