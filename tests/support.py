@@ -547,6 +547,7 @@ class Spec:
     moment: tuple[str, ...]
     related: bool  # m close to alpha*g, so that risks are 0 or differ in their last bits
     inv_scale: float | None
+    clip: tuple[float, float] | None
     rank_inactive: bool
     gamma: float
     step: int
@@ -583,6 +584,7 @@ class Spec:
             torch.tensor(self.lr[: len(self.groups)], dtype=torch.float64),
             sizes.cumsum(0) - sizes,
             None if scale is None else torch.tensor(scale),
+            None if self.clip is None else torch.tensor(self.clip),
             gamma=self.gamma, rank_inactive=self.rank_inactive, seed=self.rounding_seed,
         )  # fmt: skip
 
@@ -619,6 +621,7 @@ def specs(draw, max_tensors: int = 4) -> Spec:
         moment=draw(mix),
         related=draw(st.booleans()),
         inv_scale=draw(st.sampled_from((None, 1.0, 0.5, 1 / 3, 2.0**-16, 1e-38, 3e38))),
+        clip=draw(st.sampled_from((None, None, (0.7, 1 / 3), (1.0, 0.3)))),
         rank_inactive=draw(st.booleans()),
         gamma=draw(st.sampled_from((0.5, 0.3, 0.9, 1e-6))),
         step=draw(st.sampled_from((0, 1, 9, 100_000))),

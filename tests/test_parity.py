@@ -23,6 +23,7 @@ from support import (
     assert_all_same_bits,
     assert_same_bits,
     bits,
+    compare_bracket,
     compare_rounding,
     compare_update,
     examples,
@@ -107,6 +108,33 @@ def test_nothing_moves_when_an_infinity_was_found(ops, spec: Spec):
     assert problem.update(ops).tolist() == [0, 0]
     for old, t in zip(before, (*problem.written, *problem.steps), strict=True):
         assert torch.equal(old, bits(t))
+
+
+@pytest.mark.parametrize("moment", [FLOAT, BF16], ids=["fp32-moments", "bf16-moments"])
+@pytest.mark.parametrize("dtype", [FLOAT, BF16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("clip", [(0.7, 1 / 3), (1.0, 0.7), (0.7, 1.0)], ids=str)
+@pytest.mark.parametrize("inv_scale", [None, 1.0, 1 / 3], ids=["unscaled", "one", "third"])
+def test_gradients_are_multiplied_by_two_factors(ops, generator, dtype, moment, clip, inv_scale):
+    """One after the other, each product rounded, where loops that know their dtypes make one of them.
+
+    Of a tensor that is ranked and of one that is not, each of them large enough for such loops.
+    """
+    n = fewer(ops, 3001, 300)
+    p, g, m, v = (
+        [values(n, ("normal",), kind, generator) for _ in range(2)]
+        for kind in (dtype,) * 2 + (moment,) * 2
+    )
+    problem = Problem.of(
+        g, m, params=p, exp_avg_sqs=[x.abs_() for x in v], hyper=hyper_table(ROSE, PLAIN),
+        group=torch.arange(2), lr=torch.tensor([1e-2, 1e-3]), clip=torch.tensor(clip),
+        inv_scale=None if inv_scale is None else torch.tensor(inv_scale),
+    )  # fmt: skip
+    for kept in ((600_000_000, 0), (700_000_000, 300_000_000)):
+        _, first = compare_selection(ops, problem, *kept, first=True)
+        record, second = compare_selection(ops, problem, *kept, first=False)
+        compare_update(ops, problem.copy(), first, second)
+        compare_update(ops, problem.copy(), selection=record)
+        compare_bracket(ops, problem.copy(), *kept)
 
 
 # -------------------------------------------------------------------------------- every boundary
