@@ -41,11 +41,11 @@ verify-triton-release: $(VENV)/ready  ## the Triton kernels, as compiled by OTHE
 	PYTHONPATH=$(CURDIR)/build/triton-$(OTHER_TRITON) $(BIN)/python -m pytest -p no:cacheprovider -m slow \
 		tests/test_triton.py -k "compiled or gate" $(ARGS)
 
-# Of some two hundred mutants, this share: others each time. All of them take an hour or two.
-MUTANTS ?= 1
+# Some two hundred mutants take more than an hour; MUTANTS=few takes those of FEW in test_simt.py.
+MUTANTS ?= slow
 verify-mutants: $(VENV)/ready
-	ROSE_TEST_SHARE=$(MUTANTS) ROSE_TEST_SEED=$${ROSE_TEST_SEED:-$$(date +%s)} \
-		OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p no:cacheprovider -m slow tests/test_simt.py $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p no:cacheprovider -m "slow and $(MUTANTS)" \
+		tests/test_simt.py $(ARGS)
 
 verify-triton: $(VENV)/ready
 	ROSE_TEST_THOROUGH=0.1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p no:cacheprovider -m slow \
