@@ -184,8 +184,8 @@ def test_bytes_of_an_exact_second_order_step(simt, ops, generator, mix, unsure):
     # A sample must leave nothing behind that would mislead the next one.
     Problem.of([g * 1e-20 for g in problem.grads], problem.exp_avgs).select(ops, 600_000_000)
     _, read, written = counted(simt, lambda: problem.select(ops, 600_000_000))
-    assert 8 * N < read <= (8.4 + 8 * unsure) * N
-    assert written <= (0.1 + 2 * unsure) * N  # of the log, which has room for a part of the ties
+    assert 8 * N < read <= (8.31 + 8 * unsure) * N
+    assert written <= (0.07 + 2 * unsure) * N  # of the log, which has room for a part of the ties
     _, read, written = counted(simt, lambda: problem.update(ops, selection=record))
     assert 16 * N < read <= (16.001 + 8.01 * unsure) * N
     assert written == 12 * N
@@ -195,13 +195,13 @@ def test_bytes_of_a_first_order_capture(simt, ops, generator):
     """The gradient twice, a bit for each element, and the log: 1.2% of all keys are read again."""
     problem = problem_of(generator, 2 * N)
     _, read, written = counted(simt, lambda: problem.masks(ops, 600_000_000, first=True))
-    assert 8 * 2 * N < read <= 8.25 * 2 * N
-    assert 2 * N / 8 <= written <= (1 / 8 + 0.08) * 2 * N
+    assert 8 * 2 * N < read <= 8.15 * 2 * N
+    assert 2 * N / 8 <= written <= (1 / 8 + 0.06) * 2 * N
 
 
 @pytest.mark.parametrize(
     ("mix", "width", "limit"),
-    [("normal", 1.0, 30.3), ("ties", 1.0, 34.5), ("normal", 1e9, 37.2), ("ties", 1e9, 43.3)],
+    [("normal", 1.0, 30.0), ("ties", 1.0, 33.6), ("normal", 1e9, 36.8), ("ties", 1e9, 42.5)],
     ids=["normal", "ties", "normal-no-bracket", "ties-no-bracket"],
 )
 def test_bytes_of_a_bracketed_second_order_step(simt, ops, generator, mix, width, limit):
@@ -228,8 +228,8 @@ def test_bytes_of_a_bracketed_first_order_capture(simt, ops, generator):
         simt, lambda: problem.bracket_capture(ops, 600_000_000, first=True)
     )
     assert launches == 6
-    assert 4 * 2 * N < read <= 4.6 * 2 * N
-    assert 2 * N / 8 <= written <= (1 / 8 + 0.27) * 2 * N
+    assert 4 * 2 * N < read <= 4.5 * 2 * N
+    assert 2 * N / 8 <= written <= (1 / 8 + 0.25) * 2 * N
 
 
 def test_bytes_of_tensors_that_are_ruled_out(simt, ops, generator):
@@ -1051,7 +1051,7 @@ def test_mutants_are_of_these_sources(tmp_path):
         mutate(csrc, mutant)
 
 
-# All of them take more than an hour. Continuous integration takes these, of every kind and file.
+# All of them take more than an hour. Continuous integration takes these: seen to be caught, in minutes.
 FEW = {
     "barrier before the counts of a pass", "atomic of inactive elements", "leader of a warp",
     "entries of a log that overflowed", "tie rule, high", "non-finite element", "bin of a key",

@@ -316,12 +316,6 @@ ROSE_DEVICE T block_sum(T x, T* scratch) {
   return x;
 }
 
-// Adds a count of each thread to one in global memory.
-ROSE_DEVICE void add_to(Count* total, Count count, Count* scratch) {
-  const Count sum = block_sum(count, scratch);
-  if (threadIdx.x == 0 && sum != 0) atomicAdd(total, sum);
-}
-
 // Whether this block is the last to come here, so that it sees what all others wrote before.
 ROSE_DEVICE bool is_last_block(uint32_t* ticket) {
   __shared__ bool last;
