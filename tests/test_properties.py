@@ -195,7 +195,7 @@ def test_the_order_of_elements_and_tensors_does_not_matter(any_ops, spec: Spec, 
             rows.append(row)
     flat = Problem.of(
         grads, moments, hyper=problem.hyper, group=torch.tensor(rows, dtype=torch.int64),
-        inv_scale=problem.inv_scale, rank_inactive=problem.rank_inactive,
+        inv_scale=problem.inv_scale, clip=problem.clip, rank_inactive=problem.rank_inactive,
     )  # fmt: skip
     assert flat.select(any_ops, *kept, first=first).tolist() == record.tolist()
 
