@@ -6,7 +6,6 @@ import copy
 import weakref
 from collections.abc import Iterable, Sequence
 from functools import partial
-from itertools import pairwise
 from typing import Any, overload
 
 import torch
@@ -15,7 +14,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from rose_ops import memory
-from rose_ops.layout import overlaps_itself
+from rose_ops.layout import overlaps_itself, sharing_memory
 
 _AGAIN = (
     "call flatten_parameters() and make the optimizer again (the old one's state_dict() can be loaded "
@@ -55,7 +54,7 @@ class FlatParameter(nn.Parameter):
             begin += p.numel()
         flat._bytes = [begin * first.element_size() for _, _, begin in flat._windows]
         for i, (p, view) in enumerate(zip(members, flat.views(flat.detach()), strict=True)):
-            p.data = view.copy_(p.detach())
+            p.data = memory.with_own_storage(view.copy_(p.detach()))
             # A weak reference: when no optimizer has the flat parameter any more, gradients are
             # again what autograd makes of them.
             p.register_post_accumulate_grad_hook(partial(_into_buffer, weakref.ref(flat), i))
@@ -248,7 +247,8 @@ def _parts(groups: list[dict[str, Any]]) -> list[list[tuple[list[Tensor], list[s
     """The trainable parameters of each group by dtype and device, and their names. Changes nothing."""
     parts = []
     known: set[Tensor] = set()
-    spans = []
+    trained: list[Tensor] = []
+    labels: list[str] = []
     for row, group in enumerate(groups):
         of_group: dict[tuple[torch.dtype, torch.device], tuple[list[Tensor], list[str]]] = {}
         params = group["params"]
@@ -261,20 +261,18 @@ def _parts(groups: list[dict[str, Any]]) -> list[list[tuple[list[Tensor], list[s
                 raise ValueError(f"{name} is there twice; expected each parameter once")
             known.add(p)
             if p.requires_grad and p.numel():
-                last = sum(
-                    (size - 1) * stride for size, stride in zip(p.shape, p.stride(), strict=True)
-                )
-                spans.append((p.data_ptr(), p.data_ptr() + (last + 1) * p.element_size(), name))
+                trained.append(p)
+                labels.append(name)
                 members, names = of_group.setdefault((p.dtype, p.device), ([], []))
                 members.append(p)
                 names.append(name)
         parts.append(list(of_group.values()))
-    for (_, end, one), (begin, _, other) in pairwise(sorted(spans)):
-        if begin < end:
-            raise ValueError(
-                f"{one} and {other} share memory, which flattening would end; tie them as one "
-                "parameter (module.weight = other.weight)"
-            )
+    if pair := sharing_memory(trained):
+        one, other = (labels[i] for i in pair)
+        raise ValueError(
+            f"{one} and {other} share memory, which flattening would end; tie them as one parameter "
+            "(module.weight = other.weight)"
+        )
     return parts
 
 

@@ -6,107 +6,26 @@ Formulas, classes of elements and mask formats are those of :mod:`rose_ops.refer
 from __future__ import annotations
 
 from collections.abc import Sequence
-from fractions import Fraction
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from rose_ops import backends
 from rose_ops.layout import empty_masks
-from rose_ops.reference import FRACTION_UNIT, Field
-
-SELECTIONS = ("exact", "bracket", "approx")
-INACTIVE = ("update", "rank")
-GRANULARITIES = ("element", "tensor")
-ROUNDINGS = ("nearest", "stochastic")
-
-
-class Selection(NamedTuple):
-    """What a selection found, as 0-dim tensors: reading them is the caller's choice.
-
-    Attributes:
-        threshold: tau_h, the largest risk kept (float32; NaN: nothing ranked was kept).
-        kept: ranked elements that are kept, ``tau_l < r <= tau_h`` (int64, as all below). Ties at
-            tau_h are all kept; 0 if tau_l equals tau_h.
-        ranked: elements in the ranking.
-        inactive: elements without evidence to rank by, which are selected.
-        nonfinite: elements whose gradient or first moment is NaN or inf, which are not.
-        misses: 1 if ``selection="bracket"`` had to settle for an end of its bracket.
-
-    At ``granularity="tensor"`` the counts are of tensors.
-    """
-
-    threshold: Tensor
-    kept: Tensor
-    ranked: Tensor
-    inactive: Tensor
-    nonfinite: Tensor
-    misses: Tensor
-
-    @classmethod
-    def from_record(cls, record: Tensor) -> Selection:
-        """Views of an operator's selection record."""
-        fields = record.unbind()
-        threshold = fields[Field.HIGH].to(torch.int32).view(torch.float32)
-        counts = (Field.KEPT, Field.RANKED, Field.INACTIVE, Field.NONFINITE, Field.MISSES)
-        return cls(threshold, *(fields[field] for field in counts))
-
-
-class UpdateCounts(NamedTuple):
-    """What an update did, as 0-dim int64 tensors.
-
-    Attributes:
-        updated: elements with M > 0 (all those of plain AdamW).
-        nonfinite: elements left alone because their gradient or first moment is NaN or inf.
-    """
-
-    updated: Tensor
-    nonfinite: Tensor
-
-
-def choice(name: str, value: object, allowed: Sequence[str]) -> None:
-    """Raise ValueError unless ``value`` is one of ``allowed``."""
-    if value not in allowed:
-        expected = ", ".join(map(repr, allowed))
-        raise ValueError(f"{name}={value!r}; expected one of {expected}")
-
-
-def fraction_units(name: str, value: float) -> int:
-    """The decimal that the user wrote, in units of 1e-9: 0.6 is 600000000, exactly.
-
-    Raises:
-        TypeError: not a real number.
-        ValueError: not finite, or more than 9 decimals.
-    """
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a number, not {type(value).__name__}")
-    try:
-        units = Fraction(str(value)) * FRACTION_UNIT
-    except ValueError:
-        raise ValueError(f"{name}={value}; expected a finite number") from None
-    if units.denominator != 1:
-        raise ValueError(f"{name}={value}; expected at most 9 decimals, so that ranks are exact")
-    return int(units)
-
-
-def check_fractions(upper: float, lower: float, suffix: str = "") -> tuple[int, int]:
-    """c_h and c_l in units of 1e-9.
-
-    Raises:
-        ValueError: unless ``0 <= lower < upper <= 1``.
-    """
-    high, low = fraction_units("upper" + suffix, upper), fraction_units("lower" + suffix, lower)
-    if not 0 < high <= FRACTION_UNIT:
-        raise ValueError(f"upper{suffix}={upper}; expected 0 < upper <= 1, the fraction to keep")
-    if not 0 <= low < high:
-        raise ValueError(f"lower{suffix}={lower}; expected 0 <= lower < upper ({upper})")
-    return high, low
+from rose_ops.results import Selection, UpdateCounts
+from rose_ops.settings import GRANULARITIES, INACTIVE, ROUNDINGS, SELECTIONS, check_fractions, choice
 
 
 def _one_group(tensors: Sequence[Tensor], *columns: float) -> tuple[Tensor, Tensor]:
-    hyper = torch.tensor([columns], dtype=torch.float64)
-    return hyper, torch.zeros(len(tensors), dtype=torch.int64)
+    # The tables are on the CPU, whatever torch.set_default_device() says.
+    hyper = torch.tensor([columns], dtype=torch.float64, device="cpu")
+    return hyper, torch.zeros(len(tensors), dtype=torch.int64, device="cpu")
+
+
+def _lr_table(lr: float | Tensor) -> Tensor:
+    if isinstance(lr, Tensor):
+        return lr.detach().to(torch.float64).reshape(1)
+    return torch.tensor([lr], dtype=torch.float64, device="cpu")
 
 
 def _device(tensors: Sequence[Tensor]) -> torch.device:
@@ -255,12 +174,12 @@ def rose_adamw_(
     hyper, group = _one_group(
         params, *betas, eps, weight_decay, -1.0 if maximize else 1.0, float(selective)
     )
-    sizes = torch.tensor([p.numel() for p in params], dtype=torch.int64)
+    sizes = torch.tensor([p.numel() for p in params], dtype=torch.int64, device="cpu")
     with torch.no_grad():
         counts = backends.resolve(backend, _device(params)).ops.adamw_(
             _detached(params), _detached(grads), list(exp_avgs), list(exp_avg_sqs), list(steps),
             list(first_masks or ()), list(second_masks or ()), None,
-            torch.as_tensor(lr, dtype=torch.float64).reshape(1), hyper, group,
+            _lr_table(lr), hyper, group,
             sizes.cumsum(0) - sizes, inv_scale, None, None, gamma, False, seed,
             param_rounding == "stochastic",
         )  # fmt: skip

@@ -2,232 +2,35 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
-from functools import cached_property
-from itertools import accumulate, compress
-from numbers import Real
-from operator import is_
-from typing import Any, NamedTuple, TypeGuard
+from dataclasses import asdict
+from typing import Any, NamedTuple
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 
-from rose_ops import backends, memory
+from rose_ops import backends
+from rose_ops.batch import (
+    Batch,
+    Collector,
+    check_given,
+    init_state,
+    inside_backward_of,
+    is_complete,
+    is_sharded,
+)
+from rose_ops.checkpoint import MASKS, Kept, Loader, saved, take_over
 from rose_ops.flat import FlatParameter, members
-from rose_ops.functional import (
-    GRANULARITIES,
-    INACTIVE,
-    ROUNDINGS,
-    SELECTIONS,
-    Selection,
-    UpdateCounts,
-    check_fractions,
-    choice,
-)
-from rose_ops.layout import empty_masks, memory_order, overlaps_itself
-from rose_ops.reference import (
-    FRACTION_UNIT,
-    Field,
-)
-
-ORDERS = {"first": ("first",), "second": ("second",), "ensemble": ("first", "second")}
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_STATE_DTYPES = (torch.float32, torch.bfloat16)
-_MOMENTS = ("exp_avg", "exp_avg_sq")
-# Keys of torch.optim.AdamW's groups that mean nothing here, in the only setting that can be honoured.
-_ADAMW_ONLY = {
-    "amsgrad": False,
-    "differentiable": False,
-    "decoupled_weight_decay": True,
-    "foreach": None,
-    "fused": None,
-}
-
-
-def _mask_key(kind: str) -> str:
-    return f"{kind}_mask"
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What one ranking over all groups needs to agree on: the selection's settings.
-
-    Raises:
-        ValueError, TypeError: a setting out of its range. NotImplementedError: not there yet.
-    """
-
-    order: str = "second"
-    upper: float | tuple[float, float] = 0.6
-    lower: float | tuple[float, float] = 0.0
-    gamma: float = 0.5
-    granularity: str = "element"
-    selection: str = "bracket"
-    inactive: str = "update"
-    selection_warmup_steps: int = 0
-    max_grad_norm: float | None = None
-    error_if_nonfinite: bool = False
-    state_dtype: torch.dtype | None = None
-    param_rounding: str = "nearest"
-    backend: str = "auto"
-    process_group: Any = None
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        choice("order", self.order, tuple(ORDERS))
-        choice("granularity", self.granularity, GRANULARITIES)
-        choice("selection", self.selection, SELECTIONS)
-        choice("inactive", self.inactive, INACTIVE)
-        choice("param_rounding", self.param_rounding, ROUNDINGS)
-        choice("backend", self.backend, backends.NAMES)
-        for kind in ("first", "second"):
-            self.fractions(kind)
-        if not _is_number(self.gamma) or not 0 < self.gamma < 1:
-            raise ValueError(f"gamma={self.gamma}; expected 0 < gamma < 1, the first-order weight")
-        for name, limit in (("selection_warmup_steps", math.inf), ("seed", 2**32)):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < limit:
-                below = "" if limit == math.inf else f" and < {limit}"
-                raise ValueError(f"{name}={value}; expected an integer >= 0{below}")
-        if self.state_dtype not in (None, *_STATE_DTYPES):
-            raise ValueError(
-                f"state_dtype={self.state_dtype}; expected None (float32), torch.float32 or "
-                "torch.bfloat16"
-            )
-        norm = self.max_grad_norm
-        if norm is not None and (not isinstance(norm, Real) or isinstance(norm, bool) or not norm > 0):
-            raise ValueError(f"max_grad_norm={norm}; expected None (no clipping) or a number > 0")
-        if not isinstance(self.error_if_nonfinite, bool):
-            raise ValueError(f"error_if_nonfinite={self.error_if_nonfinite}; expected True or False")
-        if self.process_group is not None:
-            raise NotImplementedError(
-                "process_group is not there yet: rankings over several processes are not there"
-            )
-
-    @cached_property
-    def _fractions(self) -> dict[str, tuple[int, int]]:
-        return {kind: self._fractions_of(kind) for kind in ("first", "second")}
-
-    def fractions(self, kind: str) -> tuple[int, int]:
-        """(c_h, c_l) of the ``"first"`` or ``"second"`` mask, in units of 1e-9."""
-        return self._fractions[kind]
-
-    def _fractions_of(self, kind: str) -> tuple[int, int]:
-        def pick(name: str, value: float | tuple[float, float]) -> float:
-            if not isinstance(value, (tuple, list)):
-                return value
-            if len(value) != 2:
-                raise ValueError(f"{name}={value}; expected a number or a pair (first, second)")
-            return value[kind == "second"]
-
-        pairs = isinstance(self.upper, (tuple, list)) or isinstance(self.lower, (tuple, list))
-        suffix = f" ({kind})" if pairs else ""
-        return check_fractions(pick("upper", self.upper), pick("lower", self.lower), suffix)
-
-    @property
-    def kinds(self) -> tuple[str, ...]:
-        """The masks that ``order`` needs."""
-        return ORDERS[self.order]
-
-    @cached_property
-    def is_adamw(self) -> bool:
-        """Whether everything is kept, so that there is nothing to select."""
-        return all(self.fractions(kind) == (FRACTION_UNIT, 0) for kind in self.kinds)
-
-    @property
-    def moment_dtype(self) -> torch.dtype:
-        return self.state_dtype or torch.float32
-
-
-@dataclass
-class _Layout:
-    """Parameters that have a gradient, in index-space order. Kept as long as nothing about them
-    changes, so that what follows from them is found once."""
-
-    params: list[Tensor]
-    rows: list[int]  # of the group table
-    offsets: list[int]
-    states: list[dict[str, Tensor]] = field(default_factory=list)  # from _init_state() on
-    masks: dict[str, list[Tensor]] = field(default_factory=dict)  # by kind, to be written again
-    _selective: tuple[list[bool], _Layout] | None = None
-
-    @cached_property
-    def group(self) -> Tensor:
-        return torch.tensor(self.rows)
-
-    @cached_property
-    def offset(self) -> Tensor:
-        return torch.tensor(self.offsets)
-
-    @cached_property
-    def members(self) -> list[Tensor]:
-        """The model's parameters."""
-        return [m for p in self.params for m in members(p)]
-
-    def subset(self, keep: list[bool]) -> _Layout:
-        if self._selective is None or self._selective[0] != keep:
-            part = _Layout(
-                list(compress(self.params, keep)),
-                list(compress(self.rows, keep)),
-                list(compress(self.offsets, keep)),
-                list(compress(self.states, keep)),
-            )
-            self._selective = keep, part
-        return self._selective[1]
-
-
-class _Batch(NamedTuple):
-    """One step's tensors, in memory order."""
-
-    layout: _Layout
-    views: list[Tensor]  # of parameters
-    grads: list[Tensor]
-    scattered: list[int]  # parameters that are not contiguous
-
-    @classmethod
-    def of(cls, layout: _Layout, grads: list[Tensor]) -> _Batch:
-        scattered = [i for i, p in enumerate(layout.params) if not p.is_contiguous()]
-        batch = cls(layout, [], [], scattered)
-        return cls(layout, batch.ordered(layout.params), batch.ordered(grads), scattered)
-
-    def ordered(self, tensors: list[Tensor]) -> list[Tensor]:
-        """What belongs to the parameters, in the order of their memory."""
-        if self.scattered:
-            tensors = list(tensors)
-            for i in self.scattered:
-                (tensors[i],) = memory_order(self.params[i], (tensors[i],))
-        return tensors
-
-    @property
-    def params(self) -> list[Tensor]:
-        return self.layout.params
-
-    def states(self, key: str) -> list[Tensor]:
-        values = [state[key] for state in self.layout.states]
-        return self.ordered(values) if key in _MOMENTS else values
-
-    def subset(self, keep: list[bool]) -> _Batch:
-        if all(keep):
-            return self
-        layout = self.layout.subset(keep)
-        views, grads = (list(compress(x, keep)) for x in (self.views, self.grads))
-        scattered = [i for i, p in enumerate(layout.params) if not p.is_contiguous()]
-        return _Batch(layout, views, grads, scattered)
-
-
-class _Seen(NamedTuple):
-    """A layout, and what it was made from."""
-
-    layout: _Layout
-    every: list[Tensor]  # parameters
-    groups: list[int]  # their lengths
-    numels: list[int]
-    present: list[bool]  # gradients
-    dtypes: list[torch.dtype]
-    states: list[dict[str, Tensor]]  # those of other parameters, too
+from rose_ops.layout import empty_masks
+from rose_ops.memory import with_own_storage
+from rose_ops.reference import Field
+from rose_ops.results import Selection, UpdateCounts
+from rose_ops.settings import ADAMW_ONLY, Settings, beta_values, check_group, choice, is_number, shown
 
 
 class _Clip(NamedTuple):
@@ -235,13 +38,6 @@ class _Clip(NamedTuple):
 
     factors: Tensor | None = None
     sums: Tensor | None = None
-
-
-class _Kept:
-    """Carries a state tensor through ``Optimizer.load_state_dict``, which would cast it."""
-
-    def __init__(self, value: Tensor) -> None:
-        self.value = value
 
 
 class RoseFusedAdamW(Optimizer):
@@ -323,9 +119,6 @@ class RoseFusedAdamW(Optimizer):
     2022, Algorithm 1.
     """
 
-    # torch.amp.GradScaler hands over grad_scale and found_inf instead of unscaling in a pass.
-    _step_supports_amp_scaling = True
-
     def __init__(
         self,
         params: Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]],
@@ -333,6 +126,7 @@ class RoseFusedAdamW(Optimizer):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
+        amsgrad: bool = False,
         *,
         order: str = "second",
         upper: float | tuple[float, float] = 0.6,
@@ -345,18 +139,24 @@ class RoseFusedAdamW(Optimizer):
         max_grad_norm: float | None = None,
         error_if_nonfinite: bool = False,
         maximize: bool = False,
+        foreach: bool | None = None,
         capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
         state_dtype: torch.dtype | None = None,
         param_rounding: str = "nearest",
         backend: str = "auto",
         process_group: Any = None,
+        local_ranking: bool = False,
+        amp_scaling: bool = True,
         seed: int = 0,
     ) -> None:
         self.settings = Settings(
             order, upper, lower, gamma, granularity, selection, inactive, selection_warmup_steps,
             max_grad_norm, error_if_nonfinite, state_dtype, param_rounding, backend, process_group,
-            seed,
+            seed, local_ranking, amp_scaling,
         )  # fmt: skip
+        _check_maker(self.settings)
         self._reset()
         defaults = {
             "lr": lr,
@@ -366,6 +166,11 @@ class RoseFusedAdamW(Optimizer):
             "maximize": maximize,
             "capturable": capturable,
             "selective": True,
+            **ADAMW_ONLY,
+            "amsgrad": amsgrad,
+            "differentiable": differentiable,
+            "foreach": foreach,
+            "fused": fused,
         }
         super().__init__(params, defaults)
 
@@ -373,14 +178,28 @@ class RoseFusedAdamW(Optimizer):
         """What is derived from the state, and statistics."""
         self._steps_done = 0
         self._captured: set[str] = set()
-        self._dtypes: dict[Tensor, torch.dtype] = {}
+        self._borrowed = False  # whether moments are those of a state dict that was loaded
+        self._stepped: list[ref[Tensor]] = []  # gradients that the latest step used
         self._records: dict[str, Tensor] = {}
-        self._sums: dict[Tensor, tuple[Tensor, int, float]] = {}  # see _exp_avg_sums
-        self._seen: _Seen | None = None
+        groups = self.__dict__.get("param_groups", [])
+        self._collector = Collector(self.settings, [p for group in groups for p in group["params"]])
+        self._options: list[Any] = []
         self._hyper: tuple[list[Any], Tensor] | None = None
         self._lrs: tuple[list[Any], Tensor] | None = None
         self._loaded: tuple[torch.device, backends.Backend] | None = None
         self.grad_norm: Tensor | None = None
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Whether ``torch.amp.GradScaler`` is to hand over ``grad_scale`` and ``found_inf``, instead of
+        unscaling in a pass of its own and leaving out steps that overflowed.
+
+        Not to accelerate: it learns whether a step was left out from whether ``step`` was called, which
+        it puts a function of its own around for that.
+        """
+        step = self.__dict__.get("step")
+        watched = getattr(step, "__module__", "").partition(".")[0] == "accelerate"
+        return self.settings.amp_scaling and not watched
 
     # ------------------------------------------------------------------------------------- groups
 
@@ -394,101 +213,78 @@ class RoseFusedAdamW(Optimizer):
             params = param_group["params"]
             params = param_group["params"] = [params] if isinstance(params, Tensor) else list(params)
             merged = {**self.defaults, **param_group}
-            _check_group(merged)
+            check_group(merged, given=True)
             tensors = [item[1] if isinstance(item, tuple) else item for item in params]
             # Sets and what is no tensor are refused below, in PyTorch's words.
             self._check_params([p for p in tensors if isinstance(p, Tensor)], merged["capturable"])
         super().add_param_group(param_group)
+        self._collector.add(self.param_groups[-1]["params"])
 
     def _check_params(self, params: list[Tensor], capturable: bool) -> None:
-        """Raise unless ``params`` can be a group, next to those that are there."""
-        if not params:
-            return
-        if len(set(params)) < len(params):
-            raise ValueError(
-                "a parameter is more than once in a group; expected once, as one ranking counts "
-                "every element once"
-            )
-        for param in params:
-            _check_param(param)
-            if self.settings.granularity == "tensor" and isinstance(param, FlatParameter):
-                raise ValueError(
-                    "granularity='tensor' ranks whole tensors, and a flat parameter has none; expected "
-                    "the parameters as they were before flatten_parameters()"
-                )
-        first = next((p for g in self.param_groups for p in g["params"]), params[0])
-        for param in params:
-            if param.device != first.device:
-                raise ValueError(
-                    f"a parameter is on {param.device} and others are on {first.device}; expected "
-                    "all on one device: use one optimizer for each (each with its own ranking)"
-                )
+        there = self._parameters()
+        check_given(params, self.settings, there)
+        first = next((p for p in [*there, *params] if p.requires_grad), None)
+        if first is None:
+            return  # the device is that of the first to be trained
         backends.resolve(self.settings.backend, first.device)
         if capturable and first.device.type == "cpu":
             raise ValueError(
                 "capturable=True is for CUDA graphs; expected False for parameters on the CPU"
             )
 
+    def _parameters(self) -> list[Tensor]:
+        return [p for group in self.param_groups for p in group["params"]]
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As in ``torch.optim.Optimizer``."""
+        super().zero_grad(set_to_none)
+        self._stepped = []
+
     # --------------------------------------------------------------------------------------- step
 
-    def _collect(self, known: bool = True) -> _Batch:
-        """All parameters that have a gradient. Raises before anything is changed.
+    def _collect(self, known: bool = True) -> Batch:
+        """All parameters that have a gradient. Raises before anything is changed."""
+        self._check_groups()
+        if self._is_selecting() or self.settings.max_grad_norm is not None:
+            local = self.settings.local_ranking
+            if not local and inside_backward_of(self._parameters()):
+                raise RuntimeError(
+                    "RoseFusedAdamW was called inside the backward pass that makes its gradients "
+                    "(optimizer-in-backward); its ranking and clipping are global and need all "
+                    "gradients: call it after backward(), or pass local_ranking=True to rank what is "
+                    "there"
+                )
+        if self._borrowed:
+            take_over(self.state.values(), self.settings.moment_dtype)
+            self._borrowed = False
+        batch = self._collector.collect(self.param_groups, self.state, known=known)
+        if not batch.states and not any(map(is_complete, self.state.values())):
+            # Somebody cleared the state: the moments begin anew, so the warm-up does.
+            self._steps_done = 0
+            self._captured.clear()
+        if batch.params and not batch.params[0].is_cpu:
+            _check_graph(self, not batch.states)
+        return batch
 
-        What is as in the latest step is not looked at again. Most of what then could be wrong is left
-        to the operators, which check their arguments before they change any; see _explained().
-
-        Args:
-            known: False: look at everything.
-        """
-        if torch._C._current_graph_task_id() != -1:
-            raise RuntimeError(
-                "RoseFusedAdamW was called inside a backward pass (optimizer-in-backward); its "
-                "ranking is global and needs all gradients: call it after backward()"
-            )
-        every = [p for group in self.param_groups for p in group["params"]]
-        found = [p.grad for p in every]  # once: a flat parameter looks at all its members
-        present = [grad is not None for grad in found]
-        numels = [p.numel() for p in every]
-        layout = self._known_layout(every, numels, present) if known else None
-        grads = [grad for grad in found if grad is not None]
-        if layout is None:
-            self._seen = None
-            groups = [len(group["params"]) for group in self.param_groups]
-            rows = [row for row, count in enumerate(groups) for _ in range(count)]
-            offsets = list(accumulate(numels, initial=0))[:-1]
-            layout = _Layout(
-                list(compress(every, present)),
-                list(compress(rows, present)),
-                list(compress(offsets, present)),
-            )
-            for p, grad, offset in zip(layout.params, grads, layout.offsets, strict=True):
-                self._check_ready(p, grad, offset)
-            dtypes = [p.dtype for p in layout.params]
-            # Complete once there are states.
-            self._seen = _Seen(layout, every, groups, numels, present, dtypes, [])
-        if layout.params and not layout.params[0].is_cpu:
-            _check_graph(self, not layout.states)
-        return _Batch.of(layout, grads)
-
-    def _known_layout(
-        self, every: list[Tensor], numels: list[int], present: list[bool]
-    ) -> _Layout | None:
-        """That of the latest step, unless something about the parameters is not as it was there."""
-        seen = self._seen
-        if (
-            seen is not None
-            and seen.layout.states
-            and _are(every, seen.every)
-            and numels == seen.numels
-            and present == seen.present
-            and [len(group["params"]) for group in self.param_groups] == seen.groups
-            and [p.dtype for p in seen.layout.params] == seen.dtypes
-            and _are([*self.state.values()], seen.states)
-            and all("step" in state for state in seen.layout.states)
-            and self._backend(seen.layout).name != "reference"  # which checks nothing
-        ):
-            return seen.layout
-        return None
+    def _check_groups(self) -> None:
+        """Raise where a group was given what cannot work since the latest step."""
+        found = []
+        for group in self.param_groups:
+            betas = group["betas"]
+            if isinstance(betas, tuple) and any(isinstance(beta, Tensor) for beta in betas):
+                betas = beta_values(betas)  # which may have changed in place
+            lr = group["lr"]
+            wrong = not isinstance(lr, Tensor) and not is_number(lr)
+            found.append(
+                (
+                    *group, betas, group["eps"], group["weight_decay"], group["maximize"],
+                    group["selective"], group["capturable"], wrong,
+                )
+            )  # fmt: skip
+        if found != self._options:
+            for group in self.param_groups:
+                check_group(group, given=False)
+            self._options = found
 
     @contextmanager
     def _explained(self) -> Iterator[None]:
@@ -500,69 +296,15 @@ class RoseFusedAdamW(Optimizer):
             self._collect(known=False)
             raise
 
-    def _init_state(self, layout: _Layout) -> None:
-        if layout.states:
-            return
-        new = [p for p in layout.params if "step" not in self.state[p]]
-        for p in new:
-            self._dtypes[p] = p.dtype
-            self.state[p]["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
-        for moment in _MOMENTS:
-            for p, zeros in zip(new, memory.zeros_like(new, self.settings.moment_dtype), strict=True):
-                self.state[p][moment] = zeros
-        layout.states = [self.state[p] for p in layout.params]
-        if self._seen is not None and self._seen.layout is layout:
-            self._seen = self._seen._replace(states=[*self.state.values()])
-
-    def _check_ready(self, p: Tensor, grad: Tensor, offset: int) -> None:
-        state = self.state.get(p)
-        moment = state.get("exp_avg") if state else None
-        if (
-            moment is not None
-            and self._dtypes.get(p) == p.dtype
-            and grad.dtype in _DTYPES
-            and grad.layout == p.layout == torch.strided
-            and grad.shape == p.shape == moment.shape
-            and grad.device == p.device == moment.device
-            and p.is_contiguous()
-        ):
-            return  # as in almost every step: the rest takes time
-        what = f"the parameter of shape {tuple(p.shape)} (elements from {offset})"
-        if grad.layout != torch.strided or torch.is_complex(grad):
-            kind = "complex" if torch.is_complex(grad) else "sparse"
-            raise RuntimeError(
-                f"the gradient of {what} is {kind}; RoseFusedAdamW ranks dense real gradients "
-                "(for an embedding, use sparse=False)"
-            )
-        if grad.device != p.device:
-            raise RuntimeError(f"the gradient of {what} is on {grad.device}, expected {p.device}")
-        if grad.shape != p.shape:
-            raise RuntimeError(
-                f"the gradient of {what} has shape {tuple(grad.shape)}; expected the parameter's"
-            )
-        _check_param(p)
-        if grad.dtype not in _DTYPES:
-            raise TypeError(f"the gradient of {what} is {grad.dtype}; expected one of {_DTYPES}")
-        if moment is not None:
-            if moment.shape != p.shape or moment.device != p.device:
-                raise RuntimeError(
-                    f"{what} has state of shape {tuple(moment.shape)} on {moment.device}: the "
-                    "parameter changed its shape or device after a step; make a new optimizer for it"
-                )
-            if self._dtypes.setdefault(p, p.dtype) != p.dtype:
-                raise RuntimeError(
-                    f"{what} was {self._dtypes[p]} and is now {p.dtype}; make a new optimizer after "
-                    "a change of dtype, and load the old one's state_dict() into it"
-                )
-
     def _lr_table(self) -> Tensor:
         """Learning rates ``[G]``, where tensors of the user's are."""
         lrs = [group["lr"] for group in self.param_groups]
         if not any(isinstance(lr, Tensor) for lr in lrs):
             if self._lrs is None or self._lrs[0] != lrs:
-                self._lrs = lrs, torch.tensor(lrs, dtype=torch.float64)
+                self._lrs = lrs, torch.tensor(lrs, dtype=torch.float64, device="cpu")
             return self._lrs[1]
-        device = next((x.device for x in lrs if isinstance(x, Tensor) and not x.is_cpu), None)
+        cpu = torch.device("cpu")  # whatever torch.set_default_device() says
+        device = next((x.device for x in lrs if isinstance(x, Tensor) and not x.is_cpu), cpu)
         columns = [
             x.detach().to(device, torch.float64).reshape(1)
             if isinstance(x, Tensor) and x.device == device
@@ -577,17 +319,16 @@ class RoseFusedAdamW(Optimizer):
         selecting = self._is_selecting()
         values = [
             (
-                group["betas"][0],
-                group["betas"][1],
-                group["eps"],
-                group["weight_decay"],
+                *beta_values(group["betas"]),
+                float(group["eps"]),
+                float(group["weight_decay"]),
                 -1.0 if group["maximize"] else 1.0,
                 float(group["selective"] and selecting),
             )
             for group in self.param_groups
         ]
         if self._hyper is None or self._hyper[0] != values:
-            self._hyper = values, torch.tensor(values, dtype=torch.float64)
+            self._hyper = values, torch.tensor(values, dtype=torch.float64, device="cpu")
         return self._hyper[1]
 
     def _is_selecting(self) -> bool:
@@ -595,87 +336,69 @@ class RoseFusedAdamW(Optimizer):
         settings = self.settings
         return not settings.is_adamw and self._steps_done >= settings.selection_warmup_steps
 
-    def _backend(self, layout: _Layout) -> backends.Backend:
-        device = layout.params[0].device
+    def _backend(self, device: torch.device) -> backends.Backend:
         if self._loaded is None or self._loaded[0] != device:
             self._loaded = device, backends.resolve(self.settings.backend, device)
         return self._loaded[1]
 
-    def _ops(self, batch: _Batch) -> Any:
-        return self._backend(batch.layout).ops
+    def _ops(self, batch: Batch) -> Any:
+        return self._backend(batch.device).ops
 
-    def _selective(self, batch: _Batch) -> _Batch:
+    def _selective(self, batch: Batch) -> Batch:
         flags = [group["selective"] for group in self.param_groups]
         return batch if all(flags) else batch.subset([flags[row] for row in batch.layout.rows])
 
-    def _has_selective(self, batch: _Batch) -> bool:
+    def _has_selective(self, batch: Batch) -> bool:
         flags = [group["selective"] for group in self.param_groups]
         return any(flags[row] for row in batch.layout.rows)
 
-    def _masks_of(self, kind: str, layout: _Layout, make: Callable[[], list[Tensor]]) -> list[Tensor]:
+    def _masks_of(self, kind: str, batch: Batch, make: Callable[[], list[Tensor]]) -> list[Tensor]:
         """Where masks go: again where the latest were, which are used up, or about to be replaced. A
         graph owns its masks."""
-        if not layout.params[0].is_cpu and torch.cuda.is_current_stream_capturing():
+        if not batch.params[0].is_cpu and torch.cuda.is_current_stream_capturing():
             return make()
-        device = layout.params[0].device
-        if kind not in layout.masks or layout.masks[kind][0].device != device:
-            layout.masks[kind] = make()
-        return layout.masks[kind]
+        masks = batch.layout.masks
+        if kind not in masks or masks[kind][0].device != batch.device:
+            masks[kind] = make()
+        return masks[kind]
 
-    def _clip(self, batch: _Batch, inv_scale: Tensor | None) -> _Clip:
+    def _clip(
+        self, batch: Batch, inv_scale: Tensor | None, max_grad_norm: float | None = None
+    ) -> _Clip:
         """Of the gradients of all parameters."""
         settings = self.settings
-        if settings.max_grad_norm is None:
+        max_grad_norm = settings.max_grad_norm if max_grad_norm is None else max_grad_norm
+        if max_grad_norm is None:
             return _Clip()
         sums = self._ops(batch).sums_of_squares(batch.grads, inv_scale)
-        factors = self._ops(batch).clip_factors(sums, settings.max_grad_norm)
+        factors = self._ops(batch).clip_factors(sums, max_grad_norm)
         self.grad_norm = norm = factors[0]
-        if settings.error_if_nonfinite and not norm.isfinite():
+        if settings.error_if_nonfinite and not norm.is_meta and not norm.isfinite():
             found_inf = getattr(self, "found_inf", None)
             if found_inf is None or found_inf.item() == 0:  # else the step is skipped
                 raise RuntimeError(
                     f"the norm of all gradients is {norm.item()}, so they cannot be clipped to "
-                    f"max_grad_norm={settings.max_grad_norm}; nothing was changed (with "
+                    f"max_grad_norm={max_grad_norm}; nothing was changed (with "
                     "error_if_nonfinite=False such a step leaves selective parameters alone)"
                 )
         return _Clip(factors[1:], sums)
 
-    def _exp_avg_sums(self, batch: _Batch) -> Tensor:
-        """Sums of squares of first moments.
-
-        On the CPU, those of tensors that the latest step left alone are remembered, with the version
-        of the moment. (A GPU's masks are not read back.)
-        """
-        moments, sums_of_squares = batch.states("exp_avg"), self._ops(batch).sums_of_squares
-        if not moments[0].is_cpu:
-            return sums_of_squares(moments, None)
-        keys = [(m := state["exp_avg"], m._version) for state in batch.layout.states]
-        new = []
-        for i, (p, (m, version)) in enumerate(zip(batch.params, keys, strict=True)):
-            known = self._sums.get(p)
-            if known is None or known[0] is not m or known[1] != version:
-                new.append(i)
-        if new:
-            sums = sums_of_squares([moments[i] for i in new], None).tolist()
-            for i, value in zip(new, sums, strict=True):
-                self._sums[batch.params[i]] = (*keys[i], value)
-        return torch.tensor([self._sums[p][2] for p in batch.params], dtype=torch.float64)
-
     def _tensor_masks(
-        self, kind: str, batch: _Batch, inv_scale: Tensor | None, clip: _Clip
+        self, kind: str, batch: Batch, inv_scale: Tensor | None, clip: _Clip
     ) -> list[Tensor]:
         """Rank the tensors of ``batch`` by their norms."""
         sums = clip.sums
         if sums is None or len(sums) != len(batch.params):
             sums = self._ops(batch).sums_of_squares(batch.grads, inv_scale)
-        exp_avg_sums = self._exp_avg_sums(batch) if kind == "second" else None
+        moments = batch.state("exp_avg") if kind == "second" else None
+        exp_avg_sums = None if moments is None else self._ops(batch).sums_of_squares(moments, None)
         # The whole first, then its parts.
         mask, *masks = self._masks_of(
             f"{kind} of tensors",
-            batch.layout,
+            batch,
             lambda: [
                 whole := torch.empty(len(sums), dtype=torch.bool, device=sums.device),
-                *whole.unbind(),
+                *(with_own_storage(one) for one in whole.unbind()),
             ],
         )
         self._records[kind] = self._ops(batch).select_tensors_(
@@ -688,59 +411,143 @@ class RoseFusedAdamW(Optimizer):
     def _rank_inactive(self) -> bool:
         return self.settings.inactive == "rank"
 
+    @_disable_dynamo
     @torch.no_grad()
     def capture(
-        self, kind: str = "first", *, clear: bool = True, grad_scale: Tensor | None = None
+        self,
+        kind: str = "first",
+        *,
+        clear: bool = True,
+        grad_scale: Tensor | None = None,
+        max_grad_norm: float | None = None,
     ) -> None:
         """Make a mask from what ``.grad`` holds now, for the next :meth:`step` to use.
 
-        Nothing is captured where the next step does not select (warm-up, ``upper=1``).
+        ``.grad`` has to be of this one loss; :meth:`capturing` makes sure of that. Nothing is captured
+        where the next step does not select (warm-up, ``upper=1``).
 
         Args:
             kind: ``"first"`` (``.grad`` is that of the KL loss) or ``"second"``. Without a captured
                 second-order mask, ``step()`` finds it from the gradient that it updates with.
             clear: set ``.grad`` to None afterwards, as ``zero_grad()`` does.
             grad_scale: loss scale of the gradients (``GradScaler.scale``'s), if they are scaled.
+            max_grad_norm: rank gradients as if they were clipped to this norm, for a second-order mask
+                and a loop that clips what ``step()`` gets. (Not where the optimizer clips.)
 
         Raises:
-            ValueError: ``order`` does not use such a mask.
-            RuntimeError: no parameter has a gradient, or one that cannot be used.
+            ValueError: ``order`` does not use such a mask, or there are two ``max_grad_norm``.
+            RuntimeError: no parameter has a gradient, or one that cannot be used, or one that the
+                latest step has used already and that was not cleared since.
         """
+        self._check_kind(kind)
+        if max_grad_norm is not None and self.settings.max_grad_norm is not None:
+            raise ValueError(
+                f"capture(max_grad_norm={shown(max_grad_norm)}): the optimizer clips to "
+                f"{self.settings.max_grad_norm} already; expected one of both"
+            )
+        batch = self._collect()
+        if not batch.params:
+            raise RuntimeError(f"capture({kind!r}): no parameter has a gradient; call backward() first")
+        self._refuse_used(kind, batch)
+        if self._is_selecting():
+            inv_scale = _reciprocal(grad_scale)
+            with self._explained():
+                # The gradient to update with is clipped; ranks of the other do not depend on it.
+                clip = self._clip(batch, inv_scale, max_grad_norm) if kind == "second" else _Clip()
+                batch = self._with_state(batch)
+                batch = self._selective(batch)
+                masks = self._capture(kind, batch, inv_scale, clip) if batch.params else []
+            self._drop_masks(kind)  # a second capture replaces the first
+            for state, mask in zip(batch.states, masks, strict=True):
+                state[MASKS[kind]] = mask
+            self._captured.add(kind)
+        if clear:
+            self.zero_grad(set_to_none=True)
+
+    @contextmanager
+    def capturing(
+        self,
+        kind: str = "first",
+        *,
+        set_aside: bool = False,
+        grad_scale: Tensor | None = None,
+        max_grad_norm: float | None = None,
+    ) -> Iterator[None]:
+        """Capture a mask from the gradients that are made inside, and from no others::
+
+            with optimizer.capturing("first"):
+                kl.backward()
+            ce.backward()
+            optimizer.step()
+
+        Afterwards ``.grad`` is as it was before: None, or what was set aside.
+
+        Args:
+            kind, grad_scale, max_grad_norm: as in :meth:`capture`.
+            set_aside: what to do about gradients that are there before: False refuses them, True keeps
+                them out of the mask and puts them back afterwards.
+
+        Raises:
+            RuntimeError: there are gradients already.
+            ValueError, RuntimeError: as in :meth:`capture`.
+        """
+        self._check_kind(kind)
+        params = self._parameters()
+        every = [m for p in params for m in members(p)]
+        before = [m.grad for m in every]
+        if any(grad is not None for grad in before):
+            if not set_aside:
+                count = sum(grad is not None for grad in before)
+                raise RuntimeError(
+                    f"capturing({kind!r}): {count} of {len(every)} parameters have a gradient already "
+                    "(zeros count), which would be in the mask; call zero_grad() before, or pass "
+                    "set_aside=True to have it put aside and back"
+                )
+            if any(isinstance(p, FlatParameter) for p in params):
+                # Gradients are always in the same place there.
+                before = [grad if grad is None else grad.clone() for grad in before]
+        for m in every:
+            m.grad = None
+        try:
+            yield
+            self.capture(kind, grad_scale=grad_scale, max_grad_norm=max_grad_norm)
+        finally:
+            for m, grad in zip(every, before, strict=True):
+                m.grad = grad
+
+    def _check_kind(self, kind: str) -> None:
         if kind not in self.settings.kinds:
             raise ValueError(
                 f"capture({kind!r}): order={self.settings.order!r} has no such mask; expected "
                 + " or ".join(map(repr, self.settings.kinds))
             )
-        batch = self._collect()
-        if not batch.params:
-            raise RuntimeError(f"capture({kind!r}): no parameter has a gradient; call backward() first")
-        if self._is_selecting():
-            inv_scale = _reciprocal(grad_scale)
-            with self._explained():
-                # The gradient to update with is clipped; ranks of the other do not depend on it.
-                clip = self._clip(batch, inv_scale) if kind == "second" else _Clip()
-                self._init_state(batch.layout)
-                batch = self._selective(batch)
-                masks = self._capture(kind, batch, inv_scale, clip) if batch.params else []
-            self._drop_masks(kind)  # a second capture replaces the first
-            key = _mask_key(kind)
-            for state, mask in zip(batch.layout.states, masks, strict=True):
-                state[key] = mask
-            self._captured.add(kind)
-        if clear:
-            self.zero_grad(set_to_none=True)
 
-    def _capture(self, kind: str, batch: _Batch, inv_scale: Tensor | None, clip: _Clip) -> list[Tensor]:
+    def _refuse_used(self, kind: str, batch: Batch) -> None:
+        """Gradients of the latest step's loss, into which another backward has been adding, are no
+        gradients of one loss."""
+        used = {id(grad) for one in self._stepped if (grad := one()) is not None}
+        if used and (count := sum(id(m.grad) in used for m in batch.members)):
+            raise RuntimeError(
+                f"capture({kind!r}): {count} gradients were there at the latest step already and have "
+                "not been cleared since, so the mask would be of both losses together; call "
+                "optimizer.zero_grad() between step() and this backward, or use "
+                f"optimizer.capturing({kind!r}, set_aside=True)"
+            )
+
+    def _with_state(self, batch: Batch) -> Batch:
+        return init_state(batch, self.state, self.settings.moment_dtype)
+
+    def _capture(self, kind: str, batch: Batch, inv_scale: Tensor | None, clip: _Clip) -> list[Tensor]:
         settings = self.settings
         if settings.granularity == "tensor":
             return self._tensor_masks(kind, batch, inv_scale, clip)
         ops, fractions = self._ops(batch), settings.fractions(kind)
         masks = self._masks_of(
             kind,
-            batch.layout,
+            batch,
             lambda: empty_masks([view.numel() for view in batch.views], batch.views[0].device),
         )
-        tensors = (batch.grads, batch.states("exp_avg") if kind == "second" else [])
+        tensors = (batch.grads, batch.state("exp_avg") if kind == "second" else [])
         table = (self._hyper_table(), batch.layout.group, inv_scale, clip.factors)
         if settings.selection == "bracket":
             self._records[kind] = ops.bracket_capture_(
@@ -753,6 +560,7 @@ class RoseFusedAdamW(Optimizer):
         self._records[kind] = record
         return masks
 
+    @_disable_dynamo
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Select and update; captured masks are consumed.
@@ -785,6 +593,8 @@ class RoseFusedAdamW(Optimizer):
         batch = self._collect()
         selects = self._is_selecting() and self._has_selective(batch)
         if selects and "first" in self.settings.kinds and "first" not in self._captured:
+            selects = not self._only_makes_state(batch)
+        if selects and "first" in self.settings.kinds and "first" not in self._captured:
             raise RuntimeError(
                 f"order={self.settings.order!r} needs a first-order mask: call kl.backward() and "
                 'optimizer.capture("first") before step() (rose_ops.rose_backward does both)'
@@ -792,24 +602,38 @@ class RoseFusedAdamW(Optimizer):
         if batch.params:
             with self._explained():
                 self._update(batch, selects)
+        self._stepped = [
+            ref(grad)
+            for m in (batch.members if "first" in self.settings.kinds or self._captured else ())
+            if (grad := m.grad) is not None
+        ]
         for kind in tuple(self._captured):
             self._drop_masks(kind)
         return loss
 
+    def _only_makes_state(self, batch: Batch) -> bool:
+        """Whether a step is that of ``torch.distributed.checkpoint``, which makes state to load into by
+        a first step with a learning rate and gradients of 0."""
+        return (
+            not batch.states
+            and not any(map(is_complete, self.state.values()))
+            and all(float(group["lr"]) == 0 for group in self.param_groups)
+            and not any(bool(grad.any()) for grad in batch.grads)
+        )
+
     def _drop_masks(self, kind: str) -> None:
-        key = _mask_key(kind)
         for state in self.state.values():
-            state.pop(key, None)
+            state.pop(MASKS[kind], None)
         self._captured.discard(kind)
 
-    def _update(self, batch: _Batch, selects: bool) -> None:
+    def _update(self, batch: Batch, selects: bool) -> None:
         found_inf = getattr(self, "found_inf", None)
         if found_inf is not None and found_inf.device.type == "cpu" and found_inf.item() != 0:
             return  # nothing to read back here; on a GPU the kernels look
         inv_scale = _reciprocal(getattr(self, "grad_scale", None))
         clip = self._clip(batch, inv_scale)
+        batch = self._with_state(batch)
         layout = batch.layout
-        self._init_state(layout)
         lr, hyper = self._lr_table(), self._hyper_table()
         ops = self._ops(batch)
         settings = self.settings
@@ -818,8 +642,7 @@ class RoseFusedAdamW(Optimizer):
         selective = self._selective(batch)
         for kind in settings.kinds if selects else ():
             if kind in self._captured:
-                key = _mask_key(kind)
-                found = [state.get(key) for state in layout.states]
+                found = [state.get(MASKS[kind]) for state in batch.states]
             elif settings.granularity == "tensor":
                 bools = self._tensor_masks(kind, selective, inv_scale, clip)
                 # Hashing a tensor takes a call in Python.
@@ -829,12 +652,12 @@ class RoseFusedAdamW(Optimizer):
                 ranks = True
                 continue
             # A parameter that had no gradient at the capture is outside that ranking: selected.
-            none = torch.empty(0, dtype=torch.uint8, device=batch.views[0].device)
+            none = torch.empty(0, dtype=torch.uint8, device=batch.device)
             masks[kind] = [none if mask is None else mask for mask in found]
         fractions = settings.fractions("second")
         tensors = (
-            batch.views, batch.grads, batch.states("exp_avg"), batch.states("exp_avg_sq"),
-            batch.states("step"), masks["first"],
+            batch.views, batch.grads, batch.state("exp_avg"), batch.state("exp_avg_sq"),
+            batch.state("step"), masks["first"],
         )  # fmt: skip
         tables = (lr, hyper, layout.group, layout.offset, inv_scale, clip.factors, found_inf)
         stochastic = settings.param_rounding == "stochastic"
@@ -848,7 +671,7 @@ class RoseFusedAdamW(Optimizer):
             record = None
             if ranks:
                 self._records["second"] = record = ops.select(
-                    selective.grads, selective.states("exp_avg"), hyper, selective.layout.group,
+                    selective.grads, selective.state("exp_avg"), hyper, selective.layout.group,
                     inv_scale, clip.factors, *fractions, self._rank_inactive,
                     settings.selection == "approx",
                 )  # fmt: skip
@@ -856,11 +679,8 @@ class RoseFusedAdamW(Optimizer):
                 *tensors, masks["second"], record, *tables, settings.gamma, self._rank_inactive,
                 settings.seed, stochastic,
             )  # fmt: skip
-        for i, p in enumerate(batch.params if self._sums else ()):
-            if not _rules_out([found[i] for found in masks.values() if found]):
-                self._sums.pop(p, None)
         # As after any in-place operation: a backward that still needs the old values is an error.
-        torch.autograd.graph.increment_version(layout.members)
+        torch.autograd.graph.increment_version(batch.members)
         self._steps_done += 1
 
     @property
@@ -876,12 +696,24 @@ class RoseFusedAdamW(Optimizer):
 
     # -------------------------------------------------------------------------------------- state
 
+    def state_dict(self) -> dict[str, Any]:
+        """As of ``torch.optim.AdamW``, whose keys it has, and beside them, under ``"rose"``, the
+        settings of the ranking and what is selective. A captured mask is in its parameter's state.
+
+        As with PyTorch's optimizers, moments are not copied.
+        """
+        return saved(super().state_dict(), self.settings, self.param_groups)
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what :meth:`state_dict` of this class or of ``torch.optim.AdamW`` returned.
 
         Moments keep their precision whatever the parameters' dtype (they are cast to
-        ``state_dtype`` only), so training resumes as if it had not stopped. They are copied: unlike
-        with PyTorch's optimizers, the next steps do not write into the state dict.
+        ``state_dtype`` only), so training resumes as if it had not stopped. Where the checkpoint was
+        trained with other settings, the optimizer's stay, and a warning says which differ.
+
+        Nothing is copied here, so that no more memory is needed than with PyTorch's optimizers. The
+        first step after that does, one moment at a time: unlike with PyTorch's optimizers, steps do
+        not write into the state dict.
 
         Raises:
             ValueError: the state does not fit the parameters, or needs what is not here (amsgrad);
@@ -889,95 +721,12 @@ class RoseFusedAdamW(Optimizer):
         """
 
         # Registered now, it runs after the user's own hooks, on what they made of the dict.
-        handle = self.register_load_state_dict_pre_hook(lambda _, given: self._checked(given))
+        loader = Loader(self.settings, self.param_groups, self.defaults)
+        handle = self.register_load_state_dict_pre_hook(lambda _, given: loader.checked(given))
         try:
             super().load_state_dict(state_dict)
         finally:
             handle.remove()
-        self._gather_moments()
-
-    def _gather_moments(self) -> None:
-        """Put loaded moments where :meth:`_init_state` would have put them."""
-        loaded = [state for state in self.state.values() if "exp_avg" in state]
-        if not loaded or not loaded[0]["exp_avg"].is_cpu:
-            return
-        for moment in _MOMENTS:
-            places = memory.zeros_like([s[moment] for s in loaded], self.settings.moment_dtype)
-            for state, place in zip(loaded, places, strict=True):
-                state[moment] = place.copy_(state[moment])
-
-    def _checked(self, state_dict: dict[str, Any]) -> dict[str, Any]:
-        def fail(problem: str) -> ValueError:
-            return ValueError(f"the state dict {problem}; nothing was loaded")
-
-        state, groups = state_dict.get("state"), state_dict.get("param_groups")
-        if not isinstance(state, dict) or not isinstance(groups, (list, tuple)):
-            raise fail("has no 'state' and 'param_groups'; expected what state_dict() returns")
-        if not all(isinstance(group, dict) and "params" in group for group in groups):
-            raise fail("has a parameter group without 'params'")
-        saved = [len(group["params"]) for group in groups]
-        here = [len(group["params"]) for group in self.param_groups]
-        if saved != here:
-            raise fail(f"has groups of {saved} parameters and the optimizer has groups of {here}")
-        ids = [i for group in groups for i in group["params"]]
-        if unknown := state.keys() - set(ids):
-            raise fail(f"has state of parameters {sorted(map(str, unknown))} that are in no group")
-        for group in groups:
-            _check_group({**self.defaults, **group})
-        params = [p for group in self.param_groups for p in group["params"]]
-        return {
-            **state_dict,
-            "state": {
-                i: self._checked_state(i, p, state[i])
-                for i, p in zip(ids, params, strict=True)
-                if i in state
-            },
-            "param_groups": [
-                # AdamW's groups do not say what is selective: that stays as it is.
-                {"selective": here["selective"]}
-                | {k: v for k, v in group.items() if k not in _ADAMW_ONLY}
-                for here, group in zip(self.param_groups, groups, strict=True)
-            ],
-        }
-
-    def _checked_state(self, i: int, p: Tensor, state: dict[str, Any]) -> dict[str, Any]:
-        def fail(problem: str) -> ValueError:
-            return ValueError(
-                f"state of parameter {i} (shape {tuple(p.shape)}): {problem}; nothing was loaded"
-            )
-
-        if not isinstance(state, dict):
-            raise fail(f"it is a {type(state).__name__}; expected a dict")
-        if not state:
-            return state
-        for key in ("step", *_MOMENTS):
-            if key not in state:
-                raise fail(f"{key!r} is missing; expected step, exp_avg and exp_avg_sq")
-        kept = dict(state)
-        step = state["step"]
-        if isinstance(step, Tensor) and step.numel() == 1:
-            step = step.item()
-        if not _is_number(step) or step < 0:
-            raise fail(f"'step' is {step}; expected a number >= 0")
-        kept["step"] = _Kept(torch.tensor(step, dtype=torch.float32, device=p.device))
-        for key in _MOMENTS:
-            value = state[key]
-            if not isinstance(value, Tensor) or not value.is_floating_point():
-                raise fail(f"{key!r} is not a floating-point tensor")
-            if value.shape != p.shape:
-                raise fail(f"{key!r} has shape {tuple(value.shape)}; expected the parameter's")
-            kept[key] = _Kept(value.to(p.device, self.settings.moment_dtype, copy=True))
-        for key in map(_mask_key, ("first", "second")):
-            if key not in state:
-                continue
-            mask = state[key]
-            if not isinstance(mask, Tensor) or (mask.dtype, mask.numel()) not in (
-                (torch.bool, 1),
-                (torch.uint8, (p.numel() + 7) // 8),
-            ):
-                raise fail(f"{key!r} is not a mask of this parameter")
-            kept[key] = _Kept(mask.to(p.device, copy=True))
-        return kept
 
     def __getstate__(self) -> dict[str, Any]:
         return {
@@ -994,36 +743,45 @@ class RoseFusedAdamW(Optimizer):
             self.settings = Settings(**(settings or {}))
         for p, values in self.state.items():
             self.state[p] = {
-                key: value.value if isinstance(value, _Kept) else value for key, value in values.items()
+                key: value.value if isinstance(value, Kept) else value for key, value in values.items()
             }
         # An older or an AdamW state lacks some of these.
-        for key, value in {"maximize": False, "capturable": False, "selective": True}.items():
+        for key, value in {
+            "maximize": False, "capturable": False, "selective": True, **ADAMW_ONLY,
+        }.items():  # fmt: skip
             self.defaults.setdefault(key, value)
         for group in self.param_groups:
-            for key in self.defaults.keys() - _ADAMW_ONLY.keys():
+            for key in self.defaults:
                 group.setdefault(key, self.defaults[key])
         self._reset()
+        self._borrowed = True
         steps = [int(values["step"]) for values in self.state.values() if "step" in values]
         self._steps_done = state.get("_steps_done", max(steps, default=0))
         self._captured = {
-            kind
-            for kind in ("first", "second")
-            for values in self.state.values()
-            if _mask_key(kind) in values
+            kind for kind, key in MASKS.items() for values in self.state.values() if key in values
         }
 
     def __repr__(self) -> str:
         return f"{super().__repr__()[:-1]}\n{self.settings}\n)"
 
 
-def _are(ones: list[Any], others: list[Any]) -> bool:
-    """Whether these are the same objects."""
-    return len(ones) == len(others) and all(map(is_, ones, others))
+_SHARDERS = ("ZeroRedundancyOptimizer", "OSS")  # of PyTorch, of fairscale
 
 
-def _rules_out(masks: list[Tensor]) -> bool:
-    """Whether a tensor's masks are for the whole of it and select nothing, so that m stays."""
-    return bool(masks) and all(mask.dtype == torch.bool and not mask for mask in masks)
+def _check_maker(settings: Settings) -> None:
+    """Some wrappers give the optimizer that they make a part of the parameters, as if that were all of
+    them: nothing but who is calling tells."""
+    frame = sys._getframe(2) if is_sharded(settings) else None
+    while frame is not None:
+        kinds = type(frame.f_locals.get("self")).__mro__
+        if name := next((kind.__name__ for kind in kinds if kind.__name__ in _SHARDERS), None):
+            raise RuntimeError(
+                f"{name} gives each rank's optimizer a part of the parameters, and a ranking and a "
+                "clipping norm are over all of them: something else would be trained without a word. "
+                "Use the optimizer itself, on every rank, or pass local_ranking=True to rank and clip "
+                "each part by itself"
+            )
+        frame = frame.f_back
 
 
 def _check_graph(optimizer: Optimizer, lacks_state: bool) -> None:
@@ -1045,59 +803,6 @@ def _reciprocal(grad_scale: Tensor | None) -> Tensor | None:
     if grad_scale is None:
         return None
     return grad_scale.double().reciprocal().float().reshape(())
-
-
-def _is_number(x: object) -> TypeGuard[float]:
-    return isinstance(x, Real) and not isinstance(x, bool) and math.isfinite(x)
-
-
-def _check_param(p: Tensor) -> None:
-    if torch.is_complex(p):
-        raise TypeError("complex parameters cannot be ranked; expected float32, bfloat16 or float16")
-    if p.dtype not in _DTYPES:
-        raise TypeError(f"parameters of {p.dtype} are not supported; expected one of {_DTYPES}")
-    if p.layout != torch.strided:
-        raise TypeError(f"parameters of layout {p.layout} are not supported; expected dense ones")
-    if hasattr(p, "to_local"):
-        raise NotImplementedError("DTensor parameters (FSDP2) are not there yet")
-    if overlaps_itself(p):
-        raise ValueError(
-            "a parameter is an expanded tensor, whose elements share memory; use .contiguous()"
-        )
-
-
-def _check_group(group: dict[str, Any]) -> None:
-    """Raise unless the options of a group (merged with the defaults) can work."""
-
-    def bad(name: str, expected: str) -> ValueError:
-        return ValueError(f"{name}={group[name]}; expected {expected}")
-
-    lr = group["lr"]
-    if isinstance(lr, Tensor):
-        if lr.numel() != 1 or lr.is_complex():
-            raise bad("lr", "a number or a tensor of one element")
-        lr = lr.item()
-    if not _is_number(lr) or lr < 0:
-        raise bad("lr", "a number >= 0")
-    betas = group["betas"]
-    if not isinstance(betas, (tuple, list)) or len(betas) != 2:
-        raise bad("betas", "a pair of numbers")
-    if not all(_is_number(beta) and 0 <= beta < 1 for beta in betas):
-        raise bad("betas", "two numbers in [0, 1)")
-    for name in ("eps", "weight_decay"):
-        if not _is_number(group[name]) or group[name] < 0:
-            raise bad(name, "a number >= 0")
-    for name in ("maximize", "capturable", "selective"):
-        if not isinstance(group[name], bool):
-            raise bad(name, "True or False")
-    for name in Settings.__dataclass_fields__.keys() & group.keys():
-        raise ValueError(
-            f"{name!r} in a parameter group: one ranking spans all groups, so it is an argument of "
-            "RoseFusedAdamW; groups may set lr, betas, eps, weight_decay, maximize and selective"
-        )
-    for name, only in _ADAMW_ONLY.items():
-        if group.get(name, only) != only and only is not None:
-            raise ValueError(f"{name}={group[name]} is not supported; expected {only}")
 
 
 def rose_param_groups(

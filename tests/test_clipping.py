@@ -10,7 +10,7 @@ from support import BF16, FLOAT, HALF, assert_all_same_bits
 from torch import Tensor, nn
 
 from rose_ops import RoseFusedAdamW
-from rose_ops.optim import ORDERS
+from rose_ops.settings import ORDERS
 
 SHAPES = ((64, 33), (33,), (5, 7, 3, 3), (1,), (0,), (3000,))
 

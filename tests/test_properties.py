@@ -31,7 +31,7 @@ from support import (
 
 import rose_ops
 from rose_ops import reference
-from rose_ops.functional import check_fractions
+from rose_ops.settings import check_fractions
 from rose_ops.reference import Field
 
 # ------------------------------------------------------------------- risks, by exact arithmetic

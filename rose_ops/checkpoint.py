@@ -1,0 +1,189 @@
+"""What goes out of an optimizer and what comes in: state dicts, those of ``torch.optim.AdamW`` too."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rose_ops import memory
+from rose_ops.batch import MOMENTS, STATE, is_complete
+from rose_ops.settings import ADAMW_ONLY, Settings, check_group, is_number
+
+# Beside "state" and "param_groups", where torch.optim.AdamW ignores it.
+ROSE = "rose"
+FORMAT = 1
+MASKS = {kind: f"{kind}_mask" for kind in ("first", "second")}
+
+
+class Kept:
+    """Carries a state tensor through ``Optimizer.load_state_dict``, which would cast it."""
+
+    def __init__(self, value: Tensor) -> None:
+        self.value = value
+
+
+def saved(
+    state_dict: dict[str, Any], settings: Settings, groups: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """What ``state_dict()`` returns, of what ``Optimizer.state_dict()`` does.
+
+    Groups and states have the keys that ``torch.optim.AdamW``'s have and no others (a checkpoint is
+    read by its keys), so settings and what is selective are beside them. Masks are copies: the next
+    capture writes where they are.
+    """
+    state_dict["state"] = {
+        i: {k: v.clone() if k in MASKS.values() else v for k, v in state.items()}
+        for i, state in state_dict["state"].items()
+    }
+    state_dict["param_groups"] = [
+        {key: value for key, value in group.items() if key != "selective"}
+        for group in state_dict["param_groups"]
+    ]
+    state_dict[ROSE] = {
+        "format": FORMAT,
+        "settings": settings.to_saved(),
+        "selective": [group["selective"] for group in groups],
+    }
+    return state_dict
+
+
+class Loader:
+    """Checks a state dict against an optimizer, before anything is changed.
+
+    Args:
+        settings, groups, defaults: the optimizer's.
+    """
+
+    def __init__(
+        self, settings: Settings, groups: list[dict[str, Any]], defaults: dict[str, Any]
+    ) -> None:
+        self._settings, self._groups, self._defaults = settings, groups, defaults
+
+    def checked(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """What ``Optimizer.load_state_dict`` is to load.
+
+        Raises:
+            ValueError: it does not fit.
+        """
+
+        def fail(problem: str) -> ValueError:
+            return ValueError(f"the state dict {problem}; nothing was loaded")
+
+        state, groups = state_dict.get("state"), state_dict.get("param_groups")
+        if not isinstance(state, dict) or not isinstance(groups, (list, tuple)):
+            raise fail("has no 'state' and 'param_groups'; expected what state_dict() returns")
+        if not all(isinstance(group, dict) and "params" in group for group in groups):
+            raise fail("has a parameter group without 'params'")
+        theirs = [len(group["params"]) for group in groups]
+        here = [len(group["params"]) for group in self._groups]
+        if theirs != here:
+            raise fail(f"has groups of {theirs} parameters and the optimizer has groups of {here}")
+        ids = [i for group in groups for i in group["params"]]
+        if unknown := state.keys() - set(ids):
+            raise fail(f"has state of parameters {sorted(map(str, unknown))} that are in no group")
+        selective = [group["selective"] for group in self._groups]
+        if (ours := state_dict.get(ROSE)) is not None:
+            selective = self._checked_settings(ours, fail)
+        # What neither says (AdamW's groups do not say what is selective) stays as it is.
+        groups = [
+            {"selective": chosen, **group} for chosen, group in zip(selective, groups, strict=True)
+        ]
+        for group in groups:
+            check_group({**self._defaults, **group}, given=False)
+        params = [p for group in self._groups for p in group["params"]]
+        return {
+            **state_dict,
+            "state": {
+                i: self._checked_state(i, p, state[i])
+                for i, p in zip(ids, params, strict=True)
+                if i in state
+            },
+            "param_groups": [
+                {**{key: self._defaults[key] for key in ADAMW_ONLY}, **_without_adamw_only(group)}
+                for group in groups
+            ],
+        }
+
+    def _checked_settings(self, ours: Any, fail: Any) -> list[bool]:
+        """What is selective, by the checkpoint; warns where its settings are others than the
+        optimizer's, which stay."""
+        if not isinstance(ours, dict) or not {"format", "settings", "selective"} <= ours.keys():
+            raise fail(f"has a {ROSE!r} that state_dict() does not make")
+        if ours["format"] != FORMAT:
+            raise fail(f"is of format {ours['format']}; expected {FORMAT}: it is of another rose_ops")
+        if len(ours["selective"]) != len(self._groups):
+            raise fail(f"says of {len(ours['selective'])} groups what is selective")
+        here, there = self._settings.to_saved(), ours["settings"]
+        differences = [
+            f"{name}={here.get(name)!r} (the checkpoint has {there.get(name)!r})"
+            for name in here.keys() | there.keys()
+            if here.get(name) != there.get(name)
+        ]
+        if differences:
+            warnings.warn(
+                "the optimizer goes on with other settings than the checkpoint was trained with: "
+                + ", ".join(sorted(differences)),
+                stacklevel=6,
+            )
+        return list(ours["selective"])
+
+    def _checked_state(self, i: int, p: Tensor, state: dict[str, Any]) -> dict[str, Any]:
+        def fail(problem: str) -> ValueError:
+            return ValueError(
+                f"state of parameter {i} (shape {tuple(p.shape)}): {problem}; nothing was loaded"
+            )
+
+        if not isinstance(state, dict):
+            raise fail(f"it is a {type(state).__name__}; expected a dict")
+        if not state:
+            return state
+        for key in STATE:
+            if key not in state:
+                raise fail(f"{key!r} is missing; expected step, exp_avg and exp_avg_sq")
+        kept = dict(state)
+        step = state["step"]
+        if isinstance(step, Tensor) and step.numel() == 1:
+            step = step.item()
+        if not is_number(step) or step < 0:
+            raise fail(f"'step' is {step}; expected a number >= 0")
+        kept["step"] = Kept(torch.tensor(step, dtype=torch.float32, device=p.device))
+        for key in MOMENTS:
+            value = state[key]
+            if not isinstance(value, Tensor) or not value.is_floating_point():
+                raise fail(f"{key!r} is not a floating-point tensor")
+            if value.shape != p.shape:
+                raise fail(f"{key!r} has shape {tuple(value.shape)}; expected the parameter's")
+            kept[key] = Kept(value.to(p.device, self._settings.moment_dtype))
+        for key in MASKS.values():
+            if key not in state:
+                continue
+            mask = state[key]
+            if not isinstance(mask, Tensor) or (mask.dtype, mask.numel()) not in (
+                (torch.bool, 1),
+                (torch.uint8, (p.numel() + 7) // 8),
+            ):
+                raise fail(f"{key!r} is not a mask of this parameter")
+            kept[key] = Kept(mask.to(p.device, copy=True))
+        return kept
+
+
+def _without_adamw_only(group: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in group.items() if key not in ADAMW_ONLY}
+
+
+def take_over(states: Iterable[dict[str, Any]], dtype: torch.dtype) -> None:
+    """Put loaded moments where new ones would be, so that steps do not write into the state dict that
+    they came from, and lie on huge pages where new ones would.
+
+    One at a time: a moment that nobody else has is freed before the next is copied. So this is done by
+    the first step, when the caller of ``load_state_dict`` has let go of what was loaded.
+    """
+    loaded = [state for state in states if is_complete(state)]
+    for moment in MOMENTS:
+        places = memory.empties([state[moment] for state in loaded], dtype)
+        for state, place in zip(loaded, places, strict=True):
+            state[moment] = place.copy_(state[moment])

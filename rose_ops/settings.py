@@ -1,0 +1,271 @@
+"""What a ranking is asked for, and the options of parameter groups: ranges, and what is said where one
+is left."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from decimal import Decimal
+from fractions import Fraction
+from functools import cached_property
+from numbers import Integral, Rational, Real
+from typing import Any, SupportsFloat, TypeGuard, cast
+
+import torch
+from torch import Tensor
+
+from rose_ops import backends
+from rose_ops.reference import FRACTION_UNIT
+
+ORDERS = {"first": ("first",), "second": ("second",), "ensemble": ("first", "second")}
+SELECTIONS = ("exact", "bracket", "approx")
+INACTIVE = ("update", "rank")
+GRANULARITIES = ("element", "tensor")
+ROUNDINGS = ("nearest", "stochastic")
+STATE_DTYPES = (torch.float32, torch.bfloat16)
+
+# Keys of torch.optim.AdamW's groups that mean nothing here, with the one value that can be honoured
+# (None: any). Groups have them, too, so that checkpoints have the same keys.
+ADAMW_ONLY: dict[str, Any] = {
+    "amsgrad": False,
+    "differentiable": False,
+    "decoupled_weight_decay": True,
+    "foreach": None,
+    "fused": None,
+}
+
+
+def shown(value: object) -> str:
+    """A value as messages show it: with its type, as ``'0.6'`` and ``0.6`` are easily taken for each
+    other."""
+    return f"{value!r} ({type(value).__name__})"
+
+
+def choice(name: str, value: object, allowed: Sequence[str]) -> None:
+    """Raise ValueError unless ``value`` is one of ``allowed``."""
+    if not isinstance(value, str) or value not in allowed:
+        expected = ", ".join(map(repr, allowed))
+        raise ValueError(f"{name}={shown(value)}; expected one of {expected}")
+
+
+def is_number(x: object) -> TypeGuard[float]:
+    return isinstance(x, Real) and not isinstance(x, bool) and math.isfinite(x)
+
+
+def _is_count(x: object) -> bool:
+    return isinstance(x, Integral) and not isinstance(x, bool) and int(x) >= 0
+
+
+def fraction_units(name: str, value: object) -> int:
+    """A fraction in units of 1e-9, rounded: 0.6 is 600000000, exactly, and so is 0.1 + 0.5.
+
+    Args:
+        name: for messages.
+        value: any real number (of Python, NumPy, ``fractions`` or ``decimal``): its exact value counts.
+
+    Raises:
+        TypeError: not a real number. ValueError: not finite.
+    """
+    if isinstance(value, bool) or not isinstance(value, (Real, Decimal)):
+        raise TypeError(f"{name}={shown(value)}; expected a number")
+    if not math.isfinite(value):
+        raise ValueError(f"{name}={shown(value)}; expected a finite number")
+    exact = Fraction(value) if isinstance(value, (Rational, Decimal)) else Fraction(float(value))
+    return round(exact * FRACTION_UNIT)
+
+
+def check_fractions(upper: object, lower: object, suffix: str = "") -> tuple[int, int]:
+    """c_h and c_l in units of 1e-9.
+
+    Raises:
+        TypeError: no numbers. ValueError: unless ``0 <= lower < upper <= 1``.
+    """
+    high, low = fraction_units("upper" + suffix, upper), fraction_units("lower" + suffix, lower)
+    if not 0 < high <= FRACTION_UNIT:
+        raise ValueError(
+            f"upper{suffix}={shown(upper)}; expected 0 < upper <= 1, the fraction to keep (it counts "
+            "in units of 1e-9)"
+        )
+    if not 0 <= low < high:
+        raise ValueError(f"lower{suffix}={shown(lower)}; expected 0 <= lower < upper ({upper})")
+    return high, low
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What one ranking over all groups needs to agree on: the selection's settings.
+
+    Raises:
+        ValueError, TypeError: a setting out of its range. NotImplementedError: not there yet.
+    """
+
+    order: str = "second"
+    upper: float | tuple[float, float] = 0.6
+    lower: float | tuple[float, float] = 0.0
+    gamma: float = 0.5
+    granularity: str = "element"
+    selection: str = "bracket"
+    inactive: str = "update"
+    selection_warmup_steps: int = 0
+    max_grad_norm: float | None = None
+    error_if_nonfinite: bool = False
+    state_dtype: torch.dtype | None = None
+    param_rounding: str = "nearest"
+    backend: str = "auto"
+    process_group: Any = None
+    seed: int = 0
+    local_ranking: bool = False
+    amp_scaling: bool = True
+
+    def __post_init__(self) -> None:
+        choice("order", self.order, tuple(ORDERS))
+        choice("granularity", self.granularity, GRANULARITIES)
+        choice("selection", self.selection, SELECTIONS)
+        choice("inactive", self.inactive, INACTIVE)
+        choice("param_rounding", self.param_rounding, ROUNDINGS)
+        choice("backend", self.backend, backends.NAMES)
+        for kind in ("first", "second"):
+            self.fractions(kind)
+        if not is_number(self.gamma) or not 0 < self.gamma < 1:
+            raise ValueError(
+                f"gamma={shown(self.gamma)}; expected 0 < gamma < 1, the first-order weight"
+            )
+        for name, limit in (("selection_warmup_steps", math.inf), ("seed", 2**32)):
+            value = getattr(self, name)
+            if not _is_count(value) or not value < limit:
+                below = "" if limit == math.inf else f" and < {limit}"
+                raise ValueError(f"{name}={shown(value)}; expected an integer >= 0{below}")
+            object.__setattr__(self, name, int(value))  # NumPy's, too
+        if self.state_dtype not in (None, *STATE_DTYPES):
+            raise ValueError(
+                f"state_dtype={shown(self.state_dtype)}; expected None (float32), torch.float32 or "
+                "torch.bfloat16"
+            )
+        norm = self.max_grad_norm
+        if norm is not None and (not isinstance(norm, Real) or isinstance(norm, bool) or not norm > 0):
+            raise ValueError(
+                f"max_grad_norm={shown(norm)}; expected None (no clipping) or a number > 0"
+            )
+        for name in ("error_if_nonfinite", "local_ranking", "amp_scaling"):
+            value = getattr(self, name)
+            if not isinstance(value, bool):
+                raise ValueError(f"{name}={shown(value)}; expected True or False")
+        if self.process_group is not None:
+            raise NotImplementedError(
+                "process_group is not there yet: rankings over several processes are not there"
+            )
+
+    @cached_property
+    def _fractions(self) -> dict[str, tuple[int, int]]:
+        return {kind: self._fractions_of(kind) for kind in ("first", "second")}
+
+    def fractions(self, kind: str) -> tuple[int, int]:
+        """(c_h, c_l) of the ``"first"`` or ``"second"`` mask, in units of 1e-9."""
+        return self._fractions[kind]
+
+    def _fractions_of(self, kind: str) -> tuple[int, int]:
+        def pick(name: str, value: object) -> object:
+            if not isinstance(value, (tuple, list)):
+                return value
+            if len(value) != 2:
+                raise ValueError(f"{name}={shown(value)}; expected a number or a pair (first, second)")
+            return value[kind == "second"]
+
+        pairs = isinstance(self.upper, (tuple, list)) or isinstance(self.lower, (tuple, list))
+        suffix = f" ({kind})" if pairs else ""
+        return check_fractions(pick("upper", self.upper), pick("lower", self.lower), suffix)
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The masks that ``order`` needs."""
+        return ORDERS[self.order]
+
+    @cached_property
+    def is_adamw(self) -> bool:
+        """Whether everything is kept, so that there is nothing to select."""
+        return all(self.fractions(kind) == (FRACTION_UNIT, 0) for kind in self.kinds)
+
+    @property
+    def is_global(self) -> bool:
+        """Whether a step needs something of all parameters together: a ranking, or a norm."""
+        return not self.is_adamw or self.max_grad_norm is not None
+
+    @property
+    def moment_dtype(self) -> torch.dtype:
+        return self.state_dtype or torch.float32
+
+    def to_saved(self) -> dict[str, Any]:
+        """What a checkpoint says of them, in types that ``torch.load(weights_only=True)`` knows: those
+        that change what is trained."""
+        fractions = {
+            kind: tuple(units / FRACTION_UNIT for units in self.fractions(kind)) for kind in self.kinds
+        }
+        return {
+            "order": self.order,
+            "upper": {kind: high for kind, (high, _) in fractions.items()},
+            "lower": {kind: low for kind, (_, low) in fractions.items()},
+            **({"gamma": float(self.gamma)} if self.order == "ensemble" else {}),
+            "granularity": self.granularity,
+            "selection": self.selection,
+            "inactive": self.inactive,
+            "selection_warmup_steps": self.selection_warmup_steps,
+            "max_grad_norm": None if self.max_grad_norm is None else float(self.max_grad_norm),
+            "param_rounding": self.param_rounding,
+            "state_dtype": str(self.moment_dtype),
+            "seed": self.seed,
+        }
+
+
+def beta_values(betas: Sequence[object]) -> tuple[float, float]:
+    """The numbers, of Python, NumPy or in tensors of one element."""
+    first, second = (
+        beta.item() if isinstance(beta, Tensor) else float(cast(SupportsFloat, beta)) for beta in betas
+    )
+    return first, second
+
+
+def check_group(group: Mapping[str, Any], *, given: bool) -> None:
+    """Raise unless the options of a group (merged with the defaults) can work.
+
+    Args:
+        group: a parameter group.
+        given: whether a user gives it now. Else it is what a schedule, or a checkpoint of one, made of
+            it: a learning rate below 0, which cosines round to, does what it does in AdamW; a learning
+            rate in a tensor is not read.
+    """
+
+    def bad(name: str, expected: str) -> ValueError:
+        return ValueError(f"{name}={shown(group[name])}; expected {expected}")
+
+    lr = group["lr"]
+    if isinstance(lr, Tensor):
+        if lr.numel() != 1 or lr.is_complex():
+            raise bad("lr", "a number or a tensor of one element")
+        lr = lr.item() if given and not lr.is_meta else 0.0
+    if not is_number(lr):
+        raise bad("lr", "a finite number")
+    if given and lr < 0:
+        raise bad("lr", "a number >= 0")
+    betas = group["betas"]
+    if not isinstance(betas, (tuple, list)) or len(betas) != 2:
+        raise bad("betas", "a pair of numbers")
+    for beta in betas:
+        if isinstance(beta, Tensor):
+            beta = beta.item() if beta.numel() == 1 and not beta.is_complex() else None
+        if not is_number(beta) or not 0 <= beta < 1:
+            raise bad("betas", "two numbers in [0, 1)")
+    for name in ("eps", "weight_decay"):
+        if not is_number(group[name]) or group[name] < 0:
+            raise bad(name, "a number >= 0")
+    for name in ("maximize", "capturable", "selective"):
+        if not isinstance(group[name], bool):
+            raise bad(name, "True or False")
+    for name in Settings.__dataclass_fields__.keys() & group.keys():
+        raise ValueError(
+            f"{name!r} in a parameter group: one ranking spans all groups, so it is an argument of "
+            "RoseFusedAdamW; groups may set lr, betas, eps, weight_decay, maximize and selective"
+        )
+    for name, only in ADAMW_ONLY.items():
+        if only is not None and group.get(name, only) != only:
+            raise ValueError(f"{name}={shown(group[name])} is not supported; expected {only}")
