@@ -182,22 +182,22 @@ class Collector:
         rows = [row for row, count in enumerate(lengths) for _ in range(count)]
         offsets = list(accumulate(numels, initial=0))[:-1]
         layout = Layout(list(compress(rows, present)), list(compress(offsets, present)))
-        self._check(every, params)
+        self._check_identities(every)
         for p, grad, offset in zip(params, grads, layout.offsets, strict=True):
             check_ready(p, grad, states.get(p) or {}, offset, self._settings)
+        check_together(params)
         if all(p in states and is_complete(states[p]) for p in params):
             self._remember(layout, every, lengths, numels, present, params, states)
             return Batch.of(layout, params, grads, [states[p] for p in params])
         return Batch.of(layout, params, grads, [])
 
-    def _check(self, every: list[Tensor], params: list[Tensor]) -> None:
+    def _check_identities(self, every: list[Tensor]) -> None:
         if is_sharded(self._settings) and any(id(p) not in self._given for p in every):
             raise RuntimeError(
                 "parameters in the optimizer's groups are not those that it was given: a wrapper has "
                 "put others in their place, such as this rank's part of them (DeepSpeed's ZeRO, "
                 f"Megatron's distributed optimizer). {_LOCAL}"
             )
-        check_together(params)
 
     def _remember(
         self,
@@ -275,7 +275,9 @@ def check_given(params: list[Tensor], settings: Settings, there: list[Tensor]) -
                 "granularity='tensor' ranks whole tensors, and a flat parameter has none; expected the "
                 "parameters as they were before flatten_parameters()"
             )
-    check_together([p for p in there if p.requires_grad and not is_lazy(p)] + trained)
+    known = {id(p) for p in trained}  # one that is in two groups is refused in PyTorch's words
+    there = [p for p in there if p.requires_grad and not is_lazy(p) and id(p) not in known]
+    check_together(there + trained)
 
 
 def check_together(params: list[Tensor]) -> None:

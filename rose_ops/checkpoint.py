@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from rose_ops import memory
-from rose_ops.batch import MOMENTS, STATE, is_complete
+from rose_ops.batch import MOMENTS, STATE
 from rose_ops.settings import ADAMW_ONLY, Settings, check_group, is_number
 
 # Beside "state" and "param_groups", where torch.optim.AdamW ignores it.
@@ -94,14 +93,17 @@ class Loader:
         ]
         for group in groups:
             check_group({**self._defaults, **group}, given=False)
-        params = [p for group in self._groups for p in group["params"]]
+        params = dict(zip(ids, (p for group in self._groups for p in group["params"]), strict=True))
+        kept = {i: self._checked_state(i, p, state[i]) for i, p in params.items() if i in state}
+        # All is checked: now the copies, where new moments would be, and none besides.
+        of_moments = {i: values for i, values in kept.items() if values}
+        for moment in MOMENTS:
+            places = memory.empties([params[i] for i in of_moments], self._settings.moment_dtype)
+            for values, place in zip(of_moments.values(), places, strict=True):
+                values[moment] = Kept(place.copy_(values[moment]))
         return {
             **state_dict,
-            "state": {
-                i: self._checked_state(i, p, state[i])
-                for i, p in zip(ids, params, strict=True)
-                if i in state
-            },
+            "state": kept,
             "param_groups": [
                 {**{key: self._defaults[key] for key in ADAMW_ONLY}, **_without_adamw_only(group)}
                 for group in groups
@@ -157,7 +159,6 @@ class Loader:
                 raise fail(f"{key!r} is not a floating-point tensor")
             if value.shape != p.shape:
                 raise fail(f"{key!r} has shape {tuple(value.shape)}; expected the parameter's")
-            kept[key] = Kept(value.to(p.device, self._settings.moment_dtype))
         for key in MASKS.values():
             if key not in state:
                 continue
@@ -173,17 +174,3 @@ class Loader:
 
 def _without_adamw_only(group: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in group.items() if key not in ADAMW_ONLY}
-
-
-def take_over(states: Iterable[dict[str, Any]], dtype: torch.dtype) -> None:
-    """Put loaded moments where new ones would be, so that steps do not write into the state dict that
-    they came from, and lie on huge pages where new ones would.
-
-    One at a time: a moment that nobody else has is freed before the next is copied. So this is done by
-    the first step, when the caller of ``load_state_dict`` has let go of what was loaded.
-    """
-    loaded = [state for state in states if is_complete(state)]
-    for moment in MOMENTS:
-        places = memory.empties([state[moment] for state in loaded], dtype)
-        for state, place in zip(loaded, places, strict=True):
-            state[moment] = place.copy_(state[moment])

@@ -12,6 +12,7 @@ from weakref import ref
 import torch
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.optim import Optimizer
 
 from rose_ops import backends
@@ -24,7 +25,7 @@ from rose_ops.batch import (
     is_complete,
     is_sharded,
 )
-from rose_ops.checkpoint import MASKS, Kept, Loader, saved, take_over
+from rose_ops.checkpoint import MASKS, Kept, Loader, saved
 from rose_ops.flat import FlatParameter, members
 from rose_ops.layout import empty_masks
 from rose_ops.memory import with_own_storage
@@ -178,7 +179,6 @@ class RoseFusedAdamW(Optimizer):
         """What is derived from the state, and statistics."""
         self._steps_done = 0
         self._captured: set[str] = set()
-        self._borrowed = False  # whether moments are those of a state dict that was loaded
         self._stepped: list[ref[Tensor]] = []  # gradients that the latest step used
         self._records: dict[str, Tensor] = {}
         groups = self.__dict__.get("param_groups", [])
@@ -226,7 +226,7 @@ class RoseFusedAdamW(Optimizer):
         first = next((p for p in [*there, *params] if p.requires_grad), None)
         if first is None:
             return  # the device is that of the first to be trained
-        backends.resolve(self.settings.backend, first.device)
+        self._resolve(first)
         if capturable and first.device.type == "cpu":
             raise ValueError(
                 "capturable=True is for CUDA graphs; expected False for parameters on the CPU"
@@ -249,14 +249,10 @@ class RoseFusedAdamW(Optimizer):
             local = self.settings.local_ranking
             if not local and inside_backward_of(self._parameters()):
                 raise RuntimeError(
-                    "RoseFusedAdamW was called inside the backward pass that makes its gradients "
-                    "(optimizer-in-backward); its ranking and clipping are global and need all "
-                    "gradients: call it after backward(), or pass local_ranking=True to rank what is "
-                    "there"
+                    "RoseFusedAdamW was called inside a backward pass that makes its gradients "
+                    "(optimizer-in-backward); a ranking or clipping is global and needs all gradients: "
+                    "call it after backward(), or pass local_ranking=True to rank what is there"
                 )
-        if self._borrowed:
-            take_over(self.state.values(), self.settings.moment_dtype)
-            self._borrowed = False
         batch = self._collector.collect(self.param_groups, self.state, known=known)
         if not batch.states and not any(map(is_complete, self.state.values())):
             # Somebody cleared the state: the moments begin anew, so the warm-up does.
@@ -336,13 +332,13 @@ class RoseFusedAdamW(Optimizer):
         settings = self.settings
         return not settings.is_adamw and self._steps_done >= settings.selection_warmup_steps
 
-    def _backend(self, device: torch.device) -> backends.Backend:
-        if self._loaded is None or self._loaded[0] != device:
-            self._loaded = device, backends.resolve(self.settings.backend, device)
-        return self._loaded[1]
+    def _resolve(self, p: Tensor) -> backends.Backend:
+        return backends.resolve(self.settings.backend, p.device, fake=isinstance(p, FakeTensor))
 
     def _ops(self, batch: Batch) -> Any:
-        return self._backend(batch.device).ops
+        if self._loaded is None or self._loaded[0] != batch.device:
+            self._loaded = batch.device, self._resolve(batch.params[0])
+        return self._loaded[1].ops
 
     def _selective(self, batch: Batch) -> Batch:
         flags = [group["selective"] for group in self.param_groups]
@@ -711,9 +707,8 @@ class RoseFusedAdamW(Optimizer):
         ``state_dtype`` only), so training resumes as if it had not stopped. Where the checkpoint was
         trained with other settings, the optimizer's stay, and a warning says which differ.
 
-        Nothing is copied here, so that no more memory is needed than with PyTorch's optimizers. The
-        first step after that does, one moment at a time: unlike with PyTorch's optimizers, steps do
-        not write into the state dict.
+        They are copied, once: unlike with PyTorch's optimizers, the next steps do not write into the
+        state dict, nor those of another optimizer that it came from into this one.
 
         Raises:
             ValueError: the state does not fit the parameters, or needs what is not here (amsgrad);
@@ -754,7 +749,6 @@ class RoseFusedAdamW(Optimizer):
             for key in self.defaults:
                 group.setdefault(key, self.defaults[key])
         self._reset()
-        self._borrowed = True
         steps = [int(values["step"]) for values in self.state.values() if "step" in values]
         self._steps_done = state.get("_steps_done", max(steps, default=0))
         self._captured = {

@@ -243,13 +243,13 @@ def check_group(group: Mapping[str, Any], *, given: bool) -> None:
         if lr.numel() != 1 or lr.is_complex():
             raise bad("lr", "a number or a tensor of one element")
         lr = lr.item() if given and not lr.is_meta else 0.0
-    if not is_number(lr):
-        raise bad("lr", "a finite number")
-    if given and lr < 0:
-        raise bad("lr", "a number >= 0")
+    if not is_number(lr) or (given and lr < 0):
+        raise bad("lr", "a number >= 0" if given else "a finite number")
     betas = group["betas"]
     if not isinstance(betas, (tuple, list)) or len(betas) != 2:
         raise bad("betas", "a pair of numbers")
+    if len({isinstance(beta, Tensor) for beta in betas}) > 1:
+        raise bad("betas", "two numbers or two tensors, as AdamW does")
     for beta in betas:
         if isinstance(beta, Tensor):
             beta = beta.item() if beta.numel() == 1 and not beta.is_complex() else None

@@ -241,6 +241,6 @@ def test_stochastic_rounding_resumes_bit_for_bit(generator):
 
 def test_refuses_other_roundings():
     with pytest.raises(
-        ValueError, match="param_rounding='up'; expected one of 'nearest', 'stochastic'"
+        ValueError, match=r"param_rounding='up' \(str\); expected one of 'nearest', 'stochastic'"
     ):
         RoseFusedAdamW([nn.Parameter(torch.ones(2))], param_rounding="up")

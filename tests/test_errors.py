@@ -44,13 +44,17 @@ ARGUMENTS: list[tuple[dict[str, Any], type[Exception], str]] = [
         ({"lr": x}, ValueError, r"^lr=.*; expected a number >= 0$")
         for x in (-1e-3, NAN, INF, "1", None, True)
     ),
-    ({"lr": torch.tensor(-1.0)}, ValueError, r"^lr=-1\.0; expected a number >= 0$"),
+    ({"lr": torch.tensor(-1.0)}, ValueError, r"^lr=tensor\(-1\.\) \(Tensor\); expected a number >= 0$"),
     (
         {"lr": torch.tensor([0.1, 0.2])},
         ValueError,
         r"^lr=.*expected a number or a tensor of one element$",
     ),
-    ({"lr": torch.tensor(1j)}, ValueError, r"^lr=1j; expected a number or a tensor of one element$"),
+    (
+        {"lr": torch.tensor(1j)},
+        ValueError,
+        r"^lr=.* \(Tensor\); expected a number or a tensor of one element$",
+    ),
     *(
         ({"betas": x}, ValueError, r"^betas=.*; expected two numbers in \[0, 1\)$")
         for x in (
@@ -59,7 +63,8 @@ ARGUMENTS: list[tuple[dict[str, Any], type[Exception], str]] = [
             (-0.1, 0.9),
             (0.9, NAN),
             (0.9, "0.9"),
-            (torch.tensor(0.9), 0.9),
+            (torch.tensor(1.5), torch.tensor(0.9)),
+            (torch.tensor([0.9, 0.9]), torch.tensor(0.9)),
         )
     ),
     *(
@@ -76,40 +81,67 @@ ARGUMENTS: list[tuple[dict[str, Any], type[Exception], str]] = [
         for x in (1, None, "yes")
     ),
     ({"capturable": True}, ValueError, r"^capturable=True is for CUDA graphs; expected False"),
-    ({"capturable": 1}, ValueError, r"^capturable=1; expected True or False$"),
-    ({"order": "third"}, ValueError, r"^order='third'; expected one of 'first', 'second', 'ensemble'$"),
-    ({"order": None}, ValueError, r"^order=None; expected one of 'first', 'second', 'ensemble'$"),
-    ({"granularity": "row"}, ValueError, r"^granularity='row'; expected one of 'element', 'tensor'$"),
-    ({"selection": "sampled"}, ValueError, r"^selection='sampled'; expected one of 'exact', 'bracket'"),
-    ({"inactive": "keep"}, ValueError, r"^inactive='keep'; expected one of 'update', 'rank'$"),
-    ({"backend": "avx"}, ValueError, r"^backend='avx'; expected one of 'auto', 'cuda', 'triton', "),
+    ({"capturable": 1}, ValueError, r"^capturable=1 \(int\); expected True or False$"),
+    (
+        {"order": "third"},
+        ValueError,
+        r"^order='third' \(str\); expected one of 'first', 'second', 'ensemble'$",
+    ),
+    (
+        {"order": None},
+        ValueError,
+        r"^order=None \(NoneType\); expected one of 'first', 'second', 'ensemble'$",
+    ),
+    (
+        {"granularity": "row"},
+        ValueError,
+        r"^granularity='row' \(str\); expected one of 'element', 'tensor'$",
+    ),
+    (
+        {"selection": "sampled"},
+        ValueError,
+        r"^selection='sampled' \(str\); expected one of 'exact', 'bracket'",
+    ),
+    ({"inactive": "keep"}, ValueError, r"^inactive='keep' \(str\); expected one of 'update', 'rank'$"),
+    (
+        {"backend": "avx"},
+        ValueError,
+        r"^backend='avx' \(str\); expected one of 'auto', 'cuda', 'triton', ",
+    ),
     *(
-        ({"upper": x}, ValueError, rf"^upper={x}; expected 0 < upper <= 1, the fraction to keep$")
+        (
+            {"upper": x},
+            ValueError,
+            rf"^upper={x} \({type(x).__name__}\); expected 0 < upper <= 1, the frac",
+        )
         for x in (0, 0.0, -0.5, 1.5, 2)
     ),
     *(({"upper": x}, ValueError, r"^upper=.*; expected a finite number$") for x in (NAN, INF)),
-    ({"upper": 1 / 3}, ValueError, r"^upper=0\.3+; expected at most 9 decimals"),
-    ({"upper": 1e-10}, ValueError, r"^upper=1e-10; expected at most 9 decimals"),
+    ({"upper": 1e-10}, ValueError, r"^upper=1e-10 \(float\); expected 0 < upper.* in units of 1e-9"),
     *(
-        ({"upper": x}, TypeError, rf"^upper must be a number, not {type(x).__name__}$")
+        ({"upper": x}, TypeError, rf"^upper=.* \({type(x).__name__}\); expected a number$")
         for x in ("0.6", None, True, {}, torch.tensor(0.6))
     ),
     *(
         ({"upper": x}, ValueError, r"^upper=.*a pair \(first, second\)$")
         for x in ((0.5,), (0.5,) * 3, [])
     ),
-    ({"upper": (0.5, 0)}, ValueError, r"^upper \(second\)=0; expected 0 < upper <= 1"),
-    ({"upper": (1.5, 0.5)}, ValueError, r"^upper \(first\)=1\.5; expected 0 < upper <= 1"),
+    ({"upper": (0.5, 0)}, ValueError, r"^upper \(second\)=0 \(int\); expected 0 < upper <= 1"),
+    ({"upper": (1.5, 0.5)}, ValueError, r"^upper \(first\)=1\.5 \(float\); expected 0 < upper <= 1"),
     *(
-        ({"lower": x}, ValueError, rf"^lower={x}; expected 0 <= lower < upper \(0\.6\)$")
+        (
+            {"lower": x},
+            ValueError,
+            rf"^lower={x} \({type(x).__name__}\); expected 0 <= lower < upper \(0\.6\)$",
+        )
         for x in (0.6, 0.7, 1, -0.1)
     ),
     (
         {"lower": (0.1, 0.7)},
         ValueError,
-        r"^lower \(second\)=0\.7; expected 0 <= lower < upper \(0\.6\)$",
+        r"^lower \(second\)=0\.7 \(float\); expected 0 <= lower < upper \(0\.6\)$",
     ),
-    ({"lower": None}, TypeError, r"^lower must be a number, not NoneType$"),
+    ({"lower": None}, TypeError, r"^lower=None \(NoneType\); expected a number$"),
     *(
         ({"gamma": x}, ValueError, r"^gamma=.*; expected 0 < gamma < 1, the first-order weight$")
         for x in (0, 1, -0.5, NAN, None, "0.5")
@@ -135,12 +167,13 @@ ARGUMENTS: list[tuple[dict[str, Any], type[Exception], str]] = [
         for x in (torch.float16, torch.float64, "bfloat16")
     ),
     # What is not there yet says what to do instead.
-    ({"max_grad_norm": 0}, ValueError, r"^max_grad_norm=0; expected None .* or a number > 0"),
+    ({"max_grad_norm": 0}, ValueError, r"^max_grad_norm=0 \(int\); expected None .* or a number > 0"),
     ({"process_group": object()}, NotImplementedError, r"^process_group is not there yet"),
     ({"backend": "cuda"}, ValueError, r"^backend='cuda' runs on cuda, and the parameters are on cpu"),
-    # AdamW's choice of implementation is not taken in silence.
-    ({"fused": True}, TypeError, "unexpected keyword argument 'fused'"),
-    ({"amsgrad": False}, TypeError, "unexpected keyword argument 'amsgrad'"),
+    ({"amsgrad": True}, ValueError, r"^amsgrad=True \(bool\) is not supported; expected False$"),
+    ({"differentiable": True}, ValueError, r"^differentiable=True \(bool\) is not supported; expected"),
+    ({"local_ranking": 1}, ValueError, r"^local_ranking=1 \(int\); expected True or False$"),
+    ({"amp_scaling": None}, ValueError, r"^amp_scaling=None \(NoneType\); expected True or False$"),
 ]
 
 
@@ -169,10 +202,10 @@ GROUP_OPTIONS = [case for case in ARGUMENTS if next(iter(case[0])) in OF_GROUPS]
     ("arguments", "error", "message"),
     [
         *GROUP_OPTIONS,
-        ({"selective": "all"}, ValueError, r"^selective=all; expected True or False$"),
-        ({"amsgrad": True}, ValueError, r"^amsgrad=True is not supported; expected False$"),
-        ({"differentiable": True}, ValueError, r"^differentiable=True is not supported; expected Fa"),
-        ({"decoupled_weight_decay": False}, ValueError, r"^decoupled_weight_decay=False is not supp"),
+        ({"selective": "all"}, ValueError, r"^selective='all' \(str\); expected True or False$"),
+        ({"amsgrad": True}, ValueError, r"^amsgrad=True \(bool\) is not supported; expected False$"),
+        ({"differentiable": True}, ValueError, r"^differentiable=True \(bool\) is not supported; exp"),
+        ({"decoupled_weight_decay": False}, ValueError, r"^decoupled_weight_decay=False \(bool\) is"),
         *(
             ({name: value}, ValueError, rf"^'{name}' in a parameter group: one ranking spans")
             for name, value in {
@@ -224,11 +257,6 @@ PARAMETERS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "not a leaf": (lambda: [one() * 2], ValueError, "can't optimize a non-leaf Tensor"),
     "group without params": (lambda: [{"lr": 0.1}], KeyError, "params"),
     "twice in a group": (lambda: [one()] * 2, ValueError, "more than once in a group; expected once"),
-    "integers": (
-        lambda: [torch.ones(2, dtype=torch.int32)],
-        TypeError,
-        "torch.int32 are not supported; exp",
-    ),
     "float64": (
         lambda: [one(torch.float64)],
         TypeError,
@@ -240,15 +268,14 @@ PARAMETERS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         "complex parameters cannot be ranked; expected",
     ),
     "sparse": (
-        lambda: [torch.ones(3).to_sparse()],
+        lambda: [torch.ones(3).to_sparse().requires_grad_()],
         TypeError,
         "sparse_coo are not supported; expected dense",
     ),
-    "expanded": (lambda: [torch.ones(1).expand(3)], ValueError, r"share memory; use \.contiguous\(\)"),
-    "no backend": (
-        lambda: [one(device="meta")],
-        NotImplementedError,
-        "no backend for meta parameters; move the model to one of: cpu",
+    "expanded": (
+        lambda: [torch.ones(1).expand(3).requires_grad_()],
+        ValueError,
+        r"share memory; use \.contiguous\(\)",
     ),
     "two devices": (
         lambda: [one(), one(device="meta")],
@@ -270,9 +297,8 @@ def test_parameters(name):
         RoseFusedAdamW(make())
 
 
-# An empty group and a group of one tensor can be added; that "no backend" runs on meta tensors does
-# not matter next to the mixture of devices.
-@pytest.mark.parametrize("name", [n for n in PARAMETERS if n not in ("none", "a tensor", "no backend")])
+# An empty group and a group of one tensor can be added.
+@pytest.mark.parametrize("name", [n for n in PARAMETERS if n not in ("none", "a tensor")])
 def test_parameters_added_later(name, generator):
     make, error, message = PARAMETERS[name]
     made = make()
@@ -289,9 +315,13 @@ def test_parameters_added_later(name, generator):
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 def test_a_backend_asked_for_by_name_works_there_or_says_where_it_does(backend):
     with pytest.raises(
-        ValueError, match=rf"backend='{backend}' runs on cpu, and the parameters are on meta; move them"
+        ValueError, match=rf"backend='{backend}' runs on cpu, and the parameters are on mps; move them"
     ):
-        RoseFusedAdamW([one(device="meta")], backend=backend)
+        backends.resolve(backend, torch.device("mps"))
+    with pytest.raises(
+        NotImplementedError, match=r"no backend for mps parameters; move the model to .*cpu"
+    ):
+        backends.resolve("auto", torch.device("mps"))
 
 
 @pytest.fixture
@@ -436,12 +466,6 @@ def changed_shape(p: nn.Parameter) -> None:
     p.grad = torch.randn(4, 2, 3)
 
 
-def changed_dtype(p: nn.Parameter) -> None:
-    p.grad = None
-    p.data = p.data.bfloat16()
-    p.grad = torch.ones_like(p)
-
-
 def changed_to_double(p: nn.Parameter) -> None:
     p.data = p.data.double()
 
@@ -462,11 +486,6 @@ CHANGES: dict[str, tuple[Callable[[nn.Parameter], None], type[Exception], str]] 
         RuntimeError,
         r"shape \(4, 2, 3\) \(elements from 40\) has state of shape \(2, 3, 4\) on cpu: "
         "the parameter changed its shape or device after a step; make a new optimizer",
-    ),
-    "dtype": (
-        changed_dtype,
-        RuntimeError,
-        r"was torch\.float32 and is now torch\.bfloat16; make a new optimizer.*load the old one's",
     ),
     "to an unsupported dtype": (
         changed_to_double,
@@ -503,19 +522,25 @@ def test_a_parameter_that_changed_after_a_step(name, loaded, generator):
     snapshot.assert_unchanged()
 
 
-def test_after_a_change_of_dtype_a_new_optimizer_takes_over(generator):
-    """What the message above advises."""
+def test_after_a_change_of_dtype_training_goes_on_as_with_a_new_optimizer(generator):
     params = parameters(generator)
     optimizer = RoseFusedAdamW(params, weight_decay=0.1)
     train(optimizer, params, 2, generator)
     for p in params:
         p.grad = None
         p.data = p.data.bfloat16()
-    new = RoseFusedAdamW(params)
-    new.load_state_dict(optimizer.state_dict())
-    train(new, params, 1, generator)
-    assert new.state[params[0]]["step"] == 3
-    assert new.state[params[0]]["exp_avg"].dtype == torch.float32
+    others = [nn.Parameter(p.detach().clone()) for p in params]
+    new = RoseFusedAdamW(others, weight_decay=0.1)
+    new.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    grads = gradients(params, generator)
+    for optim, own in ((optimizer, params), (new, others)):
+        give(own, grads)
+        optim.step()
+    for p, other in zip(params, others, strict=True):
+        assert torch.equal(p, other)
+        for key in ("step", "exp_avg", "exp_avg_sq"):
+            assert torch.equal(optimizer.state[p][key], new.state[other][key])
+        assert optimizer.state[p]["exp_avg"].dtype == torch.float32
 
 
 # ------------------------------------------------------------------------------- the order of calls
@@ -644,11 +669,11 @@ def lists(generator: torch.Generator, n: int = 3) -> list[list[Tensor]]:
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"upper": 0.0}, ValueError, r"^upper=0\.0; expected 0 < upper <= 1"),
-        ({"lower": 0.6}, ValueError, r"^lower=0\.6; expected 0 <= lower < upper"),
-        ({"inactive": "x"}, ValueError, r"^inactive='x'; expected one of"),
-        ({"selection": "x"}, ValueError, r"^selection='x'; expected one of"),
-        ({"backend": "x"}, ValueError, r"^backend='x'; expected one of"),
+        ({"upper": 0.0}, ValueError, r"^upper=0\.0 \(float\); expected 0 < upper <= 1"),
+        ({"lower": 0.6}, ValueError, r"^lower=0\.6 \(float\); expected 0 <= lower < upper"),
+        ({"inactive": "x"}, ValueError, r"^inactive='x' \(str\); expected one of"),
+        ({"selection": "x"}, ValueError, r"^selection='x' \(str\); expected one of"),
+        ({"backend": "x"}, ValueError, r"^backend='x' \(str\); expected one of"),
         ({"backend": "cuda"}, ValueError, "'cuda' runs on cuda"),
     ],
     ids=lambda x: str(x) if isinstance(x, dict) else "",

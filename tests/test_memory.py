@@ -7,6 +7,7 @@ import gc
 import mmap
 import os
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -70,7 +71,9 @@ def test_moments_of_many_tensors_are_on_huge_pages(loaded):
         optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     for moment in ("exp_avg", "exp_avg_sq"):
         moments = [optimizer.state[p][moment] for p in params]
-        assert len({m.untyped_storage().data_ptr() for m in moments}) == 1
+        # Next to each other, and yet each its own storage.
+        steps = {b.data_ptr() - a.data_ptr() for a, b in pairwise(moments)}
+        assert steps == {moments[0].untyped_storage().nbytes()}
         assert huge_bytes(moments[0]) > 32 * MIB
 
 

@@ -7,6 +7,7 @@ import gc
 import pickle
 import weakref
 from collections.abc import Callable
+from itertools import accumulate
 from typing import Any
 
 import pytest
@@ -511,8 +512,10 @@ def test_a_mask_takes_one_bit_per_element(generator):
         masks = [optimizer.state[p][f"{kind}_mask"] for p in params]
         assert [m.numel() for m in masks] == [(p.numel() + 7) // 8 for p in params]
         assert {m.dtype for m in masks} == {torch.uint8}
-        # They share one allocation, and nothing else is in it.
-        assert masks[0].untyped_storage().nbytes() == sum(m.numel() for m in masks)
+        # They lie in one allocation, and each is saved by itself.
+        starts = [m.data_ptr() - masks[0].data_ptr() for m in masks if m.numel()]
+        assert starts == list(accumulate((m.numel() for m in masks if m.numel()), initial=0))[:-1]
+        assert [m.untyped_storage().nbytes() for m in masks] == [m.numel() for m in masks]
 
 
 # --------------------------------------------------------------------------- which parameters step
@@ -727,7 +730,7 @@ def test_a_change_between_steps_is_seen(change, order, granularity, generator):
         torch.testing.assert_close(ours, theirs)
 
 
-@pytest.mark.parametrize("wrong", ["dtype", "shape", "sparse"])
+@pytest.mark.parametrize("wrong", ["shape", "sparse"])
 def test_what_goes_wrong_after_some_steps_is_said_and_changes_nothing(wrong, generator):
     params = parameters(generator)
     optimizer = RoseFusedAdamW(params)
@@ -736,10 +739,7 @@ def test_what_goes_wrong_after_some_steps_is_said_and_changes_nothing(wrong, gen
         optimizer.step()
     give(params, gradients(params, generator))
     p = params[0]
-    if wrong == "dtype":
-        p.data = p.data.half()
-        message = "was torch.float32 and is now torch.float16"
-    elif wrong == "shape":
+    if wrong == "shape":
         p.data = p.data.t()
         message = r"has shape \(7, 5\); expected the parameter's"
     else:
@@ -1428,5 +1428,7 @@ def test_rose_param_groups():
     assert [group["lr"] for group in optimizer.param_groups] == [0.1] * 3
     with pytest.raises(ValueError, match="matches no trainable parameter"):
         rose_param_groups(nn.Linear(2, 2), selective="encoder-weights")
-    with pytest.raises(ValueError, match="selective='some'; expected one of 'all', 'encoder-weights'"):
+    with pytest.raises(
+        ValueError, match=r"selective='some' \(str\); expected one of 'all', 'encoder-weights'"
+    ):
         rose_param_groups(model, selective="some")

@@ -31,8 +31,8 @@ from support import (
 
 import rose_ops
 from rose_ops import reference
-from rose_ops.settings import check_fractions
 from rose_ops.reference import Field
+from rose_ops.settings import check_fractions
 
 # ------------------------------------------------------------------- risks, by exact arithmetic
 

@@ -89,9 +89,13 @@ BACKENDS = {
 
 NAMES = ("auto", *BACKENDS)
 
+# What has no memory (parameters on "meta", or in FakeTensorMode, as estimators of memory use them): the
+# operators' fakes, whatever device it pretends to be on.
+_FAKE = Backend("fake", frozenset({"meta"}), _compiled, lambda: _ops.load_error)
 
-def resolve(name: str, device: torch.device) -> Backend:
-    """The backend to use for tensors on ``device``.
+
+def resolve(name: str, device: torch.device, *, fake: bool = False) -> Backend:
+    """The backend to use for tensors on ``device``; ``fake`` ones only look as if they were there.
 
     Raises:
         ValueError: ``name`` is no backend, or does not run on ``device``.
@@ -99,7 +103,13 @@ def resolve(name: str, device: torch.device) -> Backend:
         RuntimeError: the backend asked for, or every one for ``device``, cannot be used here.
     """
     if name not in NAMES:
-        raise ValueError(f"backend={name!r}; expected one of {', '.join(map(repr, NAMES))}")
+        raise ValueError(
+            f"backend={name!r} ({type(name).__name__}); expected one of {', '.join(map(repr, NAMES))}"
+        )
+    if fake or device.type == "meta":
+        if (reason := _FAKE.why_not()) is not None:
+            raise RuntimeError(f"parameters without memory cannot be stepped over: {reason}")
+        return _FAKE
     if name != "auto":
         backend = BACKENDS[name]
         if device.type not in backend.devices:
