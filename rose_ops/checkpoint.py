@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -25,28 +25,18 @@ class Kept:
         self.value = value
 
 
-def saved(
-    state_dict: dict[str, Any], settings: Settings, groups: list[dict[str, Any]]
-) -> dict[str, Any]:
+def saved(state_dict: dict[str, Any], settings: Settings) -> dict[str, Any]:
     """What ``state_dict()`` returns, of what ``Optimizer.state_dict()`` does.
 
-    Groups and states have the keys that ``torch.optim.AdamW``'s have and no others (a checkpoint is
-    read by its keys), so settings and what is selective are beside them. Masks are copies: the next
+    Groups and states have the keys that ``torch.optim.AdamW``'s have (a checkpoint is read by its
+    keys) and ``selective`` where it is False; the settings are beside them. Masks are copies: the next
     capture writes where they are.
     """
     state_dict["state"] = {
         i: {k: v.clone() if k in MASKS.values() else v for k, v in state.items()}
         for i, state in state_dict["state"].items()
     }
-    state_dict["param_groups"] = [
-        {key: value for key, value in group.items() if key != "selective"}
-        for group in state_dict["param_groups"]
-    ]
-    state_dict[ROSE] = {
-        "format": FORMAT,
-        "settings": settings.to_saved(),
-        "selective": [group["selective"] for group in groups],
-    }
+    state_dict[ROSE] = {"format": FORMAT, "settings": settings.to_saved()}
     return state_dict
 
 
@@ -55,12 +45,16 @@ class Loader:
 
     Args:
         settings, groups, defaults: the optimizer's.
+
+    Attributes:
+        differences: of the settings that the checkpoint was trained with, in words.
     """
 
     def __init__(
         self, settings: Settings, groups: list[dict[str, Any]], defaults: dict[str, Any]
     ) -> None:
         self._settings, self._groups, self._defaults = settings, groups, defaults
+        self.differences: list[str] = []
 
     def checked(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         """What ``Optimizer.load_state_dict`` is to load.
@@ -84,12 +78,13 @@ class Loader:
         ids = [i for group in groups for i in group["params"]]
         if unknown := state.keys() - set(ids):
             raise fail(f"has state of parameters {sorted(map(str, unknown))} that are in no group")
-        selective = [group["selective"] for group in self._groups]
-        if (ours := state_dict.get(ROSE)) is not None:
-            selective = self._checked_settings(ours, fail)
-        # What neither says (AdamW's groups do not say what is selective) stays as it is.
+        ours = state_dict.get(ROSE)
+        if ours is not None:
+            self._check_settings(ours, fail)
+        # AdamW's groups do not say what is selective: that stays as it is.
         groups = [
-            {"selective": chosen, **group} for chosen, group in zip(selective, groups, strict=True)
+            {"selective": ours is not None or here["selective"], **group}
+            for here, group in zip(self._groups, groups, strict=True)
         ]
         for group in groups:
             check_group({**self._defaults, **group}, given=False)
@@ -110,28 +105,19 @@ class Loader:
             ],
         }
 
-    def _checked_settings(self, ours: Any, fail: Any) -> list[bool]:
-        """What is selective, by the checkpoint; warns where its settings are others than the
-        optimizer's, which stay."""
-        if not isinstance(ours, dict) or not {"format", "settings", "selective"} <= ours.keys():
+    def _check_settings(self, ours: Any, fail: Callable[[str], ValueError]) -> None:
+        if not isinstance(ours, dict) or not isinstance(ours.get("settings"), dict):
             raise fail(f"has a {ROSE!r} that state_dict() does not make")
-        if ours["format"] != FORMAT:
-            raise fail(f"is of format {ours['format']}; expected {FORMAT}: it is of another rose_ops")
-        if len(ours["selective"]) != len(self._groups):
-            raise fail(f"says of {len(ours['selective'])} groups what is selective")
+        if ours.get("format") != FORMAT:
+            raise fail(
+                f"is of format {ours.get('format')}; expected {FORMAT}: another rose_ops made it"
+            )
         here, there = self._settings.to_saved(), ours["settings"]
-        differences = [
+        self.differences = [
             f"{name}={here.get(name)!r} (the checkpoint has {there.get(name)!r})"
-            for name in here.keys() | there.keys()
+            for name in sorted(here.keys() | there.keys(), key=str)
             if here.get(name) != there.get(name)
         ]
-        if differences:
-            warnings.warn(
-                "the optimizer goes on with other settings than the checkpoint was trained with: "
-                + ", ".join(sorted(differences)),
-                stacklevel=6,
-            )
-        return list(ours["selective"])
 
     def _checked_state(self, i: int, p: Tensor, state: dict[str, Any]) -> dict[str, Any]:
         def fail(problem: str) -> ValueError:

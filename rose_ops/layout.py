@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from rose_ops import memory
 
@@ -52,12 +53,7 @@ def sharing_memory(tensors: Sequence[Tensor]) -> tuple[int, int] | None:
 
 def _address(tensor: Tensor) -> int:
     """0 where there is no memory."""
-    if tensor.is_meta:
-        return 0
-    try:
-        return tensor.data_ptr()
-    except RuntimeError:  # a fake tensor
-        return 0
+    return 0 if tensor.is_meta or isinstance(tensor, FakeTensor) else tensor.data_ptr()
 
 
 def _extent(tensor: Tensor) -> int:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict
+from functools import partial
 from typing import Any, NamedTuple
 from weakref import ref
 
@@ -31,7 +33,17 @@ from rose_ops.layout import empty_masks
 from rose_ops.memory import with_own_storage
 from rose_ops.reference import Field
 from rose_ops.results import Selection, UpdateCounts
-from rose_ops.settings import ADAMW_ONLY, Settings, beta_values, check_group, choice, is_number, shown
+from rose_ops.settings import (
+    ADAMW_ONLY,
+    Group,
+    Settings,
+    beta_values,
+    check_group,
+    choice,
+    is_number,
+    plain,
+    shown,
+)
 
 
 class _Clip(NamedTuple):
@@ -166,14 +178,13 @@ class RoseFusedAdamW(Optimizer):
             "weight_decay": weight_decay,
             "maximize": maximize,
             "capturable": capturable,
-            "selective": True,
             **ADAMW_ONLY,
             "amsgrad": amsgrad,
             "differentiable": differentiable,
             "foreach": foreach,
             "fused": fused,
         }
-        super().__init__(params, defaults)
+        super().__init__(params, {key: plain(value) for key, value in defaults.items()})
 
     def _reset(self) -> None:
         """What is derived from the state, and statistics."""
@@ -211,8 +222,10 @@ class RoseFusedAdamW(Optimizer):
         """
         if isinstance(param_group, dict) and not isinstance(param_group["params"], set):
             params = param_group["params"]
-            params = param_group["params"] = [params] if isinstance(params, Tensor) else list(params)
-            merged = {**self.defaults, **param_group}
+            params = [params] if isinstance(params, Tensor) else list(params)
+            param_group = Group({key: plain(value) for key, value in param_group.items()})
+            param_group["params"] = params
+            merged = {**self.defaults, "selective": True, **param_group}
             check_group(merged, given=True)
             tensors = [item[1] if isinstance(item, tuple) else item for item in params]
             # Sets and what is no tensor are refused below, in PyTorch's words.
@@ -259,7 +272,7 @@ class RoseFusedAdamW(Optimizer):
             self._steps_done = 0
             self._captured.clear()
         if batch.params and not batch.params[0].is_cpu:
-            _check_graph(self, not batch.states)
+            _check_graph(self, batch)
         return batch
 
     def _check_groups(self) -> None:
@@ -310,9 +323,8 @@ class RoseFusedAdamW(Optimizer):
         ]
         return torch.cat(columns) if len(columns) > 1 else columns[0]
 
-    def _hyper_table(self) -> Tensor:
+    def _hyper_table(self, selecting: bool = True) -> Tensor:
         """The other hyperparameters ``[G, 6]``, on the CPU."""
-        selecting = self._is_selecting()
         values = [
             (
                 *beta_values(group["betas"]),
@@ -351,7 +363,7 @@ class RoseFusedAdamW(Optimizer):
     def _masks_of(self, kind: str, batch: Batch, make: Callable[[], list[Tensor]]) -> list[Tensor]:
         """Where masks go: again where the latest were, which are used up, or about to be replaced. A
         graph owns its masks."""
-        if not batch.params[0].is_cpu and torch.cuda.is_current_stream_capturing():
+        if _is_recording(batch):
             return make()
         masks = batch.layout.masks
         if kind not in masks or masks[kind][0].device != batch.device:
@@ -460,7 +472,7 @@ class RoseFusedAdamW(Optimizer):
         if clear:
             self.zero_grad(set_to_none=True)
 
-    @contextmanager
+    @_disable_dynamo
     def capturing(
         self,
         kind: str = "first",
@@ -468,7 +480,7 @@ class RoseFusedAdamW(Optimizer):
         set_aside: bool = False,
         grad_scale: Tensor | None = None,
         max_grad_norm: float | None = None,
-    ) -> Iterator[None]:
+    ) -> AbstractContextManager[None]:
         """Capture a mask from the gradients that are made inside, and from no others::
 
             with optimizer.capturing("first"):
@@ -488,28 +500,8 @@ class RoseFusedAdamW(Optimizer):
             ValueError, RuntimeError: as in :meth:`capture`.
         """
         self._check_kind(kind)
-        params = self._parameters()
-        every = [m for p in params for m in members(p)]
-        before = [m.grad for m in every]
-        if any(grad is not None for grad in before):
-            if not set_aside:
-                count = sum(grad is not None for grad in before)
-                raise RuntimeError(
-                    f"capturing({kind!r}): {count} of {len(every)} parameters have a gradient already "
-                    "(zeros count), which would be in the mask; call zero_grad() before, or pass "
-                    "set_aside=True to have it put aside and back"
-                )
-            if any(isinstance(p, FlatParameter) for p in params):
-                # Gradients are always in the same place there.
-                before = [grad if grad is None else grad.clone() for grad in before]
-        for m in every:
-            m.grad = None
-        try:
-            yield
-            self.capture(kind, grad_scale=grad_scale, max_grad_norm=max_grad_norm)
-        finally:
-            for m, grad in zip(every, before, strict=True):
-                m.grad = grad
+        capture = partial(self.capture, kind, grad_scale=grad_scale, max_grad_norm=max_grad_norm)
+        return _Capturing(self._parameters(), capture, set_aside)
 
     def _check_kind(self, kind: str) -> None:
         if kind not in self.settings.kinds:
@@ -630,7 +622,7 @@ class RoseFusedAdamW(Optimizer):
         clip = self._clip(batch, inv_scale)
         batch = self._with_state(batch)
         layout = batch.layout
-        lr, hyper = self._lr_table(), self._hyper_table()
+        lr, hyper = self._lr_table(), self._hyper_table(selects)
         ops = self._ops(batch)
         settings = self.settings
         masks: dict[str, list[Tensor]] = {"first": [], "second": []}
@@ -694,11 +686,11 @@ class RoseFusedAdamW(Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """As of ``torch.optim.AdamW``, whose keys it has, and beside them, under ``"rose"``, the
-        settings of the ranking and what is selective. A captured mask is in its parameter's state.
+        settings of the ranking. A captured mask is in its parameter's state.
 
         As with PyTorch's optimizers, moments are not copied.
         """
-        return saved(super().state_dict(), self.settings, self.param_groups)
+        return saved(super().state_dict(), self.settings)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what :meth:`state_dict` of this class or of ``torch.optim.AdamW`` returned.
@@ -722,6 +714,12 @@ class RoseFusedAdamW(Optimizer):
             super().load_state_dict(state_dict)
         finally:
             handle.remove()
+        if loader.differences:
+            warnings.warn(
+                "the optimizer goes on with other settings than the checkpoint was trained with: "
+                + ", ".join(loader.differences),
+                stacklevel=2,
+            )
 
     def __getstate__(self) -> dict[str, Any]:
         return {
@@ -742,12 +740,10 @@ class RoseFusedAdamW(Optimizer):
             }
         # An older or an AdamW state lacks some of these.
         for key, value in {
-            "maximize": False, "capturable": False, "selective": True, **ADAMW_ONLY,
+            "maximize": False, "capturable": False, **ADAMW_ONLY,
         }.items():  # fmt: skip
             self.defaults.setdefault(key, value)
-        for group in self.param_groups:
-            for key in self.defaults:
-                group.setdefault(key, self.defaults[key])
+        self.param_groups = [Group({**self.defaults, **group}) for group in self.param_groups]
         self._reset()
         steps = [int(values["step"]) for values in self.state.values() if "step" in values]
         self._steps_done = state.get("_steps_done", max(steps, default=0))
@@ -756,7 +752,46 @@ class RoseFusedAdamW(Optimizer):
         }
 
     def __repr__(self) -> str:
-        return f"{super().__repr__()[:-1]}\n{self.settings}\n)"
+        selective = [group["selective"] for group in self.param_groups]
+        return f"{super().__repr__()[:-1]}\nselective: {selective}\n{self.settings}\n)"
+
+
+class _Capturing(AbstractContextManager[None]):
+    """What :meth:`RoseFusedAdamW.capturing` returns. (A class, whose methods torch.compile can leave
+    out of graphs.)"""
+
+    def __init__(self, params: list[Tensor], capture: Callable[[], None], set_aside: bool) -> None:
+        self._members = [m for p in params for m in members(p)]
+        # Of flat parameters, gradients are always in the same place: what is put aside is a copy.
+        self._copies = any(isinstance(p, FlatParameter) for p in params)
+        self._capture, self._set_aside = capture, set_aside
+        self._before: list[Tensor | None] = []
+
+    @_disable_dynamo
+    def __enter__(self) -> None:
+        before = [m.grad for m in self._members]
+        count = sum(grad is not None for grad in before)
+        if count and not self._set_aside:
+            raise RuntimeError(
+                f"capturing(): {count} of {len(before)} parameters have a gradient already (zeros "
+                "count), which would be in the mask; call zero_grad() before, or pass set_aside=True "
+                "to have it put aside and back"
+            )
+        if self._copies:
+            before = [grad if grad is None else grad.clone() for grad in before]
+        self._before = before
+        for m in self._members:
+            m.grad = None
+
+    @_disable_dynamo
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            if kind is None:
+                self._capture()
+        finally:
+            for m, grad in zip(self._members, self._before, strict=True):
+                m.grad = grad
+            self._before = []
 
 
 _SHARDERS = ("ZeroRedundancyOptimizer", "OSS")  # of PyTorch, of fairscale
@@ -772,20 +807,26 @@ def _check_maker(settings: Settings) -> None:
             raise RuntimeError(
                 f"{name} gives each rank's optimizer a part of the parameters, and a ranking and a "
                 "clipping norm are over all of them: something else would be trained without a word. "
-                "Use the optimizer itself, on every rank, or pass local_ranking=True to rank and clip "
-                "each part by itself"
+                "Use the optimizer itself, on every rank, or rank and clip each part by itself: "
+                "optimizer_class=functools.partial(RoseFusedAdamW, local_ranking=True)"
             )
         frame = frame.f_back
 
 
-def _check_graph(optimizer: Optimizer, lacks_state: bool) -> None:
+def _is_recording(batch: Batch) -> bool:
+    """Whether a CUDA graph is being recorded."""
+    on_gpu = batch.device.type == "cuda" and torch.cuda.is_available()
+    return on_gpu and torch.cuda.is_current_stream_capturing()
+
+
+def _check_graph(optimizer: Optimizer, batch: Batch) -> None:
     """Raise if a graph is being recorded that would not do what it should."""
     # Where there are both names, the older one warns.
     for name in ("_accelerator_graph_capture_health_check", "_cuda_graph_capture_health_check"):
         if check := getattr(optimizer, name, None):
             check()  # that capturable is set
             break
-    if lacks_state and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+    if not batch.states and _is_recording(batch):
         raise RuntimeError(
             "a CUDA graph is being recorded and some parameters have no state yet; every replay would "
             "start from zero again: call step() once before recording"
@@ -828,6 +869,10 @@ def rose_param_groups(
     if not any(chosen for _, chosen in groups):
         raise ValueError(f"selective={selective!r} matches no trainable parameter of the model")
     return [
-        {"params": params, "weight_decay": weight_decay if decays else 0.0, "selective": chosen}
+        {
+            "params": params,
+            "weight_decay": weight_decay if decays else 0.0,
+            **({} if chosen else {"selective": False}),
+        }
         for (decays, chosen), params in groups.items()
     ]

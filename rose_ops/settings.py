@@ -72,7 +72,7 @@ def fraction_units(name: str, value: object) -> int:
     if not math.isfinite(value):
         raise ValueError(f"{name}={shown(value)}; expected a finite number")
     exact = Fraction(value) if isinstance(value, (Rational, Decimal)) else Fraction(float(value))
-    return round(exact * FRACTION_UNIT)
+    return round(Fraction(int(exact.numerator), int(exact.denominator)) * FRACTION_UNIT)  # not NumPy's
 
 
 def check_fractions(upper: object, lower: object, suffix: str = "") -> tuple[int, int]:
@@ -215,6 +215,33 @@ class Settings:
             "state_dtype": str(self.moment_dtype),
             "seed": self.seed,
         }
+
+
+class Group(dict[str, Any]):
+    """A parameter group that says nothing about ``selective`` where it is True.
+
+    ``torch.distributed.checkpoint`` loads by the keys of groups, and ``torch.optim.AdamW``'s have no such
+    key.
+    """
+
+    def __init__(self, group: Mapping[str, Any]) -> None:
+        super().__init__(group)
+        if self.get("selective") is True:
+            del self["selective"]
+
+    def __missing__(self, key: str) -> Any:
+        if key == "selective":
+            return True
+        raise KeyError(key)
+
+
+def plain(value: Any) -> Any:
+    """An option with Python's numbers in the place of NumPy's, which ``torch.load`` takes for code."""
+    if isinstance(value, (tuple, list)):
+        return type(value)(map(plain, value))
+    if isinstance(value, Real) and type(value) not in (bool, int, float):
+        return int(value) if isinstance(value, Integral) else float(value)
+    return value
 
 
 def beta_values(betas: Sequence[object]) -> tuple[float, float]:
