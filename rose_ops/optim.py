@@ -869,10 +869,6 @@ def rose_param_groups(
     if not any(chosen for _, chosen in groups):
         raise ValueError(f"selective={selective!r} matches no trainable parameter of the model")
     return [
-        {
-            "params": params,
-            "weight_decay": weight_decay if decays else 0.0,
-            **({} if chosen else {"selective": False}),
-        }
+        Group({"params": params, "weight_decay": weight_decay * decays, "selective": chosen})
         for (decays, chosen), params in groups.items()
     ]

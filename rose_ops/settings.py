@@ -220,8 +220,8 @@ class Settings:
 class Group(dict[str, Any]):
     """A parameter group that says nothing about ``selective`` where it is True.
 
-    ``torch.distributed.checkpoint`` loads by the keys of groups, and ``torch.optim.AdamW``'s have no such
-    key.
+    ``torch.distributed.checkpoint`` loads by the keys of groups, and ``torch.optim.AdamW``'s have no
+    such key.
     """
 
     def __init__(self, group: Mapping[str, Any]) -> None:

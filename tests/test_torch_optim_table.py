@@ -429,7 +429,7 @@ def test_a_state_dict_without_newer_options_gets_their_defaults(name, generator)
     optimizer, closure = regression(name, generator)
     optimizer.step(closure)
     older = copy.deepcopy(optimizer.state_dict())
-    assert older.pop("rose")["selective"] == [True]
+    del older["rose"]
     for flag in ("maximize", "capturable"):
         for group in older["param_groups"]:
             del group[flag]
