@@ -16,7 +16,7 @@ from torch.nn.parameter import is_lazy
 
 from rose_ops import memory
 from rose_ops.flat import FlatParameter, members
-from rose_ops.layout import memory_order, overlaps_itself, sharing_memory
+from rose_ops.layout import address, memory_order, overlaps_itself, sharing_memory
 from rose_ops.settings import Settings
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -130,6 +130,7 @@ class Collector:
         self._known: _Known | None = None
         # Identities: a wrapper that puts shards in the place of parameters keeps these alive.
         self._given = set(map(id, given))
+        self._apart: set[tuple[int, int]] = set()  # identities and places that share no memory
 
     def forget(self) -> None:
         self._known = None
@@ -185,7 +186,10 @@ class Collector:
         self._check_identities(every)
         for p, grad, offset in zip(params, grads, layout.offsets, strict=True):
             check_ready(p, grad, states.get(p) or {}, offset, self._settings)
-        check_together(params)
+        places = {(id(p), address(p)) for p in params}
+        if not places <= self._apart:  # as in almost every step: which have gradients may vary
+            check_together(params)
+            self._apart = places
         if all(p in states and is_complete(states[p]) for p in params):
             self._remember(layout, every, lengths, numels, present, params, states)
             return Batch.of(layout, params, grads, [states[p] for p in params])
@@ -297,12 +301,22 @@ def check_together(params: list[Tensor]) -> None:
         )
 
 
+# How parameters are marked by what splits them.
+_SPLITTERS = {
+    "_fsdp_flattened": "FullyShardedDataParallel (FSDP1)",
+    "tensor_model_parallel": "Megatron's tensor parallelism",
+    "ds_tensor": "DeepSpeed's ZeRO-3",
+}
+
+
 def check_shard(p: Tensor, settings: Settings) -> None:
-    if getattr(p, "_fsdp_flattened", False) and is_sharded(settings):
-        raise RuntimeError(
-            f"a parameter of shape {tuple(p.shape)} is this rank's part of one that "
-            f"FullyShardedDataParallel (FSDP1) has split. {_LOCAL}"
-        )
+    for mark, splitter in _SPLITTERS.items():
+        found = getattr(p, mark, None)
+        if found is not None and found is not False and is_sharded(settings):
+            raise RuntimeError(
+                f"a parameter of shape {tuple(p.shape)} is this rank's part of one that {splitter} has "
+                f"split. {_LOCAL}"
+            )
 
 
 def is_plain(tensor: Tensor) -> bool:
@@ -342,6 +356,21 @@ def check_param(p: Tensor) -> None:
 def check_ready(
     p: Tensor, grad: Tensor, state: dict[str, Any], offset: int, settings: Settings
 ) -> None:
+    moment: Any = state.get("exp_avg")
+    if (
+        is_complete(state)
+        and type(grad) is Tensor
+        and grad.dtype in _DTYPES
+        and p.dtype in _DTYPES
+        and grad.layout == p.layout == torch.strided
+        and grad.shape == p.shape == moment.shape
+        and grad.device == p.device == moment.device
+        and p.is_contiguous()
+        and type(p) is torch.nn.Parameter
+        and not p.is_neg()
+        and not p.__dict__  # no marks
+    ):
+        return  # as in almost every step: the rest takes time
     what = f"the parameter of shape {tuple(p.shape)} (elements from {offset})"
     if grad.layout != torch.strided or torch.is_complex(grad):
         kind = "complex" if torch.is_complex(grad) else "sparse"
@@ -371,7 +400,6 @@ def check_ready(
                 f"{', '.join(STATE)}, or none of them: load it by load_state_dict(), or clear it"
             )
         return
-    moment = state["exp_avg"]
     if moment.shape != p.shape or moment.device != p.device:
         raise RuntimeError(
             f"{what} has state of shape {tuple(moment.shape)} on {moment.device}: the parameter "

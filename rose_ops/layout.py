@@ -36,7 +36,7 @@ def sharing_memory(tensors: Sequence[Tensor]) -> tuple[int, int] | None:
     spans = sorted(
         (begin, begin + _extent(t) * t.element_size(), i)
         for i, t in enumerate(tensors)
-        if (begin := _address(t)) != 0 and t.numel() > 0
+        if (begin := address(t)) != 0 and t.numel() > 0
     )
     # Of the spans so far, the one that reaches farthest. A span that it ends before is clear of all,
     # unless they are interleaved (columns of one matrix), where more than the latest can matter.
@@ -51,7 +51,7 @@ def sharing_memory(tensors: Sequence[Tensor]) -> tuple[int, int] | None:
     return None
 
 
-def _address(tensor: Tensor) -> int:
+def address(tensor: Tensor) -> int:
     """0 where there is no memory."""
     return 0 if tensor.is_meta or isinstance(tensor, FakeTensor) else tensor.data_ptr()
 

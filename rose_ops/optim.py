@@ -248,6 +248,7 @@ class RoseFusedAdamW(Optimizer):
     def _parameters(self) -> list[Tensor]:
         return [p for group in self.param_groups for p in group["params"]]
 
+    @_disable_dynamo
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As in ``torch.optim.Optimizer``."""
         super().zero_grad(set_to_none)
