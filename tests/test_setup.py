@@ -169,7 +169,7 @@ def test_metadata_by_old_and_new_setuptools(which, tmp_path):
             sys.executable, "-W", "always", "-c",
             "from setuptools import build_meta as b; print(b.prepare_metadata_for_build_wheel('.'))",
         ],
-        cwd=tree, env={**os.environ, "PYTHONPATH": str(path)}, capture_output=True, text=True, timeout=120,
+        cwd=tree, env={**os.environ, "PYTHONPATH": str(path)}, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "SetuptoolsDeprecationWarning" not in done.stderr
