@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from typing import Any
 
@@ -45,7 +46,11 @@ def test_distributed_checkpoint_state_dict(data, seed, flatten):
     plain_loop(model, optimizer, batches(data, 1))
     weights, state = dcp.get_state_dict(model, optimizer, options=options)
     dcp.set_state_dict(
-        other, other_optimizer, model_state_dict=weights, optim_state_dict=state, options=options
+        other,
+        other_optimizer,
+        model_state_dict=weights,
+        optim_state_dict=copy.deepcopy(state),
+        options=options,
     )
     for one, of_one in ((model, optimizer), (other, other_optimizer)):
         plain_loop(one, of_one, batches(data, 1))
@@ -210,7 +215,7 @@ def test_safetensors_save_model(generator, tmp_path, flat):
     safetensors.save_model(model, tmp_path / "model.safetensors")
     other, other_optimizer = make()
     safetensors.load_model(other, tmp_path / "model.safetensors")
-    other_optimizer.load_state_dict(optimizer.state_dict())
+    other_optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     assert_all_same_bits([*other.parameters()], [*model.parameters()], "loaded")
     train(model, optimizer)
     train(other, other_optimizer)
