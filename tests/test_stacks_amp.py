@@ -113,10 +113,13 @@ def module_of(
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_lightning_clips_in_mixed_precision(data, seed, tmp_path):
-    """Where the optimizer leaves unscaling to the scaler; else Lightning refuses to."""
+@pytest.mark.parametrize("precision", ["16-mixed", "bf16-mixed"])
+def test_lightning_clips_in_mixed_precision(data, seed, tmp_path, precision):
+    """Where the optimizer says that it does not unscale; else Lightning refuses to, in bfloat16, too,
+    although nothing is scaled there."""
     lightning = package("lightning")
     plugin = package("lightning.pytorch.plugins.precision").MixedPrecision
+    half = precision == "16-mixed"
 
     def run(amp_scaling: bool):
         model = classifier(seed)
@@ -124,7 +127,7 @@ def test_lightning_clips_in_mixed_precision(data, seed, tmp_path):
         module = module_of(lightning, model, optimizer, lambda self, b, _: self.model(**b)["loss"])
         fit(
             lightning, module, data, tmp_path, gradient_clip_val=0.1,
-            plugins=[plugin("16-mixed", "cpu", scaler())],
+            plugins=[plugin(precision, "cpu", scaler() if half else None)],
         )  # fmt: skip
         return model, optimizer
 
@@ -133,9 +136,9 @@ def test_lightning_clips_in_mixed_precision(data, seed, tmp_path):
     other = classifier(seed)
     other_optimizer = RoseFusedAdamW(other.parameters(), **OPTIONS)
     for batch in batches(data):
-        with torch.autocast("cpu", torch.half):
+        with torch.autocast("cpu", torch.half if half else torch.bfloat16):
             loss = other(**batch)["loss"]
-        (loss * 1024).backward()
+        (loss * 1024).backward()  # which rounds nothing in bfloat16
         for p in other.parameters():
             p.grad /= 1024
         nn.utils.clip_grad_norm_(other.parameters(), 0.1)
