@@ -1,4 +1,4 @@
-"""Builds the operator library. Metadata is in pyproject.toml.
+"""Builds the operator library. Metadata is in pyproject.toml, all but the license.
 
 Environment:
     ROSE_CUDA: CUDA kernels, too? "auto" (the default): if there is an nvcc; "1": yes, or fail; "0": no.
@@ -199,6 +199,7 @@ class BuildWithCuda(BuildExtension):
 
 if __name__ == "__main__":
     setup(
+        license="Apache-2.0",
         ext_modules=[
             CppExtension(
                 "rose_ops._C",

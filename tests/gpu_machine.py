@@ -51,7 +51,7 @@ def build(arch: str, work: str, how: str) -> None:
 
     Args:
         arch: such as 9.0.
-        work: where to build. Not in the tree: setuptools before 77 cannot read its pyproject.toml.
+        work: where to build. Not in the tree: an old setuptools cannot read its pyproject.toml.
         how: "install" to put it where the package looks for it, "scratch" to leave it there.
     """
     code, fingerprint = f"sm_{arch.replace('.', '')}", load_setup().fingerprint()

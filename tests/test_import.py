@@ -118,6 +118,23 @@ def test_the_cuda_stream_comes_from_pytorch():
     assert re.search(stream, done.stderr)
 
 
+def test_without_triton():
+    """An optional extra: everything but its kernels is there."""
+    code = """
+import sys
+sys.modules["triton"] = None  # importing it fails, and it cannot be found
+import torch
+import rose_ops
+p = torch.nn.Parameter(torch.linspace(-1, 1, 10)); p.grad = torch.linspace(0, 2, 10)
+optimizer = rose_ops.RoseFusedAdamW([p], weight_decay=0.1)
+optimizer.step(); p.grad = torch.linspace(2, 0, 10); optimizer.step()
+assert 0 < optimizer.selection["second"].kept < 10
+from rose_ops.cli import main
+assert main(["doctor"]) == 0
+"""
+    assert "Triton is not installed; install it with `pip install triton`" in python(code)
+
+
 # ------------------------------------------------------------------------- without the compiled library
 
 STEP = """

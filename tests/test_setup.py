@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import email
+import ensurepip
 import importlib.util
 import os
+import re
 import shutil
+import subprocess
+import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -137,3 +143,40 @@ def test_a_fingerprint_is_of_every_source(tmp_path):
         assert fingerprint() != before, name
         source.write_text(text)
         assert fingerprint() == before
+
+
+# ------------------------------------------------------------------------------------------ metadata
+
+BUNDLED = sorted(Path(ensurepip.__file__).parent.glob("_bundled/setuptools-*.whl"))
+
+
+@pytest.mark.parametrize("which", ["bundled", "installed"])
+def test_metadata_by_old_and_new_setuptools(which, tmp_path):
+    """The release that a new environment of Python 3.11 has knows nothing of license expressions; newer
+    ones are about to refuse what it wanted instead."""
+    tree, path = tmp_path / "tree", tmp_path / "path"
+    tree.mkdir()
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE", "MANIFEST.in"):
+        shutil.copy(SETUP.parent / name, tree)
+    for name in ("csrc", "rose_ops"):
+        (tree / name).symlink_to(SETUP.parent / name)
+    if which == "bundled":
+        if not BUNDLED:
+            pytest.skip("this Python brings no setuptools (3.12 and later have none)")
+        zipfile.ZipFile(BUNDLED[0]).extractall(path)
+    done = subprocess.run(
+        [
+            sys.executable, "-W", "always", "-c",
+            "from setuptools import build_meta as b; print(b.prepare_metadata_for_build_wheel('.'))",
+        ],
+        cwd=tree, env={**os.environ, "PYTHONPATH": str(path)}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "SetuptoolsDeprecationWarning" not in done.stderr
+    folder = tree / done.stdout.splitlines()[-1]
+    metadata = email.message_from_string((folder / "METADATA").read_text(encoding="utf-8"))
+    assert metadata["License"] == "Apache-2.0"
+    assert metadata["License-File"] == "LICENSE"
+    assert list(folder.rglob("LICENSE"))
+    always = [r for r in metadata.get_all("Requires-Dist") if "extra ==" not in r]
+    assert sorted(re.match(r"\w+", r)[0] for r in always) == ["numpy", "torch"]

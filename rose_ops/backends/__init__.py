@@ -52,7 +52,7 @@ def _load_triton() -> Any:
 
 def _why_not_triton() -> str | None:
     if importlib.util.find_spec("triton") is None:
-        return "Triton is not installed; install it with `pip install triton`"
+        return "Triton is not installed; install it with `pip install triton` (the extra [triton])"
     if not _INTERPRETED and not torch.cuda.is_available() and not torch.xpu.is_available():
         return "PyTorch finds no GPU here (no driver, or a PyTorch built without one)"
     try:
