@@ -288,7 +288,8 @@ class RoseFusedAdamW(Optimizer):
             found.append(
                 (
                     *group, betas, group["eps"], group["weight_decay"], group["maximize"],
-                    group["selective"], group["capturable"], wrong,
+                    group["selective"], group["capturable"], wrong, group.get("amsgrad"),
+                    group.get("differentiable"), group.get("decoupled_weight_decay"),
                 )
             )  # fmt: skip
         if found != self._options:
