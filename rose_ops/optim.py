@@ -622,12 +622,14 @@ class RoseFusedAdamW(Optimizer):
             layout.masks[kind] = make()
         return layout.masks[kind]
 
-    def _clip(self, batch: _Batch, inv_scale: Tensor | None) -> _Clip:
-        """Of the gradients of all parameters."""
+    def _clip(self, batch: _Batch, inv_scale: Tensor | None, limit: float | None = None) -> _Clip:
+        """Of the gradients of all parameters: to the optimizer's norm, or for once to ``limit``."""
         settings = self.settings
-        if settings.max_grad_norm is None:
+        if settings.max_grad_norm is None and limit is None:
             return _Clip()
         sums = self._ops(batch).sums_of_squares(batch.grads, inv_scale)
+        if limit is not None:
+            return _Clip(self._ops(batch).clip_factors(sums, limit)[1:], sums)
         factors = self._ops(batch).clip_factors(sums, settings.max_grad_norm)
         self.grad_norm = norm = factors[0]
         if settings.error_if_nonfinite and not norm.isfinite():
@@ -690,7 +692,12 @@ class RoseFusedAdamW(Optimizer):
 
     @torch.no_grad()
     def capture(
-        self, kind: str = "first", *, clear: bool = True, grad_scale: Tensor | None = None
+        self,
+        kind: str = "first",
+        *,
+        clear: bool = True,
+        grad_scale: Tensor | None = None,
+        max_grad_norm: float | None = None,
     ) -> None:
         """Make a mask from what ``.grad`` holds now, for the next :meth:`step` to use.
 
@@ -701,9 +708,12 @@ class RoseFusedAdamW(Optimizer):
                 second-order mask, ``step()`` finds it from the gradient that it updates with.
             clear: set ``.grad`` to None afterwards, as ``zero_grad()`` does.
             grad_scale: loss scale of the gradients (``GradScaler.scale``'s), if they are scaled.
+            max_grad_norm: rank by gradients clipped to this norm (``.grad`` is not written), for steps
+                before which they are clipped outside. First-order ranks do not depend on it.
 
         Raises:
-            ValueError: ``order`` does not use such a mask.
+            ValueError: ``order`` does not use such a mask, or ``max_grad_norm`` is no number > 0 or
+                given to an optimizer that has its own.
             RuntimeError: no parameter has a gradient, or one that cannot be used.
         """
         if kind not in self.settings.kinds:
@@ -711,6 +721,7 @@ class RoseFusedAdamW(Optimizer):
                 f"capture({kind!r}): order={self.settings.order!r} has no such mask; expected "
                 + " or ".join(map(repr, self.settings.kinds))
             )
+        check_limit(max_grad_norm, self.settings.max_grad_norm)
         batch = self._collect()
         if not batch.params:
             raise RuntimeError(f"capture({kind!r}): no parameter has a gradient; call backward() first")
@@ -718,7 +729,7 @@ class RoseFusedAdamW(Optimizer):
             inv_scale = _reciprocal(grad_scale)
             with self._explained():
                 # The gradient to update with is clipped; ranks of the other do not depend on it.
-                clip = self._clip(batch, inv_scale) if kind == "second" else _Clip()
+                clip = self._clip(batch, inv_scale, max_grad_norm) if kind == "second" else _Clip()
                 self._init_state(batch.layout)
                 batch = self._selective(batch)
                 masks = self._capture(kind, batch, inv_scale, clip) if batch.params else []
@@ -1049,6 +1060,23 @@ def _reciprocal(grad_scale: Tensor | None) -> Tensor | None:
 
 def _is_number(x: object) -> TypeGuard[float]:
     return isinstance(x, Real) and not isinstance(x, bool) and math.isfinite(x)
+
+
+def check_limit(limit: float | None, own: float | None) -> None:
+    """Raise unless gradients can be clipped to ``limit`` (None: not) outside of an optimizer whose
+    ``max_grad_norm`` is ``own``."""
+    if limit is None:
+        return
+    if not isinstance(limit, Real) or isinstance(limit, bool) or not limit > 0:
+        kind = type(limit).__name__
+        raise ValueError(
+            f"max_grad_norm={limit!r} ({kind}); expected None (no clipping) or a number > 0"
+        )
+    if own is not None:
+        raise ValueError(
+            f"max_grad_norm={limit!r}, and the optimizer has its own max_grad_norm={own!r}; expected "
+            "one of them"
+        )
 
 
 def _check_param(p: Tensor) -> None:
