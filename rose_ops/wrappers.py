@@ -86,17 +86,24 @@ def layers(optimizer: Any) -> list[Any]:
 def _held(x: Any) -> Iterator[Any]:
     """Optimizers in the attributes of `x`, or in lists there."""
     for value in getattr(x, "__dict__", {}).values():
-        for item in value if isinstance(value, (list, tuple)) else (value,):
+        # By type(): of a weak reference, isinstance() asks what may be gone.
+        for item in value if issubclass(type(value), (list, tuple)) else (value,):
             # What is a RoseFusedAdamW may know others, but wraps those of its own parameters only.
             if _is_optimizer(item) and (not isinstance(x, RoseFusedAdamW) or _same_params(x, item)):
                 yield item
 
 
-def _is_optimizer(x: Any) -> bool:
+def _attribute(x: Any, name: str) -> Any:
     try:
-        return isinstance(x, Optimizer) or all(hasattr(x, name) for name in ("param_groups", "step"))
-    except Exception:  # a weak reference to what is gone, or attributes that cannot be read
-        return False
+        return getattr(x, name, None)
+    except Exception:  # a weak reference to what is gone, or an attribute that cannot be read
+        return None
+
+
+def _is_optimizer(x: Any) -> bool:
+    return issubclass(type(x), Optimizer) or all(
+        _attribute(x, name) is not None for name in ("param_groups", "step")
+    )
 
 
 def _same_params(one: Any, other: Any) -> bool:
@@ -126,13 +133,13 @@ class Precision(NamedTuple):
         """
         found = cls(scaler)
         for x in layers(optimizer):
-            state = getattr(x, "gradient_state", None)  # accelerate's
+            state = _attribute(x, "gradient_state")  # accelerate's
             if state is not None:
                 found = found._replace(accumulation=state.num_steps, steps=state.sync_gradients)
-            strategy = getattr(x, "_strategy", None)  # Lightning's
-            plugins = (getattr(strategy, name, None) for name in ("precision_plugin", "precision"))
+            strategy = _attribute(x, "_strategy")  # Lightning's
+            plugins = (_attribute(strategy, name) for name in ("precision_plugin", "precision"))
             for owner in (x, *plugins):
-                theirs = getattr(owner, "scaler", None)
+                theirs = _attribute(owner, "scaler")
                 if not isinstance(theirs, torch.amp.GradScaler) or theirs is found.scaler:
                     continue
                 if found.scaler is not None:

@@ -1,4 +1,4 @@
-"""What the two processes of ``test_ddp.py`` run: functions of their rank, and of what the test gives."""
+"""What the two processes of ``test_ddp.py`` run: functions of their rank, and of what a test gives."""
 
 from __future__ import annotations
 
@@ -151,8 +151,8 @@ def train(
     scaled: bool = False,
     **options: Any,
 ) -> dict[str, Any]:
-    """Several steps; all that must be alike on both ranks. With ``twin`` also the share of elements that
-    are not like those of one process with the whole batch, for no reason of rounding, in each step."""
+    """Several steps; all that must be alike on both ranks. With ``twin`` also how many elements
+    differ from one process with the whole batch for no reason of rounding, in each step."""
     wrapped, optimizer = replicas(rank, seed, {"order": order}, model, **ddp)
     module = wrapped.module
     called = torch.compile(wrapped, backend="eager") if compiled else wrapped

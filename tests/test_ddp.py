@@ -42,7 +42,7 @@ def run(processes, generator):
             assert process.is_alive(), "an earlier test has lost the processes"
             connection.send((function, {"seed": seed, **arguments}))
         results = []
-        for process, connection in processes:
+        for _, connection in processes:
             if not connection.poll(SECONDS):
                 for each, _ in processes:
                     each.kill()
