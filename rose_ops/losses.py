@@ -154,12 +154,13 @@ def rose_backward(
     `max_grad_norm` is of them; those in `.grad` stay scaled until `scaler.step()`.
 
     Several processes: `DistributedDataParallel` averages gradients in the first backward of a
-    forward only. Where several run (all rows but the first), they are averaged here, before every
-    capture, so the order of averages and masks is as on one process with the whole batch. Where one
-    runs, DDP does its work, and `no_sync()` accumulates gradients.
+    forward only. Where several run (all rows but the first), this function averages them instead,
+    before every capture, so masks are those of the whole batch, and the same in every process. Where
+    one runs, DDP does its own work, and its `no_sync()` accumulates gradients.
 
-    Wrapped optimizers: that of accelerate divides and scales the loss as `accelerator.backward()`
-    does, clips with the last micro-batch only, and Lightning's scales it.
+    Wrapped optimizers: with that of accelerate, losses are scaled and divided for accumulation as by
+    `accelerator.backward()`, and gradients clipped with the last micro-batch only; with Lightning's,
+    losses are scaled by the trainer's scaler.
 
     Gradient accumulation: a mask must come from the gradients of all micro-batches, so where this
     function captures one, it refuses gradients that are there already. Accumulate in two phases:
@@ -246,7 +247,7 @@ def rose_backward(
             # scale; the norm to clip to is of unscaled ones, too.
             scale = None
             if precision.scaler is not None:
-                scale = precision.scaler.scale(torch.ones_like(ce, requires_grad=False))
+                scale = precision.scaler.scale(torch.ones_like(ce))
             if rose and first:
                 backward(kl, retain_graph=True)
                 rose.capture("first", grad_scale=scale)

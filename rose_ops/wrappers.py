@@ -183,13 +183,13 @@ class Replicas:
         self, model: nn.Module, parameters: Iterable[Tensor], several: bool, clips: bool
     ) -> None:
         modules = list(model.modules())
-        for module in modules:
-            for name in {c.__name__ for c in type(module).__mro__} & _ENGINES.keys():
-                if several or name == "DeepSpeedEngine":
-                    raise ValueError(f"{_ENGINES[name]}; nothing was changed")
+        classes = {c.__name__ for kind in set(map(type, modules)) for c in kind.__mro__}
+        for name in _ENGINES.keys() & classes:
+            if several or name == "DeepSpeedEngine":
+                raise ValueError(f"{_ENGINES[name]}; nothing was changed")
         inside = [m for m in modules if isinstance(m, DistributedDataParallel)]
         around = getattr(DistributedDataParallel, "_active_ddp_module", None)
-        if around in inside or not set(parameters) & set(around.parameters() if around else ()):
+        if around in inside or (around and set(parameters).isdisjoint(around.parameters())):
             around = None
         for ddp in inside if around is None else [around, *inside]:
             _check_ddp(ddp, several, clips)

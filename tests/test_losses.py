@@ -12,6 +12,7 @@ from torch.distributions import Categorical, kl_divergence
 from torch.utils.checkpoint import checkpoint
 
 from rose_ops import RoseFusedAdamW, rose_backward, symmetric_kl, unwrap
+from rose_ops.finetune import train as finetune
 from rose_ops.reference import rank_of, unpack
 
 SEED = 0  # of the model, the data and the dropout: drawn anew for every test
@@ -636,16 +637,23 @@ def test_gradients_are_clipped_as_by_clip_grad_norm_(order, r_drop):
 
 def test_clipping_of_float16_parameters():
     """Their scaled norm is larger than float16's largest number, and `unscale_` refuses them."""
-    model = nn.Linear(6, 3).half()
-    optimizer = Recorder(model.parameters(), order="second")
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
     inputs, labels = batch()
-    losses = rose_backward(
-        model, inputs.half() * 0.5, labels, optimizer, scaler=scaler, max_grad_norm=0.01
-    )
-    assert 0.01 < losses.grad_norm < 10
-    norm = torch.cat([p.grad.float().flatten() / 2.0**16 for p in model.parameters()]).norm()
-    torch.testing.assert_close(norm, torch.tensor(0.01), rtol=1e-3, atol=0)
+    inputs = inputs.repeat(1, 8)  # many elements of the same size
+    model = nn.Linear(inputs.shape[1], 3)
+    (weight, _) = grads(F.cross_entropy(model(inputs), labels), model)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4e4 / weight.abs().max().item())
+    scale = scaler.get_scale()
+    model.half()
+    optimizer = Recorder(model.parameters(), order="second")
+    rose_backward(model, inputs.half(), labels, optimizer, scaler=scaler)
+    assert model.weight.grad.isfinite().all()
+    assert nn.utils.get_total_norm([p.grad for p in model.parameters()]).isinf()
+    optimizer.zero_grad()
+    losses = rose_backward(model, inputs.half(), labels, optimizer, scaler=scaler, max_grad_norm=0.01)
+    torch.testing.assert_close(losses.grad_norm, weight.norm(), rtol=0.3, atol=0)  # and the bias
+    norm = torch.cat([p.grad.float().flatten() for p in model.parameters()]).norm() / scale
+    torch.testing.assert_close(norm, torch.tensor(0.01), rtol=1e-2, atol=0)
+    scaler.step(optimizer)
 
 
 def test_clipping_is_over_the_parameters_of_the_optimizer():
@@ -682,6 +690,37 @@ def test_two_norms_to_clip_to_are_refused():
     assert rose_backward(model, inputs, labels, optimizer, r_drop=1.0).grad_norm is None
     optimizer.step()
     assert optimizer.grad_norm > 0
+
+
+@pytest.mark.parametrize("method", ["adamw", "rdrop-second"])
+def test_the_demo_clips_before_it_ranks(method, monkeypatch):
+    norms, captured = [], []
+
+    def recorded(*args, **options):
+        losses = rose_backward(*args, **options)
+        norms.append(
+            (losses.grad_norm, nn.utils.get_total_norm([p.grad for p in args[0].parameters()]))
+        )
+        return losses
+
+    def capture(self, kind, *, max_grad_norm=None, _capture=RoseFusedAdamW.capture, **options):
+        captured.append(max_grad_norm)
+        _capture(self, kind, max_grad_norm=max_grad_norm, **options)
+
+    monkeypatch.setattr(finetune, "rose_backward", recorded)
+    monkeypatch.setattr(RoseFusedAdamW, "capture", capture)
+    data = types.SimpleNamespace(lengths=[1] * 12, batch=lambda indices: batch())
+    settings = finetune.Settings(
+        steps=2, batch_size=4, lr=1e-2, weight_decay=0.1, warmup=0.1, max_grad_norm=0.02, r_drop=2.0,
+        upper=0.6, lower=0.0, gamma=0.5, granularity="element", selection="bracket",
+        inactive="update", selective="all", selection_warmup_steps=0, backend="auto",
+    )  # fmt: skip
+    runtime = finetune.Runtime(torch.device("cpu"), "float32")
+    finetune.train(classifier(), data, finetune.METHODS[method], settings, runtime, seed=1)
+    assert captured == ([0.02] * 2 if method == "rdrop-second" else [])
+    for before, after in norms:
+        assert before > 0.02
+        torch.testing.assert_close(after, torch.tensor(0.02), rtol=1e-3, atol=0)
 
 
 # -------------------------------------------------------------------------------------- wrappers
