@@ -200,10 +200,16 @@ def finish(optimizer: RoseFusedAdamW, scaler: torch.amp.GradScaler | None) -> No
 def differing(one: Recorder, other: Recorder) -> int:
     """How many elements of masks and parameters differ for no reason of rounding."""
     count = 0
-    pairs = zip(one.param_groups[0]["params"], other.param_groups[0]["params"], strict=True)
-    for p, q in pairs:
-        far = ~other.near.get(q, torch.zeros_like(q, dtype=torch.bool))
-        count += int((~torch.isclose(p, q, rtol=1e-4, atol=1e-5) & far).sum())
+    groups = (optimizer.param_groups[0] for optimizer in (one, other))
+    for p, q, g in zip(*(group["params"] for group in groups), other.gradients, strict=True):
+        if g is None:
+            count += int((p != q).sum())
+            continue
+        # A gradient as small as the rounding of its terms, against the root of its own square.
+        state = other.state[q]
+        root = (state["exp_avg_sq"] / (1 - 0.999 ** state["step"])).sqrt() + 1e-8
+        allowed = 1e-5 + 1e-2 * 2e-7 * g.abs().max() / root
+        count += int((((p - q).abs() > allowed) & ~other.near[q]).sum())
     nears = [other.near.get(q) for q in other.state]
     for kind, masks in other.masks.items():
         for mask, theirs, near in zip(one.masks[kind], masks, nears, strict=True):
