@@ -10,6 +10,7 @@ from rose_ops.functional import (
 )
 from rose_ops.losses import RoseLosses, rose_backward, symmetric_kl
 from rose_ops.optim import RoseFusedAdamW, rose_param_groups
+from rose_ops.wrappers import unwrap
 
 __version__ = "0.1.0"
 
@@ -26,4 +27,5 @@ __all__ = [
     "rose_param_groups",
     "select_threshold",
     "symmetric_kl",
+    "unwrap",
 ]

@@ -1,13 +1,16 @@
 """Losses of ROSE: the symmetric KL of two dropout passes, and the two-pass training step."""
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping
+from numbers import Real
 from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rose_ops.optim import RoseFusedAdamW
+from rose_ops.settings import check_limit
+from rose_ops.wrappers import Precision, Replicas, unwrap
 
 _DROPOUT = (
     nn.Dropout,
@@ -26,11 +29,14 @@ class RoseLosses(NamedTuple):
         loss: The loss whose gradient is left in `.grad`: `ce + r_drop * kl`.
         ce: Classification loss, the mean of both passes where there were two.
         kl: Symmetric KL between the two passes; None where one pass was enough.
+        grad_norm: Norm of that gradient before it was clipped; None where it was not, or where the
+            optimizer does so itself (`optimizer.grad_norm`).
     """
 
     loss: Tensor
     ce: Tensor
     kl: Tensor | None
+    grad_norm: Tensor | None = None
 
 
 def symmetric_kl(
@@ -60,6 +66,21 @@ def symmetric_kl(
             classes, or an unknown reduction.
         TypeError: Logits that are not floating point.
     """
+    _check_logits(logits_p, logits_q)
+    dtype = torch.promote_types(torch.promote_types(logits_p.dtype, logits_q.dtype), torch.float32)
+    log_p = F.log_softmax(logits_p, dim=-1, dtype=dtype)
+    log_q = F.log_softmax(logits_q, dim=-1, dtype=dtype)
+    kl = ((log_p.exp() - log_q.exp()) * (log_p - log_q)).sum(dim=-1)
+    if reduction == "batchmean":
+        return kl.mean()
+    if reduction == "sum":
+        return kl.sum()
+    if reduction == "none":
+        return kl
+    raise ValueError(f"reduction must be 'batchmean', 'sum' or 'none', got {reduction!r}")
+
+
+def _check_logits(logits_p: Tensor, logits_q: Tensor) -> None:
     if logits_p.shape != logits_q.shape:
         raise ValueError(
             "symmetric_kl compares two passes over one batch, so the logits must have the same "
@@ -79,28 +100,18 @@ def symmetric_kl(
         raise TypeError(
             f"symmetric_kl expects floating-point logits, got {logits_p.dtype} and {logits_q.dtype}"
         )
-    dtype = torch.promote_types(torch.promote_types(logits_p.dtype, logits_q.dtype), torch.float32)
-    log_p = F.log_softmax(logits_p, dim=-1, dtype=dtype)
-    log_q = F.log_softmax(logits_q, dim=-1, dtype=dtype)
-    kl = ((log_p.exp() - log_q.exp()) * (log_p - log_q)).sum(dim=-1)
-    if reduction == "batchmean":
-        return kl.mean()
-    if reduction == "sum":
-        return kl.sum()
-    if reduction == "none":
-        return kl
-    raise ValueError(f"reduction must be 'batchmean', 'sum' or 'none', got {reduction!r}")
 
 
 def rose_backward(
     model: nn.Module,
     inputs: Any,
-    labels: Tensor,
+    labels: Any,
     optimizer: torch.optim.Optimizer,
     *,
     r_drop: float = 0.0,
-    criterion: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
-    forward: Callable[[nn.Module, Any], Tensor] | None = None,
+    max_grad_norm: float | None = None,
+    criterion: Callable[[Tensor, Any], Tensor] = F.cross_entropy,
+    forward: Callable[[nn.Module, Any], Any] | None = None,
     scaler: torch.amp.GradScaler | None = None,
 ) -> RoseLosses:
     """One ROSE training step up to, and not including, `optimizer.step()`.
@@ -109,8 +120,7 @@ def rose_backward(
     masks and leaves the gradient of the update in `.grad`:
 
         for inputs, labels in batches:
-            losses = rose_backward(model, inputs, labels, optimizer)
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)  # if wanted
+            losses = rose_backward(model, inputs, labels, optimizer, max_grad_norm=1.0)
             optimizer.step()
             optimizer.zero_grad()
 
@@ -134,9 +144,23 @@ def rose_backward(
     whose own paper (Liang et al., 2021) adds `a / 2` times the kl to the *sum* of both
     cross-entropies: its `a` is `4 * r_drop`.
 
+    Clipping: pass `max_grad_norm` here, or to `RoseFusedAdamW`, rather than clip after the call. A
+    second-order mask that is captured here compares the gradient with an average of clipped ones, so
+    it must be clipped before it is ranked.
+
     Mixed precision: call this inside `torch.autocast` (the backwards leave it again by
     themselves, `optimizer.step()` belongs outside), and with float16 pass the `scaler`, then
-    `scaler.step(optimizer)` and `scaler.update()`. Masks are captured from unscaled gradients.
+    `scaler.step(optimizer)` and `scaler.update()`. Masks are captured from unscaled gradients, and
+    `max_grad_norm` is of them; those in `.grad` stay scaled until `scaler.step()`.
+
+    Several processes: `DistributedDataParallel` averages gradients in the first backward of a
+    forward only. Where several run (all rows but the first), this function averages them instead,
+    before every capture, so masks are those of the whole batch, and the same in every process. Where
+    one runs, DDP does its own work, and its `no_sync()` accumulates gradients.
+
+    Wrapped optimizers: with that of accelerate, losses are scaled and divided for accumulation as by
+    `accelerator.backward()`, and gradients clipped with the last micro-batch only; with Lightning's,
+    losses are scaled by the trainer's scaler.
 
     Gradient accumulation: a mask must come from the gradients of all micro-batches, so where this
     function captures one, it refuses gradients that are there already. Accumulate in two phases:
@@ -153,88 +177,169 @@ def rose_backward(
         inputs: What the model takes: a mapping (a Hugging Face batch without labels) becomes
             keyword arguments, a tuple or list positional ones, anything else the one argument.
         labels: `[batch]` class indices, or whatever else `criterion` takes.
-        optimizer: A `RoseFusedAdamW`, or any optimizer for a baseline.
+        optimizer: A `RoseFusedAdamW`, or any optimizer for a baseline; wrapped or not.
         r_drop: Weight of the kl in the update's loss; 0 is ROSE, above 0 is R-Drop + ROSE.
+        max_grad_norm: Clip the gradient that is left in `.grad` to this norm, over all parameters of
+            the optimizer, as `torch.nn.utils.clip_grad_norm_` does, and that of a second-order
+            mask likewise. With gradient accumulation, pass it with the last micro-batch.
         criterion: `criterion(logits, labels)` gives the 0-dim classification loss.
         forward: `forward(model, inputs)` gives the logits `[batch, classes]`, for models that
-            neither return a tensor nor an object with `.logits`.
+            return neither a tensor, nor an object or mapping with `logits`, nor a tuple that begins
+            with them.
         scaler: Scales the losses for float16 gradients.
 
     Returns:
-        The losses, detached and unscaled.
+        The losses, detached, unscaled and not divided for accumulation.
 
     Raises:
-        ValueError: `r_drop` below 0 or not finite, gradients left over from before, two passes
-            that gave identical logits because no dropout is active, or (from `symmetric_kl`)
-            logits of the wrong shape. Raised before any backward, with nothing changed.
+        ValueError: An argument out of its range, gradients left over from before, two passes that
+            gave identical logits because no dropout is active, logits of the wrong shape, a loss
+            that is not 0-dim, or wrappers that several backwards do not work with. Raised before
+            any backward, with nothing changed.
         TypeError: An output in which the logits cannot be found.
     """
-    if not 0.0 <= r_drop < float("inf"):
-        raise ValueError(f"r_drop must be at least 0 and finite, got {r_drop}")
-    rose = optimizer if isinstance(optimizer, RoseFusedAdamW) else None
+    if not isinstance(r_drop, Real) or isinstance(r_drop, bool) or not 0.0 <= r_drop < math.inf:
+        kind = type(r_drop).__name__
+        raise ValueError(f"r_drop={r_drop!r} ({kind}); expected a finite number >= 0")
+    r_drop = float(r_drop)
+    rose = unwrap(optimizer)
+    check_limit(max_grad_norm, rose.settings.max_grad_norm if rose else None)
     kinds = rose.settings.kinds if rose else ()
     first = "first" in kinds
     # Without R-Drop the update's gradient is that of ce, and step() takes the mask from it.
     second = "second" in kinds and r_drop > 0.0
-    own = [p for group in optimizer.param_groups for p in group["params"]]
+    own = [p for group in (rose or optimizer).param_groups for p in group["params"]]
     parameters = dict.fromkeys([*model.parameters(), *own])
-    if (first or second) and any(p.grad is not None for p in parameters):
-        raise ValueError(
-            "some parameters already have a .grad, which would leak into the masks; call "
-            "optimizer.zero_grad() before rose_backward (for gradient accumulation see its "
-            "docstring)"
-        )
+    precision = Precision.of(optimizer, scaler)
+    if first or second:
+        precision.check_captures()
+        _check_no_gradients(model, parameters)
+    clips = max_grad_norm is not None and precision.steps
+    replicas = Replicas(model, parameters, several=first or second, clips=clips)
+
+    def run() -> Tensor:
+        replicas.before_forward()
+        return _logits(forward(model, inputs) if forward else _call(model, inputs))
 
     def backward(loss: Tensor, **options: Any) -> None:
-        torch.autograd.backward(loss if scaler is None else scaler.scale(loss), **options)
+        if precision.accumulation > 1:
+            loss = loss / precision.accumulation
+        scaled = loss if precision.scaler is None else precision.scaler.scale(loss)
+        torch.autograd.backward(scaled, **options)
+        replicas.average_()
 
-    run = forward or _forward
-    passes = [run(model, inputs)]
-    if first or r_drop > 0.0:
-        passes.append(run(model, inputs))
-    # A backward runs in the dtypes its forward chose; under autocast it would choose anew.
-    with torch.autocast(passes[0].device.type, enabled=False):
-        # Half precision would round the loss, and some criteria have no half-precision kernel.
-        passes = [x.to(torch.promote_types(x.dtype, torch.float32)) for x in passes]
-        ce = torch.stack([criterion(logits, labels) for logits in passes]).mean()
-        if len(passes) == 1:
-            backward(ce)
-            return RoseLosses(ce.detach(), ce.detach(), None)
+    with replicas.quiet():
+        passes = [run()]
+        if first or r_drop > 0.0:
+            passes.append(run())
+            _check_logits(*passes)
+        # A backward runs in the dtypes its forward chose; under autocast it would choose anew.
+        with torch.autocast(passes[0].device.type, enabled=False):
+            # Half precision would round the loss, and some criteria have no half-precision kernel.
+            passes = [x.to(torch.promote_types(x.dtype, torch.float32)) for x in passes]
+            loss = ce = torch.stack([_loss(criterion, logits, labels) for logits in passes]).mean()
+            kl = None
+            if len(passes) == 2:
+                kl = symmetric_kl(*passes)
+                _check_dropout(model, kl)
+                loss = ce + r_drop * kl if r_drop > 0.0 else ce
+            # A second-order risk is not the same for scaled gradients, so captures are told the
+            # scale; the norm to clip to is of unscaled ones, too.
+            scale = None
+            if precision.scaler is not None:
+                scale = precision.scaler.scale(torch.ones_like(ce))
+            if rose and first:
+                backward(kl, retain_graph=True)
+                rose.capture("first", grad_scale=scale)
+                for p in parameters:  # those of another optimizer, too
+                    p.grad = None
+            if rose and second:
+                backward(ce, retain_graph=True)
+                rose.capture("second", clear=False, grad_scale=scale, max_grad_norm=max_grad_norm)
+                backward(r_drop * kl)
+            else:
+                backward(loss)
+    norm = _clip_(own, max_grad_norm, scale) if clips else None
+    return RoseLosses(loss.detach(), ce.detach(), None if kl is None else kl.detach(), norm)
 
-        kl = symmetric_kl(passes[0], passes[1])
-        _check_dropout(model, kl)
-        loss = ce + r_drop * kl if r_drop > 0.0 else ce
-        # A second-order risk is not the same for scaled gradients, so captures are told the scale.
-        scale = None if scaler is None else scaler.scale(torch.ones_like(kl))
-        if rose and first:
-            backward(kl, retain_graph=True)
-            rose.capture("first", grad_scale=scale)
-            for p in parameters:  # those of another optimizer, too
-                p.grad = None
-        if rose and second:
-            backward(ce, retain_graph=True)
-            rose.capture("second", clear=False, grad_scale=scale)
-            backward(r_drop * kl)
-        else:
-            backward(loss)
-    return RoseLosses(loss.detach(), ce.detach(), kl.detach())
 
-
-def _forward(model: nn.Module, inputs: Any) -> Tensor:
-    """Logits of one pass, for the common ways to call a model and to return logits."""
+def _call(model: nn.Module, inputs: Any) -> Any:
+    """One pass, for the common ways to call a model."""
     if isinstance(inputs, Mapping):
-        output = model(**inputs)
-    elif isinstance(inputs, (tuple, list)):
-        output = model(*inputs)
-    else:
-        output = model(inputs)
+        return model(**inputs)
+    if isinstance(inputs, (tuple, list)):
+        return model(*inputs)
+    return model(inputs)
+
+
+def _logits(output: Any) -> Tensor:
+    """Logits, for the common ways to return them."""
     logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
+    if logits is None and isinstance(output, Mapping):
+        logits = output.get("logits")
+    elif logits is None and isinstance(output, (tuple, list)) and output:
+        logits = output[0]  # as of Hugging Face models with return_dict=False
     if not isinstance(logits, Tensor):
         raise TypeError(
-            f"the model returned {type(output).__name__}, which is neither a tensor nor an object "
-            "with .logits; pass forward=lambda model, inputs: ... that returns the logits"
+            f"the model returned {type(output).__name__}, which is neither a tensor, nor an object or "
+            "mapping with logits, nor a tuple that begins with them; pass forward=lambda model, "
+            "inputs: ... that returns the logits"
+        )
+    if logits.dim() == 0:
+        raise ValueError(
+            "the model returned a 0-dim tensor, which seems to be a loss; expected logits [batch, "
+            "classes]: leave the labels out of inputs, or pass forward=lambda model, inputs: ..."
         )
     return logits
+
+
+def _loss(criterion: Callable[[Tensor, Any], Tensor], logits: Tensor, labels: Any) -> Tensor:
+    loss = criterion(logits, labels)
+    if not isinstance(loss, Tensor) or loss.dim() != 0:
+        got = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+        raise ValueError(
+            f"criterion returned {got}; expected a 0-dim tensor, the loss of the batch (for PyTorch's "
+            "criteria, reduction='mean')"
+        )
+    return loss
+
+
+def _clip_(parameters: Iterable[Tensor], max_norm: Any, scale: Tensor | None) -> Tensor:
+    """`clip_grad_norm_` of what may be scaled gradients, and stay so; returns the unscaled norm.
+
+    Not by `GradScaler.unscale_`: that can be called once for a step, which wrappers do themselves,
+    and it takes no float16 gradients.
+    """
+    parameters = list(parameters)
+    norm = torch.nn.utils.get_total_norm(
+        [
+            # A norm is of its gradient's dtype, and float16 may not hold it.
+            torch.linalg.vector_norm(g, dtype=torch.float32) if g.dtype == torch.float16 else g
+            for p in parameters
+            if (g := p.grad) is not None
+        ]
+    )
+    if scale is not None:
+        norm = norm / scale
+    torch.nn.utils.clip_grads_with_norm_(parameters, float(max_norm), norm)
+    return norm
+
+
+def _check_no_gradients(model: nn.Module, parameters: Iterable[Tensor]) -> None:
+    """Refuse gradients that would leak into the masks."""
+    parameters = list(parameters)
+    left = [(p, g) for p in parameters if (g := p.grad) is not None]
+    if left:
+        first = left[0][0]
+        outside = f"one of shape {tuple(first.shape)} outside of the model"
+        name = next((repr(n) for n, p in model.named_parameters() if p is first), outside)
+        raise ValueError(
+            f"{len(left)} of {len(parameters)} parameters have a .grad already (the first is {name}"
+            f"{', and all are zeros' if not any(g.any() for _, g in left) else ''}), which would leak "
+            "into the masks; expected None, as zeros count, too: call "
+            "optimizer.zero_grad(set_to_none=True) before rose_backward (for gradient accumulation see "
+            "its docstring)"
+        )
 
 
 def _check_dropout(model: nn.Module, kl: Tensor) -> None:

@@ -39,10 +39,10 @@ from rose_ops.settings import (
     Settings,
     beta_values,
     check_group,
+    check_limit,
     choice,
     is_number,
     plain,
-    shown,
 )
 
 
@@ -372,23 +372,22 @@ class RoseFusedAdamW(Optimizer):
             masks[kind] = make()
         return masks[kind]
 
-    def _clip(
-        self, batch: Batch, inv_scale: Tensor | None, max_grad_norm: float | None = None
-    ) -> _Clip:
-        """Of the gradients of all parameters."""
+    def _clip(self, batch: Batch, inv_scale: Tensor | None, limit: float | None = None) -> _Clip:
+        """Of the gradients of all parameters: to the optimizer's norm, or for once to ``limit``."""
         settings = self.settings
-        max_grad_norm = settings.max_grad_norm if max_grad_norm is None else max_grad_norm
-        if max_grad_norm is None:
+        if settings.max_grad_norm is None and limit is None:
             return _Clip()
         sums = self._ops(batch).sums_of_squares(batch.grads, inv_scale)
-        factors = self._ops(batch).clip_factors(sums, max_grad_norm)
+        if limit is not None:
+            return _Clip(self._ops(batch).clip_factors(sums, limit)[1:], sums)
+        factors = self._ops(batch).clip_factors(sums, settings.max_grad_norm)
         self.grad_norm = norm = factors[0]
         if settings.error_if_nonfinite and not norm.is_meta and not norm.isfinite():
             found_inf = getattr(self, "found_inf", None)
             if found_inf is None or found_inf.item() == 0:  # else the step is skipped
                 raise RuntimeError(
                     f"the norm of all gradients is {norm.item()}, so they cannot be clipped to "
-                    f"max_grad_norm={max_grad_norm}; nothing was changed (with "
+                    f"max_grad_norm={settings.max_grad_norm}; nothing was changed (with "
                     "error_if_nonfinite=False such a step leaves selective parameters alone)"
                 )
         return _Clip(factors[1:], sums)
@@ -445,16 +444,13 @@ class RoseFusedAdamW(Optimizer):
                 and a loop that clips what ``step()`` gets. (Not where the optimizer clips.)
 
         Raises:
-            ValueError: ``order`` does not use such a mask, or there are two ``max_grad_norm``.
+            ValueError: ``order`` does not use such a mask, or ``max_grad_norm`` is no number > 0 or
+                given to an optimizer that has its own.
             RuntimeError: no parameter has a gradient, or one that cannot be used, or one that the
                 latest step has used already and that was not cleared since.
         """
         self._check_kind(kind)
-        if max_grad_norm is not None and self.settings.max_grad_norm is not None:
-            raise ValueError(
-                f"capture(max_grad_norm={shown(max_grad_norm)}): the optimizer clips to "
-                f"{self.settings.max_grad_norm} already; expected one of both"
-            )
+        check_limit(max_grad_norm, self.settings.max_grad_norm)
         batch = self._collect()
         if not batch.params:
             raise RuntimeError(f"capture({kind!r}): no parameter has a gradient; call backward() first")

@@ -92,6 +92,20 @@ def check_fractions(upper: object, lower: object, suffix: str = "") -> tuple[int
     return high, low
 
 
+def check_limit(limit: float | None, own: float | None = None) -> None:
+    """Raise unless gradients can be clipped to ``limit`` (None: not) outside of an optimizer whose
+    ``max_grad_norm`` is ``own``."""
+    if limit is None:
+        return
+    if not isinstance(limit, Real) or isinstance(limit, bool) or not limit > 0:
+        raise ValueError(f"max_grad_norm={shown(limit)}; expected None (no clipping) or a number > 0")
+    if own is not None:
+        raise ValueError(
+            f"max_grad_norm={limit!r}, and the optimizer has its own max_grad_norm={own!r}; expected "
+            "one of them"
+        )
+
+
 @dataclass(frozen=True)
 class Settings:
     """What one ranking over all groups needs to agree on: the selection's settings.
@@ -142,11 +156,7 @@ class Settings:
                 f"state_dtype={shown(self.state_dtype)}; expected None (float32), torch.float32 or "
                 "torch.bfloat16"
             )
-        norm = self.max_grad_norm
-        if norm is not None and (not isinstance(norm, Real) or isinstance(norm, bool) or not norm > 0):
-            raise ValueError(
-                f"max_grad_norm={shown(norm)}; expected None (no clipping) or a number > 0"
-            )
+        check_limit(self.max_grad_norm)
         for name in ("error_if_nonfinite", "local_ranking", "amp_scaling"):
             value = getattr(self, name)
             if not isinstance(value, bool):

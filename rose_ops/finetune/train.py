@@ -256,9 +256,13 @@ def train(
         inputs, labels = data.batch(indices)
         with runtime.autocast():
             losses = rose_backward(
-                model, inputs, labels, optimizer, r_drop=settings.r_drop if method.r_drop else 0.0
+                model,
+                inputs,
+                labels,
+                optimizer,
+                r_drop=settings.r_drop if method.r_drop else 0.0,
+                max_grad_norm=settings.max_grad_norm,
             )
-        torch.nn.utils.clip_grad_norm_(model.parameters(), settings.max_grad_norm)
         lr = schedule.get_last_lr()[0]
         optimizer.step()
         optimizer.zero_grad()
