@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -31,12 +30,6 @@ from training import one_thread as one_thread
 
 import rose_ops
 from rose_ops import RoseFusedAdamW, rose_backward, symmetric_kl
-
-pytestmark = pytest.mark.skipif(
-    "amp_scaling" not in inspect.signature(RoseFusedAdamW).parameters
-    or not hasattr(rose_ops, "unwrap"),
-    reason="amp_scaling= and unwrap() are on their way here from other branches",
-)
 
 
 def scaler() -> torch.amp.GradScaler:
