@@ -85,9 +85,10 @@ void Updater::begin() {
   updates_.resize(segments_.size());
   random_keys_.resize(segments_.size());
   for (size_t i = 0; i < segments_.size(); ++i) {
-    const float step = *tensors_.steps[i].mutable_data_ptr<float>() += 1.0f;
+    float& counter = *tensors_.steps[i].mutable_data_ptr<float>();
+    const float step = counter = next_step(counter);
     updates_[i] = make_update(groups_[i], lr_[groups_.row(i)], step, settings_.gamma);
-    random_keys_[i] = random_key(settings_.seed, static_cast<uint32_t>(step));
+    random_keys_[i] = random_key(settings_.seed, step_word(step));
   }
 }
 
