@@ -29,6 +29,8 @@ from typing import NamedTuple, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
+from rose_ops._arguments import checks_memory
+
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -94,6 +96,7 @@ def scaled(
     return g if clip is None else g * clip[0 if selective else 1].to(g.device)
 
 
+@checks_memory
 @keeps_denormals
 def clip_factors(sums: Tensor, max_norm: float) -> Tensor:
     """The norm of all gradients, and what those of selective and of other tensors are multiplied by to
@@ -158,6 +161,7 @@ def rank_of(fraction: int, n: int) -> int:
     return fraction * (n // FRACTION_UNIT) + fraction * (n % FRACTION_UNIT) // FRACTION_UNIT
 
 
+@checks_memory
 @keeps_denormals
 def select(
     grads: list[Tensor],
@@ -229,6 +233,7 @@ def unpack(mask: Tensor, n: int) -> Tensor:
     return ((mask[:, None] >> torch.arange(8, dtype=torch.uint8)) & 1).bool().reshape(-1)[:n]
 
 
+@checks_memory
 @keeps_denormals
 def capture_(
     masks: list[Tensor],
@@ -251,8 +256,9 @@ def next_step(step: Tensor) -> Tensor:
     """The number of the step after ``step``, float32.
 
     One more; or, where that rounds to the same number (from 2^24 on), the next float32, so that the
-    rounding of no two steps is keyed alike. The count then runs ahead of the steps that were taken.
-    Nothing else depends on it there: the bias corrections are 1 in float32. Inf and NaN stay.
+    rounding of no two steps is keyed alike. The count then runs ahead of the steps that were taken,
+    which matters to nothing else: bias corrections are 1 in float32 there, with betas up to 0.999999.
+    Inf and NaN stay.
     """
     after = step + 1
     sticks = (after == step) & step.isfinite()
@@ -318,6 +324,7 @@ def _weights(first: Tensor | None, second: Tensor | None, gamma: float) -> _Weig
     return _Weight(m, complement.masked_fill(both, 0.0).masked_fill(neither, 1.0))
 
 
+@checks_memory
 @keeps_denormals
 def adamw_(
     params: list[Tensor],
@@ -428,6 +435,7 @@ def _rules_out(masks: list[Tensor]) -> bool:
     return all(mask.dtype == torch.bool and mask.numel() == 1 and not mask for mask in masks)
 
 
+@checks_memory
 def bracket_adamw_(
     params: list[Tensor],
     grads: list[Tensor],
@@ -469,8 +477,8 @@ def bracket_adamw_(
     independent terms are rarely too small: ``sqrt(V) <= sqrt(U) + 16*sqrt(2*l)`` but for a probability
     of ``exp(-l)`` (Maurer and Pontil, 2009). Together ``sqrt(2*U*l) + (8/3)*16*l``, which is the
     bracket's half-width in elements of the sample. (U is taken at a first estimate of the threshold.)
-    A bracket is wrong with a probability of at most 3*exp(-l), then. A threshold has at most 16 of them,
-    each narrower than the last, or one and a log that is too short with a probability of at most
+    A bracket is wrong with a probability of at most 3*exp(-l), then. A threshold has at most 16 of
+    them, each narrower than the last; or one, and a log that is too short with a probability of at most
     exp(-l). A ranking has two thresholds if ``lower > 0``, and a step in an ensemble has two rankings.
     With l = 26 a whole step misses with a probability below 4 * 16 * 3 * exp(-26) < 1e-9.
 
@@ -497,6 +505,7 @@ def bracket_adamw_(
     return torch.cat([record, counts])
 
 
+@checks_memory
 def bracket_capture_(
     masks: list[Tensor],
     grads: list[Tensor],
@@ -526,6 +535,7 @@ def _constant(x: float, dtype: torch.dtype) -> float:
     return float32(x) if dtype == torch.float32 else x
 
 
+@checks_memory
 @keeps_denormals
 def sums_of_squares(tensors: list[Tensor], inv_scale: Tensor | None) -> Tensor:
     """Squared Frobenius norm of each tensor: float64 ``[N]``."""
@@ -597,6 +607,7 @@ def select_tensors(
     return mask, torch.stack([*fields.values()])
 
 
+@checks_memory
 def select_tensors_(
     mask: Tensor,
     sums: Tensor,

@@ -22,7 +22,10 @@ def problem_at(steps: list[float], seed: int = 5) -> Problem:
     """Everything that is rounded stochastically, the same for every call."""
     generator = torch.Generator().manual_seed(seed)
     p, g, m, v = (
-        [place(values(300, ("normal",), BF16, generator), layout) for layout in ("contiguous", "strided")]
+        [
+            place(values(300, ("normal",), BF16, generator), layout)
+            for layout in ("contiguous", "strided")
+        ]
         for _ in range(4)
     )
     return Problem.of(

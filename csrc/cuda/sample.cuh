@@ -270,7 +270,8 @@ ROSE_DEVICE void make_plans(const SelectArguments& a, const View* views) {
       state.windows[t] = plan.window;
       (t == 0 ? state.estimate.high : state.estimate.low) = (int32_t)plan.estimate;
     }
-    const double room = (double)(a.log.capacity - a.log.spare);
+    const double room = (double)(a.log.capacity - a.log.spare), all = (double)a.elements;
+    if (logged < HUGE_VAL && logged > all) logged = all;
     speculates = is_bracket && logged <= room;
     if (speculates) break;
   }

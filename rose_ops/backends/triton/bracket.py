@@ -17,6 +17,8 @@ A key inside a bracket has two digits: its bin, of at least 2048, and what is le
 # Kernels are compiled, not run: their annotations are Triton's.
 from __future__ import annotations
 
+import math
+
 import triton
 import triton.language as tl
 
@@ -53,6 +55,7 @@ from rose_ops.reference import LOG_OF_FAILURE
 
 LINE: tl.constexpr = tl.constexpr(16)
 LOG: tl.constexpr = tl.constexpr(LOG_OF_FAILURE)  # l in the derivation
+ROOT: tl.constexpr = tl.constexpr(math.sqrt(8.0 * LOG_OF_FAILURE))
 FEW: tl.constexpr = tl.constexpr(512)  # lines that give the window
 WINDOW_BINS: tl.constexpr = tl.constexpr(2048)
 SCANNED: tl.constexpr = tl.constexpr(512)  # bins at a time
@@ -233,7 +236,7 @@ def _decide(state, t, fraction, stratum, width):
     cr = tl.load(target + CR, cache_modifier=".cg").to(tl.float64)
     rr = tl.load(target + RR, cache_modifier=".cg").to(tl.float64)
     u = tl.maximum(cc - 2.0 * q * cr + q * q * rr, 0.0)
-    margin = weight * width * (tl.sqrt(2.0 * LOG * u) + 8.0 / 3.0 * LINE * LOG)
+    margin = weight * width * (tl.sqrt(u * (2.0 * LOG)) + 8.0 / 3.0 * LINE * LOG)
     # Estimated numbers of elements less the fraction of all that are ranked: below the window, up to
     # each bin, up to the middle.
     all_ranked = q * weight * sampled.to(tl.float64)
@@ -271,8 +274,7 @@ def _decide(state, t, fraction, stratum, width):
     _zero(state + SECOND_DIGITS + t * SECOND_BINS, 1 << shift)
     # At most, but for a probability of exp(-l): the lower tail of a sum of independent terms between 0
     # and 16, whose squares are at most 16 times as large.
-    half = tl.full([], 8.0 * LOG, tl.float64)
-    root = tl.sqrt(inside.to(tl.float64) + half) + tl.sqrt(half)
+    root = tl.sqrt(inside.to(tl.float64) + 8.0 * LOG) + ROOT
     most = tl.where(stratum == 1, inside.to(tl.float64), weight * root * root)
     return tl.where(collapsed, 0.0, most)
 
