@@ -52,8 +52,8 @@ def test_no_two_steps_round_alike(every_ops, start):
         for before, after in zip(steps, problem.steps, strict=True):
             assert math.isfinite(after)
             assert after > before
-        for tensors in (problem.params, problem.exp_avg_sqs):
-            seen.append(torch.cat([bits(t) for t in tensors]))
+        rounded = (problem.params, problem.exp_avg_sqs)
+        seen.extend(torch.cat([bits(t) for t in tensors]) for tensors in rounded)
         steps = problem.steps
     for one in range(6):
         for other in range(one % 2, one, 2):  # each with the same of earlier steps
