@@ -15,14 +15,14 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from glob import glob
 from pathlib import Path
 from typing import NamedTuple
 
 from setuptools import setup
 from setuptools.errors import OptionError, PlatformError
-from torch.utils.cpp_extension import BuildExtension, CppExtension
+from torch.utils.cpp_extension import BuildExtension, CppExtension, include_paths
 
 # -ffp-contract=off: every product and sum is rounded, or masks drift apart between backends. The
 # two -fno flags change no value: they let the compiler vectorize branches and square roots.
@@ -83,6 +83,15 @@ def gencode(wanted: str | None, known: set[str]) -> list[str]:
 
 def _number(name: str) -> str:
     return name.replace(".", "")
+
+
+def without_paths(folders: Iterable[str]) -> list[str]:
+    """Flags by which a library does not tell where on this machine its sources and headers were: errors
+    that PyTorch's headers raise name theirs. Not among those of the fingerprint."""
+    here = os.path.join(os.path.abspath(os.path.dirname(__file__)), "")
+    return [
+        f"-ffile-prefix-map={folder}=" for folder in (here, *(os.path.join(f, "") for f in folders))
+    ]
 
 
 def fingerprint() -> str:
@@ -175,6 +184,7 @@ class BuildWithCuda(BuildExtension):
         if sys.platform == "linux":
             build_id = fingerprint() + f"{codes};".encode().hex()
             extension.extra_link_args.append(f"-Wl,--build-id=0x{build_id}")
+        extension.extra_compile_args["cxx"].extend(without_paths(include_paths()))
         self.force = True  # what was chosen may have changed, where no source has
         super().build_extension(extension)
 
@@ -205,7 +215,7 @@ if __name__ == "__main__":
                 "rose_ops._C",
                 sorted(glob("csrc/*.cpp") + glob("csrc/cpu/*.cpp")),
                 include_dirs=[os.path.abspath("csrc/include"), os.path.abspath("csrc/cpu")],
-                extra_compile_args={"cxx": compile_args},
+                extra_compile_args={"cxx": [*compile_args]},
                 extra_link_args=os.environ.get("ROSE_LDFLAGS", "").split(),
                 py_limited_api=True,
             )

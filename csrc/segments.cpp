@@ -1,9 +1,11 @@
 #include "segments.h"
 
+#include "check.h"
+
 namespace rose {
 namespace {
 
-Dtype dtype_of(const Tensor& tensor, const char* role, size_t index) {
+Dtype dtype_of(const Tensor& tensor, const Argument& argument) {
   switch (tensor.scalar_type()) {
     case ScalarType::Float:
       return Dtype::kFloat32;
@@ -12,11 +14,9 @@ Dtype dtype_of(const Tensor& tensor, const char* role, size_t index) {
     case ScalarType::Half:
       return Dtype::kFloat16;
     default:
-      STD_TORCH_CHECK(false, role, "[", index, "] has dtype ",
-                      torch::headeronly::toString(tensor.scalar_type()),
-                      "; expected float32, bfloat16 or float16");
+      fail(argument, " has dtype ", torch::headeronly::toString(tensor.scalar_type()),
+           "; expected float32, bfloat16 or float16");
   }
-  return Dtype::kFloat32;
 }
 
 template <typename Sizes>
@@ -59,8 +59,8 @@ void collapse(const std::vector<const Tensor*>& tensors, Segment& segment) {
 Segments::Segments(const std::vector<Role>& roles, int64_t tile) {
   const size_t count = roles[0].tensors->size();
   for (const Role& role : roles) {
-    STD_TORCH_CHECK(role.tensors->size() == count, role.name, " has ", role.tensors->size(),
-                    " tensors and ", roles[0].name, " has ", count, "; expected one for each");
+    ROSE_CHECK(role.tensors->size() == count, role.name, " has ", role.tensors->size(), " tensors and ",
+               roles[0].name, " has ", count, "; expected one for each");
   }
   if (count == 0) return;
   segments_.resize(count);
@@ -73,14 +73,15 @@ Segments::Segments(const std::vector<Role>& roles, int64_t tile) {
     const auto sizes = (*roles[0].tensors)[i].sizes();
     for (size_t k = 0; k < roles.size(); ++k) {
       const Tensor& tensor = (*roles[k].tensors)[i];
+      const Argument argument(roles[k].name, static_cast<int64_t>(i));
       tensors[k] = &tensor;
-      STD_TORCH_CHECK(tensor.device() == device, roles[k].name, "[", i, "] is on another device than ",
-                      roles[0].name, "[0]; expected all on one");
-      STD_TORCH_CHECK(k == 0 || same(tensor.sizes(), sizes), roles[k].name, "[", i, "] and ",
-                      roles[0].name, "[", i, "] have different shapes; expected the same");
-      segment.operands[k].dtype = dtype_of(tensor, roles[k].name, i);
-      segment.operands[k].data = static_cast<char*>(
-          roles[k].written ? tensor.mutable_data_ptr() : const_cast<void*>(tensor.const_data_ptr()));
+      ROSE_CHECK(tensor.device() == device, argument, " is on another device than ", roles[0].name,
+                 "[0]; expected all on one");
+      ROSE_CHECK(k == 0 || same(tensor.sizes(), sizes), argument, " and ", roles[0].name, "[", i,
+                 "] have different shapes; expected the same");
+      segment.operands[k].dtype = dtype_of(tensor, argument);
+      segment.operands[k].data =
+          static_cast<char*>(memory_of(tensor, argument, roles[k].written ? Use::kWrite : Use::kRead));
       contiguous = contiguous && tensor.is_contiguous();
     }
     segment.n = tensors[0]->numel();
@@ -89,9 +90,9 @@ Segments::Segments(const std::vector<Role>& roles, int64_t tile) {
       for (size_t k = 0; k < roles.size(); ++k) {
         const auto& strides = segment.operands[k].strides;
         const bool overlaps = std::count(strides.begin(), strides.end(), 0) > 0;
-        STD_TORCH_CHECK(!roles[k].written || !overlaps, roles[k].name, "[", i,
-                        "] is an expanded tensor, whose elements share memory; it cannot be updated "
-                        "in place (use .contiguous())");
+        ROSE_CHECK(!roles[k].written || !overlaps, roles[k].name, "[", i,
+                   "] is an expanded tensor, whose elements share memory; it cannot be updated "
+                   "in place (use .contiguous())");
       }
     }
     segment.first_tile = tiles_;

@@ -3,19 +3,16 @@
 // depend on the number of threads.
 #pragma once
 
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/util/Exception.h>
-
 #include <algorithm>
 #include <cstdint>
 #include <vector>
 
+#include "data.h"
 #include "rose/element.h"
 
 namespace rose {
 
 using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 
 // One tensor of a segment. `strides` are those of Segment::sizes; linear: none are needed.
 struct Operand {

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from rose_ops._arguments import register_negation
 from rose_ops.reference import Field
 
 _LIBRARY = Path(__file__).with_name("_C.abi3.so")
@@ -144,6 +145,7 @@ def register_fakes(namespace: str = "rose_ops") -> None:
 try:
     torch.ops.load_library(_LIBRARY)
     register_fakes()  # fails if the library is of another version, and lacks an operator
+    register_negation("rose_ops")
 except (OSError, RuntimeError) as error:
     reason = (
         f"it was built against another PyTorch than {torch.__version__} or from other sources"

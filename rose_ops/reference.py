@@ -29,6 +29,8 @@ from typing import NamedTuple, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
+from rose_ops._arguments import checks_memory
+
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -37,6 +39,7 @@ INACTIVE_KEY = 1 << 31  # keys of ranked elements have 31 bits
 NONFINITE_KEY = INACTIVE_KEY + (1 << 20)
 APPROX_BITS = 20  # low bits that selection="approx" leaves undecided
 FRACTION_UNIT = 10**9  # the fractions kept are passed as integers of this unit
+LOG_OF_FAILURE = 26.0  # l in bracket_adamw_; kLogOfFailure in element.h
 
 
 class Hyper(IntEnum):
@@ -93,6 +96,7 @@ def scaled(
     return g if clip is None else g * clip[0 if selective else 1].to(g.device)
 
 
+@checks_memory
 @keeps_denormals
 def clip_factors(sums: Tensor, max_norm: float) -> Tensor:
     """The norm of all gradients, and what those of selective and of other tensors are multiplied by to
@@ -157,6 +161,7 @@ def rank_of(fraction: int, n: int) -> int:
     return fraction * (n // FRACTION_UNIT) + fraction * (n % FRACTION_UNIT) // FRACTION_UNIT
 
 
+@checks_memory
 @keeps_denormals
 def select(
     grads: list[Tensor],
@@ -228,6 +233,7 @@ def unpack(mask: Tensor, n: int) -> Tensor:
     return ((mask[:, None] >> torch.arange(8, dtype=torch.uint8)) & 1).bool().reshape(-1)[:n]
 
 
+@checks_memory
 @keeps_denormals
 def capture_(
     masks: list[Tensor],
@@ -246,8 +252,29 @@ def capture_(
         mask.copy_(pack(is_selected(key, selection)))
 
 
+def next_step(step: Tensor) -> Tensor:
+    """The number of the step after ``step``, float32.
+
+    One more; or, where that rounds to the same number (from 2^24 on), the next float32, so that the
+    rounding of no two steps is keyed alike. The count then runs ahead of the steps that were taken,
+    which matters to nothing else: bias corrections are 1 in float32 there, with betas up to 0.999999.
+    Inf and NaN stay.
+    """
+    after = step + 1
+    sticks = (after == step) & step.isfinite()
+    return torch.where(sticks, torch.nextafter(step, torch.full_like(after, torch.inf)), after)
+
+
+def step_word(step: float) -> int:
+    """The 32 bits by which a step keys its rounding: its number below 2^24; else its bit pattern as a
+    float32, which is larger than those and another one for every number (for NaN, one for all)."""
+    if 0 <= step < 2**24:
+        return int(step)
+    return int(torch.tensor(step if step == step else torch.nan).view(torch.int32)) & 0xFFFFFFFF
+
+
 def hash_u32(index: Tensor, seed: int, step: int) -> Tensor:
-    """32 random bits for each index: a counter-based hash of (seed, step, index)."""
+    """32 random bits for each index: a counter-based hash of (seed, word of the step, index)."""
     mask = 0xFFFFFFFF
 
     def mix(x: Tensor) -> Tensor:  # "lowbias32" (C. Wellons, hash-prospector), mod 2**32
@@ -297,6 +324,7 @@ def _weights(first: Tensor | None, second: Tensor | None, gamma: float) -> _Weig
     return _Weight(m, complement.masked_fill(both, 0.0).masked_fill(neither, 1.0))
 
 
+@checks_memory
 @keeps_denormals
 def adamw_(
     params: list[Tensor],
@@ -334,10 +362,10 @@ def adamw_(
     at.
 
     Args:
-        steps: N float32 scalars, incremented first.
+        steps: N float32 scalars, counted up first; see :func:`next_step`.
         lr: ``[G]``. offsets: int64 ``[N]``, global index of each tensor's first element.
-        seed: keys, with the step and the element's global index, the stochastic rounding of bfloat16
-            second moments.
+        seed: keys, with the step (:func:`step_word`) and the element's global index, the stochastic
+            rounding of bfloat16 second moments.
         stochastic: whether bfloat16 parameters are rounded that way, too (else to nearest).
         found_inf: if it holds a non-zero, nothing changes at all.
         dtype: precision in which this is evaluated. The rounding of m and v is part of the
@@ -355,8 +383,9 @@ def adamw_(
     ):
         row = int(group[i])
         beta1, beta2, eps, weight_decay, sign, selective = hyper[row].tolist()
-        step += 1
+        step.copy_(next_step(step))
         t = step.item()
+        word = step_word(t)
         g = sign * scaled(grad, inv_scale, clip, bool(selective))
         m0, v0, p0 = m.to(dtype), v.to(dtype), p.to(dtype)
 
@@ -392,9 +421,9 @@ def adamw_(
         p1 = torch.where(off, p0, p0 * decay - step_size * (m1 / denom))
         index = torch.arange(g.numel()).view(g.shape) + int(offsets[i])
         if v.dtype == torch.bfloat16 and dtype == torch.float32:
-            v1 = round_stochastic_bf16(v1, rounding_bits(index, seed, int(t), parameter=False))
+            v1 = round_stochastic_bf16(v1, rounding_bits(index, seed, word, parameter=False))
         if p.dtype == torch.bfloat16 and dtype == torch.float32 and stochastic:
-            p1 = round_stochastic_bf16(p1, rounding_bits(index, seed, int(t), parameter=True))
+            p1 = round_stochastic_bf16(p1, rounding_bits(index, seed, word, parameter=True))
         p.copy_(p1)
         m.copy_(m1)
         v.copy_(v1)
@@ -406,6 +435,7 @@ def _rules_out(masks: list[Tensor]) -> bool:
     return all(mask.dtype == torch.bool and mask.numel() == 1 and not mask for mask in masks)
 
 
+@checks_memory
 def bracket_adamw_(
     params: list[Tensor],
     grads: list[Tensor],
@@ -447,8 +477,10 @@ def bracket_adamw_(
     independent terms are rarely too small: ``sqrt(V) <= sqrt(U) + 16*sqrt(2*l)`` but for a probability
     of ``exp(-l)`` (Maurer and Pontil, 2009). Together ``sqrt(2*U*l) + (8/3)*16*l``, which is the
     bracket's half-width in elements of the sample. (U is taken at a first estimate of the threshold.)
-    With l = 25 and at most 16 brackets in a step, each narrower than the last,
-    a miss has a probability below 16 * 3 * exp(-25) < 1e-9.
+    A bracket is wrong with a probability of at most 3*exp(-l), then. A threshold has at most 16 of
+    them, each narrower than the last; or one, and a log that is too short with a probability of at most
+    exp(-l). A ranking has two thresholds if ``lower > 0``, and a step in an ensemble has two rankings.
+    With l = 26 a whole step misses with a probability below 4 * 16 * 3 * exp(-26) < 1e-9.
 
     Args:
         draw: of the sample: another number gives another one.
@@ -473,6 +505,7 @@ def bracket_adamw_(
     return torch.cat([record, counts])
 
 
+@checks_memory
 def bracket_capture_(
     masks: list[Tensor],
     grads: list[Tensor],
@@ -502,6 +535,7 @@ def _constant(x: float, dtype: torch.dtype) -> float:
     return float32(x) if dtype == torch.float32 else x
 
 
+@checks_memory
 @keeps_denormals
 def sums_of_squares(tensors: list[Tensor], inv_scale: Tensor | None) -> Tensor:
     """Squared Frobenius norm of each tensor: float64 ``[N]``."""
@@ -573,6 +607,7 @@ def select_tensors(
     return mask, torch.stack([*fields.values()])
 
 
+@checks_memory
 def select_tensors_(
     mask: Tensor,
     sums: Tensor,

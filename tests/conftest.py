@@ -121,6 +121,12 @@ def any_ops(request: pytest.FixtureRequest):
     return _namespace(request.param)
 
 
+@pytest.fixture(scope="session", params=["cpu", "simt", GPU, TRITON, "reference"])
+def every_ops(request: pytest.FixtureRequest):
+    """The operators of each backend, all of them."""
+    return _namespace(request.param)
+
+
 @pytest.fixture(scope="session", params=["cpu", GPU])
 def real_ops(request: pytest.FixtureRequest):
     """The operators of real devices: for what would take a simulated one too long."""

@@ -206,6 +206,14 @@ class OnDevice:
                 if not isinstance(x, Tensor) or x.is_meta:
                     return x
                 here = x.untyped_storage()
+                last = sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True))
+                if x.numel() and (x.storage_offset() + last + 1) * x.element_size() > here.nbytes():
+                    buffer = torch.empty(
+                        x.storage_offset() + last + 1, dtype=x.dtype, device=self._device
+                    )
+                    moved = buffer.as_strided(x.shape, x.stride(), x.storage_offset())
+                    moved.untyped_storage().resize_(here.nbytes())  # as too small as it is here
+                    return moved
                 if here.data_ptr() not in storages:
                     there = torch.UntypedStorage(here.nbytes(), device=self._device)
                     there.copy_(here)

@@ -6,8 +6,11 @@ everything show the ways out.
 
 from __future__ import annotations
 
+import math
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -207,3 +210,23 @@ optimizer.capture("first", clear=False)
 optimizer.step()
 """
     subprocess.run([sys.executable, "-c", script], check=True, timeout=300)
+
+
+def test_a_step_misses_with_less_than_the_promised_probability():
+    """Two rankings of an ensemble, two thresholds each, 16 brackets each, three bounds each."""
+    assert 2 * 2 * 16 * 3 * math.exp(-reference.LOG_OF_FAILURE) < 1e-9
+    assert str(round(reference.LOG_OF_FAILURE)) in reference.bracket_adamw_.__doc__
+
+
+def test_all_backends_have_the_same_bounds():
+    """The number is defined once for each language, and the sources use it by name."""
+    csrc = Path(__file__).parents[1] / "csrc"
+    sources = {path: path.read_text() for path in csrc.rglob("*") if path.is_file()}
+    defined = re.findall(r"kLogOfFailure = ([\d.]+);", "".join(sources.values()))
+    assert [float(number) for number in defined] == [reference.LOG_OF_FAILURE]
+    used = {path.name for path, text in sources.items() if "kLogOfFailure" in text}
+    assert used == {"element.h", "bracket.cpp", "sample.cuh"}
+    phases = re.findall(r"kPhases = (\d+);", sources[csrc / "cpu" / "bracket.cpp"])
+    assert phases == ["16"]
+    triton = pytest.importorskip("rose_ops.backends.triton.bracket")
+    assert triton.LOG.value == reference.LOG_OF_FAILURE

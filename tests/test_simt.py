@@ -683,7 +683,7 @@ MUTANTS: dict[str, tuple[str, ...]] = {
     "class of ties that is not surely the threshold": (
         "sample.cuh", "if (below < -1.0 - margin && upto > margin) {", "if (upto > below) {",
     ),
-    "room of the log": ("sample.cuh", "(double)a.stratum <= room;", "(double)a.stratum <= 1e300;"),
+    "room of the log": ("sample.cuh", "logged <= room;", "logged <= 1e300;"),
     "room of the log, what chunks leave unused": (
         "sample.cuh", "(double)(a.log.capacity - a.log.spare)", "(double)a.log.capacity",
     ),

@@ -13,10 +13,9 @@ namespace {
 
 constexpr int64_t kFewest = int64_t{1} << 22;  // elements: below, the sample would be too large a part
 constexpr int64_t kFewestInTests = int64_t{1} << 16;
-constexpr int64_t kPhases = 16;         // between which brackets are tightened
-constexpr int64_t kShares = 64;         // of a log, for threads to redo
-constexpr int kBins = 2048;             // of the window that a first sample gives
-constexpr double kLogOfFailure = 25.0;  // l in the derivation
+constexpr int64_t kPhases = 16;  // between which brackets are tightened
+constexpr int64_t kShares = 64;  // of a log, for threads to redo
+constexpr int kBins = 2048;      // of the window that a first sample gives
 constexpr int32_t kMaxKey = static_cast<int32_t>(kInfinityBits);
 
 // ------------------------------------------------------------------------------------------- sampling

@@ -5,6 +5,7 @@
 #include <mutex>
 #include <numeric>
 
+#include "../check.h"
 #include "rose/norms.h"
 #include "update.h"
 
@@ -15,13 +16,13 @@ namespace {
 Selection read_selection(const Tensor& tensor) {
   check_table(tensor, ScalarType::Long, 8, "selection");
   Selection selection;
-  std::memcpy(&selection, tensor.const_data_ptr(), sizeof selection);
+  std::memcpy(&selection, read_from<int64_t>(tensor, "selection"), sizeof selection);
   return selection;
 }
 
 Tensor record_of(const Selection& selection, std::initializer_list<int64_t> more = {}) {
   Tensor result = torch::stable::empty({8 + static_cast<int64_t>(more.size())}, ScalarType::Long);
-  auto* words = result.mutable_data_ptr<int64_t>();
+  auto* words = write_to<int64_t>(result);
   std::memcpy(words, &selection, sizeof selection);
   std::copy(more.begin(), more.end(), words + 8);
   return result;
@@ -44,12 +45,12 @@ struct Ranked {
 
 // Where captured masks are written.
 std::vector<uint8_t*> mask_bits(const std::vector<Tensor>& masks, const Segments& segments) {
-  STD_TORCH_CHECK(masks.size() == segments.size(), "masks has ", masks.size(),
-                  " tensors; expected one for each of ", segments.size(), " gradients");
+  ROSE_CHECK(masks.size() == segments.size(), "masks has ", masks.size(),
+             " tensors; expected one for each of ", segments.size(), " gradients");
   std::vector<uint8_t*> bits(masks.size());
   for (size_t i = 0; i < masks.size(); ++i) {
     check_table(masks[i], ScalarType::Byte, (segments[i].n + 7) / 8, "masks");
-    bits[i] = masks[i].mutable_data_ptr<uint8_t>();
+    bits[i] = write_to<uint8_t>(masks[i], {"masks", static_cast<int64_t>(i)});
   }
   return bits;
 }
@@ -109,7 +110,7 @@ UpdateCounts update_all(Updater& updater, Bounds bounds) {
 bool is_set(const std::optional<Tensor>& found_inf) {
   if (!found_inf) return false;
   check_table(*found_inf, ScalarType::Float, 1, "found_inf");
-  return *found_inf->const_data_ptr<float>() != 0;
+  return *read_from<float>(*found_inf, "found_inf") != 0;
 }
 
 }  // namespace
@@ -161,8 +162,8 @@ Tensor adamw_(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector
               std::optional<Tensor> found_inf, double gamma, bool rank_inactive, int64_t seed,
               bool stochastic) {
   FpMode mode;
-  STD_TORCH_CHECK(!selection || second_masks.empty(),
-                  "both selection and second_masks are given; expected one second-order mask");
+  ROSE_CHECK(!selection || second_masks.empty(),
+             "both selection and second_masks are given; expected one second-order mask");
   Updater updater(
       {params, grads, exp_avgs, exp_avg_sqs, steps, first_masks, second_masks}, lr, hyper, group,
       offsets, Factors(inv_scale, clip),
@@ -174,8 +175,9 @@ Tensor adamw_(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector
     counts = update_all(updater, bounds);
   }
   Tensor result = torch::stable::empty({2}, ScalarType::Long);
-  result.mutable_data_ptr<int64_t>()[0] = counts.updated;
-  result.mutable_data_ptr<int64_t>()[1] = counts.nonfinite;
+  auto* words = write_to<int64_t>(result);
+  words[0] = counts.updated;
+  words[1] = counts.nonfinite;
   return result;
 }
 
@@ -204,9 +206,8 @@ Tensor bracket_adamw_(std::vector<Tensor> params, std::vector<Tensor> grads,
     chosen_exp_avgs.push_back(exp_avgs[i]);
   }
   Tensor chosen_group = torch::stable::empty({static_cast<int64_t>(chosen.size())}, ScalarType::Long);
-  for (size_t i = 0; i < chosen.size(); ++i) {
-    chosen_group.mutable_data_ptr<int64_t>()[i] = updater.groups().row(chosen[i]);
-  }
+  auto* rows = write_to<int64_t>(chosen_group);
+  for (size_t i = 0; i < chosen.size(); ++i) rows[i] = updater.groups().row(chosen[i]);
   const Ranked ranked(chosen_grads, chosen_exp_avgs, hyper, chosen_group, factors, rank_inactive);
   updater.begin();
   UpdateCounts counts;
@@ -241,7 +242,7 @@ Tensor sums_of_squares(std::vector<Tensor> tensors, std::optional<Tensor> inv_sc
       [](int) {});
   const int64_t count = static_cast<int64_t>(segments.size());
   Tensor result = torch::stable::empty({count}, ScalarType::Double);
-  double* totals = result.mutable_data_ptr<double>();
+  double* totals = write_to<double>(result);
   for (int64_t i = 0; i < count; ++i) {
     const Segment& segment = segments[static_cast<size_t>(i)];
     const auto first = sums.begin() + segment.first_tile;
@@ -253,10 +254,10 @@ Tensor sums_of_squares(std::vector<Tensor> tensors, std::optional<Tensor> inv_sc
 Tensor clip_factors(Tensor sums, double max_norm) {
   FpMode mode;
   check_table(sums, ScalarType::Double, sums.numel(), "sums");
-  const double* const from = sums.const_data_ptr<double>();
+  const double* const from = read_from<double>(sums, "sums");
   Tensor result = torch::stable::empty({3}, ScalarType::Float);
   write_clip_factors(std::accumulate(from, from + sums.numel(), 0.0), static_cast<float>(max_norm),
-                     result.mutable_data_ptr<float>());
+                     write_to<float>(result));
   return result;
 }
 
@@ -268,8 +269,10 @@ Tensor select_tensors_(Tensor mask, Tensor sums, std::optional<Tensor> exp_avg_s
   const size_t count = static_cast<size_t>(mask.numel());
   const Groups groups(hyper, group, count);
   const float factor = Factors(std::nullopt, clip).clip;
-  const double* const squares = sums.const_data_ptr<double>();
-  const double* const of_moments = exp_avg_sums ? exp_avg_sums->const_data_ptr<double>() : nullptr;
+  bool* const chosen = write_to<bool>(mask, "mask");
+  const double* const squares = read_from<double>(sums, "sums");
+  const double* const of_moments =
+      exp_avg_sums ? read_from<double>(*exp_avg_sums, "exp_avg_sums") : nullptr;
   Selection selection;
   std::vector<uint32_t> keys, ranked;
   for (size_t i = 0; i < count; ++i) {
@@ -293,7 +296,6 @@ Tensor select_tensors_(Tensor mask, Tensor sums, std::optional<Tensor> exp_avg_s
     selection.high = threshold(upper);
     selection.low = threshold(lower) - 1;
   }
-  bool* const chosen = static_cast<bool*>(mask.mutable_data_ptr());
   for (size_t i = 0; i < count; ++i) {
     chosen[i] = if_selected(keys[i], selection.bounds(), 1) != 0;
     selection.kept += chosen[i] && keys[i] < kInactiveKey;

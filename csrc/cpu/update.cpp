@@ -2,6 +2,8 @@
 
 #include <algorithm>
 
+#include "../check.h"
+
 namespace rose {
 namespace cpu {
 namespace {
@@ -13,7 +15,7 @@ void add_masks(const std::vector<Tensor>& tensors, const Segments& segments, con
                int32_t weight, const uint8_t* Masks::* bits, std::vector<Masks>& masks) {
   const auto kinds = check_masks(tensors, segments, name, torch::headeronly::DeviceType::CPU);
   for (size_t i = 0; i < tensors.size(); ++i) {
-    const auto* data = static_cast<const uint8_t*>(tensors[i].const_data_ptr());
+    const auto* data = read_from<uint8_t>(tensors[i], {name, static_cast<int64_t>(i)});
     if (kinds[i] == MaskKind::kBits) {
       masks[i].*bits = data;
     } else if (kinds[i] == MaskKind::kAll || *data != 0) {
@@ -28,20 +30,20 @@ Factors::Factors(const std::optional<Tensor>& scale, const std::optional<Tensor>
     : inv_scale(1), clip(1), plain_clip(1) {
   if (scale) {
     check_table(*scale, ScalarType::Float, 1, "inv_scale");
-    inv_scale = *scale->const_data_ptr<float>();
+    inv_scale = *read_from<float>(*scale, "inv_scale");
   }
   if (norm) {
     check_table(*norm, ScalarType::Float, 2, "clip");
-    clip = norm->const_data_ptr<float>()[0];
-    plain_clip = norm->const_data_ptr<float>()[1];
+    const auto* factors = read_from<float>(*norm, "clip");
+    clip = factors[0];
+    plain_clip = factors[1];
   }
 }
 
 Updater::Updater(const UpdateTensors& tensors, const Tensor& lr, const Tensor& hyper,
                  const Tensor& group, const Tensor& offsets, const Factors& factors,
                  const UpdateSettings& settings)
-    : tensors_(tensors),
-      segments_({{"params", &tensors.params, true},
+    : segments_({{"params", &tensors.params, true},
                  {"grads", &tensors.grads, false},
                  {"exp_avgs", &tensors.exp_avgs, true},
                  {"exp_avg_sqs", &tensors.exp_avg_sqs, true}},
@@ -52,11 +54,14 @@ Updater::Updater(const UpdateTensors& tensors, const Tensor& lr, const Tensor& h
   const size_t count = segments_.size();
   check_table(lr, ScalarType::Double, groups_.count(), "lr");
   check_table(offsets, ScalarType::Long, static_cast<int64_t>(count), "offsets");
-  lr_ = lr.const_data_ptr<double>();
-  offsets_ = offsets.const_data_ptr<int64_t>();
-  STD_TORCH_CHECK(tensors.steps.size() == count, "steps has ", tensors.steps.size(),
-                  " tensors; expected one for each of ", count, " parameters");
-  for (const Tensor& step : tensors.steps) check_table(step, ScalarType::Float, 1, "steps");
+  lr_ = read_from<double>(lr, "lr");
+  offsets_ = read_from<int64_t>(offsets, "offsets");
+  ROSE_CHECK(tensors.steps.size() == count, "steps has ", tensors.steps.size(),
+             " tensors; expected one for each of ", count, " parameters");
+  for (size_t i = 0; i < count; ++i) {
+    check_table(tensors.steps[i], ScalarType::Float, 1, "steps");
+    steps_.push_back(write_to<float>(tensors.steps[i], {"steps", static_cast<int64_t>(i)}));
+  }
   const bool has_first = !tensors.first_masks.empty();
   const bool has_second = settings.from_risk || !tensors.second_masks.empty();
   Masks shared;
@@ -75,8 +80,8 @@ Updater::Updater(const UpdateTensors& tensors, const Tensor& lr, const Tensor& h
               &Masks::second_bits, masks_);
   }
   for (size_t i = 0; i < count; ++i) {
-    STD_TORCH_CHECK(groups_[i].selective == 0 || has_first || has_second, "params[", i,
-                    "] is selective; expected first_masks, second_masks or a selection");
+    ROSE_CHECK(groups_[i].selective == 0 || has_first || has_second, "params[", i,
+               "] is selective; expected first_masks, second_masks or a selection");
     masks_[i].alpha = groups_.alpha(i);
   }
 }
@@ -85,9 +90,9 @@ void Updater::begin() {
   updates_.resize(segments_.size());
   random_keys_.resize(segments_.size());
   for (size_t i = 0; i < segments_.size(); ++i) {
-    const float step = *tensors_.steps[i].mutable_data_ptr<float>() += 1.0f;
+    const float step = *steps_[i] = next_step(*steps_[i]);
     updates_[i] = make_update(groups_[i], lr_[groups_.row(i)], step, settings_.gamma);
-    random_keys_[i] = random_key(settings_.seed, static_cast<uint32_t>(step));
+    random_keys_[i] = random_key(settings_.seed, step_word(step));
   }
 }
 

@@ -60,11 +60,11 @@ class Updater final : public BracketBody {
   // Values of operand k, unless they are there already.
   void store_operand(size_t index, size_t k, int64_t start, int n, const float* values) const;
 
-  UpdateTensors tensors_;
   const Segments segments_;
   const Groups groups_;
   const double* lr_;
   const int64_t* offsets_;
+  std::vector<float*> steps_;
   Factors factors_;
   UpdateSettings settings_;
   std::vector<Masks> masks_;

@@ -7,6 +7,7 @@
 #include <cmath>
 #include <cstring>
 
+#include "../check.h"
 #include "upload.h"
 
 namespace rose {
@@ -14,7 +15,7 @@ namespace cuda {
 namespace ops {
 namespace {
 
-void check(const char* error) { STD_TORCH_CHECK(error == nullptr, "CUDA: ", error); }
+void check(const char* error) { ROSE_CHECK(error == nullptr, "CUDA: ", error); }
 
 torch::stable::Device device_of(const std::vector<Tensor>& tensors) {
 #ifdef ROSE_SIMT
@@ -30,22 +31,22 @@ const float* floats(const std::optional<Tensor>& tensor, int64_t numel, const ch
                     const Context& context) {
   if (!tensor) return nullptr;
   check_table(*tensor, ScalarType::Float, numel, name, context.device());
-  return tensor->const_data_ptr<float>();
+  return read_from<float>(*tensor, name);
 }
 
 const int64_t* record(const Tensor& selection, const Context& context) {
   check_table(selection, ScalarType::Long, 8, "selection", context.device());
-  return selection.const_data_ptr<int64_t>();
+  return read_from<int64_t>(selection, "selection");
 }
 
 // Where masks are to be written.
 void set_bits(HostTable& host, const std::vector<Tensor>& masks, const Context& context) {
-  STD_TORCH_CHECK(masks.size() == host.segments.size(), "masks has ", masks.size(),
-                  " tensors; expected one for each of ", host.segments.size(), " gradients");
+  ROSE_CHECK(masks.size() == host.segments.size(), "masks has ", masks.size(),
+             " tensors; expected one for each of ", host.segments.size(), " gradients");
   for (size_t i = 0; i < masks.size(); ++i) {
     Segment& segment = host.segments[i];
     check_table(masks[i], ScalarType::Byte, (segment.n + 7) / 8, "masks", context.device());
-    segment.bits = masks[i].mutable_data_ptr<uint8_t>();
+    segment.bits = write_to<uint8_t>(masks[i], {"masks", static_cast<int64_t>(i)});
   }
 }
 
@@ -64,8 +65,8 @@ class Selecting {
         state_(context.empty((sizeof(SelectState) + 7) / 8, ScalarType::Long)),
         sample_(zeros_of_stream(context, (sizeof(Sample) + 7) / 8)) {
     arguments.risk = risk;
-    arguments.state = static_cast<SelectState*>(state_.mutable_data_ptr());
-    arguments.sample = static_cast<Sample*>(sample_.mutable_data_ptr());
+    arguments.state = write_to<SelectState>(state_);
+    arguments.sample = write_to<Sample>(sample_);
     arguments.upper = fractions.upper;
     arguments.lower = fractions.lower;
     arguments.elements = n;
@@ -108,7 +109,7 @@ class Selecting {
     capacity = capacity / 2 * 2;  // even, since places are of 8 bytes
     log_ = context_.empty(words * capacity, ScalarType::Int);
     arguments.log.capacity = capacity;
-    arguments.log.keys = static_cast<uint32_t*>(log_.mutable_data_ptr());
+    arguments.log.keys = write_to<uint32_t>(log_);
     return arguments.log.keys + capacity;
   }
 
@@ -159,7 +160,7 @@ class Updating {
 };
 
 void Updating::set_lrs(const Tensor& lr, int64_t count, const Context& context) {
-  const double* const lrs = lr.const_data_ptr<double>();
+  const double* const lrs = read_from<double>(lr, "lr");
   if (!lr.is_cpu()) {
     arguments.lrs = lrs;
   } else if (count <= kFewGroups) {
@@ -168,7 +169,7 @@ void Updating::set_lrs(const Tensor& lr, int64_t count, const Context& context) 
     std::vector<uint64_t> words(static_cast<size_t>(count));
     std::memcpy(words.data(), lrs, words.size() * sizeof(double));
     lrs_ = upload(std::move(words), context);
-    arguments.lrs = static_cast<const double*>(lrs_->const_data_ptr());
+    arguments.lrs = write_to<double>(*lrs_);
   }
 }
 
@@ -185,31 +186,32 @@ Updating::Updating(const UpdateTensors& tensors, const UpdateScalars& scalars, b
   check_table(scalars.offsets, ScalarType::Long, static_cast<int64_t>(count), "offsets");
   check_table(lr, ScalarType::Double, groups.count(), "lr",
               lr.is_cpu() ? lr.device() : context.device());
-  STD_TORCH_CHECK(tensors.steps.size() == count, "steps has ", tensors.steps.size(),
-                  " tensors; expected one for each of ", count, " parameters");
+  ROSE_CHECK(tensors.steps.size() == count, "steps has ", tensors.steps.size(),
+             " tensors; expected one for each of ", count, " parameters");
   const bool has_first = !tensors.first_masks.empty();
   const bool has_second = from_risk || !tensors.second_masks.empty();
   const auto first = check_masks(tensors.first_masks, layout, "first_masks", context.device());
   const auto second = check_masks(tensors.second_masks, layout, "second_masks", context.device());
 
+  const auto* offsets = read_from<int64_t>(scalars.offsets, "offsets");
   HostTable host(layout, &groups);
   for (size_t i = 0; i < count; ++i) {
     check_table(tensors.steps[i], ScalarType::Float, 1, "steps", context.device());
     Segment& segment = host.segments[i];
-    STD_TORCH_CHECK(!segment.selective || has_first || has_second, "params[", i,
-                    "] is selective; expected first_masks, second_masks or a selection");
-    segment.step = static_cast<float*>(tensors.steps[i].mutable_data_ptr());
-    segment.offset = scalars.offsets.const_data_ptr<int64_t>()[i];
+    ROSE_CHECK(!segment.selective || has_first || has_second, "params[", i,
+               "] is selective; expected first_masks, second_masks or a selection");
+    segment.step = write_to<float>(tensors.steps[i], {"steps", static_cast<int64_t>(i)});
+    segment.offset = offsets[i];
+    const auto mask = [&](const std::vector<Tensor>& masks, const char* name) {
+      return masks.empty() ? nullptr : read_from<uint8_t>(masks[i], {name, static_cast<int64_t>(i)});
+    };
+    const uint8_t* const masks[2] = {mask(tensors.first_masks, "first_masks"),
+                                     mask(tensors.second_masks, "second_masks")};
     if (!segment.selective) continue;
     ranked += segment.n;
     segment.mask_kinds[0] = first[i];
     segment.mask_kinds[1] = second[i];
-    if (has_first) {
-      segment.masks[0] = static_cast<const uint8_t*>(tensors.first_masks[i].const_data_ptr());
-    }
-    if (!tensors.second_masks.empty()) {
-      segment.masks[1] = static_cast<const uint8_t*>(tensors.second_masks[i].const_data_ptr());
-    }
+    std::copy(masks, masks + 2, segment.masks);
   }
   table_.emplace(host, context);
   prepared_ = context.empty(static_cast<int64_t>(count * sizeof(Prepared)), ScalarType::Byte);
@@ -220,7 +222,7 @@ Updating::Updating(const UpdateTensors& tensors, const UpdateScalars& scalars, b
   arguments.clip = floats(scalars.clip, 2, "clip", context);
   arguments.found_inf = floats(scalars.found_inf, 1, "found_inf", context);
   arguments.from_risk = from_risk;
-  arguments.prepared = static_cast<Prepared*>(prepared_.mutable_data_ptr());
+  arguments.prepared = write_to<Prepared>(prepared_);
   arguments.gamma = scalars.gamma;
   arguments.fractional = has_first && has_second;
   arguments.first_weight = arguments.fractional ? 1 : 3;
@@ -248,7 +250,7 @@ Tensor select(std::vector<Tensor> grads, std::vector<Tensor> exp_avgs, Tensor hy
                      0};
   Selecting selecting(risk, layout.elements(), {upper, lower}, context);
   Tensor result = context.empty(8, ScalarType::Long);
-  selecting.arguments.selection = result.mutable_data_ptr<int64_t>();
+  selecting.arguments.selection = write_to<int64_t>(result);
   selecting.arguments.approx = approx;
   if (!approx) selecting.log_keys();
   check(cuda::select(selecting.arguments, context.stream()));
@@ -292,7 +294,7 @@ Tensor bracket_capture_(std::vector<Tensor> masks, std::vector<Tensor> grads,
                      0};
   Selecting selecting(risk, layout.elements(), {upper, lower}, context);
   Tensor result = context.empty(8, ScalarType::Long);
-  selecting.arguments.selection = result.mutable_data_ptr<int64_t>();
+  selecting.arguments.selection = write_to<int64_t>(result);
   selecting.log_brackets(false, draw, width);
   check(cuda::bracket_capture(selecting.arguments, context.stream()));
   return result;
@@ -306,15 +308,15 @@ Tensor adamw_(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector
               std::optional<Tensor> found_inf, double gamma, bool rank_inactive, int64_t seed,
               bool stochastic) {
   const Context context(device_of(params));
-  STD_TORCH_CHECK(!selection || second_masks.empty(),
-                  "both selection and second_masks are given; expected one second-order mask");
+  ROSE_CHECK(!selection || second_masks.empty(),
+             "both selection and second_masks are given; expected one second-order mask");
   Updating updating(
       {params, grads, exp_avgs, exp_avg_sqs, steps, first_masks, second_masks},
       {lr, hyper, group, offsets, inv_scale, clip, found_inf, gamma, rank_inactive, seed, stochastic},
       selection.has_value(), context);
   updating.arguments.selection = selection ? record(*selection, context) : nullptr;
   Tensor counts = context.empty(2, ScalarType::Long);
-  updating.arguments.counts = static_cast<Count*>(counts.mutable_data_ptr());
+  updating.arguments.counts = write_to<Count>(counts);
   check(cuda::update(updating.arguments, context.stream()));
   return counts;
 }
@@ -338,7 +340,7 @@ Tensor bracket_adamw_(std::vector<Tensor> params, std::vector<Tensor> grads,
   Selecting selecting(risk, updating.ranked, {upper, lower}, context);
   selecting.log_brackets(true, draw, width);
   Tensor result = context.empty(8 + 2, ScalarType::Long);
-  int64_t* const record = result.mutable_data_ptr<int64_t>();
+  int64_t* const record = write_to<int64_t>(result);
   selecting.arguments.selection = record;
   update.selection = record;
   update.counts = reinterpret_cast<Count*>(record + 8);
@@ -354,7 +356,7 @@ Tensor sums_of_squares(std::vector<Tensor> tensors, std::optional<Tensor> inv_sc
   Tensor partial = context.empty(layout.tiles(), ScalarType::Double);
   Tensor result = context.empty(count, ScalarType::Double);
   check(cuda::sums_of_squares({table.table, floats(inv_scale, 1, "inv_scale", context),
-                               partial.mutable_data_ptr<double>(), result.mutable_data_ptr<double>()},
+                               write_to<double>(partial), write_to<double>(result)},
                               context.stream()));
   return result;
 }
@@ -364,9 +366,9 @@ Tensor clip_factors(Tensor sums, double max_norm) {
   const int64_t count = sums.numel();
   check_table(sums, ScalarType::Double, count, "sums", context.device());
   Tensor result = context.empty(3, ScalarType::Float);
-  check(cuda::clip_factors({sums.const_data_ptr<double>(), count, static_cast<float>(max_norm),
-                            result.mutable_data_ptr<float>()},
-                           context.stream()));
+  check(cuda::clip_factors(
+      {read_from<double>(sums, "sums"), count, static_cast<float>(max_norm), write_to<float>(result)},
+      context.stream()));
   return result;
 }
 
@@ -386,10 +388,10 @@ Tensor select_tensors_(Tensor mask, Tensor sums, std::optional<Tensor> exp_avg_s
   Tensor keys = context.empty(count, ScalarType::Int);
   Tensor result = context.empty(8, ScalarType::Long);
   check(cuda::select_tensors(
-      {sums.const_data_ptr<double>(), exp_avg_sums ? exp_avg_sums->const_data_ptr<double>() : nullptr,
-       static_cast<const float*>(alphas.const_data_ptr()), floats(clip, 2, "clip", context), count,
-       upper, lower, rank_inactive, static_cast<uint32_t*>(keys.mutable_data_ptr()),
-       static_cast<bool*>(mask.mutable_data_ptr()), result.mutable_data_ptr<int64_t>()},
+      {read_from<double>(sums, "sums"),
+       exp_avg_sums ? read_from<double>(*exp_avg_sums, "exp_avg_sums") : nullptr,
+       write_to<float>(alphas), floats(clip, 2, "clip", context), count, upper, lower, rank_inactive,
+       write_to<uint32_t>(keys), write_to<bool>(mask, "mask"), write_to<int64_t>(result)},
       context.stream()));
   return result;
 }

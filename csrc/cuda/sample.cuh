@@ -187,8 +187,18 @@ ROSE_DEVICE void read_pilot(const SelectArguments& a, Factors factors, View* vie
 struct Plan {
   Window window;
   uint32_t estimate;  // of the threshold, the last key of a bin; kNoKey if there is none
-  double logged;      // keys to log, in a sample; infinite if the window does not hold the bracket
+  double logged;      // keys to log, at most; infinite if the window does not hold the bracket
 };
+
+// As many elements as there are where a sample has `sampled` of them, but for a probability of exp(-l):
+// the lower tail of a sum of independent terms between 0 and kLine, whose squares are at most kLine
+// times as large.
+ROSE_DEVICE double at_most(double sampled, int64_t stratum) {
+  if (stratum == 1) return sampled;
+  constexpr double half = kLine / 2 * kLogOfFailure;
+  const double root = sqrt(sampled + half) + sqrt(half);
+  return root * root * (double)stratum;
+}
 
 // A window is a few standard errors wide, and missing it costs time. A bracket must not be missed: see
 // bracket_adamw_ in rose_ops/reference.py. For a whole block.
@@ -203,8 +213,8 @@ ROSE_DEVICE Plan plan_of(const SelectArguments& a, const View& view, int t, bool
                    2.0 * q * (double)(int64_t)__ldcg(&sums.dc_dr[t]) +
                    q * q * (double)__ldcg(&sums.dr_dr);
   const double deviation = sqrt(u > 0.0 ? u : 0.0);
-  constexpr double kLog = 25.0;  // l in the derivation
-  const double margin = is_bracket ? a.width * (sqrt(2.0 * kLog) * deviation + 8.0 / 3.0 * kLine * kLog)
+  constexpr double l = kLogOfFailure;
+  const double margin = is_bracket ? a.width * (sqrt(2.0 * l) * deviation + 8.0 / 3.0 * kLine * l)
                                    : 3.0 * deviation + kLine;
   if (is_bracket && view.pivot != kNoKey) {  // is that surely the threshold?
     const double below = (double)__ldcg(&sums.below_pivot[t]) - q * ranked;
@@ -235,7 +245,9 @@ ROSE_DEVICE Plan plan_of(const SelectArguments& a, const View& view, int t, bool
   };
   Plan plan = {{window.low + (found[0].index << window.shift), 0, 0, true},
                end_of(found[1]),
-               is_open ? HUGE_VAL : (double)(found[2].below + found[2].inside - found[0].below)};
+               is_open
+                   ? HUGE_VAL
+                   : at_most((double)(found[2].below + found[2].inside - found[0].below), a.stratum)};
   plan.window.width = end_of(found[2]) - plan.window.low;
 #pragma unroll 1
   while (plan.window.width >> plan.window.shift >= kBins) ++plan.window.shift;
@@ -258,9 +270,9 @@ ROSE_DEVICE void make_plans(const SelectArguments& a, const View* views) {
       state.windows[t] = plan.window;
       (t == 0 ? state.estimate.high : state.estimate.low) = (int32_t)plan.estimate;
     }
-    // With room for the sample to be wrong.
-    const double room = (double)(a.log.capacity - a.log.spare);
-    speculates = is_bracket && 1.25 * logged * (double)a.stratum <= room;
+    const double room = (double)(a.log.capacity - a.log.spare), all = (double)a.elements;
+    if (logged < HUGE_VAL && logged > all) logged = all;
+    speculates = is_bracket && logged <= room;
     if (speculates) break;
   }
   if (threadIdx.x == 0) state.mode = speculates ? Mode::kSpeculative : Mode::kExact;

@@ -47,14 +47,14 @@ ROSE_DEVICE bool is_set(const float* found_inf) { return found_inf != nullptr &&
 // What all elements of a segment have in common, and its step. One thread for a segment.
 ROSE_DEVICE void prepare(const UpdateArguments& a, int i) {
   const Segment& segment = a.table.segments[i];
-  const float step = *segment.step + 1.0f;
+  const float step = next_step(*segment.step);
   *segment.step = step;
   Prepared& prepared = a.prepared[i];
   const double lr = a.lrs == nullptr ? a.few_lrs[segment.group] : a.lrs[segment.group];
   prepared.update = make_update(a.table.groups[segment.group], lr, step, a.gamma);
   prepared.scale = mul(segment.sign, scalar_or_one(a.inv_scale));
   prepared.clip = a.clip == nullptr ? 1.0f : a.clip[segment.selective ? 0 : 1];
-  prepared.random_key = random_key(a.seed, (uint32_t)step);
+  prepared.random_key = random_key(a.seed, step_word(step));
   prepared.base_kind = segment.selective ? 0 : 3;
   bool has_bits = false;
   for (int k = 0; k < 2; ++k) {

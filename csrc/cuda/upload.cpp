@@ -10,6 +10,8 @@
 #include <mutex>
 #include <numeric>
 
+#include "../check.h"
+
 #ifdef ROSE_SIMT
 #include "cuda_runtime.h"
 #else
@@ -46,8 +48,8 @@ bool current_stream(int32_t device, Stream* stream) {
 
 Context::Context(torch::stable::Device device)
     : device_(device), guard_(std::make_unique<Guard>(device.index())) {
-  STD_TORCH_CHECK(current_stream(device.index(), &stream_),
-                  "this build of PyTorch gives no CUDA stream; install one with CUDA");
+  ROSE_CHECK(current_stream(device.index(), &stream_),
+             "this build of PyTorch gives no CUDA stream; install one with CUDA");
 }
 
 Context::~Context() = default;
@@ -152,15 +154,13 @@ Uploads& uploads() {
   return *all;
 }
 
-void check(const char* error) { STD_TORCH_CHECK(error == nullptr, "CUDA: ", error); }
+void check(const char* error) { ROSE_CHECK(error == nullptr, "CUDA: ", error); }
 
 bool captures_graph(const Context& context) {
   bool capturing = false;
   check(is_capturing(context.stream(), capturing));
   return capturing;
 }
-
-uint64_t* data_of(Tensor& words) { return static_cast<uint64_t*>(words.mutable_data_ptr()); }
 
 template <typename T>
 size_t append(std::vector<uint64_t>& words, const std::vector<T>& values) {
@@ -180,7 +180,7 @@ Tensor upload(std::vector<uint64_t> words, const Context& context) {
     // The graph owns what is allocated during its capture, and the arguments of its launches. It must
     // not read anything else: nobody could tell when it is gone.
     Tensor memory = context.empty(size, ScalarType::Long);
-    check(write_words(data_of(memory), words.data(), size, context.stream()));
+    check(write_words(write_to<uint64_t>(memory), words.data(), size, context.stream()));
     return memory;
   }
   Uploads& all = uploads();
@@ -196,7 +196,7 @@ Tensor upload(std::vector<uint64_t> words, const Context& context) {
   }
   Tensor host = torch::stable::empty({size}, ScalarType::Long, std::nullopt, std::nullopt,
                                      !context.device().is_cpu());
-  std::copy(words.begin(), words.end(), data_of(host));
+  std::copy(words.begin(), words.end(), write_to<uint64_t>(host));
   Tensor memory = context.empty(size, ScalarType::Long);
   torch::stable::copy_(memory, host, true);
   all.recent.push_front({device, context.stream(), sum, std::move(words), memory});
@@ -229,7 +229,7 @@ DeviceTable::DeviceTable(const HostTable& host, const Context& context) {
   const size_t segments = append(words, host.segments), groups = append(words, host.groups);
   const size_t dims = append(words, host.dims);
   memory_ = upload(std::move(words), context);
-  const uint64_t* base = data_of(memory_);
+  const uint64_t* base = write_to<uint64_t>(memory_);
   table = {reinterpret_cast<const Segment*>(base + segments),
            reinterpret_cast<const Hyper*>(base + groups),
            reinterpret_cast<const Dim*>(base + dims),

@@ -14,17 +14,21 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from torch.utils.cpp_extension import include_paths as include_paths_of_torch
 
 HERE = Path(__file__).parent
 CSRC = HERE.parents[1] / "csrc"
 EXTRA = os.environ.get("ROSE_CXXFLAGS", "").split()  # such as sanitizers
 FOLDER = CSRC.parent / "build" / ("simt-flags" if EXTRA else "simt")
 BINDINGS = [
-    CSRC / "segments.cpp", CSRC / "arguments.cpp", CSRC / "cuda" / "upload.cpp",
+    CSRC / "data.cpp", CSRC / "segments.cpp", CSRC / "arguments.cpp", CSRC / "cuda" / "upload.cpp",
     CSRC / "cuda" / "ops_cuda.cpp", HERE / "simt.cpp", HERE / "module.cpp",
 ]  # fmt: skip
+# As setup.py has it: no path of this machine is to be in an error.
+HIDDEN = [CSRC.parent, *include_paths_of_torch()]
 FLAGS = ["-O2", "-g1", "-fvisibility=hidden", "-std=c++17", "-ffp-contract=off", "-DROSE_SIMT",
-         "-DTORCH_TARGET_VERSION=0x020a000000000000"]  # fmt: skip
+         "-DTORCH_TARGET_VERSION=0x020a000000000000",
+         *(f"-ffile-prefix-map={folder}/=" for folder in HIDDEN)]  # fmt: skip
 QUICK = ("-O1", "-DROSE_INLINE_LITTLE")  # to compile, for what runs once
 
 
@@ -63,9 +67,10 @@ def module() -> ModuleType:
 @functools.cache
 def load() -> Any:
     """The operators of the simulated device."""
-    from rose_ops import _ops
+    from rose_ops import _arguments, _ops
 
     module()
+    _arguments.register_negation("rose_simt")
     _ops.register_fakes("rose_simt")
     return torch.ops.rose_simt
 

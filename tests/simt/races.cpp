@@ -68,7 +68,7 @@ void mislead(const SelectArguments& s, std::vector<std::vector<float>> (&data)[4
       const bool is_sampled = line % s.stratum == static_cast<int64_t>(bits * s.stratum >> 32);
       const float m = data[2][i][e];
       if (m == 0) continue;
-      const float risk = is_sampled ? uniform(true) : 0.595f + 0.01f * uniform(false);
+      const float risk = is_sampled ? uniform(true) : 0.5995f + 0.001f * uniform(false);
       data[1][i][e] = m * (1.0f - risk) / (kClip[0] * segment.alpha);
     }
   }
@@ -135,20 +135,20 @@ uint64_t run(Way way, Loops loops) {
   s.lower = loops == Loops::kGeneral ? 300000000 : 0;
   s.width = 1.0;
   if (way != Way::kLogged) {
-    s.stratum = 8;
+    s.stratum = way == Way::kOverflow ? 3 : 8;
     s.lines = (lines + s.stratum - 1) / s.stratum;
   }
   const bool is_one_pass = way != Way::kLogged && way != Way::kSampled;
-  const int64_t unused = 3 * kThreads;            // of three blocks
-  s.log.capacity = way == Way::kSampled    ? 512  // fewer than there are in a window
-                   : way == Way::kOverflow ? 4096 + unused
-                   : way == Way::kNoRoom   ? 16 + unused  // it would have if all could be used
+  const int64_t unused = 3 * kThreads;                      // of three blocks
+  s.log.capacity = way == Way::kSampled    ? 512            // fewer than there are in a window
+                   : way == Way::kOverflow ? 5600 + unused  // more than what two samples may not show
+                   : way == Way::kNoRoom   ? 16 + unused    // it would have if all could be used
                                            : n + unused;
   std::vector<uint32_t> keys(s.log.capacity);
   s.log.keys = keys.data();
   if (is_one_pass) {
     s.speculative = true;
-    s.width = way == Way::kOverflow ? 0.02 : way == Way::kNoRoom ? 0.01 : 0.2;
+    s.width = way == Way::kOverflow ? 0.005 : way == Way::kNoRoom ? 0.01 : 0.2;
     places.resize(s.log.capacity);
     old.resize(3 * s.log.capacity);
     s.log.places = places.data();

@@ -129,6 +129,10 @@ ROSE_INLINE int32_t if_selected(uint32_t key, Bounds bounds, int32_t value) {
   return key == kInactiveKey ? value : inside;
 }
 
+// Of a bracketed selection: a bound does not hold with a probability of at most exp(-this). See
+// bracket_adamw_ in rose_ops/reference.py, where it is LOG_OF_FAILURE.
+constexpr double kLogOfFailure = 26.0;
+
 // A selection record: the fields of rose_ops/reference.py in the same order.
 struct Selection {
   int64_t high = -1, low = -1, kept = 0, ranked = 0, inactive = 0, nonfinite = 0, misses = 0;
@@ -157,6 +161,20 @@ struct Update {
   // By kind of mask, M = 0, gamma, 1 - gamma, 1: M, lr*M / (1 - beta1^t), 1 - lr*M*weight_decay
   float m[4], step_size[4], decay[4];
 };
+
+// The number after `step`: one more, or, where that rounds to the same number (from 2^24 on), the next
+// float32, so that the rounding of no two steps is keyed alike.
+ROSE_INLINE float next_step(float step) {
+  const float next = add(step, 1.0f);
+  if (next != step || abs_bits(step) >= kInfinityBits) return next;
+  return bits_float(step > 0.0f ? float_bits(step) + 1 : float_bits(step) - 1);
+}
+
+// What keys random bits of a step: its number below 2^24, else its bit pattern, which is larger.
+ROSE_INLINE uint32_t step_word(float step) {
+  if (step >= 0.0f && step < 16777216.0f) return (uint32_t)step;
+  return abs_bits(step) > kInfinityBits ? 0x7FC00000u : float_bits(step);
+}
 
 // `step` counts from 1.
 ROSE_INLINE Update make_update(const Hyper& h, double lr, double step, double gamma) {
@@ -257,7 +275,7 @@ ROSE_INLINE uint32_t mix(uint32_t x) {
   return x ^ (x >> 15);
 }
 
-// 32 random bits keyed on (seed, step, index): no state, any order, any device.
+// 32 random bits keyed on (seed, word of the step, index): no state, any order, any device.
 ROSE_INLINE uint32_t random_key(uint32_t seed, uint32_t step) {
   return mix(seed ^ (step * 0x9E3779B9u));
 }

@@ -19,6 +19,7 @@ from torch import Tensor
 from triton import knobs
 
 from rose_ops import reference
+from rose_ops._arguments import reads_pointers
 from rose_ops.backends.triton import bracket, kernels
 from rose_ops.backends.triton.table import (
     ALL,
@@ -142,11 +143,6 @@ def _risk_constants(c: Class, second: bool) -> dict[str, Any]:
     }
 
 
-def _resolved(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Lazy negation carried out: the kernels read memory."""
-    return [t.resolve_neg() for t in tensors]
-
-
 def _risk_roles(grads: Sequence[Tensor], exp_avgs: Sequence[Tensor]) -> list[Role]:
     return [Role("grads", grads), *([Role("exp_avgs", exp_avgs)] if exp_avgs else [])]
 
@@ -155,6 +151,7 @@ def _device(tensors: Sequence[Tensor]) -> torch.device:
     return tensors[0].device if tensors else torch.device("cpu")
 
 
+@reads_pointers()
 @keeps_denormals
 def select(
     grads: list[Tensor], exp_avgs: list[Tensor], hyper: Tensor, group: Tensor, inv_scale: Tensor | None,
@@ -162,7 +159,6 @@ def select(
 ) -> Tensor:  # fmt: skip
     """See :func:`rose_ops.reference.select`."""
     _check_fractions(upper, lower)
-    grads = _resolved(grads)
     table = make(_risk_roles(grads, exp_avgs), hyper, group, SELECT_BLOCK)
     device = _device(grads)
     factors = _Factors(inv_scale, clip, rank_inactive, device)
@@ -198,6 +194,7 @@ def _capture_table(
     return make(_risk_roles(grads, exp_avgs), hyper, group, BLOCK, columns=columns)
 
 
+@reads_pointers("masks")
 @keeps_denormals
 def capture_(
     masks: list[Tensor], grads: list[Tensor], exp_avgs: list[Tensor], hyper: Tensor, group: Tensor,
@@ -205,7 +202,6 @@ def capture_(
 ) -> None:  # fmt: skip
     """See :func:`rose_ops.reference.capture_`."""
     device = _device(grads)
-    grads = _resolved(grads)
     table = _capture_table(masks, grads, exp_avgs, hyper, group)
     check("selection", selection, torch.int64, Field.SIZE, device)
     factors = _Factors(inv_scale, clip, rank_inactive, device)
@@ -252,7 +248,6 @@ class _Update:
     ) -> None:  # fmt: skip
         device = self.device = _device(params)
         cpu = torch.device("cpu")
-        grads = self.resolved = _resolved(grads)  # kept for as long as the launches take
         roles = [
             Role("params", params, True), Role("grads", grads), Role("exp_avgs", exp_avgs, True),
             Role("exp_avg_sqs", exp_avg_sqs, True),
@@ -305,6 +300,7 @@ class _Update:
         }  # fmt: skip
 
 
+@reads_pointers("params", "exp_avgs", "exp_avg_sqs", "steps")
 @keeps_denormals
 def adamw_(
     params: list[Tensor], grads: list[Tensor], exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor],
@@ -448,6 +444,7 @@ def _bracketed(
     return b.record
 
 
+@reads_pointers("masks")
 @keeps_denormals
 def bracket_capture_(
     masks: list[Tensor], grads: list[Tensor], exp_avgs: list[Tensor], hyper: Tensor, group: Tensor,
@@ -457,7 +454,6 @@ def bracket_capture_(
     """See :func:`rose_ops.reference.bracket_capture_`."""
     _check_fractions(upper, lower)
     device = _device(grads)
-    grads = _resolved(grads)
     table = _capture_table(masks, grads, exp_avgs, hyper, group)
     factors = _Factors(inv_scale, clip, rank_inactive, device)
     constants = [_risk_constants(c, bool(exp_avgs)) for c in table.classes]
@@ -470,6 +466,7 @@ def bracket_capture_(
     )  # fmt: skip
 
 
+@reads_pointers("params", "exp_avgs", "exp_avg_sqs", "steps")
 @keeps_denormals
 def bracket_adamw_(
     params: list[Tensor], grads: list[Tensor], exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor],
@@ -500,13 +497,13 @@ def bracket_adamw_(
     )  # fmt: skip
 
 
+@reads_pointers()
 @keeps_denormals
 def sums_of_squares(tensors: list[Tensor], inv_scale: Tensor | None) -> Tensor:
     """See :func:`rose_ops.reference.sums_of_squares`."""
     device = _device(tensors)
     factors = _Factors(inv_scale, None, False, device)
     hyper, group = torch.zeros(1, 6, dtype=torch.float64), torch.zeros(len(tensors), dtype=torch.int64)
-    tensors = _resolved(tensors)
     table: Table = make([Role("tensors", tensors)], hyper, group, BLOCK)
     sums = torch.empty(len(tensors), dtype=torch.float64, device=device)
     if not tensors:
@@ -525,12 +522,14 @@ def sums_of_squares(tensors: list[Tensor], inv_scale: Tensor | None) -> Tensor:
     return sums
 
 
+@reads_pointers()
 def clip_factors(sums: Tensor, max_norm: float) -> Tensor:
     """See :func:`rose_ops.reference.clip_factors`."""
     check("sums", sums, torch.float64, sums.numel(), sums.device)
     return reference.clip_factors(sums, max_norm)
 
 
+@reads_pointers("mask")
 def select_tensors_(
     mask: Tensor, sums: Tensor, exp_avg_sums: Tensor | None, hyper: Tensor, group: Tensor,
     clip: Tensor | None, upper: int, lower: int, rank_inactive: bool,

@@ -17,6 +17,8 @@ A key inside a bracket has two digits: its bin, of at least 2048, and what is le
 # Kernels are compiled, not run: their annotations are Triton's.
 from __future__ import annotations
 
+import math
+
 import triton
 import triton.language as tl
 
@@ -49,8 +51,11 @@ from rose_ops.backends.triton.kernels import (
     _tile,
     kernel,
 )
+from rose_ops.reference import LOG_OF_FAILURE
 
 LINE: tl.constexpr = tl.constexpr(16)
+LOG: tl.constexpr = tl.constexpr(LOG_OF_FAILURE)  # l in the derivation
+ROOT: tl.constexpr = tl.constexpr(math.sqrt(8.0 * LOG_OF_FAILURE))
 FEW: tl.constexpr = tl.constexpr(512)  # lines that give the window
 WINDOW_BINS: tl.constexpr = tl.constexpr(2048)
 SCANNED: tl.constexpr = tl.constexpr(512)  # bins at a time
@@ -182,7 +187,7 @@ def _window(key, fraction, lines):
     q = fraction.to(tl.float64) * 1e-9
     position = q * size
     margin = 5.0 * tl.sqrt(2.0 * size * q * (1.0 - q)) + 2 * LINE
-    margin += size * (8.0 / 3.0 * 25.0) / lines.to(tl.float64)
+    margin += size * (8.0 / 3.0 * LOG) / lines.to(tl.float64)
     last = tl.maximum(size - 1.0, 0.0)
     wanted0 = tl.maximum(position - margin, 0.0).to(tl.int64)
     wanted1 = tl.minimum(position, last).to(tl.int64)
@@ -231,7 +236,7 @@ def _decide(state, t, fraction, stratum, width):
     cr = tl.load(target + CR, cache_modifier=".cg").to(tl.float64)
     rr = tl.load(target + RR, cache_modifier=".cg").to(tl.float64)
     u = tl.maximum(cc - 2.0 * q * cr + q * q * rr, 0.0)
-    margin = weight * width * (tl.sqrt(2.0 * 25.0 * u) + 8.0 / 3.0 * LINE * 25.0)
+    margin = weight * width * (tl.sqrt(u * (2.0 * LOG)) + 8.0 / 3.0 * LINE * LOG)
     # Estimated numbers of elements less the fraction of all that are ranked: below the window, up to
     # each bin, up to the middle.
     all_ranked = q * weight * sampled.to(tl.float64)
@@ -267,9 +272,9 @@ def _decide(state, t, fraction, stratum, width):
     tl.store(target + SHIFT, shift.to(tl.int64))
     _zero(state + FIRST_DIGITS + t * FIRST_BINS, ((high - low) >> shift) + 1)
     _zero(state + SECOND_DIGITS + t * SECOND_BINS, 1 << shift)
-    # At most, but for a probability of exp(-25): the lower tail of a sum of independent terms between 0
+    # At most, but for a probability of exp(-l): the lower tail of a sum of independent terms between 0
     # and 16, whose squares are at most 16 times as large.
-    root = tl.sqrt(inside.to(tl.float64) + 200.0) + 14.142135623730951  # the root of 200
+    root = tl.sqrt(inside.to(tl.float64) + 8.0 * LOG) + ROOT
     most = tl.where(stratum == 1, inside.to(tl.float64), weight * root * root)
     return tl.where(collapsed, 0.0, most)
 

@@ -340,6 +340,19 @@ def _prepare_kernel(
 
 
 @triton.jit
+def _next_step(step):
+    """The number after it, and what that keys random bits by; see ``next_step`` and ``step_word`` in
+    reference.py."""
+    bits = step.to(tl.int32, bitcast=True)
+    next_float = (bits + tl.where(bits < 0, -1, 1)).to(tl.float32, bitcast=True)
+    sticks = (step + 1.0 == step) & ((bits & 0x7FFFFFFF) < INFINITY)
+    step = tl.where(sticks, next_float, step + 1.0)
+    bits = tl.where(step == step, step.to(tl.int32, bitcast=True), 0x7FC00000)
+    small = (step >= 0) & (step < 16777216.0)
+    return step, tl.where(small, tl.where(small, step, 0.0).to(tl.int32), bits)
+
+
+@triton.jit
 def _prepare(
     rows, count, hyper, lr, found_inf, prepared, keys, gamma, seed, first_weight, second_weight,
     rules_out,
@@ -352,7 +365,7 @@ def _prepare(
         beta1 = tl.load(group)
         beta2 = tl.load(group + 1)
         step_pointer = tl.load(row + STEP).to(tl.pointer_type(tl.float32))
-        step = tl.load(step_pointer) + 1.0
+        step, word = _next_step(tl.load(step_pointer))
         tl.store(step_pointer, step)
         t = step.to(tl.float64)
         bias1 = 1.0 - tl.exp(t * tl.log(beta1))
@@ -389,7 +402,7 @@ def _prepare(
         ruled_out = selective & (kind == 0) & (some == 0) & (rules_out != 0)
         kind = tl.where(ruled_out, -1, kind)
         pair = keys + tl.load(row + INDEX) * 2
-        scrambled = step.to(tl.int64).to(tl.uint32) * 0x9E3779B9
+        scrambled = word.to(tl.uint32, bitcast=True) * 0x9E3779B9
         tl.store(
             pair, _mix(tl.load(seed).to(tl.int64).to(tl.uint32) ^ scrambled).to(tl.int32, bitcast=True)
         )
