@@ -68,7 +68,7 @@ class Field(IntEnum):
 
 def float32(x: float) -> float:
     """``x`` rounded to float32."""
-    return torch.tensor(x, dtype=torch.float64).float().item()
+    return torch.tensor(x, dtype=torch.float64, device="cpu").float().item()
 
 
 def keeps_denormals(function: Callable[P, T]) -> Callable[P, T]:
@@ -76,12 +76,26 @@ def keeps_denormals(function: Callable[P, T]) -> Callable[P, T]:
 
     @wraps(function)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> T:
-        flushing = (torch.tensor(2.0**-126, dtype=torch.float32) * 0.5).item() == 0
+        flushing = (torch.tensor(2.0**-126, dtype=torch.float32, device="cpu") * 0.5).item() == 0
         torch.set_flush_denormal(False)
         try:
             return function(*args, **kwargs)
         finally:
             torch.set_flush_denormal(flushing)
+
+    return wrapper
+
+
+def operator(function: Callable[P, T]) -> Callable[P, T]:
+    """Of all that stands for an operator: it looks at storages first, and computes with denormals, and
+    on the CPU, whatever this thread is set to."""
+
+    @checks_memory
+    @keeps_denormals
+    @wraps(function)
+    def wrapper(*args: P.args, **kwargs: P.kwargs) -> T:
+        with torch.device("cpu"):  # torch.set_default_device() may say something else
+            return function(*args, **kwargs)
 
     return wrapper
 
@@ -96,8 +110,7 @@ def scaled(
     return g if clip is None else g * clip[0 if selective else 1].to(g.device)
 
 
-@checks_memory
-@keeps_denormals
+@operator
 def clip_factors(sums: Tensor, max_norm: float) -> Tensor:
     """The norm of all gradients, and what those of selective and of other tensors are multiplied by to
     be clipped: float32 ``[3]``.
@@ -161,8 +174,7 @@ def rank_of(fraction: int, n: int) -> int:
     return fraction * (n // FRACTION_UNIT) + fraction * (n % FRACTION_UNIT) // FRACTION_UNIT
 
 
-@checks_memory
-@keeps_denormals
+@operator
 def select(
     grads: list[Tensor],
     exp_avgs: list[Tensor],
@@ -233,8 +245,7 @@ def unpack(mask: Tensor, n: int) -> Tensor:
     return ((mask[:, None] >> torch.arange(8, dtype=torch.uint8)) & 1).bool().reshape(-1)[:n]
 
 
-@checks_memory
-@keeps_denormals
+@operator
 def capture_(
     masks: list[Tensor],
     grads: list[Tensor],
@@ -270,7 +281,10 @@ def step_word(step: float) -> int:
     float32, which is larger than those and another one for every number (for NaN, one for all)."""
     if 0 <= step < 2**24:
         return int(step)
-    return int(torch.tensor(step if step == step else torch.nan).view(torch.int32)) & 0xFFFFFFFF
+    return (
+        int(torch.tensor(step if step == step else torch.nan, dtype=torch.float32).view(torch.int32))
+        & 0xFFFFFFFF
+    )
 
 
 def hash_u32(index: Tensor, seed: int, step: int) -> Tensor:
@@ -324,8 +338,7 @@ def _weights(first: Tensor | None, second: Tensor | None, gamma: float) -> _Weig
     return _Weight(m, complement.masked_fill(both, 0.0).masked_fill(neither, 1.0))
 
 
-@checks_memory
-@keeps_denormals
+@operator
 def adamw_(
     params: list[Tensor],
     grads: list[Tensor],
@@ -435,7 +448,7 @@ def _rules_out(masks: list[Tensor]) -> bool:
     return all(mask.dtype == torch.bool and mask.numel() == 1 and not mask for mask in masks)
 
 
-@checks_memory
+@operator
 def bracket_adamw_(
     params: list[Tensor],
     grads: list[Tensor],
@@ -505,7 +518,7 @@ def bracket_adamw_(
     return torch.cat([record, counts])
 
 
-@checks_memory
+@operator
 def bracket_capture_(
     masks: list[Tensor],
     grads: list[Tensor],
@@ -535,22 +548,21 @@ def _constant(x: float, dtype: torch.dtype) -> float:
     return float32(x) if dtype == torch.float32 else x
 
 
-@checks_memory
-@keeps_denormals
+@operator
 def sums_of_squares(tensors: list[Tensor], inv_scale: Tensor | None) -> Tensor:
     """Squared Frobenius norm of each tensor: float64 ``[N]``."""
     sums = [scaled(t, inv_scale).double().square().sum() for t in tensors]
     return torch.stack(sums) if sums else torch.empty(0, dtype=torch.float64)
 
 
-@keeps_denormals
+@operator
 def norm_of(sums: Tensor, clip: Tensor | None = None) -> Tensor:
     """Norms from sums of squares, rounded once: float32; of selective tensors, clipped."""
     norms = sums.sqrt().float()
     return norms if clip is None else norms * clip[0]
 
 
-@keeps_denormals
+@operator
 def select_tensors(
     grad_norms: Tensor,
     exp_avg_norms: Tensor | None,
@@ -607,7 +619,7 @@ def select_tensors(
     return mask, torch.stack([*fields.values()])
 
 
-@checks_memory
+@operator
 def select_tensors_(
     mask: Tensor,
     sums: Tensor,

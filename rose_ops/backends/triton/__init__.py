@@ -503,7 +503,8 @@ def sums_of_squares(tensors: list[Tensor], inv_scale: Tensor | None) -> Tensor:
     """See :func:`rose_ops.reference.sums_of_squares`."""
     device = _device(tensors)
     factors = _Factors(inv_scale, None, False, device)
-    hyper, group = torch.zeros(1, 6, dtype=torch.float64), torch.zeros(len(tensors), dtype=torch.int64)
+    hyper = torch.zeros(1, 6, dtype=torch.float64, device="cpu")
+    group = torch.zeros(len(tensors), dtype=torch.int64, device="cpu")
     table: Table = make([Role("tensors", tensors)], hyper, group, BLOCK)
     sums = torch.empty(len(tensors), dtype=torch.float64, device=device)
     if not tensors:

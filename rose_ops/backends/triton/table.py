@@ -232,11 +232,11 @@ def _make(
         selective_tiles.append(ranked)
     all_rows = [*chain(*members.values())] or [[0] * COLUMNS]
     words = [
-        torch.tensor(all_rows, dtype=torch.int64).reshape(-1),
-        torch.tensor(pool or [[0] * _DIM], dtype=torch.int64).reshape(-1),
+        torch.tensor(all_rows, dtype=torch.int64, device="cpu").reshape(-1),
+        torch.tensor(pool or [[0] * _DIM], dtype=torch.int64, device="cpu").reshape(-1),
         hyper.reshape(-1).view(torch.int64),
-        torch.tensor([*extra, 0.0], dtype=torch.float64).view(torch.int64),
-        torch.tensor([1.0, 1.0, 0.0, 0.0]).view(torch.int64),
+        torch.tensor([*extra, 0.0], dtype=torch.float64, device="cpu").view(torch.int64),
+        torch.tensor([1.0, 1.0, 0.0, 0.0], dtype=torch.float32, device="cpu").view(torch.int64),
     ]
     blob = _upload(torch.cat(words), device)
     rows_, dims_, hyper_, extra_, constants = blob.split([len(w) for w in words])

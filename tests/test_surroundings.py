@@ -1,0 +1,187 @@
+"""What surrounds the optimizer: PyTorch's defaults, tensors without memory, torch.compile."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+from support import assert_all_same_bits
+from torch import nn
+from training import assert_same_training, clones, each_order, give, gradients, parameters, train
+from training import one_thread as one_thread
+
+import rose_ops
+from rose_ops import RoseFusedAdamW
+
+# --------------------------------------------------------------------------- other defaults of torch
+
+
+@contextmanager
+def other_default(what: str) -> Iterator[None]:
+    """A device on which nothing can be read, or a dtype."""
+    if what == "device":
+        with torch.device("meta"):
+            yield
+        return
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+each_default = pytest.mark.parametrize("default", ["device", "dtype"])
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"selection": "exact"},
+        {"selection": "approx"},
+        {"granularity": "tensor"},
+        {"max_grad_norm": 1.0},
+        {"granularity": "tensor", "max_grad_norm": 1.0},
+        {"lr": torch.tensor(1e-3)},
+    ],
+    ids=str,
+)
+@each_order
+@each_default
+def test_another_default_changes_nothing(default, order, options, backend, generator):
+    params = parameters(generator)
+    others = clones(params)
+    optimizers = [RoseFusedAdamW(p, order=order, backend=backend, **options) for p in (params, others)]
+    state = generator.get_state()
+    train(optimizers[0], params, 3, generator)
+    generator.set_state(state)
+    grads = [(gradients(others, generator), gradients(others, generator)) for _ in range(3)]
+    with other_default(default):
+        for of_update, of_kl in grads:
+            if order != "second":
+                give(others, of_kl)
+                optimizers[1].capture("first")
+            give(others, of_update)
+            optimizers[1].step()
+        saved = optimizers[1].state_dict()
+        optimizers[1].load_state_dict(saved)
+    assert_same_training(optimizers[0], params, optimizers[1], others)
+
+
+@each_default
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_another_default_and_the_functions(backend, default, generator):
+    g, m = ([torch.randn(n, generator=generator) for n in (50, 0, 7)] for _ in range(2))
+
+    def run():
+        p, v = [x.clone() for x in g], [x.square() for x in m]
+        masks, selection = rose_ops.capture_mask(g, m, backend=backend)
+        whole, _ = rose_ops.capture_mask(g, m, backend=backend, granularity="tensor")
+        rose_ops.select_threshold(g, m, backend=backend)
+        steps = [x.new_zeros(()) for x in p]
+        moments = [x.clone() for x in m]
+        counts = rose_ops.rose_adamw_(p, g, moments, v, steps, second_masks=masks, backend=backend)
+        return [*masks, *whole, *p, *moments, *v, *selection, *counts]
+
+    expected = run()
+    with other_default(default):
+        found = run()
+    assert_all_same_bits(found, expected, backend)
+
+
+# ------------------------------------------------------------------------------- without any memory
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"selection": "exact"}, {"granularity": "tensor"}, {"max_grad_norm": 1.0}, {"backend": "cpu"}],
+    ids=str,
+)
+@each_order
+@pytest.mark.parametrize("kind", ["fake", "meta"])
+def test_training_without_memory(kind, order, options):
+    """As estimators of memory run it: shapes, dtypes and the keys of the state are as they will be."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    def run(device: str) -> list:
+        model = nn.Sequential(nn.Linear(40, 30, device=device), nn.Linear(30, 4, device=device))
+        optimizer = RoseFusedAdamW(model.parameters(), order=order, **options)
+        x = torch.randn(3, 40, device=device)
+        for _ in range(2):
+            if order != "second":
+                model(x).square().sum().backward()
+                optimizer.capture("first")
+            model(x).sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return [
+            {key: (value.shape, value.dtype) for key, value in optimizer.state[p].items()}
+            for p in model.parameters()
+        ]
+
+    expected = run("cpu")
+    if kind == "meta":
+        assert run("meta") == expected
+    else:
+        with FakeTensorMode():
+            assert run("cpu") == expected
+
+
+def test_an_estimator_of_memory():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    tracker = pytest.importorskip("torch.distributed._tools.mem_tracker")
+    with FakeTensorMode():
+        model = nn.Linear(1000, 3000, bias=False)
+        optimizer = RoseFusedAdamW(model.parameters())
+        tracked = tracker.MemTracker()
+        tracked.track_external(model, optimizer)
+        with tracked:
+            model(torch.ones(2, 1000)).sum().backward()
+            optimizer.step()
+    peak = tracked.get_tracker_snapshot("peak")[torch.device("cpu")]
+    optimizer_state = next(value for key, value in peak.items() if "OPT" in str(key).upper())
+    assert math.isclose(optimizer_state, 2 * 4 * 3_000_000, rel_tol=0.01)
+
+
+# -------------------------------------------------------------------------------- torch.compile
+
+
+@pytest.mark.parametrize(("order", "what"), [("second", "step"), ("ensemble", "loop")])
+def test_compiled_training_is_eager_training(order, what):
+    """Counters included: the warm-up ends. In a process of its own, as the compiler changes a lot."""
+    program = f"""
+import torch
+from torch import nn
+from rose_ops import RoseFusedAdamW
+found = []
+for compiled in (False, True):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, 3))
+    optimizer = RoseFusedAdamW(model.parameters(), lr=0.1, order={order!r}, selection_warmup_steps=2)
+    x = torch.randn(5, 6)
+    step = torch.compile(optimizer.step, backend="eager") if compiled else optimizer.step
+    def loop():
+        if {order!r} != "second":
+            with optimizer.capturing("first"):
+                model(x).square().sum().backward()
+        model(x).sum().backward()
+        (optimizer.step if {what!r} == "loop" else step)()
+        optimizer.zero_grad()
+    if compiled and {what!r} == "loop":
+        loop = torch.compile(loop, backend="eager")
+    for _ in range(5):
+        loop()
+    kept = optimizer.selection[optimizer.settings.kinds[-1]].kept
+    found.append(([p.detach() for p in model.parameters()], kept, optimizer._steps_done))
+(a, kept_a, steps_a), (b, kept_b, steps_b) = found
+assert all(map(torch.equal, a, b)) and kept_a == kept_b > 0 and steps_a == steps_b == 5
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=300)
