@@ -74,26 +74,31 @@ class RoseFusedAdamW(Optimizer):
 
     First order and ensemble need the mask of the KL gradient before every step::
 
-        kl.backward()
-        opt.capture("first")
+        with opt.capturing("first"):
+            kl.backward()
         ce.backward()
         opt.step()
 
-    :func:`rose_ops.rose_backward` does that for any classifier.
+    :func:`rose_ops.rose_backward` does that for any classifier. (``DistributedDataParallel`` averages
+    gradients in the first backward after a forward only: there, use that function, or give each
+    backward a forward of its own.)
 
     Args:
         params: parameters or groups. Float32, bfloat16 or float16. Groups may set ``lr``,
             ``betas``, ``eps``, ``weight_decay``, ``maximize`` and ``selective``; ``selective=False``
             means plain AdamW, outside the ranking. See :func:`rose_param_groups`.
-        lr, betas, eps, weight_decay, maximize: as in ``torch.optim.AdamW``; ``lr`` may be a tensor.
+        lr, betas, eps, weight_decay, maximize: as in ``torch.optim.AdamW``; ``lr`` and ``betas`` may be
+            tensors. What schedules, or anybody, write into groups counts from the next step on.
+        amsgrad, differentiable: False, as nothing else can be honoured. foreach, fused: taken and
+            without effect: there is one implementation here.
         order: ``"first"``, ``"second"`` or ``"ensemble"``.
         upper, lower: fractions of the ranking between which elements are kept, ``0 <= lower < upper
-            <= 1``; a pair (first, second) sets the two masks of an ensemble apart.
+            <= 1``, rounded to 1e-9; a pair (first, second) sets the two masks of an ensemble apart.
         gamma: weight of the first-order mask in the ensemble, in (0, 1).
         granularity: ``"element"``, or ``"tensor"``: whole tensors are ranked by their Frobenius
             norms, as in the authors' code.
         selection: ``"bracket"``: the k-th smallest risk, found in the pass that updates. A sample
-            brackets it; the bracket misses it with a probability below 1e-9 (see
+            brackets it; a step's brackets miss with a probability below 1e-9 (see
             :func:`rose_ops.reference.bracket_adamw_`), which shows in ``selection["second"].misses``:
             then the nearest end of the bracket is the threshold. ``"exact"``: the same masks without
             luck, by a pass of its own. ``"approx"``: that pass only counts; the threshold is rounded up
@@ -122,6 +127,11 @@ class RoseFusedAdamW(Optimizer):
         backend: ``"auto"``, ``"cuda"``, ``"triton"``, ``"cpu"`` or ``"reference"`` (plain PyTorch on
             the CPU, slow). ``"auto"`` is ``"cuda"`` or else ``"triton"`` on a GPU.
         process_group: not there yet.
+        local_ranking: rank, and clip, what this process has by itself, where it is a part of the
+            parameters (FSDP1, ZeRO and the like) or a part of the gradients (inside the backward). Such
+            use is refused otherwise: a part is not what the whole would be.
+        amp_scaling: False: leave unscaling and the skipping of steps to ``GradScaler``, as optimizers
+            that are not fused do, for trainers that clip in between.
         seed: of the stochastic rounding, the only thing that is random here.
 
     Raises:
