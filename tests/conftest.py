@@ -127,6 +127,11 @@ def every_ops(request: pytest.FixtureRequest):
     return _namespace(request.param)
 
 
+@pytest.fixture(scope="session", params=[TRITON])
+def triton_ops(request: pytest.FixtureRequest):
+    return _namespace(request.param)
+
+
 @pytest.fixture(scope="session", params=["cpu", GPU])
 def real_ops(request: pytest.FixtureRequest):
     """The operators of real devices: for what would take a simulated one too long."""

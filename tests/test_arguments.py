@@ -233,8 +233,22 @@ def of_numbers(call: str, name: str, index: int) -> bool:
     ("call", "name", "index"), [p for p in PLACES if of_numbers(*p)],
     ids=[i for i, p in zip(IDS, PLACES, strict=True) if of_numbers(*p)],
 )  # fmt: skip
-def test_lazy_negation(every_ops, call, name, index):
+def test_lazy_negation(any_ops, call, name, index):
     """The right values are read, and what is written is refused by its name, or written right."""
+    check_negation(any_ops, call, name, index)
+
+
+# Interpreted, an operator takes seconds, and all its arguments go the same way.
+@pytest.mark.parametrize("call", CALLS)
+def test_lazy_negation_by_triton(triton_ops, call):
+    mine = [place for place in PLACES if place[0] == call and of_numbers(*place)]
+    for writes in (False, True):
+        place = next((p for p in mine if is_written(call, p[1]) == writes), None)
+        if place:
+            check_negation(triton_ops, *place)
+
+
+def check_negation(every_ops, call: str, name: str, index: int) -> None:
     torch.manual_seed(0)  # of random_masks
     arguments = change(call, name, index, negated)
     torch.manual_seed(0)
