@@ -139,16 +139,16 @@ uint64_t run(Way way, Loops loops) {
     s.lines = (lines + s.stratum - 1) / s.stratum;
   }
   const bool is_one_pass = way != Way::kLogged && way != Way::kSampled;
-  const int64_t unused = 3 * kThreads;                      // of three blocks
-  s.log.capacity = way == Way::kSampled    ? 512            // fewer than there are in a window
-                   : way == Way::kOverflow ? 5600 + unused  // more than what two samples may not show
-                   : way == Way::kNoRoom   ? 16 + unused    // it would have if all could be used
+  const int64_t unused = 3 * kThreads;                       // of three blocks
+  s.log.capacity = way == Way::kSampled    ? 512             // fewer than there are in a window
+                   : way == Way::kOverflow ? 5600 + unused   // more than what two samples may not show
+                   : way == Way::kNoRoom   ? n - 1 + unused  // it would have if all could be used
                                            : n + unused;
   std::vector<uint32_t> keys(s.log.capacity);
   s.log.keys = keys.data();
   if (is_one_pass) {
     s.speculative = true;
-    s.width = way == Way::kOverflow ? 0.005 : way == Way::kNoRoom ? 0.01 : 0.2;
+    s.width = way == Way::kOverflow ? 0.005 : 0.2;
     places.resize(s.log.capacity);
     old.resize(3 * s.log.capacity);
     s.log.places = places.data();
