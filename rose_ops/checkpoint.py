@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from rose_ops import memory
-from rose_ops.batch import MOMENTS, STATE
-from rose_ops.settings import ADAMW_ONLY, Settings, check_group, is_number
+from rose_ops.checks import MOMENTS, STATE, has_memory
+from rose_ops.settings import ADAMW_ONLY, Settings, check_group, is_number, is_selective
 
 # Beside "state" and "param_groups", where torch.optim.AdamW ignores it.
 ROSE = "rose"
@@ -83,9 +84,14 @@ class Loader:
             self._check_settings(ours, fail)
         # AdamW's groups do not say what is selective: that stays as it is.
         groups = [
-            {"selective": ours is not None or here["selective"], **group}
+            {"selective": ours is not None or is_selective(here), **group}
             for here, group in zip(self._groups, groups, strict=True)
         ]
+        flags = [[is_selective(group) for group in some] for some in (self._groups, groups)]
+        if flags[0] != flags[1]:
+            self.differences.append(
+                f"selective={flags[1]} by groups, as in the checkpoint (was {flags[0]})"
+            )
         for group in groups:
             check_group({**self._defaults, **group}, given=False)
         params = dict(zip(ids, (p for group in self._groups for p in group["params"]), strict=True))
@@ -133,12 +139,18 @@ class Loader:
             if key not in state:
                 raise fail(f"{key!r} is missing; expected step, exp_avg and exp_avg_sq")
         kept = dict(state)
+        if is_lazy(p):
+            raise ValueError(
+                f"state of parameter {i}, which is not initialized yet: run a batch through the model "
+                "first; nothing was loaded"
+            )
         step = state["step"]
-        if isinstance(step, Tensor) and step.numel() == 1:
-            step = step.item()
-        if not is_number(step) or step < 0:
-            raise fail(f"'step' is {step}; expected a number >= 0")
-        kept["step"] = Kept(torch.tensor(step, dtype=torch.float32, device=p.device))
+        if not isinstance(step, Tensor) or step.numel() != 1 or has_memory(step):
+            if isinstance(step, Tensor) and step.numel() == 1:
+                step = step.item()
+            if not is_number(step) or step < 0:
+                raise fail(f"'step' is {step}; expected a number >= 0")
+            kept["step"] = Kept(torch.tensor(step, dtype=torch.float32, device=p.device))
         for key in MOMENTS:
             value = state[key]
             if not isinstance(value, Tensor) or not value.is_floating_point():

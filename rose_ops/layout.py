@@ -6,6 +6,7 @@ in the order in which they lie in memory, so that a channels-last weight is one 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 
 import torch
@@ -36,18 +37,36 @@ def sharing_memory(tensors: Sequence[Tensor]) -> tuple[int, int] | None:
     spans = sorted(
         (begin, begin + _extent(t) * t.element_size(), i)
         for i, t in enumerate(tensors)
-        if (begin := address(t)) != 0 and t.numel() > 0
+        if t.numel() > 0 and (begin := address(t)) != 0
     )
-    # Of the spans so far, the one that reaches farthest. A span that it ends before is clear of all,
-    # unless they are interleaved (columns of one matrix), where more than the latest can matter.
-    reaching: list[tuple[int, int, int]] = []
-    for span in spans:
-        reaching = [other for other in reaching if other[1] > span[0]]
-        for other in reaching:
-            i, j = sorted((other[2], span[2]))
-            if _share(tensors[i], tensors[j]):
-                return i, j
-        reaching.append(span)
+    cluster: list[
+        int
+    ] = []  # whose spans meet: they may still be interleaved, as columns of a matrix are
+    end = 0
+    for begin, until, i in [*spans, (sys.maxsize, sys.maxsize, -1)]:
+        if begin >= end:
+            if len(cluster) > 1 and (pair := _sharing(tensors, cluster)):
+                return pair
+            cluster = []
+        cluster.append(i)
+        end = max(end, until)
+    return None
+
+
+def _sharing(tensors: Sequence[Tensor], cluster: list[int]) -> tuple[int, int] | None:
+    size = tensors[cluster[0]].element_size()
+    if any(tensors[i].element_size() != size for i in cluster):
+        return cluster[0], cluster[1]  # not worth a proof
+    start = address(tensors[cluster[0]])
+    begins = {i: (address(tensors[i]) - start) // size for i in cluster}
+    taken = torch.zeros(
+        max(begins[i] + _extent(tensors[i]) for i in cluster), dtype=torch.int32, device="cpu"
+    )
+    for i in cluster:
+        places = taken.as_strided(tensors[i].shape, tensors[i].stride(), begins[i])
+        if places.any():
+            return int(places.max()) - 1, i  # the other's number is written there
+        places.fill_(i + 1)
     return None
 
 
@@ -61,26 +80,6 @@ def _extent(tensor: Tensor) -> int:
     return 1 + sum(
         (size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
     )
-
-
-def _share(a: Tensor, b: Tensor) -> bool:
-    """Of tensors whose spans meet: whether an element of theirs is in the same place."""
-    dense = _extent(a) == a.numel() and _extent(b) == b.numel()
-    if dense or a.element_size() != b.element_size():
-        return True  # no gaps for the other to lie in (or not worth a proof)
-    start = min(a.data_ptr(), b.data_ptr())
-    size = a.element_size()
-    begins = [(t.data_ptr() - start) // size for t in (a, b)]
-    taken = torch.zeros(
-        max(begin + _extent(t) for begin, t in zip(begins, (a, b), strict=True)),
-        dtype=torch.bool,
-        device="cpu",
-    )
-    mine, other = (
-        taken.as_strided(t.shape, t.stride(), begin) for begin, t in zip(begins, (a, b), strict=True)
-    )
-    mine.fill_(True)
-    return bool(other.any())
 
 
 def empty_masks(numels: Sequence[int], device: torch.device | None = None) -> list[Tensor]:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
 from numbers import Real
 from typing import Any, Literal, NamedTuple
 
@@ -110,6 +111,7 @@ def rose_backward(
     *,
     r_drop: float = 0.0,
     max_grad_norm: float | None = None,
+    gradient_accumulation_steps: int = 1,
     criterion: Callable[[Tensor, Any], Tensor] = F.cross_entropy,
     forward: Callable[[nn.Module, Any], Any] | None = None,
     scaler: torch.amp.GradScaler | None = None,
@@ -162,6 +164,9 @@ def rose_backward(
     `accelerator.backward()`, and gradients clipped with the last micro-batch only; with Lightning's,
     losses are scaled by the trainer's scaler.
 
+    Other leaves: gradients of tensors that are neither the model's parameters nor the optimizer's, such
+    as inputs of adversarial training, get what every backward adds, that of the kl included.
+
     Gradient accumulation: a mask must come from the gradients of all micro-batches, so where this
     function captures one, it refuses gradients that are there already. Accumulate in two phases:
 
@@ -182,6 +187,8 @@ def rose_backward(
         max_grad_norm: Clip the gradient that is left in `.grad` to this norm, over all parameters of
             the optimizer, as `torch.nn.utils.clip_grad_norm_` does, and that of a second-order
             mask likewise. With gradient accumulation, pass it with the last micro-batch.
+        gradient_accumulation_steps: Divide the loss that is backpropagated by it, where micro-batches
+            are accumulated by whoever calls this. (accelerate's own is known from its wrapper.)
         criterion: `criterion(logits, labels)` gives the 0-dim classification loss.
         forward: `forward(model, inputs)` gives the logits `[batch, classes]`, for models that
             return neither a tensor, nor an object or mapping with `logits`, nor a tuple that begins
@@ -211,6 +218,8 @@ def rose_backward(
     own = [p for group in (rose or optimizer).param_groups for p in group["params"]]
     parameters = dict.fromkeys([*model.parameters(), *own])
     precision = Precision.of(optimizer, scaler)
+    if gradient_accumulation_steps != 1:
+        precision = precision.accumulating(gradient_accumulation_steps)
     if first or second:
         precision.check_captures()
         _check_no_gradients(model, parameters)
@@ -219,7 +228,8 @@ def rose_backward(
 
     def run() -> Tensor:
         replicas.before_forward()
-        return _logits(forward(model, inputs) if forward else _call(model, inputs))
+        with replicas.watched():
+            return _logits(forward(model, inputs) if forward else _call(model, inputs))
 
     def backward(loss: Tensor, **options: Any) -> None:
         if precision.accumulation > 1:
@@ -228,13 +238,14 @@ def rose_backward(
         torch.autograd.backward(scaled, **options)
         replicas.average_()
 
-    with replicas.quiet():
+    with replicas.quiet(rose):
         passes = [run()]
         if first or r_drop > 0.0:
             passes.append(run())
             _check_logits(*passes)
         # A backward runs in the dtypes its forward chose; under autocast it would choose anew.
-        with torch.autocast(passes[0].device.type, enabled=False):
+        device = passes[0].device.type
+        with nullcontext() if device == "meta" else torch.autocast(device, enabled=False):
             # Half precision would round the loss, and some criteria have no half-precision kernel.
             passes = [x.to(torch.promote_types(x.dtype, torch.float32)) for x in passes]
             loss = ce = torch.stack([_loss(criterion, logits, labels) for logits in passes]).mean()

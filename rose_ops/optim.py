@@ -9,39 +9,33 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict
 from functools import partial
 from typing import Any, NamedTuple
-from weakref import ref
+from weakref import WeakSet, ref
 
 import torch
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from rose_ops import backends
-from rose_ops.batch import (
-    Batch,
-    Collector,
-    check_given,
-    init_state,
-    inside_backward_of,
-    is_complete,
-    is_sharded,
-)
+from rose_ops.batch import Batch, Collector, init_state, inside_backward_of
 from rose_ops.checkpoint import MASKS, Kept, Loader, saved
-from rose_ops.flat import FlatParameter, members
+from rose_ops.checks import check_given, check_together, has_memory, is_complete, is_sharded
+from rose_ops.flat import members
 from rose_ops.layout import empty_masks
 from rose_ops.memory import with_own_storage
 from rose_ops.reference import Field
 from rose_ops.results import Selection, UpdateCounts
 from rose_ops.settings import (
     ADAMW_ONLY,
-    Group,
     Settings,
     beta_values,
     check_group,
     check_limit,
     choice,
     is_number,
+    is_selective,
     plain,
 )
 
@@ -51,6 +45,15 @@ class _Clip(NamedTuple):
 
     factors: Tensor | None = None
     sums: Tensor | None = None
+
+
+_CHECKED = (
+    "eps", "weight_decay", "maximize", "selective", "capturable", "amsgrad", "differentiable",
+    "decoupled_weight_decay",
+)  # fmt: skip
+
+# All there are, for those who are given a wrapper and do not find what it wraps.
+_live: WeakSet[RoseFusedAdamW] = WeakSet()
 
 
 class RoseFusedAdamW(Optimizer):
@@ -194,12 +197,18 @@ class RoseFusedAdamW(Optimizer):
             "foreach": foreach,
             "fused": fused,
         }
+        self._is_made = False
         super().__init__(params, {key: plain(value) for key, value in defaults.items()})
+        check_together(p for p in self._parameters() if p.requires_grad)  # once, for all groups
+        self._is_made = True
 
     def _reset(self) -> None:
         """What is derived from the state, and statistics."""
+        _live.add(self)
+        self._is_made = True
         self._steps_done = 0
         self._captured: set[str] = set()
+        self._averaged = False  # whether rose_backward averages gradients over processes by itself
         self._stepped: list[ref[Tensor]] = []  # gradients that the latest step used
         self._records: dict[str, Tensor] = {}
         groups = self.__dict__.get("param_groups", [])
@@ -233,10 +242,11 @@ class RoseFusedAdamW(Optimizer):
         if isinstance(param_group, dict) and not isinstance(param_group["params"], set):
             params = param_group["params"]
             params = [params] if isinstance(params, Tensor) else list(params)
-            param_group = Group({key: plain(value) for key, value in param_group.items()})
-            param_group["params"] = params
-            merged = {**self.defaults, "selective": True, **param_group}
+            param_group = {**{key: plain(x) for key, x in param_group.items()}, "params": params}
+            merged = {**self.defaults, **param_group}
             check_group(merged, given=True)
+            if is_selective(param_group):
+                param_group.pop("selective", None)
             tensors = [item[1] if isinstance(item, tuple) else item for item in params]
             # Sets and what is no tensor are refused below, in PyTorch's words.
             self._check_params([p for p in tensors if isinstance(p, Tensor)], merged["capturable"])
@@ -244,11 +254,13 @@ class RoseFusedAdamW(Optimizer):
         self._collector.add(self.param_groups[-1]["params"])
 
     def _check_params(self, params: list[Tensor], capturable: bool) -> None:
-        there = self._parameters()
-        check_given(params, self.settings, there)
+        check_given(params, self.settings)
+        there = self._parameters() if self._is_made else []
         first = next((p for p in [*there, *params] if p.requires_grad), None)
         if first is None:
             return  # the device is that of the first to be trained
+        if self._is_made:
+            check_together(p for p in [*there, *params] if p.requires_grad)
         self._resolve(first)
         if capturable and first.device.type == "cpu":
             raise ValueError(
@@ -290,18 +302,15 @@ class RoseFusedAdamW(Optimizer):
         """Raise where a group was given what cannot work since the latest step."""
         found = []
         for group in self.param_groups:
-            betas = group["betas"]
-            if isinstance(betas, tuple) and any(isinstance(beta, Tensor) for beta in betas):
-                betas = beta_values(betas)  # which may have changed in place
-            lr = group["lr"]
-            wrong = not isinstance(lr, Tensor) and not is_number(lr)
-            found.append(
-                (
-                    *group, betas, group["eps"], group["weight_decay"], group["maximize"],
-                    group["selective"], group["capturable"], wrong, group.get("amsgrad"),
-                    group.get("differentiable"), group.get("decoupled_weight_decay"),
-                )
-            )  # fmt: skip
+            betas, lr = group.get("betas"), group.get("lr")
+            # What is in tensors and lists may change in place.
+            if not isinstance(betas, (tuple, list)):
+                betas = None  # refused below
+            elif any(isinstance(beta, Tensor) for beta in betas):
+                betas = beta_values(betas)
+            right = lr.numel() == 1 if isinstance(lr, Tensor) else is_number(lr)
+            options = map(group.get, _CHECKED)
+            found.append((*group, *(betas or ()), right, *options))
         if found != self._options:
             for group in self.param_groups:
                 check_group(group, given=False)
@@ -343,7 +352,7 @@ class RoseFusedAdamW(Optimizer):
                 float(group["eps"]),
                 float(group["weight_decay"]),
                 -1.0 if group["maximize"] else 1.0,
-                float(group["selective"] and selecting),
+                float(is_selective(group) and selecting),
             )
             for group in self.param_groups
         ]
@@ -357,7 +366,8 @@ class RoseFusedAdamW(Optimizer):
         return not settings.is_adamw and self._steps_done >= settings.selection_warmup_steps
 
     def _resolve(self, p: Tensor) -> backends.Backend:
-        return backends.resolve(self.settings.backend, p.device, fake=isinstance(p, FakeTensor))
+        fake = isinstance(p, FakeTensor) and _is_faking()
+        return backends.resolve(self.settings.backend, p.device, fake=fake)
 
     def _ops(self, batch: Batch) -> Any:
         if self._loaded is None or self._loaded[0] != batch.device:
@@ -365,11 +375,11 @@ class RoseFusedAdamW(Optimizer):
         return self._loaded[1].ops
 
     def _selective(self, batch: Batch) -> Batch:
-        flags = [group["selective"] for group in self.param_groups]
+        flags = [is_selective(group) for group in self.param_groups]
         return batch if all(flags) else batch.subset([flags[row] for row in batch.layout.rows])
 
     def _has_selective(self, batch: Batch) -> bool:
-        flags = [group["selective"] for group in self.param_groups]
+        flags = [is_selective(group) for group in self.param_groups]
         return any(flags[row] for row in batch.layout.rows)
 
     def _masks_of(self, kind: str, batch: Batch, make: Callable[[], list[Tensor]]) -> list[Tensor]:
@@ -459,6 +469,13 @@ class RoseFusedAdamW(Optimizer):
             RuntimeError: no parameter has a gradient, or one that cannot be used, or one that the
                 latest step has used already and that was not cleared since.
         """
+        if DistributedDataParallel._active_ddp_module is not None and not self._averaged:
+            raise RuntimeError(
+                f"capture({kind!r}) inside the forward of DistributedDataParallel (as Lightning's "
+                "training_step is): gradients that are made there are not averaged over processes, so "
+                "each would have another mask; use rose_ops.rose_backward, which averages them (in "
+                "Lightning, with manual optimization)"
+            )
         self._check_kind(kind)
         check_limit(max_grad_norm, self.settings.max_grad_norm)
         batch = self._collect()
@@ -509,7 +526,7 @@ class RoseFusedAdamW(Optimizer):
         """
         self._check_kind(kind)
         capture = partial(self.capture, kind, grad_scale=grad_scale, max_grad_norm=max_grad_norm)
-        return _Capturing(self._parameters(), capture, set_aside)
+        return _Capturing(self, capture, set_aside)
 
     def _check_kind(self, kind: str) -> None:
         if kind not in self.settings.kinds:
@@ -600,8 +617,10 @@ class RoseFusedAdamW(Optimizer):
                 self._update(batch, selects)
         self._stepped = [
             ref(grad)
-            for m in (batch.members if "first" in self.settings.kinds or self._captured else ())
-            if (grad := m.grad) is not None
+            for p in (batch.params if "first" in self.settings.kinds or self._captured else ())
+            for m in members(p)
+            # DistributedDataParallel gives out the same view of a bucket in every backward.
+            if (grad := m.grad) is not None and (m is not p or _has_own_storage(grad))
         ]
         for kind in tuple(self._captured):
             self._drop_masks(kind)
@@ -679,7 +698,16 @@ class RoseFusedAdamW(Optimizer):
         torch.autograd.graph.increment_version(batch.members)
         self._steps_done += 1
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in Settings.__dataclass_fields__:
+            raise AttributeError(
+                f"{name!r} cannot be changed: make a new optimizer with {name}=..., and load the "
+                "state_dict() of this one into it"
+            )
+        super().__setattr__(name, value)
+
     @property
+    @_disable_dynamo
     def selection(self) -> dict[str, Selection | UpdateCounts]:
         """Statistics of the latest step: ``"first"`` and ``"second"`` (a :class:`Selection` each, if
         that mask was ever made) and ``"update"`` (:class:`UpdateCounts`), as 0-dim tensors."""
@@ -694,7 +722,11 @@ class RoseFusedAdamW(Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """As of ``torch.optim.AdamW``, whose keys it has, and beside them, under ``"rose"``, the
-        settings of the ranking. A captured mask is in its parameter's state.
+        settings of the ranking. A captured mask is in its parameter's state. Groups have a key more,
+        ``selective``, where it is False.
+
+        (``torch.distributed.checkpoint`` keeps states and groups alone, so with it a difference of
+        settings is not noticed.)
 
         As with PyTorch's optimizers, moments are not copied.
         """
@@ -751,16 +783,24 @@ class RoseFusedAdamW(Optimizer):
             "maximize": False, "capturable": False, **ADAMW_ONLY,
         }.items():  # fmt: skip
             self.defaults.setdefault(key, value)
-        self.param_groups = [Group({**self.defaults, **group}) for group in self.param_groups]
+        for group in self.param_groups:
+            for key in self.defaults:
+                group.setdefault(key, self.defaults[key])
+            if is_selective(group):
+                group.pop("selective", None)
         self._reset()
-        steps = [int(values["step"]) for values in self.state.values() if "step" in values]
+        steps = [
+            int(values["step"])
+            for values in self.state.values()
+            if "step" in values and has_memory(values["step"])
+        ]
         self._steps_done = state.get("_steps_done", max(steps, default=0))
         self._captured = {
             kind for kind, key in MASKS.items() for values in self.state.values() if key in values
         }
 
     def __repr__(self) -> str:
-        selective = [group["selective"] for group in self.param_groups]
+        selective = [is_selective(group) for group in self.param_groups]
         return f"{super().__repr__()[:-1]}\nselective: {selective}\n{self.settings}\n)"
 
 
@@ -768,12 +808,11 @@ class _Capturing(AbstractContextManager[None]):
     """What :meth:`RoseFusedAdamW.capturing` returns. (A class, whose methods torch.compile can leave
     out of graphs.)"""
 
-    def __init__(self, params: list[Tensor], capture: Callable[[], None], set_aside: bool) -> None:
-        self._members = [m for p in params for m in members(p)]
-        # Of flat parameters, gradients are always in the same place: what is put aside is a copy.
-        self._copies = any(isinstance(p, FlatParameter) for p in params)
+    def __init__(self, optimizer: RoseFusedAdamW, capture: Callable[[], None], set_aside: bool) -> None:
+        self._optimizer = optimizer
+        self._members = [m for p in optimizer._parameters() for m in members(p)]
         self._capture, self._set_aside = capture, set_aside
-        self._before: list[Tensor | None] = []
+        self._before: list[tuple[Tensor | None, Tensor | None]] = []
 
     @_disable_dynamo
     def __enter__(self) -> None:
@@ -785,11 +824,12 @@ class _Capturing(AbstractContextManager[None]):
                 "count), which would be in the mask; call zero_grad() before, or pass set_aside=True "
                 "to have it put aside and back"
             )
-        if self._copies:
-            before = [grad if grad is None else grad.clone() for grad in before]
-        self._before = before
+        # Views of a buffer (of flat parameters, of DistributedDataParallel) are written to again by the
+        # next backward: of these, the values are put aside, too.
+        self._before = [(grad, _copy_of_view(grad)) for grad in before]
         for m in self._members:
             m.grad = None
+        self._optimizer._stepped = []
 
     @_disable_dynamo
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
@@ -797,9 +837,22 @@ class _Capturing(AbstractContextManager[None]):
             if kind is None:
                 self._capture()
         finally:
-            for m, grad in zip(self._members, self._before, strict=True):
+            for m, (grad, values) in zip(self._members, self._before, strict=True):
+                if grad is not None and values is not None:
+                    with torch.no_grad():
+                        grad.copy_(values)
                 m.grad = grad
             self._before = []
+
+
+def _copy_of_view(grad: Tensor | None) -> Tensor | None:
+    if grad is None or grad.layout != torch.strided or not has_memory(grad):
+        return None
+    return None if _has_own_storage(grad) else grad.detach().clone()
+
+
+def _has_own_storage(tensor: Tensor) -> bool:
+    return tensor.untyped_storage().nbytes() == tensor.nbytes
 
 
 _SHARDERS = ("ZeroRedundancyOptimizer", "OSS")  # of PyTorch, of fairscale
@@ -819,6 +872,11 @@ def _check_maker(settings: Settings) -> None:
                 "optimizer_class=functools.partial(RoseFusedAdamW, local_ranking=True)"
             )
         frame = frame.f_back
+
+
+def _is_faking() -> bool:
+    """Whether a FakeTensorMode is on, without which nothing can be computed with fake tensors."""
+    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
 
 
 def _is_recording(batch: Batch) -> bool:
@@ -877,6 +935,6 @@ def rose_param_groups(
     if not any(chosen for _, chosen in groups):
         raise ValueError(f"selective={selective!r} matches no trainable parameter of the model")
     return [
-        Group({"params": params, "weight_decay": weight_decay * decays, "selective": chosen})
+        {"params": params, "weight_decay": weight_decay if decays else 0.0, "selective": chosen}
         for (decays, chosen), params in groups.items()
     ]

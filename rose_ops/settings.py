@@ -227,31 +227,24 @@ class Settings:
         }
 
 
-class Group(dict[str, Any]):
-    """A parameter group that says nothing about ``selective`` where it is True.
-
-    ``torch.distributed.checkpoint`` loads by the keys of groups, and ``torch.optim.AdamW``'s have no
-    such key.
-    """
-
-    def __init__(self, group: Mapping[str, Any]) -> None:
-        super().__init__(group)
-        if self.get("selective") is True:
-            del self["selective"]
-
-    def __missing__(self, key: str) -> Any:
-        if key == "selective":
-            return True
-        raise KeyError(key)
-
-
 def plain(value: Any) -> Any:
     """An option with Python's numbers in the place of NumPy's, which ``torch.load`` takes for code."""
     if isinstance(value, (tuple, list)):
         return type(value)(map(plain, value))
+    if type(value).__module__ == "numpy" and getattr(value, "ndim", 1) == 0:
+        return value.item()  # a scalar, or an array of none
     if isinstance(value, Real) and type(value) not in (bool, int, float):
         return int(value) if isinstance(value, Integral) else float(value)
     return value
+
+
+_OPTIONS = ("lr", "betas", "eps", "weight_decay", "maximize", "capturable")
+
+
+def is_selective(group: Mapping[str, Any]) -> bool:
+    """Groups say so only where they are not: ``torch.distributed.checkpoint`` loads by their keys, and
+    ``torch.optim.AdamW``'s have no such key."""
+    return group.get("selective", True)
 
 
 def beta_values(betas: Sequence[object]) -> tuple[float, float]:
@@ -275,6 +268,9 @@ def check_group(group: Mapping[str, Any], *, given: bool) -> None:
     def bad(name: str, expected: str) -> ValueError:
         return ValueError(f"{name}={shown(group[name])}; expected {expected}")
 
+    for name in _OPTIONS:
+        if name not in group:
+            raise ValueError(f"a parameter group has no {name!r}; expected it, as in the others")
     lr = group["lr"]
     if isinstance(lr, Tensor):
         if lr.numel() != 1 or lr.is_complex():
@@ -296,12 +292,14 @@ def check_group(group: Mapping[str, Any], *, given: bool) -> None:
         if not is_number(group[name]) or group[name] < 0:
             raise bad(name, "a number >= 0")
     for name in ("maximize", "capturable", "selective"):
-        if not isinstance(group[name], bool):
+        if not isinstance(group.get(name, True), bool):
             raise bad(name, "True or False")
     for name in Settings.__dataclass_fields__.keys() & group.keys():
         raise ValueError(
             f"{name!r} in a parameter group: one ranking spans all groups, so it is an argument of "
-            "RoseFusedAdamW; groups may set lr, betas, eps, weight_decay, maximize and selective"
+            "RoseFusedAdamW; groups may set lr, betas, eps, weight_decay, maximize and selective. (For "
+            "a wrapper that puts its own arguments into groups: "
+            f"functools.partial(RoseFusedAdamW, {name}=...))"
         )
     for name, only in ADAMW_ONLY.items():
         if only is not None and group.get(name, only) != only:

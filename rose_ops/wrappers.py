@@ -5,8 +5,11 @@ None of those packages is imported here: they are recognised by what their wrapp
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from numbers import Integral
+from types import MethodType
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from rose_ops.optim import RoseFusedAdamW
+from rose_ops.optim import RoseFusedAdamW, _live
 
 # Engines that do work of their own in a backward, which several backwards through one forward break.
 _ENGINES = {
@@ -23,6 +26,10 @@ _ENGINES = {
         "FSDP1 (FullyShardedDataParallel) frees and reduces its shards in the first backward of a "
         "forward, so a mask cannot be captured from a backward before the last; expected "
         "DistributedDataParallel, or order='second' without r_drop, which takes one backward"
+    ),
+    "torch.distributed._composable.replicate": (
+        "replicate() averages gradients in the first backward of a forward only; expected "
+        "DistributedDataParallel, for which rose_backward averages them itself"
     ),
     "DeepSpeedEngine": (
         "a DeepSpeed engine scales losses and reduces gradients in its own backward(), which "
@@ -53,7 +60,8 @@ def unwrap(optimizer: Any) -> RoseFusedAdamW | None:
         there is none, as for a baseline.
 
     Raises:
-        ValueError: There are several, so it is not clear which is meant.
+        ValueError: There are several, so it is not clear which is meant; or one that has the parameter
+            groups of `optimizer` is not found in it.
     """
     found = [
         x
@@ -66,6 +74,13 @@ def unwrap(optimizer: Any) -> RoseFusedAdamW | None:
             f"{type(optimizer).__name__} holds {len(found)} RoseFusedAdamW; expected one: make one "
             "optimizer with parameter groups, as one ranking spans all of them, or pass each by itself"
         )
+    if not found:
+        groups = {id(group) for group in getattr(optimizer, "param_groups", ())}
+        if any(id(group) in groups for rose in list(_live) for group in rose.param_groups):
+            raise ValueError(
+                f"{type(optimizer).__name__} has the parameter groups of a RoseFusedAdamW, which is "
+                "not found in its attributes; expected the RoseFusedAdamW itself"
+            )
     return found[0] if found else None
 
 
@@ -84,13 +99,30 @@ def layers(optimizer: Any) -> list[Any]:
 
 
 def _held(x: Any) -> Iterator[Any]:
-    """Optimizers in the attributes of `x`, or in lists there."""
-    for value in getattr(x, "__dict__", {}).values():
+    """Optimizers in the attributes of `x`, in lists and dicts there, or whose methods are."""
+    slots = (name for kind in type(x).__mro__ for name in _names(kind.__dict__.get("__slots__", ())))
+    for value in (*getattr(x, "__dict__", {}).values(), *(_attribute(x, name) for name in slots)):
         # By type(): of a weak reference, isinstance() asks what may be gone.
-        for item in value if issubclass(type(value), (list, tuple)) else (value,):
+        items: Iterable[Any] = (value,)
+        if issubclass(type(value), (list, tuple)):
+            items = value
+        elif issubclass(type(value), dict):
+            items = [*value.values()]
+        for item in map(_behind, items):
             # What is a RoseFusedAdamW may know others, but wraps those of its own parameters only.
             if _is_optimizer(item) and (not isinstance(x, RoseFusedAdamW) or _same_params(x, item)):
                 yield item
+
+
+def _names(slots: Any) -> tuple[str, ...]:
+    return (slots,) if isinstance(slots, str) else tuple(slots)
+
+
+def _behind(item: Any) -> Any:
+    """What a bound method is of, and a weak reference to."""
+    if type(item) is MethodType:
+        return item.__self__
+    return item() if type(item) is weakref.ref else item
 
 
 def _attribute(x: Any, name: str) -> Any:
@@ -150,12 +182,30 @@ class Precision(NamedTuple):
                 found = found._replace(scaler=theirs)
         return found
 
+    def accumulating(self, steps: Any) -> Precision:
+        """With a number of micro-batches that the caller accumulates.
+
+        Raises:
+            ValueError: It is none, or accelerate accumulates, too.
+        """
+        if not isinstance(steps, Integral) or isinstance(steps, bool) or steps < 1:
+            kind = type(steps).__name__
+            raise ValueError(
+                f"gradient_accumulation_steps={steps!r} ({kind}); expected an integer >= 1"
+            )
+        if self.accumulation > 1:
+            raise ValueError(
+                f"gradient_accumulation_steps={steps}, and accelerate's is {self.accumulation}; "
+                "expected one of both"
+            )
+        return self._replace(accumulation=int(steps))
+
     def check_captures(self) -> None:
         """Raise where a mask would come from one of several micro-batches."""
         if self.accumulation > 1:
             raise ValueError(
-                f"gradient_accumulation_steps={self.accumulation} of accelerate, where rose_backward "
-                f"captures masks; {_TWO_PHASES}, on rose_ops.unwrap(optimizer)"
+                f"gradient_accumulation_steps={self.accumulation} where rose_backward captures masks; "
+                f"{_TWO_PHASES}, on rose_ops.unwrap(optimizer)"
             )
 
 
@@ -183,7 +233,8 @@ class Replicas:
         self, model: nn.Module, parameters: Iterable[Tensor], several: bool, clips: bool
     ) -> None:
         modules = list(model.modules())
-        classes = {c.__name__ for kind in set(map(type, modules)) for c in kind.__mro__}
+        kinds = {c for kind in set(map(type, modules)) for c in kind.__mro__}
+        classes = {c.__name__ for c in kinds} | {c.__module__ for c in kinds}
         for name in _ENGINES.keys() & classes:
             if several or name == "DeepSpeedEngine":
                 raise ValueError(f"{_ENGINES[name]}; nothing was changed")
@@ -198,9 +249,40 @@ class Replicas:
         self._several = several
 
     @contextmanager
-    def quiet(self) -> Iterator[None]:
-        """For forwards and backwards: DDP leaves gradients alone."""
+    def watched(self) -> Iterator[None]:
+        """For a forward: one by a `DistributedDataParallel` that is not in the model is noticed.
+
+        Raises:
+            ValueError: There was one, which would average the first of several backwards only.
+        """
+        if not self._several or not dist.is_available() or not dist.is_initialized():
+            yield
+            return
+        unknown: list[nn.Module] = []
+
+        def note(module: nn.Module, _: Any) -> None:
+            if isinstance(module, DistributedDataParallel) and module not in self._ddp:
+                unknown.append(module)
+
+        hook = nn.modules.module.register_module_forward_pre_hook(note)
+        try:
+            yield
+        finally:
+            hook.remove()
+        if unknown:
+            raise ValueError(
+                "forward= runs a DistributedDataParallel that is not the model and not in it; expected "
+                "it as the model, as its gradients have to be averaged; nothing was changed"
+            )
+
+    @contextmanager
+    def quiet(self, rose: RoseFusedAdamW | None) -> Iterator[None]:
+        """For forwards and backwards: DDP leaves gradients alone, and the optimizer knows that what it
+        captures is averaged."""
         with ExitStack() as stack:
+            if rose is not None:
+                rose._averaged = True
+                stack.callback(setattr, rose, "_averaged", False)
             for ddp in self._ddp if self._several else ():
                 stack.enter_context(ddp.no_sync())
                 # no_sync() stops the broadcast of buffers for the next forward, too, which is for

@@ -88,7 +88,8 @@ def test_distributed_checkpoints_resume(order, selective, flatten, tmp_path, gen
     generator.set_state(state)
     train(other_optimizer, others, 3, generator)
     assert_same_training(optimizer, params, other_optimizer, others)
-    assert [group["selective"] for group in other_optimizer.param_groups] == [True, selective]
+    chosen = [group.get("selective", True) for group in other_optimizer.param_groups]
+    assert chosen == [True, selective]
 
 
 @needs_dcp

@@ -171,6 +171,27 @@ def test_two_parameters_that_came_to_be_in_one_place_later(generator):
     snapshot.assert_unchanged()
 
 
+def test_two_parameters_that_came_to_be_in_one_place_after_some_steps(generator):
+    params = parameters(generator)
+    params[1] = nn.Parameter(torch.randn(7, 5, generator=generator))
+    optimizer = RoseFusedAdamW(params, upper=1)
+    train(optimizer, params, 3, generator)
+    give(params, gradients(params, generator))
+    params[1].data = params[0].data
+    snapshot = Snapshot(optimizer, params)
+    with pytest.raises(ValueError, match="share memory"):
+        optimizer.step()
+    snapshot.assert_unchanged()
+
+
+def test_many_neighbours_take_no_time():
+    """Of columns, every span meets every other."""
+    whole = torch.zeros(300, 3000)
+    RoseFusedAdamW([nn.Parameter(whole[:, i]) for i in range(3000)])
+    with pytest.raises(ValueError, match="share memory"):
+        RoseFusedAdamW([nn.Parameter(whole[:, i : i + 2]) for i in range(0, 2999)])
+
+
 @pytest.mark.parametrize("name", APART)
 def test_neighbours_in_one_buffer(name, generator):
     whole = W.clone()
@@ -183,6 +204,13 @@ def test_neighbours_in_one_buffer(name, generator):
             give(own, grads)
             optimizer.step()
     assert_all_same_bits([*params], [*others], name)
+
+
+def test_settings_of_a_made_optimizer_are_not_ignored():
+    optimizer = RoseFusedAdamW([nn.Parameter(torch.ones(2))])
+    for name in ("upper", "order", "max_grad_norm", "seed"):
+        with pytest.raises(AttributeError, match=rf"'{name}' cannot be changed: make a new optimizer"):
+            setattr(optimizer, name, 0.5)
 
 
 # ------------------------------------------------------------------------------- what is kept alive

@@ -877,7 +877,7 @@ def test_accelerate_divides_for_accumulation_and_clips_at_the_end(accelerate):
             assert torch.equal(p.grad, q.grad)
     model = classifier()
     optimizer = accelerator.prepare(RoseFusedAdamW(model.parameters(), order="first"))
-    with pytest.raises(ValueError, match=r"gradient_accumulation_steps=2 of accelerate.*two phases"):
+    with pytest.raises(ValueError, match=r"gradient_accumulation_steps=2 where.*two phases"):
         rose_backward(model, *batch(), optimizer)
     assert all(p.grad is None for p in model.parameters())
 

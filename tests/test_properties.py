@@ -640,12 +640,12 @@ def test_functional_api_takes_tensors_that_require_gradients(generator, backend)
 @pytest.mark.parametrize(
     ("options", "error", "words"),
     [
-        ({"upper": 0.0}, ValueError, "upper=0.0; expected 0 < upper <= 1"),
-        ({"upper": 1.5}, ValueError, "upper=1.5; expected 0 < upper <= 1"),
+        ({"upper": 0.0}, ValueError, "upper=0.0 (float); expected 0 < upper <= 1"),
+        ({"upper": 1.5}, ValueError, "upper=1.5 (float); expected 0 < upper <= 1"),
         ({"upper": math.nan}, ValueError, "upper=nan"),
         ({"upper": math.inf}, ValueError, "upper=inf"),
-        ({"upper": 0.12345678912}, ValueError, "at most 9 decimals"),
-        ({"upper": 0.5, "lower": 0.5}, ValueError, "lower=0.5; expected 0 <= lower < upper"),
+        ({"upper": 0.4e-9}, ValueError, "in units of 1e-9"),
+        ({"upper": 0.5, "lower": 0.5}, ValueError, "lower=0.5 (float); expected 0 <= lower < upper"),
         ({"lower": -0.1}, ValueError, "lower=-0.1"),
         ({"inactive": "keep"}, ValueError, "inactive='keep'"),
         ({"selection": "best"}, ValueError, "selection='best'"),

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
@@ -134,6 +135,41 @@ def test_training_without_memory(kind, order, options):
             assert run("cpu") == expected
 
 
+@pytest.mark.parametrize("kind", ["fake", "meta"])
+def test_state_without_memory_is_loaded_and_copied(kind):
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    def run() -> None:
+        device = "meta" if kind == "meta" else "cpu"
+        model = nn.Linear(4, 3, device=device)
+        optimizer = RoseFusedAdamW(model.parameters(), order="first")
+        for _ in range(2):
+            model(torch.ones(2, 4, device=device)).sum().backward()
+            optimizer.capture("first", clear=False)
+            optimizer.step()
+            optimizer.zero_grad()
+        optimizer.load_state_dict(optimizer.state_dict())
+        if kind == "meta":
+            copy.deepcopy(optimizer)
+            real = nn.Linear(4, 3)
+            of_real = RoseFusedAdamW(real.parameters(), order="first")
+            real(torch.ones(2, 4)).sum().backward()
+            of_real.capture("first", clear=False)
+            of_real.step()
+            optimizer.load_state_dict(of_real.state_dict())
+
+    with FakeTensorMode() if kind == "fake" else nullcontext():
+        run()
+
+
+def test_rose_backward_without_memory():
+    model = nn.Sequential(nn.Linear(4, 8), nn.Dropout(), nn.Linear(8, 3)).to("meta")
+    optimizer = RoseFusedAdamW(model.parameters(), order="ensemble")
+    labels = torch.zeros(2, dtype=torch.int64, device="meta")
+    rose_ops.rose_backward(model, torch.ones(2, 4, device="meta"), labels, optimizer, r_drop=1.0)
+    optimizer.step()
+
+
 def test_an_estimator_of_memory():
     from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -168,12 +204,16 @@ for compiled in (False, True):
     optimizer = RoseFusedAdamW(model.parameters(), lr=0.1, order={order!r}, selection_warmup_steps=2)
     x = torch.randn(5, 6)
     step = torch.compile(optimizer.step, backend="eager") if compiled else optimizer.step
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, total_iters=3)
     def loop():
         if {order!r} != "second":
             with optimizer.capturing("first"):
                 model(x).square().sum().backward()
         model(x).sum().backward()
         (optimizer.step if {what!r} == "loop" else step)()
+        schedule.step()
+        for group in optimizer.param_groups:
+            group["weight_decay"] = 0.5
         optimizer.zero_grad()
     if compiled and {what!r} == "loop":
         loop = torch.compile(loop, backend="eager")
