@@ -31,8 +31,8 @@ from benchmarks.contenders import (
 from benchmarks.device import Clock, Device
 from benchmarks.work import STEP, Problem
 from rose_ops import capture_mask, select_threshold
-from rose_ops.results import Selection
 from rose_ops.reference import APPROX_BITS, unpack
+from rose_ops.results import Selection
 
 # An error of a few of the smallest denormals is none.
 _SMALLEST = {torch.float32: 1e-42, torch.bfloat16: 1e-40}
