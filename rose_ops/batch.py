@@ -139,9 +139,6 @@ class Collector:
         self.add(given)
         self._apart: set[tuple[int, int]] = set()  # identities and places that share no memory
 
-    def forget(self) -> None:
-        self._known = None
-
     def add(self, params: Iterable[Tensor]) -> None:
         for p in params:
             self._given.add(id(p))

@@ -289,6 +289,8 @@ class RoseFusedAdamW(Optimizer):
                     "(optimizer-in-backward); a ranking or clipping is global and needs all gradients: "
                     "call it after backward(), or pass local_ranking=True to rank what is there"
                 )
+        # The reference leaves nothing to its operators: it checks no shapes.
+        known = known and (self._loaded is None or self._loaded[1].name != "reference")
         batch = self._collector.collect(self.param_groups, self.state, known=known)
         if not batch.states and not any(map(is_complete, self.state.values())):
             # Somebody cleared the state: the moments begin anew, so the warm-up does.
