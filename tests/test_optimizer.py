@@ -730,10 +730,11 @@ def test_a_change_between_steps_is_seen(change, order, granularity, generator):
         torch.testing.assert_close(ours, theirs)
 
 
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
 @pytest.mark.parametrize("wrong", ["shape", "sparse"])
-def test_what_goes_wrong_after_some_steps_is_said_and_changes_nothing(wrong, generator):
+def test_what_goes_wrong_after_some_steps_is_said_and_changes_nothing(wrong, backend, generator):
     params = parameters(generator)
-    optimizer = RoseFusedAdamW(params)
+    optimizer = RoseFusedAdamW(params, backend=backend)
     for _ in range(3):
         give(params, gradients(params, generator))
         optimizer.step()
