@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
+from collections.abc import Iterator
+from datetime import timedelta
 
 import pytest
 import torch
@@ -147,40 +150,54 @@ def test_a_model_s_zero_grad_clears_too(x):
         model.zero_grad()
 
 
-@pytest.mark.parametrize("how", ["views of a bucket", "in the forward of DDP"])
-def test_distributed_data_parallel(how, x, tmp_path):
-    """Its buckets are written to by every backward, and what is made in its forward is not averaged."""
+@pytest.fixture
+def process_group(tmp_path) -> Iterator[None]:
     if not torch.distributed.is_available():
         pytest.skip("this PyTorch has no torch.distributed")
     torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1
+        "gloo",
+        init_method=f"file://{tmp_path}/meet",
+        rank=0,
+        world_size=1,
+        timeout=timedelta(minutes=1),
     )
-    try:
-        model = model_of()
-        optimizer = RoseFusedAdamW(model.parameters(), order="first")
-        ddp = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
-        if how == "views of a bucket":
-            for _ in range(3):
-                ddp(x).sum().backward()
-                before = [p.grad.clone() for p in model.parameters()]
-                with optimizer.capturing("first", set_aside=True):
-                    ddp(x).square().sum().backward()
-                assert_all_same_bits([p.grad for p in model.parameters()], before, "gradients")
-                optimizer.step()
-            return
-        inner = model.forward
+    yield
+    gc.collect()  # what reduces gradients goes before the group that it does so with
+    torch.distributed.destroy_process_group()
 
-        def forward(x: Tensor) -> Tensor:
-            with optimizer.capturing("first"):
-                inner(x).square().sum().backward()
-            return inner(x)
 
-        model.forward = forward
-        with pytest.raises(RuntimeError, match="inside the forward of DistributedDataParallel"):
-            ddp(x)
-        assert not optimizer.state
-    finally:
-        torch.distributed.destroy_process_group()
+@pytest.mark.usefixtures("process_group")
+def test_views_of_a_bucket_are_put_back(x):
+    """Every backward of DistributedDataParallel writes to them again."""
+    model = model_of()
+    optimizer = RoseFusedAdamW(model.parameters(), order="first")
+    ddp = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
+    for _ in range(3):
+        ddp(x).sum().backward()
+        before = [p.grad.clone() for p in model.parameters()]
+        with optimizer.capturing("first", set_aside=True):
+            ddp(x).square().sum().backward()
+        assert_all_same_bits([p.grad for p in model.parameters()], before, "gradients")
+        optimizer.step()
+
+
+@pytest.mark.usefixtures("process_group")
+def test_a_capture_in_the_forward_of_ddp(x):
+    """What is made there is not averaged."""
+    model = model_of()
+    optimizer = RoseFusedAdamW(model.parameters(), order="first")
+    inner = model.forward
+
+    def forward(x: Tensor) -> Tensor:
+        with optimizer.capturing("first"):
+            inner(x).square().sum().backward()
+        return inner(x)
+
+    model.forward = forward
+    ddp = nn.parallel.DistributedDataParallel(model)
+    with pytest.raises(RuntimeError, match="inside the forward of DistributedDataParallel"):
+        ddp(x)
+    assert not optimizer.state
 
 
 # -------------------------------------------------------------------------- inside a backward

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import weakref
 from collections.abc import Iterator
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -87,9 +89,14 @@ def group(tmp_path) -> Iterator[None]:
     if not torch.distributed.is_available():
         pytest.skip("this PyTorch has no torch.distributed")
     torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1
+        "gloo",
+        init_method=f"file://{tmp_path}/meet",
+        rank=0,
+        world_size=1,
+        timeout=timedelta(minutes=1),
     )
     yield
+    gc.collect()  # what reduces gradients goes before the group that it does so with
     torch.distributed.destroy_process_group()
 
 
