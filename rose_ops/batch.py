@@ -134,15 +134,15 @@ class Collector:
         self._settings = settings
         self._known: _Known | None = None
         # Identities: a wrapper that puts shards in the place of parameters keeps these alive.
-        self._given: set[int] = set()
-        self._given_numel = 0
+        self.given: tuple[set[int], int] = set(), 0  # and the number of elements
         self.add(given)
         self._apart: set[tuple[int, int]] = set()  # identities and places that share no memory
 
     def add(self, params: Iterable[Tensor]) -> None:
-        for p in params:
-            self._given.add(id(p))
-            self._given_numel += 0 if is_lazy(p) else p.numel()
+        params = list(params)
+        known, numel = self.given
+        numel += sum(0 if is_lazy(p) else p.numel() for p in params)
+        self.given = known | set(map(id, params)), numel
 
     def collect(
         self,
@@ -203,11 +203,12 @@ class Collector:
         return Batch.of(layout, params, grads, [])
 
     def _check_identities(self, every: list[Tensor], numel: int) -> None:
-        fewer = numel < self._given_numel
-        if fewer and is_sharded(self._settings) and any(id(p) not in self._given for p in every):
+        known, given = self.given
+        fewer = numel < given
+        if fewer and is_sharded(self._settings) and any(id(p) not in known for p in every):
             raise RuntimeError(
                 "parameters in the optimizer's groups are not those that it was given, and have "
-                f"{numel} elements instead of {self._given_numel}: a wrapper has put this rank's part "
+                f"{numel} elements instead of {given}: a wrapper has put this rank's part "
                 f"of them in their place (DeepSpeed's ZeRO, Megatron's distributed optimizer). {LOCAL}"
             )
 

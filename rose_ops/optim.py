@@ -212,7 +212,10 @@ class RoseFusedAdamW(Optimizer):
         self._stepped: list[ref[Tensor]] = []  # gradients that the latest step used
         self._records: dict[str, Tensor] = {}
         groups = self.__dict__.get("param_groups", [])
+        before = self.__dict__.get("_collector")
         self._collector = Collector(self.settings, [p for group in groups for p in group["params"]])
+        if before is not None:  # loading a state is not giving parameters
+            self._collector.given = before.given
         self._options: list[Any] = []
         self._hyper: tuple[list[Any], Tensor] | None = None
         self._lrs: tuple[list[Any], Tensor] | None = None

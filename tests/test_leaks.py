@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import copy
-import gc
-from collections.abc import Iterator
-from datetime import timedelta
 
 import pytest
 import torch
@@ -13,6 +10,7 @@ from support import assert_all_same_bits, assert_same_bits
 from torch import Tensor, nn
 from training import assert_same_training, clones, each_order, give, gradients, parameters, train
 from training import one_thread as one_thread
+from training import process_group as process_group
 
 from rose_ops import RoseFusedAdamW, flatten_parameters
 
@@ -148,22 +146,6 @@ def test_a_model_s_zero_grad_clears_too(x):
         model(x).sum().backward()
         optimizer.step()
         model.zero_grad()
-
-
-@pytest.fixture
-def process_group(tmp_path) -> Iterator[None]:
-    if not torch.distributed.is_available():
-        pytest.skip("this PyTorch has no torch.distributed")
-    torch.distributed.init_process_group(
-        "gloo",
-        init_method=f"file://{tmp_path}/meet",
-        rank=0,
-        world_size=1,
-        timeout=timedelta(minutes=1),
-    )
-    yield
-    gc.collect()  # what reduces gradients goes before the group that it does so with
-    torch.distributed.destroy_process_group()
 
 
 @pytest.mark.usefixtures("process_group")
@@ -323,10 +305,8 @@ def test_a_first_step_that_fails_half_way(fails, error, generator, monkeypatch):
     assert not any(optimizer.state.values())
     monkeypatch.undo()
     optimizer.step()
-    others = clones([p.detach() for p in params])
     assert all(optimizer.state[p].keys() == {"step", "exp_avg", "exp_avg_sq"} for p in params)
     assert all(optimizer.state[p]["step"] == 1 for p in params)
-    assert len(others) == len(params)
 
 
 def test_a_state_that_lacks_something_is_said(generator):

@@ -87,7 +87,11 @@ def replaced(rank: int, **options: Any) -> None:
     optimizer = RoseFusedAdamW(model.parameters(), **options)
     part = nn.Parameter(torch.cat([p.detach().view(-1) for p in model.parameters()]).chunk(2)[rank])
     part.grad = torch.ones_like(part)
+    state_dict = optimizer.state_dict()
     optimizer.param_groups[0]["params"] = [part]
+    # As where a run is resumed, before its first step.
+    state_dict["param_groups"][0]["params"] = [0]
+    optimizer.load_state_dict(state_dict)
     optimizer.step()
 
 

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import gc
 import weakref
-from collections.abc import Iterator
-from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -13,6 +10,7 @@ import torch
 from support import assert_all_same_bits
 from torch import Tensor, nn
 from training import one_thread as one_thread
+from training import process_group as process_group
 
 from rose_ops import RoseFusedAdamW, rose_backward, unwrap
 
@@ -84,26 +82,10 @@ def test_where_it_is_not_found_it_is_not_taken_for_a_baseline():
     assert unwrap(torch.optim.AdamW(model.parameters())) is None
 
 
-@pytest.fixture
-def group(tmp_path) -> Iterator[None]:
-    if not torch.distributed.is_available():
-        pytest.skip("this PyTorch has no torch.distributed")
-    torch.distributed.init_process_group(
-        "gloo",
-        init_method=f"file://{tmp_path}/meet",
-        rank=0,
-        world_size=1,
-        timeout=timedelta(minutes=1),
-    )
-    yield
-    gc.collect()  # what reduces gradients goes before the group that it does so with
-    torch.distributed.destroy_process_group()
-
-
 BATCH = torch.ones(4, 6), torch.tensor([0, 1, 2, 0])
 
 
-@pytest.mark.usefixtures("group")
+@pytest.mark.usefixtures("process_group")
 @pytest.mark.parametrize("order", ["second", "ensemble"])
 def test_a_ddp_that_is_not_the_model(order):
     """It would average the first of several backwards only."""
@@ -125,7 +107,7 @@ def test_a_ddp_that_is_not_the_model(order):
     rose_backward(ddp, *BATCH, optimizer, forward=lambda model, x: model(x))
 
 
-@pytest.mark.usefixtures("group")
+@pytest.mark.usefixtures("process_group")
 def test_replicate():
     replicate = pytest.importorskip("torch.distributed._composable.replicate").replicate
     model = replicate(model_of())

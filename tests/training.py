@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+import gc
+from collections.abc import Iterable, Iterator
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -27,6 +29,23 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def process_group(tmp_path) -> Iterator[None]:
+    """This process alone, for what comes with DistributedDataParallel."""
+    if not torch.distributed.is_available():
+        pytest.skip("this PyTorch has no torch.distributed")
+    torch.distributed.init_process_group(
+        "gloo",
+        init_method=f"file://{tmp_path}/meet",
+        rank=0,
+        world_size=1,
+        timeout=timedelta(minutes=1),
+    )
+    yield
+    gc.collect()  # what reduces gradients goes before the group that it does so with
+    torch.distributed.destroy_process_group()
 
 
 def parameters(generator: torch.Generator, dtype: torch.dtype = torch.float32) -> list[nn.Parameter]:
