@@ -103,11 +103,11 @@ def _results(ops: Any, device: str, data: list[list[Tensor]]) -> dict[str, list[
             [torch.zeros((t.numel() + 7) // 8, dtype=torch.uint8, device=device) for t in g]
             for _ in range(2)
         )
-        record = ops.select(g, moments, *tables, None, None, *_FRACTIONS, False, False)
+        record = ops.select(g, moments, *tables, None, None, *_FRACTIONS, False, False, 0)
         ops.capture_(masks[kind], g, moments, *tables, None, None, record, False)
         found[f"{kind}-order selection"], found[f"{kind}-order mask"] = [record], masks[kind]
         record = ops.bracket_capture_(
-            bracketed, g, moments, *tables, None, None, *_FRACTIONS, False, 1, _WIDTH
+            bracketed, g, moments, *tables, None, None, *_FRACTIONS, False, 1, _WIDTH, False
         )
         found[f"{kind}-order selection, bracketed"] = [record]
         found[f"{kind}-order mask, bracketed"] = bracketed
@@ -117,7 +117,7 @@ def _results(ops: Any, device: str, data: list[list[Tensor]]) -> dict[str, list[
         updated(
             name,
             lambda *t, captured=captured: ops.bracket_adamw_(
-                *t, captured, *rest, *_FRACTIONS, False, 1, False, 1, _WIDTH
+                *t, captured, *rest, *_FRACTIONS, False, 1, False, 1, _WIDTH, False
             ),
         )
     finite = [t.nan_to_num(0.0, 0.0, 0.0) for t in g]

@@ -45,6 +45,7 @@ def select_threshold(
     beta1: float = 0.9,
     inactive: str = "update",
     selection: str = "exact",
+    seed: int = 0,
     inv_scale: Tensor | None = None,
     backend: str = "auto",
 ) -> Selection:
@@ -58,6 +59,7 @@ def select_threshold(
         inactive: ``"update"`` or ``"rank"``, see :class:`rose_ops.RoseFusedAdamW`.
         selection: ``"exact"``, ``"bracket"`` (the same: there is nothing to do on the way) or
             ``"approx"``, likewise.
+        seed: of the sample that ``"approx"`` takes.
         inv_scale: float32 scalar that gradients are multiplied by first.
         backend: see :class:`rose_ops.RoseFusedAdamW`.
 
@@ -65,11 +67,13 @@ def select_threshold(
         ValueError: a setting out of its range. RuntimeError: tensors that do not fit together.
     """
     return Selection.from_record(
-        _select(grads, exp_avgs, upper, lower, beta1, inactive, selection, inv_scale, backend)
+        _select(grads, exp_avgs, upper, lower, beta1, inactive, selection, seed, inv_scale, backend)
     )
 
 
-def _select(grads, exp_avgs, upper, lower, beta1, inactive, selection, inv_scale, backend) -> Tensor:
+def _select(
+    grads, exp_avgs, upper, lower, beta1, inactive, selection, seed, inv_scale, backend
+) -> Tensor:
     choice("inactive", inactive, INACTIVE)
     choice("selection", selection, SELECTIONS)
     high, low = check_fractions(upper, lower)
@@ -77,7 +81,7 @@ def _select(grads, exp_avgs, upper, lower, beta1, inactive, selection, inv_scale
     tables = _one_group(grads, beta1, 0.0, 0.0, 0.0, 1.0, 1.0)
     return ops.select(
         _detached(grads), _detached(exp_avgs), *tables, inv_scale, None, high, low,
-        inactive == "rank", selection == "approx",
+        inactive == "rank", selection == "approx", seed & 0xFFFFFFFF,
     )  # fmt: skip
 
 
@@ -91,13 +95,14 @@ def capture_mask(
     inactive: str = "update",
     selection: str = "exact",
     granularity: str = "element",
+    seed: int = 0,
     inv_scale: Tensor | None = None,
     backend: str = "auto",
 ) -> tuple[list[Tensor], Selection]:
     """Mask of the robust elements, and the selection behind it.
 
-    Arguments are those of :func:`select_threshold`; ``selection="bracket"`` takes one pass over the
-    tensors. At ``granularity="tensor"`` whole tensors are ranked, by their Frobenius norms
+    Arguments are those of :func:`select_threshold`; ``selection="bracket"`` and ``"approx"`` take one
+    pass over the tensors. At ``granularity="tensor"`` whole tensors are ranked, by their Frobenius norms
     (``selection`` does not matter there).
 
     Returns:
@@ -121,14 +126,18 @@ def capture_mask(
     masks = empty_masks([g.numel() for g in grads], _device(grads))
     tensors = (masks, _detached(grads), _detached(exp_avgs))
     tables = _one_group(grads, beta1, 0.0, 0.0, 0.0, 1.0, 1.0)
-    if selection == "bracket":
+    choice("selection", selection, SELECTIONS)
+    if selection != "exact":
         choice("inactive", inactive, INACTIVE)
         fractions = check_fractions(upper, lower)
         record = ops.bracket_capture_(
-            *tensors, *tables, inv_scale, None, *fractions, inactive == "rank", 0, 1.0
-        )
+            *tensors, *tables, inv_scale, None, *fractions, inactive == "rank", seed & 0xFFFFFFFF, 1.0,
+            selection == "approx",
+        )  # fmt: skip
     else:
-        record = _select(grads, exp_avgs, upper, lower, beta1, inactive, selection, inv_scale, backend)
+        record = _select(
+            grads, exp_avgs, upper, lower, beta1, inactive, selection, seed, inv_scale, backend
+        )
         ops.capture_(*tensors, *tables, inv_scale, None, record, inactive == "rank")
     return masks, Selection.from_record(record)
 

@@ -329,10 +329,10 @@ class Problem:
         moved["steps"] = copies(self.steps, cast=False)
         return Problem(**{**vars(self), **moved})
 
-    def select(self, ops, upper, lower=0, *, first=False, approx=False) -> Tensor:
+    def select(self, ops, upper, lower=0, *, first=False, approx=False, draw: int = 0) -> Tensor:
         return ops.select(
             self.grads, [] if first else self.exp_avgs, self.hyper, self.group, self.inv_scale,
-            self.clip, upper, lower, self.rank_inactive, approx,
+            self.clip, upper, lower, self.rank_inactive, approx, draw,
         )  # fmt: skip
 
     def capture(self, ops, record: Tensor, *, first=False) -> list[Tensor]:
@@ -355,21 +355,31 @@ class Problem:
         )  # fmt: skip
 
     def bracket_update(
-        self, ops, upper: int, lower: int = 0, first=(), draw: int = 0, width: float = WIDTH
-    ) -> Tensor:
+        self, ops, upper: int, lower: int = 0, first=(), draw: int = 0, width: float = WIDTH,
+        approx: bool = False,
+    ) -> Tensor:  # fmt: skip
         return ops.bracket_adamw_(
             self.params, self.grads, self.exp_avgs, self.exp_avg_sqs, self.steps, list(first), self.lr,
             self.hyper, self.group, self.offsets, self.inv_scale, self.clip, self.found_inf,
             self.gamma, upper, lower, self.rank_inactive, self.seed, self.stochastic, draw, width,
+            approx,
         )  # fmt: skip
 
     def bracket_capture(
-        self, ops, upper: int, lower: int = 0, *, first=False, draw: int = 0, width: float = WIDTH
+        self,
+        ops,
+        upper: int,
+        lower: int = 0,
+        *,
+        first=False,
+        draw: int = 0,
+        width: float = WIDTH,
+        approx: bool = False,
     ) -> tuple[list[Tensor], Tensor]:
         masks = self.random_masks()
         record = ops.bracket_capture_(
             masks, self.grads, [] if first else self.exp_avgs, self.hyper, self.group, self.inv_scale,
-            self.clip, upper, lower, self.rank_inactive, draw, width,
+            self.clip, upper, lower, self.rank_inactive, draw, width, approx,
         )  # fmt: skip
         return masks, record
 

@@ -189,7 +189,7 @@ def test_index_space_beyond_2_31(real_ops, generator, mix, upper, lower, first):
     high, low = threshold(upper), threshold(lower)
     record = real_ops.select(
         [g] * REPEATS, [] if first else [m] * REPEATS, hyper_table((0.9, 0.999, 1e-8, 0.1, 1, 1)),
-        torch.zeros(REPEATS, dtype=torch.int64), None, None, upper, lower, False, False,
+        torch.zeros(REPEATS, dtype=torch.int64), None, None, upper, lower, False, False, 0,
     )  # fmt: skip
     kept = int(((ranked > low) & (ranked <= high)).sum())
     assert record.tolist() == [
@@ -207,7 +207,7 @@ def test_histogram_of_one_bin_beyond_2_31(real_ops):
     try:
         record = real_ops.select(
             [g] * repeats, [], hyper_table((0.9, 0.999, 1e-8, 0.1, 1, 1)),
-            torch.zeros(repeats, dtype=torch.int64), None, None, 600_000_000, 0, False, True,
+            torch.zeros(repeats, dtype=torch.int64), None, None, 600_000_000, 0, False, True, 0,
         )  # fmt: skip
     finally:
         torch.set_num_threads(threads)

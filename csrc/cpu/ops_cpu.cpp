@@ -118,11 +118,11 @@ bool is_set(const std::optional<Tensor>& found_inf) {
 
 Tensor select(std::vector<Tensor> grads, std::vector<Tensor> exp_avgs, Tensor hyper, Tensor group,
               std::optional<Tensor> inv_scale, std::optional<Tensor> clip, int64_t upper, int64_t lower,
-              bool rank_inactive, bool approx) {
+              bool rank_inactive, bool approx, int64_t draw) {
   FpMode mode;
   check_fractions(upper, lower);
   const Ranked ranked(grads, exp_avgs, hyper, group, Factors(inv_scale, clip), rank_inactive);
-  return record_of(select(ranked.source, upper, lower, approx));
+  return record_of(select(ranked.source, upper, lower, approx, static_cast<uint32_t>(draw)));
 }
 
 void capture_(std::vector<Tensor> masks, std::vector<Tensor> grads, std::vector<Tensor> exp_avgs,
@@ -137,7 +137,7 @@ void capture_(std::vector<Tensor> masks, std::vector<Tensor> grads, std::vector<
 Tensor bracket_capture_(std::vector<Tensor> masks, std::vector<Tensor> grads,
                         std::vector<Tensor> exp_avgs, Tensor hyper, Tensor group,
                         std::optional<Tensor> inv_scale, std::optional<Tensor> clip, int64_t upper,
-                        int64_t lower, bool rank_inactive, int64_t draw, double width) {
+                        int64_t lower, bool rank_inactive, int64_t draw, double width, bool approx) {
   FpMode mode;
   check_fractions(upper, lower);
   const Ranked ranked(grads, exp_avgs, hyper, group, Factors(inv_scale, clip), rank_inactive);
@@ -145,11 +145,12 @@ Tensor bracket_capture_(std::vector<Tensor> masks, std::vector<Tensor> grads,
   std::vector<size_t> all(ranked.segments.size());
   std::iota(all.begin(), all.end(), size_t{0});
   UpdateCounts none;
-  std::optional<Selection> selection =
-      bracket_pass(ranked.segments, ranked.source, all,
-                   {upper, lower, static_cast<uint32_t>(draw), width}, capturer, none);
+  std::optional<Selection> selection;
+  if (!approx)
+    selection = bracket_pass(ranked.segments, ranked.source, all,
+                             {upper, lower, static_cast<uint32_t>(draw), width}, capturer, none);
   if (!selection) {
-    selection = select(ranked.source, upper, lower, false);
+    selection = select(ranked.source, upper, lower, approx, static_cast<uint32_t>(draw));
     capturer.all(selection->bounds());
   }
   return record_of(*selection);
@@ -188,7 +189,7 @@ Tensor bracket_adamw_(std::vector<Tensor> params, std::vector<Tensor> grads,
                       Tensor hyper, Tensor group, Tensor offsets, std::optional<Tensor> inv_scale,
                       std::optional<Tensor> clip, std::optional<Tensor> found_inf, double gamma,
                       int64_t upper, int64_t lower, bool rank_inactive, int64_t seed, bool stochastic,
-                      int64_t draw, double width) {
+                      int64_t draw, double width, bool approx) {
   FpMode mode;
   check_fractions(upper, lower);
   const Factors factors(inv_scale, clip);
@@ -212,11 +213,12 @@ Tensor bracket_adamw_(std::vector<Tensor> params, std::vector<Tensor> grads,
   const Ranked ranked(chosen_grads, chosen_exp_avgs, hyper, chosen_group, factors, rank_inactive);
   updater.begin();
   UpdateCounts counts;
-  std::optional<Selection> selection =
-      bracket_pass(updater.segments(), ranked.source, chosen,
-                   {upper, lower, static_cast<uint32_t>(draw), width}, updater, counts);
+  std::optional<Selection> selection;
+  if (!approx)
+    selection = bracket_pass(updater.segments(), ranked.source, chosen,
+                             {upper, lower, static_cast<uint32_t>(draw), width}, updater, counts);
   if (!selection) {
-    selection = select(ranked.source, upper, lower, false);
+    selection = select(ranked.source, upper, lower, approx, static_cast<uint32_t>(draw));
     counts = update_all(updater, selection->bounds());
   }
   return record_of(*selection, {counts.updated, counts.nonfinite});

@@ -5,6 +5,8 @@
 // only.
 #include "select.h"
 
+#include "sample.h"
+
 #include <algorithm>
 #include <array>
 #include <cmath>
@@ -119,7 +121,6 @@ Threshold radix_select(const RiskSource& source, const std::vector<int64_t>& lea
 // ----------------------------------------------------------------------------------------- window
 
 constexpr int64_t kMaxSampleLines = 8192;
-constexpr int kLine = 16;                  // elements: one cache line of float32
 constexpr int64_t kLogAll = 1 << 17;       // up to so many elements, every key is logged
 constexpr int64_t kLogCapacity = 1 << 20;  // keys in a log, or 1 bit per element if that is more
 // Standard errors on each side of the sampled threshold. A miss (6e-5 if the estimate is normal) costs
@@ -316,7 +317,58 @@ void RiskSource::keys(size_t index, int n, const float* g, const float* m, float
   tile_kernels().keys({g, second_order ? m : nullptr, alpha[index], rank_inactive}, n, keys);
 }
 
-Selection select(const RiskSource& source, int64_t upper, int64_t lower, bool approx) {
+// Thresholds of a sample, and exact counts.
+Selection select_sampled(const RiskSource& source, int64_t upper, int64_t lower, uint32_t draw) {
+  int64_t lines = 0;
+  for (size_t i = 0; i < source.segments.size(); ++i) {
+    lines += (source.segments[i].n + kLine - 1) / kLine;
+  }
+  const Lines sample(
+      source, std::min<int64_t>(std::max(lines / 128, std::min<int64_t>(lines / 8, 1 << 14)), 1 << 16),
+      draw);
+  std::vector<uint32_t> keys;
+  sample.for_each(0, sample.count(), 1, [&](int64_t, const Lines::Place& place, const uint32_t* line) {
+    for (int i = 0; i < place.n; ++i) {
+      if (line[i] < kInactiveKey) keys.push_back(line[i]);
+    }
+  });
+  Selection selection;
+  const auto threshold = [&](int64_t units) {
+    const int64_t k = rank_of(units, static_cast<int64_t>(keys.size()));
+    if (k == 0) return int64_t{-1};
+    std::nth_element(keys.begin(), keys.begin() + k - 1, keys.end());
+    return static_cast<int64_t>(keys[static_cast<size_t>(k - 1)]);
+  };
+  selection.high = threshold(upper);
+  selection.low = threshold(lower);
+  std::mutex mutex;
+  for_each_tile(
+      source.segments, [] { return Selection(); },
+      [&](Selection& counts, size_t index, int64_t start, int n) {
+        Scratch scratch;
+        uint32_t own[kTile];
+        tile_kernels().keys(source.risk(index, start, n, scratch), n, own);
+        for (int i = 0; i < n; ++i) {
+          const int32_t key = static_cast<int32_t>(own[i]);
+          counts.ranked += key >= 0;
+          counts.inactive += own[i] == kInactiveKey;
+          counts.kept += key >= 0 && key > selection.low && key <= selection.high;
+        }
+      },
+      [&](const Selection& counts) {
+        std::lock_guard<std::mutex> lock(mutex);
+        selection.ranked += counts.ranked;
+        selection.inactive += counts.inactive;
+        selection.kept += counts.kept;
+      });
+  selection.nonfinite = source.segments.elements() - selection.ranked - selection.inactive;
+  return selection;
+}
+
+Selection select(const RiskSource& source, int64_t upper, int64_t lower, bool approx, uint32_t draw) {
+  if (approx && source.segments.elements() >= 1 << 20)
+    return select_sampled(source, upper, lower, draw);
+  approx = false;
   const std::array<int64_t, 2> fractions{upper, lower};
   const size_t targets = lower > 0 ? 2 : 1;
   std::array<Threshold, 2> thresholds;

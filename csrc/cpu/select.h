@@ -26,8 +26,8 @@ struct RiskSource {
   void keys(size_t index, int n, const float* g, const float* m, float* scratch, uint32_t* keys) const;
 };
 
-// Fractions in units of 1e-9. `approx`: thresholds rounded up to the edge of an 11-bit bin.
-Selection select(const RiskSource& source, int64_t upper, int64_t lower, bool approx);
+// Fractions in units of 1e-9. `approx`: thresholds are those of the sample `draw`.
+Selection select(const RiskSource& source, int64_t upper, int64_t lower, bool approx, uint32_t draw);
 
 }  // namespace cpu
 }  // namespace rose
