@@ -60,6 +60,7 @@ class Rule:
 
     Attributes:
         kinds: the masks that M is made of; none: plain AdamW.
+        sampled: the sizes of the tensors that selection="approx" takes its sample of; empty: exact.
         norm: that it clips by; None: as it is in float64.
         exact: bit for bit; else an element whose risk rounds to the threshold may be on either side.
     """
@@ -67,7 +68,7 @@ class Rule:
     kinds: tuple[str, ...] = ()
     granularity: str = "element"
     upper: float = UPPER
-    approx: bool = False
+    sampled: tuple[int, ...] = ()
     max_norm: float | None = None
     norm: float | None = None
     exact: bool = True
@@ -227,7 +228,9 @@ class Rose(_Optimizer):
             () if settings["upper"] == 1 else optimizer.settings.kinds,
             optimizer.settings.granularity,
             settings["upper"],
-            optimizer.settings.selection == "approx",
+            tuple(p.numel() for p in optimizer.param_groups[0]["params"])
+            if optimizer.settings.selection == "approx"
+            else (),
             settings.get("max_grad_norm"),
         )
         calls: list[tuple[Gradient, Call]] = [("ce", optimizer.step)]

@@ -239,7 +239,7 @@ def _rose_select(device: Device, backend: str) -> Spec:
 # ---------------------------------------------------------------------------------------------- rose
 
 SHARE = 0.4
-EXACT, BRACKET = {"selection": "exact"}, {"selection": "bracket"}
+EXACT, BRACKET, APPROX = ({"selection": how} for how in ("exact", "bracket", "approx"))
 CLIP, BF16 = {"max_grad_norm": MAX_NORM}, {"state_dtype": torch.bfloat16}
 FIRST, ENSEMBLE = {"order": "first"}, {"order": "ensemble"}
 EXACT_STEP = _STEP + Traffic(grads=1, moments=1)  # over g and m for the threshold, once with luck
@@ -260,10 +260,11 @@ class _Entry:
 _ENTRIES = (
     _Entry("rose exact", EXACT_STEP, EXACT, graph=True),
     _Entry("rose bracket", _STEP, BRACKET, graph=True),
-    _Entry("rose approx", EXACT_STEP, {"selection": "approx"}),
+    _Entry("rose approx", _STEP, APPROX),
     _Entry("rose upper=1", _STEP, {"upper": 1}, graph=True),
     _Entry("rose exact, clip", EXACT_STEP + Traffic(grads=1), EXACT | CLIP),
     _Entry("rose bracket, clip", _STEP + Traffic(grads=1), BRACKET | CLIP, graph=True),
+    _Entry("rose approx, clip", _STEP + Traffic(grads=1), APPROX | CLIP),
     # Exact: over g_kl twice.
     _Entry("rose first", _FIRST + Traffic(grads=1), EXACT | FIRST),
     _Entry("rose first, bracket", _FIRST, BRACKET | FIRST),
@@ -272,12 +273,14 @@ _ENTRIES = (
     _Entry("rose tensors, 40%", None, {"share": SHARE}, RoseTensor),
     _Entry("rose exact, bf16 moments", EXACT_STEP, EXACT | BF16, needs=4, dtype=torch.float32),
     _Entry("rose bracket, bf16 moments", _STEP, BRACKET | BF16, needs=4, dtype=torch.float32),
+    _Entry("rose approx, bf16 moments", _STEP, APPROX | BF16, needs=4, dtype=torch.float32),
     _Entry(
         "rose bracket, stochastic", _STEP, BRACKET | {"param_rounding": "stochastic"},
         dtype=torch.bfloat16,
     ),
     _Entry("rose exact, flat", EXACT_STEP, EXACT, RoseFlat, needs=18),
     _Entry("rose bracket, flat", _STEP, BRACKET, RoseFlat, needs=18),
+    _Entry("rose approx, flat", _STEP, APPROX, RoseFlat, needs=18),
 )  # fmt: skip
 
 

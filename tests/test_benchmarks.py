@@ -260,6 +260,15 @@ def test_a_threshold_one_rank_off_is_noticed(monkeypatch, module):
         _check("rose select", problem)
 
 
+def test_a_threshold_of_another_sample_is_noticed(monkeypatch):
+    n = parity.APPROX_FEWEST
+    problem = Problem(Work("two", [(n // 2 + 9,), (n // 2,)]), "gaussian", CPU)
+    _check("rose approx, flat", problem, Cpu())
+    monkeypatch.setattr(parity, "_FIRST_DRAW", 1)
+    with pytest.raises(parity.ParityError, match="mask differs"):
+        _check("rose approx, flat", problem, Cpu())
+
+
 def test_a_mask_with_one_wrong_bit_is_noticed(monkeypatch):
     problem = Problem(work.flat(1000), "gaussian", CPU)
     right = parity.capture_mask
