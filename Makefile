@@ -61,7 +61,7 @@ format: $(VENV)/ready  ## rewrite the sources as `make lint` wants them
 	find csrc tests/simt -type f ! -name '*.py*' ! -name '*.txt' | xargs $(BIN)/clang-format -i
 
 bench: $(VENV)/ready-bench  ## speed and memory against other optimizers; DEVICE=cuda on a GPU
-	$(BIN)/python -m benchmarks --device $(or $(DEVICE),cpu) $(ARGS)
+	$(BIN)/python -m benchmarks --device $(or $(DEVICE),cpu) $(if $(filter-out cpu,$(DEVICE)),,--beside 0 1) $(ARGS)
 
 bench-all: $(VENV)/ready-bench  ## the same with every work and size, with 2 threads and with 1: some hours
 	$(BIN)/python -m benchmarks --device $(or $(DEVICE),cpu) --name $(or $(DEVICE),cpu)-all \

@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 import subprocess
 import time
+from collections.abc import Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -39,17 +40,21 @@ def describe(device: Device) -> dict[str, object]:
 
 
 class Others:
-    """How many cores other processes have kept busy since this was made."""
+    """How many cores other processes have kept busy since this was made.
 
-    def __init__(self) -> None:
+    Args:
+        meant: processes that do not count as others, besides this one.
+    """
+
+    def __init__(self, meant: Sequence[int] = ()) -> None:
+        self._own = [psutil.Process(), *map(psutil.Process, meant)]
         self._start = self._now()
 
-    @staticmethod
-    def _now() -> tuple[float, float]:
-        total, own = psutil.cpu_times(), psutil.Process().cpu_times()
+    def _now(self) -> tuple[float, float]:
+        total, own = psutil.cpu_times(), [process.cpu_times() for process in self._own]
         idle = total.idle + getattr(total, "iowait", 0.0)
         busy = sum(total) - idle - getattr(total, "guest", 0.0) - getattr(total, "guest_nice", 0.0)
-        return time.perf_counter(), busy - own.user - own.system
+        return time.perf_counter(), busy - sum(times.user + times.system for times in own)
 
     def cores(self) -> float:
         (start, before), (now, after) = self._start, self._now()

@@ -9,7 +9,7 @@ import pandas as pd
 
 from benchmarks.specs import BASELINE, BASELINE_SELECT, Spec
 
-CASE = ["device", "work", "data", "threads"]
+CASE = ["device", "work", "data", "threads", "beside"]
 BANDWIDTH = ("copy", "triad")
 BUSY = 0.1  # cores that other processes keep busy; above it, times mean little
 
@@ -55,12 +55,41 @@ def compare(rows: list[dict[str, object]]) -> pd.DataFrame:
     def add(case: pd.DataFrame) -> pd.DataFrame:
         by_name = case.set_index("contender")
         case = case.assign(ratio=case["ms_p50"] / case["against"].map(by_name["ms_p50"]))
-        for name in BANDWIDTH:
-            if name in by_name.index:
-                case[f"of_{name}"] = case["gb_per_s"] / by_name.loc[name, "gb_per_s"]
+        for peer in BANDWIDTH:
+            if peer in by_name.index:
+                case[f"of_{peer}"] = case["gb_per_s"] / by_name.loc[peer, "gb_per_s"]
         return case
 
     return pd.concat([add(case) for _, case in frame.groupby(CASE, sort=False)])
+
+
+_NUMBERS = [
+    "threads", "elements", "others_busy_cores", "rounds", "ms_p50", "ratio", "ratio_p20", "ratio_p80",
+]  # fmt: skip
+_NEEDED = ["device", "work", "data", "full_size", "contender", "against", *_NUMBERS]
+
+
+def read(path: Path) -> pd.DataFrame:
+    """What a run has written. In older files nobody was beside.
+
+    Raises:
+        ValueError: it is something else; the message says what was expected.
+    """
+    try:
+        frame = pd.read_csv(path)
+        if missing := [column for column in _NEEDED if column not in frame]:
+            raise ValueError(f"there is no {', '.join(missing)}")
+        frame[_NUMBERS] = frame[_NUMBERS].apply(pd.to_numeric)
+        beside = frame["beside"] if "beside" in frame else pd.Series(0, frame.index)
+        frame["beside"] = beside.fillna(0).astype(int)
+        if frame[[*CASE, "contender"]].isna().any(axis=None):
+            raise ValueError(f"there are rows without one of {', '.join(CASE)}, contender")
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{path}: expected a table that `python -m benchmarks` wrote, as those in "
+            f"benchmarks/results are: {error}"
+        ) from error
+    return frame
 
 
 _SHOWN = {
@@ -99,7 +128,17 @@ def table(case: pd.DataFrame) -> str:
 
 def title(case: pd.DataFrame) -> str:
     first = case.iloc[0]
-    return f"{first['work']}, {first['data']}, {first['threads']} threads"
+    return name(*first[["work", "data", "threads", "beside"]])
+
+
+def name(work: str, data: str, threads: int, beside: int) -> str:
+    """Of a case."""
+    return f"{work}, {data}, {threads} threads{company(beside)}"
+
+
+def company(beside: int) -> str:
+    """What a name has in the end."""
+    return f", beside {beside} busy process{'es' if beside > 1 else ''}" if beside else ""
 
 
 # ------------------------------------------------------------------------------------------- plot
@@ -168,9 +207,9 @@ def plot(frame: pd.DataFrame, path: Path) -> None:
     pyplot.close(figure)
 
 
-def _by_size(frame: pd.DataFrame) -> list[tuple[tuple[str, int], pd.DataFrame]]:
-    """Flat works of three sizes or more, by data and threads."""
-    flat = frame[frame["work"].str.startswith("flat-")].groupby(["data", "threads"], sort=False)
+def _by_size(frame: pd.DataFrame) -> list[tuple[tuple[str, int, int], pd.DataFrame]]:
+    """Flat works of three sizes or more, by data, threads and busy processes."""
+    flat = frame[frame["work"].str.startswith("flat-")].groupby(CASE[2:], sort=False)
     return [(key, rows) for key, rows in flat if rows["elements"].nunique() >= 3]
 
 
@@ -194,13 +233,13 @@ def plot_scaling(frame: pd.DataFrame, path: Path) -> bool:
         squeeze=False,
         layout="constrained",
     )
-    for axis, ((data, threads), panel) in zip(axes.flat, panels, strict=True):
-        for name, rows in panel.groupby("contender", sort=False):
+    for axis, (case, panel) in zip(axes.flat, panels, strict=True):
+        for contender, rows in panel.groupby("contender", sort=False):
             rows = rows.sort_values("elements")
-            axis.plot(rows["elements"], rows["ratio"], marker="o", markersize=3, label=name)
+            axis.plot(rows["elements"], rows["ratio"], marker="o", markersize=3, label=contender)
         axis.set_xscale("log", base=2)
         axis.axhline(1, color="black", linewidth=0.8)
-        axis.set_title(f"flat, {data}, {threads} threads", fontsize=9)
+        axis.set_title(name("flat", *case), fontsize=9)
         axis.set_xlabel("elements")
         axis.grid(linewidth=0.4)
     axes[0, 0].set_ylabel(f"time over {BASELINE}")

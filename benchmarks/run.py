@@ -18,6 +18,7 @@ import torch
 from tqdm import tqdm
 
 from benchmarks import machine, memory, parity, preset, report, targets
+from benchmarks.beside import Busy
 from benchmarks.contenders import Contender, Unavailable
 from benchmarks.device import Cpu, Cuda, Device
 from benchmarks.record import NoRecording
@@ -28,6 +29,7 @@ _RESULTS = Path(__file__).parent / "results"
 _LARGEST_PEAK = 1 << 27  # elements
 _LONGEST_HEAD_START = 0.5  # seconds
 _SELECT_DATA = ("gaussian", "recorded")
+_BESIDE_DATA = ("gaussian",)
 _WORKS: dict[str, tuple[Callable[[Sequence[int]], list[Work]], tuple[str, ...]]] = {
     "flat": (lambda sizes: [flat(n) for n in sizes], tuple(DATA)),
     "roberta": (lambda sizes: [roberta()], ("gaussian", "recorded")),
@@ -48,7 +50,11 @@ def main(argv: Sequence[str] | None = None, device: Device | None = None) -> int
     """
     args = _parser().parse_args(argv)
     if args.check:
-        print(*targets.judge(pd.read_csv(args.check)), sep="\n")
+        try:
+            print(*targets.judge(report.read(args.check)), sep="\n")
+        except ValueError as error:
+            print(f"--check {error}", file=sys.stderr)
+            return 2
         return 0
     if device is None:
         if args.device == "cuda" and (reason := Cuda.why_not()) is not None:
@@ -108,6 +114,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--data", nargs="+", choices=tuple(DATA), help="default: what fits the work")
     parser.add_argument("--only", nargs="+", help="parts of names of contenders")
     parser.add_argument("--threads", nargs="+", type=int, default=[torch.get_num_threads()])
+    parser.add_argument(
+        "--beside", nargs="+", type=_count, default=[0], metavar="N",
+        help="so many busy processes run beside every step; above 0, unless --data and --only say "
+        "otherwise, with gaussian, and without the slow contenders and the selections",
+    )  # fmt: skip
     parser.add_argument("--repeats", type=int, help="rounds of each case; default: 5, on a GPU 20")
     parser.add_argument(
         "--inputs", type=int, help="sets of tensors that rounds go through; default: 1, on a GPU 3"
@@ -124,6 +135,12 @@ def _size(text: str) -> int:
     if not found or not int(found[1]):
         raise argparse.ArgumentTypeError(f"expected a number such as 64Mi, got {text!r}")
     return int(found[1]) << {None: 0, "Ki": 10, "Mi": 20, "Gi": 30}[found[2]]
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"expected a number such as 0 or 1, got {text!r}")
+    return int(text)
 
 
 def _matches(name: str, only: list[str] | None) -> bool:
@@ -156,15 +173,18 @@ class _Run:
 
     def all_cases(self) -> None:
         cases = {
-            (threads, work.name, data): work
+            (threads, beside, work.name, data): work
             for threads in self.args.threads
+            for beside in self.args.beside
             for make, usual in map(_WORKS.__getitem__, self.args.works)
             for work in make(self.args.sizes or [1 << 26])
-            for data in self.args.data or usual
+            for data in self.args.data or [x for x in usual if not beside or x in _BESIDE_DATA]
         }
-        for (threads, _, data), work in cases.items():
+        if not cases:
+            print("\nnothing to measure: beside busy processes by default gaussian alone; see --data")
+        for (threads, beside, _, data), work in cases.items():
             torch.set_num_threads(threads)
-            self._case(work, data, threads)
+            self._case(work, data, threads, beside)
 
     def preset_cases(self) -> None:
         """All that there is time for, and what else happens to the others: it may not happen again that
@@ -184,8 +204,8 @@ class _Run:
                 print(f"FAILED: {self.wrong[-1]}")
             print(f"\n{time.monotonic() - start:.1f} s", flush=True)
 
-    def _case(self, work: Work, data: str, threads: int) -> None:
-        title = f"{work.name}, {data}, {threads} threads"
+    def _case(self, work: Work, data: str, threads: int, beside: int = 0) -> None:
+        title = report.name(work.name, data, threads, beside)
         dtype = str(work.dtype).removeprefix("torch.")
         print(
             f"\n## {title}\n\n{work.elements:,} elements in {len(work.shapes):,} {dtype} tensors; "
@@ -195,6 +215,7 @@ class _Run:
             "work": work.name,
             "data": data,
             "threads": threads,
+            "beside": beside,
             "elements": work.elements,
             "tensors": len(work.shapes),
             "dtype": dtype,
@@ -213,16 +234,21 @@ class _Run:
         except NoRecording as error:
             print(f"skipped: {error}")
             return
-        skipped: dict[str, str] = {}
+        skipped = {
+            name: reason
+            for name, spec in self.specs.items()
+            if (reason := self._left_out(spec, problems[0], beside)) is not None
+        }
         try:
             entrants = self._prepare(problems, skipped, title)
         except parity.ParityError as error:
             print(f"PARITY FAILED, nothing timed: {error}")
             self.wrong.append(f"PARITY FAILED: {title}: {error}")
             return
-        others = machine.Others()
-        self._rounds(entrants, title)
-        case["others_busy_cores"] = busy = others.cores()
+        with Busy(beside) as meant:
+            others = machine.Others(meant.pids)
+            self._rounds(entrants, title)
+            case["others_busy_cores"] = busy = others.cores()
         measured = {name: self._row(entrant, entrants) for name, entrant in entrants.items()}
         del problems, entrants
         self.device.release()
@@ -253,9 +279,10 @@ class _Run:
         for problem in problems:
             parity.check_kernels(problem)
         entrants = {}
-        for name, spec in (bar := tqdm(self.specs.items(), leave=False, disable=None)):
+        asked = [(name, spec) for name, spec in self.specs.items() if name not in skipped]
+        for name, spec in (bar := tqdm(asked, leave=False, disable=None)):
             bar.set_description_str(f"parity: {name}")
-            reason = self._left_out(spec, problems[0]) or spec.obstacle(problems[0], self.device)
+            reason = spec.obstacle(problems[0], self.device)
             if reason is None:
                 try:
                     contenders = [spec.make(problem) for problem in problems]
@@ -276,8 +303,10 @@ class _Run:
                 skipped[name] = reason
         return entrants
 
-    def _left_out(self, spec: Spec, problem: Problem) -> str | None:
+    def _left_out(self, spec: Spec, problem: Problem, beside: int) -> str | None:
         """Sorting takes as long as all steps together, and does not care for the data."""
+        if beside and (spec.slow or spec.kind == "select") and self.args.only is None:
+            return "by default not beside busy processes; see --only"
         alike = len(problem.work.shapes) > 1 or problem.data not in _SELECT_DATA
         if spec.kind == "select" and alike and self.args.only is None:
             return f"by default only with flat works, {' and '.join(_SELECT_DATA)}; see --only"
