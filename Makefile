@@ -11,7 +11,8 @@ VERIFY := sanitize verify-triton verify-mutants verify-binaries
 SOURCES := setup.py $(shell find csrc -type f)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test gpu verify-gpu $(VERIFY) verify-triton-release verify-abi lint format bench bench-all clean
+.PHONY: help demo test gpu verify-gpu $(VERIFY) verify-triton-release verify-abi lint format \
+	bench bench-all bench-compare clean
 .DELETE_ON_ERROR:
 
 help:  ## this list
@@ -66,6 +67,9 @@ bench: $(VENV)/ready-bench  ## speed and memory against other optimizers; DEVICE
 bench-all: $(VENV)/ready-bench  ## the same with every work and size, with 2 threads and with 1: some hours
 	$(BIN)/python -m benchmarks --device $(or $(DEVICE),cpu) --name $(or $(DEVICE),cpu)-all \
 		--works flat roberta minilm llama tiny scaling $(if $(DEVICE),,--threads 2 1) $(ARGS)
+
+bench-compare: $(VENV)/ready  ## has anything become slower? OLD=a.csv NEW=b.csv, and ARGS="--tolerance 0.05"
+	$(BIN)/python -m benchmarks.compare $(OLD) $(NEW) $(ARGS)
 
 # The operators' tests over the CPU's kernels and CUDA's on the simulated device, built with
 # AddressSanitizer and UndefinedBehaviorSanitizer. Their runtimes have to be loaded before Python (which

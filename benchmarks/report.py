@@ -78,7 +78,7 @@ def read(path: Path) -> pd.DataFrame:
     try:
         frame = pd.read_csv(path)
         if missing := [column for column in _NEEDED if column not in frame]:
-            raise ValueError(f"there is no {', '.join(missing)}")
+            raise ValueError(f"it lacks the columns {', '.join(missing)}")
         frame[_NUMBERS] = frame[_NUMBERS].apply(pd.to_numeric)
         beside = frame["beside"] if "beside" in frame else pd.Series(0, frame.index)
         frame["beside"] = beside.fillna(0).astype(int)

@@ -26,6 +26,7 @@ import psutil  # noqa: E402
 
 from benchmarks import (  # noqa: E402
     beside,
+    compare,
     contenders,
     device,
     machine,
@@ -627,6 +628,169 @@ def test_target_of_scaling():
         "gaussian, 2 threads, beside 1 busy process: second order over AdamW fused: "
     )
     assert other.endswith("at 512Mi over at 16Mi: 2; not judged, no bound is meant for it")
+
+
+# ------------------------------------------------------------------------------------------ two results
+
+
+def _result(path: Path, ratios: dict[str, float], spread: float = 0.01, **columns) -> Path:
+    frame = _frame(ratios, **{"machine": "a machine", "torch": "2.13", "rounds": 5, **columns})
+    if "skipped" in columns:
+        frame = pd.concat([frame, frame.assign(contender=columns["skipped"], ratio=None)])
+    low, high = (frame["ratio"] * (1 + sign * spread) for sign in (-1, 1))
+    frame.assign(ratio_p20=low, ratio_p80=high).to_csv(path, index=False)
+    return path
+
+
+@pytest.fixture
+def compared(tmp_path, capsys):
+    """The exit status and what is printed for two results."""
+
+    def compared(old: Path, new: Path, *args: str) -> tuple[int, str]:
+        status = compare.main([str(old), str(new), *args])
+        out, err = capsys.readouterr()
+        return status, out + err
+
+    return compared
+
+
+BASE = {"AdamW fused": 2.0, "AdamW foreach": 4.0, "rose exact": 3.0}
+
+
+@pytest.mark.parametrize(
+    ("after", "spread", "args", "verdict"),
+    [
+        (2.3, 0.01, [], "WORSE"),  # noise: 3 * 1.49 * 1% * (2 / 5)**0.5 = 2.8%
+        (2.27, 0.01, [], "WORSE"),
+        (2.25, 0.01, [], ""),
+        (2.55, 0.05, [], "WORSE"),
+        (2.45, 0.05, [], ""),
+        (2.3, 0.01, ["--tolerance", "0.1"], ""),
+        (2.235, 0.0, [], ""),  # by less than the least that counts
+        (2.25, 0.0, [], "WORSE"),
+        (2.2, 0.01, [], ""),
+        (2.1, 0.01, [], "better"),
+    ],
+)
+def test_a_ratio_that_rises_beyond_the_noise_fails(tmp_path, compared, after, spread, args, verdict):
+    old = _result(tmp_path / "old.csv", BASE | {"rose bracket": 2.2}, spread)
+    new = _result(tmp_path / "new.csv", BASE | {"rose bracket": after}, spread)
+    status, out = compared(old, new, *args)
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in out.splitlines()]
+    (row,) = (row for row in rows if row[:1] == ["rose bracket"])
+    assert row[1:4] == ["AdamW fused", "1.1", f"{after / 2:.3g}"]
+    assert status == (verdict == "WORSE") == ("WORSE: flat-64Mi, gaussian, 2 threads: rose br" in out)
+    assert f"Of 2 ratios of rose_ops, {int(status)} are worse, {int(verdict == 'better')} better" in out
+    assert row[6:] == ([verdict] if verdict else [])
+    assert "Warning" not in out
+    assert "Only in" not in out
+
+
+@pytest.mark.parametrize("name", ["cpu-avx512", "nvidia-h200"])
+def test_a_result_is_as_good_as_itself(compared, name):
+    path = Path(run.__file__).parent / "results" / f"{name}.csv"
+    status, out = compared(path, path, "--tolerance", "0")
+    assert status == 0
+    assert " 0 are worse, 0 better" in out
+    assert "Only in" not in out
+
+
+def test_noise_is_of_both_results_and_falls_with_rounds(tmp_path, compared):
+    calm, loud, often = (
+        _result(tmp_path / f"{name}.csv", BASE | {"rose bracket": ratio}, spread, rounds=rounds)
+        for name, ratio, spread, rounds in (
+            ("calm", 2.2, 0.0, 5), ("loud", 2.4, 0.1, 5), ("often", 2.4, 0.1, 80),
+        )
+    )  # fmt: skip
+    assert compared(calm, loud)[0] == 0
+    assert compared(calm, often)[0] == 1
+    twice = _result(tmp_path / "twice.csv", BASE | {"rose bracket": 2.9}, 0.0, rounds=2)
+    status, out = compared(calm, twice)
+    assert status == 0
+    assert out.count("too few rounds") == 3
+    # Rounds in which the one it is compared with took no part tell nothing of the ratio.
+    frame = pd.read_csv(_result(tmp_path / "slow.csv", BASE | {"rose bracket": 2.9}, 0.0))
+    frame.loc[frame["contender"] == "AdamW fused", "rounds"] = 2
+    frame.to_csv(tmp_path / "slow.csv", index=False)
+    assert compared(calm, tmp_path / "slow.csv")[0] == 0
+
+
+def test_peers_that_moved_are_a_warning(tmp_path, compared):
+    old = _result(tmp_path / "old.csv", BASE)
+    status, out = compared(old, _result(tmp_path / "new.csv", BASE | {"AdamW foreach": 8.0}))
+    assert status == 0
+    assert "perhaps the machine did:\n- flat-64Mi, gaussian, 2 threads: AdamW foreach\n" in out
+
+
+def test_rows_of_one_result_are_listed(tmp_path, compared):
+    parts = [
+        _result(tmp_path / f"{i}.csv", BASE | {"rose bracket": 2.2}, **columns)
+        for i, columns in enumerate(({}, {"beside": 1}, {"data": "heavy"}))
+    ]
+    both = pd.concat(map(pd.read_csv, parts))
+    both[both["beside"] == 0].drop(columns="beside").to_csv(old := tmp_path / "old.csv", index=False)
+    new = both[both["data"] == "gaussian"].reset_index(drop=True)
+    gone = (new["contender"] == "rose bracket") & (new["beside"] == 0)
+    new.loc[gone, ["ms_p50", "ratio"]] = None
+    new["skipped"] = pd.Series("FAILED: no luck", new.index).where(gone)
+    new.to_csv(tmp_path / "new.csv", index=False)
+    status, out = compared(old, tmp_path / "new.csv")
+    assert status == 0
+    assert (
+        f"Only in old, {old}:\n"
+        "- flat-64Mi, gaussian, 2 threads: rose bracket (in the other: FAILED: no luck)\n"
+        "- flat-64Mi, heavy, 2 threads: the whole case, 3 contenders\n"
+    ) in out
+    assert (
+        "- flat-64Mi, gaussian, 2 threads, beside 1 busy process: the whole case, 3 contenders\n" in out
+    )
+    assert "Of 1 ratios of rose_ops, 0 are worse" in out
+    status, out = compared(parts[0], parts[1])
+    assert status == 2
+    assert "have no rows in common: nothing was compared" in out
+
+
+def test_doubts_are_warnings(tmp_path, compared):
+    old = _result(tmp_path / "old.csv", BASE)
+    new = _result(tmp_path / "new.csv", BASE, machine="another", torch="2.14", others_busy_cores=0.5)
+    status, out = compared(old, new)
+    assert status == 0
+    assert "Warning: not the same machine, software or threads, so this means little:\n" in out
+    assert "- machine: a machine; now another\n- torch: 2.13; now 2.14\n" in out
+    assert "kept the machine busy during:\n- flat-64Mi, gaussian, 2 threads\n" in out
+    (row,) = (line for line in out.splitlines() if line.startswith("| rose exact"))
+    assert row.split("|")[-2].strip() == "new"
+    frame = pd.read_csv(old)
+    both = pd.concat([frame, frame.assign(threads=1)])
+    both.to_csv(new, index=False)
+    assert "- threads: 2; now 1, 2\n" in compared(old, new)[1]
+    frame.loc[frame["contender"] == "rose exact", ["against", "ratio"]] = "AdamW foreach", 99.0
+    frame.to_csv(new, index=False)
+    status, out = compared(old, new)
+    assert status == 0
+    assert "not over AdamW fused" in out
+
+
+def test_what_cannot_be_compared_is_refused(tmp_path, compared, capsys):
+    good = _result(tmp_path / "good.csv", BASE)
+    frame = pd.read_csv(good)
+    bad = tmp_path / "bad.csv"
+    for change, says in (
+        (pd.concat([frame, frame]), "'AdamW fused' twice in flat-64Mi, gaussian, 2 threads"),
+        (frame.assign(ratio="fast"), "expected a table that `python -m benchmarks` wrote"),
+        (frame.assign(work=None), "rows without one of device, work"),
+        (frame.drop(columns="ratio_p20"), "it lacks the columns ratio_p20"),
+    ):
+        change.to_csv(bad, index=False)
+        for files in ((good, bad), (bad, good)):
+            status, out = compared(*files)
+            assert status == 2
+            assert out.startswith(f"{bad}: expected")
+            assert says in out
+    for share in ("-1", "nan", "2%"):
+        with pytest.raises(SystemExit, match="2"):
+            compare.main([str(good), str(good), "--tolerance", share])
+        assert "--tolerance: expected a share such as 0.02" in capsys.readouterr().err
 
 
 def test_plots(tmp_path):
