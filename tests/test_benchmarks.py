@@ -301,7 +301,7 @@ def _main(tmp_path: Path, *args: str, where: device.Device | None = None) -> tup
 
 
 def _replace_work(monkeypatch, name: str, by: Work) -> None:
-    monkeypatch.setitem(run._WORKS, name, (lambda sizes: [by], run._WORKS[name][1]))
+    monkeypatch.setitem(run._WORKS, name, (lambda sizes: [by], *run._WORKS[name][1:]))
 
 
 @pytest.fixture
@@ -491,6 +491,11 @@ def test_settings_that_are_not_there_yet_are_listed(tmp_path, monkeypatch):
     frame = frame.set_index("contender")
     assert frame.at["rose bracket", "skipped"] == "not in this year"
     assert list(frame.index[frame["ms_p50"].notna()]) == ["AdamW fused"]
+
+
+def test_nothing_to_measure_is_said(tmp_path, capsys):
+    assert run.main(["--works", "tiny", "--beside", "1", "--output", str(tmp_path)], Small()) == 0
+    assert "nothing to measure" in capsys.readouterr().out.splitlines()[-1]
 
 
 def test_wrong_names_are_refused(capsys):
