@@ -172,7 +172,7 @@ def plot(frame: pd.DataFrame, path: Path) -> None:
         sharex=True, sharey=True, squeeze=False, layout="constrained",
     )  # fmt: skip
     for axis, (_, case) in zip(axes.flat, cases, strict=False):
-        axis.set_title(title(case), fontsize=9)
+        axis.set_title(title(case).replace(", beside", "\nbeside"), fontsize=9)
         rows = case.set_index("contender").reindex(names)
         time = rows["ns_per_element"]
         low, high = (time * rows[f"ms_{p}"] / rows["ms_p50"] for p in ("p20", "p80"))
