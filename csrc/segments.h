@@ -30,6 +30,10 @@ struct Segment {
   int64_t first_tile = 0;
   std::vector<int64_t> sizes;  // collapsed; empty if every operand is linear
   std::vector<Operand> operands;
+
+  bool linear() const {
+    return std::all_of(operands.begin(), operands.end(), [](const Operand& x) { return x.linear; });
+  }
 };
 
 // A list of tensors that makes up one operand of every segment.

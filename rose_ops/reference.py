@@ -212,7 +212,7 @@ def select(
     lower: int,
     rank_inactive: bool,
     approx: bool,
-    draw: int,
+    draw: int = 0,
 ) -> Tensor:
     """Thresholds of the robust parameters (Eq. 3) and what lies on each side of them.
 
@@ -506,7 +506,7 @@ def bracket_adamw_(
     stochastic: bool,
     draw: int,
     width: float,
-    approx: bool,
+    approx: bool = False,
 ) -> Tensor:
     """:func:`select` in second order over the selective tensors, then :func:`adamw_` with it.
 
@@ -570,7 +570,7 @@ def bracket_capture_(
     rank_inactive: bool,
     draw: int,
     width: float,
-    approx: bool,
+    approx: bool = False,
 ) -> Tensor:
     """:func:`select`, then :func:`capture_`; see :func:`bracket_adamw_` for how in one pass.
 

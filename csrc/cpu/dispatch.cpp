@@ -1,18 +1,18 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "tile.h"
+#include "loops.h"
 
 namespace rose {
 namespace cpu {
 
-extern const TileKernels tile_kernels_default;
+extern const Loops loops_default;
 
 #if defined(__x86_64__)
-extern const TileKernels tile_kernels_avx2;
-extern const TileKernels tile_kernels_avx512;
+extern const Loops loops_avx2;
+extern const Loops loops_avx512;
 
-static const TileKernels& choose() {
+static const Loops& choose() {
   const char* cap = getenv("ATEN_CPU_CAPABILITY");
   const bool only_default = cap && strcmp(cap, "default") == 0;
   const bool at_most_avx2 = cap && strcmp(cap, "avx2") == 0;
@@ -20,17 +20,17 @@ static const TileKernels& choose() {
   if (!only_default && !at_most_avx2 && __builtin_cpu_supports("avx512f") &&
       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512cd")) {
-    return tile_kernels_avx512;
+    return loops_avx512;
   }
-  if (!only_default && __builtin_cpu_supports("avx2")) return tile_kernels_avx2;
-  return tile_kernels_default;
+  if (!only_default && __builtin_cpu_supports("avx2")) return loops_avx2;
+  return loops_default;
 }
 #else
-static const TileKernels& choose() { return tile_kernels_default; }
+static const Loops& choose() { return loops_default; }
 #endif
 
-const TileKernels& tile_kernels() {
-  static const TileKernels& chosen = choose();
+const Loops& loops() {
+  static const Loops& chosen = choose();
   return chosen;
 }
 

@@ -7,6 +7,7 @@
 
 #include "../check.h"
 #include "rose/norms.h"
+#include "select.h"
 #include "update.h"
 
 namespace rose {
@@ -29,18 +30,24 @@ Tensor record_of(const Selection& selection, std::initializer_list<int64_t> more
   return result;
 }
 
-// Gradients and, for second order, first moments, with all that makes keys of them.
-struct Ranked {
+// Gradients and, for second order, first moments, with all that makes keys of them, and what is asked.
+struct Ranking {
   Segments segments;
   Groups groups;
   RiskSource source;
+  Ranked ranked;
 
-  Ranked(const std::vector<Tensor>& grads, const std::vector<Tensor>& exp_avgs, const Tensor& hyper,
-         const Tensor& group, const Factors& factors, bool rank_inactive)
+  Ranking(const std::vector<Tensor>& grads, const std::vector<Tensor>& exp_avgs, const Tensor& hyper,
+          const Tensor& group, const Factors& factors, bool rank_inactive, int64_t upper = 0,
+          int64_t lower = 0, int64_t draw = 0, double width = 1)
       : segments(risk_roles(grads, exp_avgs), kTile),
         groups(hyper, group, segments.size()),
-        source{segments, !exp_avgs.empty(), rank_inactive, factors.inv_scale, factors.clip, {}} {
-    for (size_t i = 0; i < segments.size(); ++i) source.alpha.push_back(groups.alpha(i));
+        source{segments, !exp_avgs.empty(), rank_inactive, {factors.inv_scale, factors.clip}, {}},
+        ranked{source, {}, upper, lower, static_cast<uint32_t>(draw), width} {
+    for (size_t i = 0; i < segments.size(); ++i) {
+      source.alpha.push_back(groups.alpha(i));
+      ranked.chosen.push_back(i);
+    }
   }
 };
 
@@ -56,56 +63,46 @@ std::vector<uint8_t*> mask_bits(const std::vector<Tensor>& masks, const Segments
   return bits;
 }
 
-class Capturer final : public BracketBody {
+class Capturer final : public Body {
  public:
   Capturer(const RiskSource& source, std::vector<uint8_t*> bits)
       : source_(source), bits_(std::move(bits)) {}
 
-  void tile(size_t index, int64_t start, int n, Bounds bounds, BracketLog* log) {
-    float scratch[3 * kTile];
-    tile_kernels().pack(source_.risk(index, start, n, scratch), n, bounds, bits_[index] + start / 8,
-                        log);
-  }
-  void all(Bounds bounds) {
-    for_each_tile(
-        source_.segments, [] { return 0; },
-        [&](int, size_t index, int64_t start, int n) { tile(index, start, n, bounds, nullptr); },
-        [](int) {});
-  }
-
-  void tile(size_t index, int64_t start, int n, Bounds bounds, BracketLog& log,
-            UpdateCounts&) override {
-    tile(index, start, n, bounds, &log);
+  void run(size_t index, int64_t start, int n, uint32_t place, const Stage& stage, Notes& notes,
+           UpdateCounts&) override {
+    Buffers buffers;
+    Run run = source_.open(index, start, n, buffers);
+    run.place = place;
+    loops().rank(run, source_.risk(index), stage, bits_[index] + start / 8, notes);
   }
   int redo(size_t index, int64_t element, const float*, bool) override {
+    // Elements of one byte are in one chunk, and so in the hands of one thread.
     bits_[index][element / 8] ^= static_cast<uint8_t>(1 << element % 8);
     return 0;
   }
   void prefetch(size_t index, int64_t element) const override {
     __builtin_prefetch(bits_[index] + element / 8, 1);
   }
-  bool updates() const override { return false; }
+  Logs logs() const override { return Logs::kPlaces; }
 
  private:
   const RiskSource& source_;
   std::vector<uint8_t*> bits_;
 };
 
-// In place, with every mask known.
-UpdateCounts update_all(Updater& updater, Bounds bounds) {
-  UpdateCounts total;
-  std::mutex mutex;
-  for_each_tile(
-      updater.segments(), [] { return UpdateCounts(); },
-      [&](UpdateCounts& counts, size_t index, int64_t start, int n) {
-        updater.tile(index, start, n, bounds, nullptr, counts);
-      },
-      [&](const UpdateCounts& counts) {
-        std::lock_guard<std::mutex> lock(mutex);
-        total.updated += counts.updated;
-        total.nonfinite += counts.nonfinite;
-      });
-  return total;
+// The ranking and its use, in as few passes as there can be.
+Selection rank_and_use(const Segments& segments, const Ranked& ranked, bool approx, Body& body,
+                       UpdateCounts& counts) {
+  if (approx && ranked.source.segments.elements() >= kFewestOfApprox) {
+    latest_bracket() = BracketReport();
+    return given_pass(segments, ranked.chosen, approx_thresholds(ranked), body, counts);
+  }
+  if (!approx) {
+    if (const auto selection = bracket_pass(segments, ranked, body, counts)) return *selection;
+  }
+  const Selection selection = select(ranked);
+  given_pass(segments, ranked.chosen, selection, body, counts);
+  return selection;
 }
 
 bool is_set(const std::optional<Tensor>& found_inf) {
@@ -116,22 +113,32 @@ bool is_set(const std::optional<Tensor>& found_inf) {
 
 }  // namespace
 
+Tensor latest_bracket_report() {
+  constexpr int64_t kFields = sizeof(BracketReport) / sizeof(int64_t);
+  Tensor result = torch::stable::empty({kFields}, ScalarType::Long);
+  std::memcpy(static_cast<void*>(write_to<int64_t>(result)), &latest_bracket(), sizeof(BracketReport));
+  return result;
+}
+
 Tensor select(std::vector<Tensor> grads, std::vector<Tensor> exp_avgs, Tensor hyper, Tensor group,
               std::optional<Tensor> inv_scale, std::optional<Tensor> clip, int64_t upper, int64_t lower,
               bool rank_inactive, bool approx, int64_t draw) {
   FpMode mode;
   check_fractions(upper, lower);
-  const Ranked ranked(grads, exp_avgs, hyper, group, Factors(inv_scale, clip), rank_inactive);
-  return record_of(select(ranked.source, upper, lower, approx, static_cast<uint32_t>(draw)));
+  const Ranking ranking(grads, exp_avgs, hyper, group, Factors(inv_scale, clip), rank_inactive, upper,
+                        lower, draw);
+  return record_of(select(ranking.ranked, approx));
 }
 
 void capture_(std::vector<Tensor> masks, std::vector<Tensor> grads, std::vector<Tensor> exp_avgs,
               Tensor hyper, Tensor group, std::optional<Tensor> inv_scale, std::optional<Tensor> clip,
               Tensor selection, bool rank_inactive) {
   FpMode mode;
-  const Ranked ranked(grads, exp_avgs, hyper, group, Factors(inv_scale, clip), rank_inactive);
-  const Bounds bounds = read_selection(selection).bounds();
-  Capturer(ranked.source, mask_bits(masks, ranked.segments)).all(bounds);
+  const Ranking ranking(grads, exp_avgs, hyper, group, Factors(inv_scale, clip), rank_inactive);
+  const Selection given = read_selection(selection);
+  Capturer capturer(ranking.source, mask_bits(masks, ranking.segments));
+  UpdateCounts none;
+  given_pass(ranking.segments, ranking.ranked.chosen, given, capturer, none);
 }
 
 Tensor bracket_capture_(std::vector<Tensor> masks, std::vector<Tensor> grads,
@@ -140,20 +147,11 @@ Tensor bracket_capture_(std::vector<Tensor> masks, std::vector<Tensor> grads,
                         int64_t lower, bool rank_inactive, int64_t draw, double width, bool approx) {
   FpMode mode;
   check_fractions(upper, lower);
-  const Ranked ranked(grads, exp_avgs, hyper, group, Factors(inv_scale, clip), rank_inactive);
-  Capturer capturer(ranked.source, mask_bits(masks, ranked.segments));
-  std::vector<size_t> all(ranked.segments.size());
-  std::iota(all.begin(), all.end(), size_t{0});
+  const Ranking ranking(grads, exp_avgs, hyper, group, Factors(inv_scale, clip), rank_inactive, upper,
+                        lower, draw, width);
+  Capturer capturer(ranking.source, mask_bits(masks, ranking.segments));
   UpdateCounts none;
-  std::optional<Selection> selection;
-  if (!approx)
-    selection = bracket_pass(ranked.segments, ranked.source, all,
-                             {upper, lower, static_cast<uint32_t>(draw), width}, capturer, none);
-  if (!selection) {
-    selection = select(ranked.source, upper, lower, approx, static_cast<uint32_t>(draw));
-    capturer.all(selection->bounds());
-  }
-  return record_of(*selection);
+  return record_of(rank_and_use(ranking.segments, ranking.ranked, approx, capturer, none));
 }
 
 Tensor adamw_(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Tensor> exp_avgs,
@@ -170,11 +168,11 @@ Tensor adamw_(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector
       {params, grads, exp_avgs, exp_avg_sqs, steps, first_masks, second_masks}, lr, hyper, group,
       offsets, Factors(inv_scale, clip),
       {gamma, selection.has_value(), rank_inactive, static_cast<uint32_t>(seed), stochastic});
-  const Bounds bounds = selection ? read_selection(*selection).bounds() : Bounds{-1, -1};
+  const Selection given = selection ? read_selection(*selection) : Selection();
   UpdateCounts counts;
   if (!is_set(found_inf)) {
     updater.begin();
-    counts = update_all(updater, bounds);
+    given_pass(updater.segments(), {}, given, updater, counts);
   }
   Tensor result = torch::stable::empty({2}, ScalarType::Long);
   auto* words = write_to<int64_t>(result);
@@ -210,18 +208,13 @@ Tensor bracket_adamw_(std::vector<Tensor> params, std::vector<Tensor> grads,
   Tensor chosen_group = torch::stable::empty({static_cast<int64_t>(chosen.size())}, ScalarType::Long);
   auto* rows = write_to<int64_t>(chosen_group);
   for (size_t i = 0; i < chosen.size(); ++i) rows[i] = updater.groups().row(chosen[i]);
-  const Ranked ranked(chosen_grads, chosen_exp_avgs, hyper, chosen_group, factors, rank_inactive);
+  Ranking ranking(chosen_grads, chosen_exp_avgs, hyper, chosen_group, factors, rank_inactive, upper,
+                  lower, draw, width);
+  ranking.ranked.chosen = std::move(chosen);
   updater.begin();
   UpdateCounts counts;
-  std::optional<Selection> selection;
-  if (!approx)
-    selection = bracket_pass(updater.segments(), ranked.source, chosen,
-                             {upper, lower, static_cast<uint32_t>(draw), width}, updater, counts);
-  if (!selection) {
-    selection = select(ranked.source, upper, lower, approx, static_cast<uint32_t>(draw));
-    counts = update_all(updater, selection->bounds());
-  }
-  return record_of(*selection, {counts.updated, counts.nonfinite});
+  const Selection selection = rank_and_use(updater.segments(), ranking.ranked, approx, updater, counts);
+  return record_of(selection, {counts.updated, counts.nonfinite});
 }
 
 Tensor sums_of_squares(std::vector<Tensor> tensors, std::optional<Tensor> inv_scale) {
@@ -229,20 +222,21 @@ Tensor sums_of_squares(std::vector<Tensor> tensors, std::optional<Tensor> inv_sc
   const Segments segments({{"tensors", &tensors, false}}, kTile);
   const float factor = Factors(inv_scale, std::nullopt).inv_scale;
   std::vector<double> sums(static_cast<size_t>(segments.tiles()));
-  for_each_tile(
-      segments, [] { return 0; },
-      [&](int, size_t index, int64_t start, int n) {
-        float values[2 * kTile];
-        const Segment& segment = segments[index];
-        const float* x = load(segment, segment.operands[0], start, n, values);
-        if (factor != 1.0f) {
-          tile_kernels().scale(x, factor, 1.0f, n, values + kTile);
-          x = values + kTile;
-        }
-        sums[static_cast<size_t>(segment.first_tile + start / kTile)] =
-            tile_kernels().sum_of_squares(x, n);
-      },
-      [](int) {});
+  const Chunks chunks(segments.tiles());
+  share_out(chunks.count, [&](auto next) {
+    Buffers buffers;
+    for (int64_t chunk = next(); chunk >= 0; chunk = next()) {
+      for_each_run(
+          segments, chunks.begin(chunk), chunks.end(chunk), [&](size_t index, int64_t start, int n) {
+            const Run run = open_run(segments[index], start, n, buffers);
+            double* sum = &sums[static_cast<size_t>(segments[index].first_tile + start / kTile)];
+            for (int done = 0; done < n; done += kTile) {
+              *sum++ = loops().sum_of_squares(run.data[0] + done * run.item(0), run.dtypes[0],
+                                              std::min(kTile, n - done), factor);
+            }
+          });
+    }
+  });
   const int64_t count = static_cast<int64_t>(segments.size());
   Tensor result = torch::stable::empty({count}, ScalarType::Double);
   double* totals = write_to<double>(result);

@@ -48,5 +48,8 @@ Tensor select_tensors_(Tensor mask, Tensor sums, std::optional<Tensor> exp_avg_s
                        Tensor group, std::optional<Tensor> clip, int64_t upper, int64_t lower,
                        bool rank_inactive);
 
+// For tests: the fields of BracketReport of this thread's latest bracketed call.
+Tensor latest_bracket_report();
+
 }  // namespace cpu
 }  // namespace rose

@@ -1,120 +1,172 @@
-// Samples of the index space.
+// What is ranked, and samples of it: lines, of kLine elements, one from each of many equal strata. See
+// sampled() in rose_ops/reference.py.
 #pragma once
 
-#include <algorithm>
-#include <cstring>
+#include <array>
+#include <mutex>
 #include <vector>
 
-#include "select.h"
+#include "runs.h"
 
 namespace rose {
 namespace cpu {
 
-// Lines of the index space, drawn one from each stratum.
+// Where keys come from: operand 0 of every segment is the gradient, operand 1 (second order) the first
+// moment before the step.
+struct RiskSource {
+  const Segments& segments;
+  bool second_order, rank_inactive;
+  float factors[2];          // that gradients are multiplied by
+  std::vector<float> alpha;  // per segment
+
+  Risk risk(size_t index) const { return {second_order, rank_inactive, alpha[index]}; }
+  Run open(size_t index, int64_t start, int n, Buffers& buffers) const {
+    Run run = open_run(segments[index], start, n, buffers);
+    run.factors[0] = factors[0];
+    run.factors[1] = factors[1];
+    return run;
+  }
+};
+
+// Parts of the index space, by tiles, that are one after the other.
+constexpr int kPhases = 16;
+
+// What a sample has of one phase, by one threshold: lines' counts, and their keys inside the window. Of
+// elements that are ranked (r) and of those at or below the window's middle, too (c), sums of products
+// of differences between neighbouring lines.
+struct PhaseSample {
+  int64_t ranked = 0, below = 0, cc = 0, cr = 0, rr = 0;
+  std::vector<uint32_t> keys;
+};
+typedef std::array<PhaseSample, kPhases> Sample;
+
 class Lines {
  public:
-  Lines(const RiskSource& source, int64_t wanted, uint32_t draw) : source_(source) {
-    const Segments& segments = source.segments;
-    first_.reserve(segments.size() + 1);
-    first_.push_back(0);
-    for (size_t i = 0; i < segments.size(); ++i) {
-      first_.push_back(first_.back() + (segments[i].n + kLine - 1) / kLine);
-    }
-    key_ = random_key(draw, 0x5A3Bu);
-    stratum_ = std::max<int64_t>(1, first_.back() / wanted);
-    count_ = (first_.back() + stratum_ - 1) / stratum_;
-  }
+  // `wanted` lines or a few more, unless there are not that many.
+  Lines(const RiskSource& source, int64_t wanted, uint32_t draw);
 
-  int64_t count() const { return count_; }
-  double weight() const {
-    return static_cast<double>(stratum_);
-  }  // lines that a sampled one stands for
+  static int64_t count(const Segments& segments);
+  // Lines of the sample that selection="approx" takes.
+  static int64_t of_approx(int64_t lines);
 
+  int64_t size() const { return count_; }
+  // Lines that a sampled one stands for.
+  double weight() const { return static_cast<double>(stratum_); }
+
+  // The sample, by each of `windows`. `phase_of`: of element `start` of segment `index`.
+  template <typename PhaseOf>
+  std::vector<Sample> take(const std::vector<Window>& windows, PhaseOf phase_of) const;
+
+  // Ranked keys of about `wanted` of the lines.
+  std::vector<uint32_t> some_keys(int64_t wanted) const;
+
+ private:
   struct Place {
     size_t index;
     int64_t start;
     int n;  // 0: the last stratum is shorter than the others, and its line is not there
   };
-
-  // `index` is that of an earlier line, or 0.
-  Place place(int64_t line, size_t index) const {
-    const uint64_t random = random_bits(key_, static_cast<uint32_t>(static_cast<uint64_t>(line) >> 32),
-                                        static_cast<uint32_t>(line));
-    const int64_t at =
-        line * stratum_ + static_cast<int64_t>(random * static_cast<uint64_t>(stratum_) >> 32);
-    if (at >= first_.back()) return {index, 0, 0};
-    if (at >= first_[index + 1]) {
-      index =
-          static_cast<size_t>(std::upper_bound(first_.begin(), first_.end(), at) - first_.begin()) - 1;
-    }
-    const int64_t start = (at - first_[index]) * kLine;
-    return {index, start,
-            static_cast<int>(std::min<int64_t>(kLine, source_.segments[index].n - start))};
-  }
-
-  // body(line, place, keys) for lines first, first + step, ... before last. Lines are far apart: while
-  // one batch is at work, the next one is on its way.
-  template <typename Body>
-  void for_each(int64_t first, int64_t last, int64_t step, Body body) const {
-    struct Batch {
-      Place places[kBatch];
-      int size = 0;
-    } batches[2];
-    int64_t next = first;
-    size_t index = 0;
-    const auto plan = [&](Batch& batch) {
-      batch.size = 0;
-      for (; batch.size < kBatch && next < last; ++batch.size, next += step) {
-        const Place at = batch.places[batch.size] = place(next, index);
-        index = at.index;
-        if (batch.size > 0 && source_.alpha[index] != source_.alpha[batch.places[0].index]) break;
-      }
-    };
-    float g[kBatch * kLine], m[kBatch * kLine], scaled[kBatch * kLine];
-    uint32_t keys[kBatch * kLine];
-    plan(batches[0]);
-    for (int i = 0; i < batches[0].size; ++i) prefetch(batches[0].places[i]);
-    for (int64_t line = first, k = 0; line < last; ++k) {
-      const Batch& batch = batches[k % 2];
-      Batch& following = batches[(k + 1) % 2];
-      plan(following);
-      for (int i = 0; i < batch.size; ++i) {
-        copy(batch.places[i], 0, g + i * kLine);
-        if (source_.second_order) copy(batch.places[i], 1, m + i * kLine);
-      }
-      source_.keys(batch.places[0].index, batch.size * kLine, g, m, scaled, keys);
-      for (int i = 0; i < std::max(batch.size, following.size); ++i) {
-        if (i < following.size) prefetch(following.places[i]);
-        if (i >= batch.size) continue;
-        body(line, batch.places[i], keys + i * kLine);
-        line += step;
-      }
-    }
-  }
-
- private:
+  // A segment; those of one kind have the same dtypes and the same alpha.
+  struct Source {
+    int64_t first_line;
+    const char* data[2];
+    int64_t items[2];  // bytes
+    bool linear;
+    int kind;
+  };
   static constexpr int kBatch = 64;
+  struct Batch {
+    Place places[kBatch];
+    SampledLine lines[kBatch];
+    int size = 0;
+    char buffers[kBatch][2][kLine * sizeof(float)];  // of what is not contiguous
+  };
 
-  // (Compilers drop a call of a function that does nothing else.)
-  ROSE_ALWAYS_INLINE void prefetch(const Place& place) const {
-    for (const Operand& from : source_.segments[place.index].operands) {
-      if (from.linear) __builtin_prefetch(from.data + place.start * from.element_size());
+  Place place(int64_t line, size_t index) const;
+  // Fills a batch with lines first, first + step, ... before last, of one kind, and fetches them;
+  // returns the line to go on with. `index` is that of an earlier line, or 0.
+  int64_t plan(Batch& batch, int64_t first, int64_t last, int64_t step, size_t& index) const;
+  // body(first line of a batch, batch) for lines first, first + step, ... before last. Lines are far
+  // apart: while one batch is at work, the next one is on its way.
+  template <typename Body>
+  void for_each_batch(int64_t first, int64_t last, int64_t step, Body body) const {
+    Batch batches[2];
+    size_t index = 0;
+    int64_t next = plan(batches[0], first, last, step, index);
+    for (int k = 0; first < last; k = 1 - k) {
+      const int64_t after = plan(batches[1 - k], next, last, step, index);
+      body(first, batches[k]);
+      first = next;
+      next = after;
     }
   }
 
-  void copy(const Place& place, size_t operand, float* to) const {
-    const Segment& segment = source_.segments[place.index];
-    if (place.n < kLine) std::memset(to, 0, kLine * sizeof(float));
-    if (place.n == 0) return;
-    const float* from = load(segment, segment.operands[operand], place.start, place.n, to);
-    if (from != to) std::memcpy(to, from, static_cast<size_t>(place.n) * sizeof(float));
-  }
+  void count(const Batch& batch, const std::vector<Window>& windows, LineCounts* counts,
+             uint32_t* const* room) const;
 
   const RiskSource& source_;
-  std::vector<int64_t> first_;  // line of each segment, and their total
+  std::vector<Source> sources_;  // and one behind the last
   uint32_t key_;
   int64_t stratum_, count_;
 };
+
+void add(PhaseSample& to, const PhaseSample& from);
+
+template <typename PhaseOf>
+std::vector<Sample> Lines::take(const std::vector<Window>& windows, PhaseOf phase_of) const {
+  constexpr int64_t kShare = 512;  // lines, an even number: pairs stay together
+  const size_t targets = windows.size();
+  std::vector<Sample> total(targets);
+  std::mutex mutex;
+  share_out((count_ + kShare - 1) / kShare, [&](auto next) {
+    std::vector<Sample> own(targets);
+    std::vector<uint32_t> inside[2];
+    for (auto& keys : inside) keys.resize(kBatch * kLine + kMostLanes);
+    LineCounts counts[kBatch * 2];
+    for (int64_t share = next(); share >= 0; share = next()) {
+      const int64_t end = std::min(count_, (share + 1) * kShare);
+      LineCounts earlier[2] = {};
+      for_each_batch(share * kShare, end, 1, [&](int64_t first, const Batch& batch) {
+        uint32_t* const room[2] = {inside[0].data(), inside[1].data()};
+        count(batch, windows, counts, room);
+        const auto phase_at = [&](int i) {
+          return static_cast<size_t>(phase_of(batch.places[i].index, batch.places[i].start));
+        };
+        const size_t from = phase_at(0), to = phase_at(batch.size - 1);
+        for (size_t t = 0; t < targets; ++t) {
+          const uint32_t* keys = room[t];
+          for (int i = 0; i < batch.size; ++i) {
+            const LineCounts& of_line = counts[static_cast<size_t>(i) * targets + t];
+            PhaseSample& sample = own[t][from == to ? from : phase_at(i)];
+            sample.ranked += of_line.ranked;
+            sample.below += of_line.below;
+            if (from != to) sample.keys.insert(sample.keys.end(), keys, keys + of_line.inside);
+            keys += of_line.inside;
+            // Of a last line without neighbour, the square itself is an upper bound.
+            const int64_t line = first + i;
+            const bool alone = line % 2 == 0 && line + 1 == count_;
+            if (line % 2 == 1 || alone) {
+              const int c = of_line.upto_middle - (alone ? 0 : earlier[t].upto_middle);
+              const int r = of_line.ranked - (alone ? 0 : earlier[t].ranked);
+              sample.cc += c * c;
+              sample.cr += c * r;
+              sample.rr += r * r;
+            }
+            earlier[t] = of_line;
+          }
+          if (from == to)
+            own[t][from].keys.insert(own[t][from].keys.end(), inside[t].data(),
+                                     inside[t].data() + (keys - room[t]));
+        }
+      });
+    }
+    std::lock_guard<std::mutex> lock(mutex);
+    for (size_t t = 0; t < targets; ++t) {
+      for (size_t j = 0; j < kPhases; ++j) add(total[t][j], own[t][j]);
+    }
+  });
+  return total;
+}
 
 }  // namespace cpu
 }  // namespace rose

@@ -1,6 +1,6 @@
 #include "update.h"
 
-#include <algorithm>
+#include <cstring>
 
 #include "../check.h"
 
@@ -10,18 +10,11 @@ namespace {
 
 constexpr size_t kWritten[3] = {0, 2, 3};  // operands: p, m, v
 
-// Adds a captured mask to the masks of each tensor.
-void add_masks(const std::vector<Tensor>& tensors, const Segments& segments, const char* name,
-               int32_t weight, const uint8_t* Masks::* bits, std::vector<Masks>& masks) {
-  const auto kinds = check_masks(tensors, segments, name, torch::headeronly::DeviceType::CPU);
-  for (size_t i = 0; i < tensors.size(); ++i) {
-    const auto* data = read_from<uint8_t>(tensors[i], {name, static_cast<int64_t>(i)});
-    if (kinds[i] == MaskKind::kBits) {
-      masks[i].*bits = data;
-    } else if (kinds[i] == MaskKind::kAll || *data != 0) {
-      masks[i].base += weight;
-    }
-  }
+MaskOfRun mask_of(MaskKind kind, const Tensor& mask, const Argument& argument) {
+  if (kind == MaskKind::kAll) return {nullptr, true};
+  const auto* data = read_from<uint8_t>(mask, argument);
+  if (kind == MaskKind::kBits) return {data, false};
+  return {nullptr, *data != 0};
 }
 
 }  // namespace
@@ -64,25 +57,20 @@ Updater::Updater(const UpdateTensors& tensors, const Tensor& lr, const Tensor& h
   }
   const bool has_first = !tensors.first_masks.empty();
   const bool has_second = settings.from_risk || !tensors.second_masks.empty();
-  Masks shared;
-  shared.fractional = has_first && has_second;
-  shared.first_weight = shared.fractional ? 1 : 3;
-  shared.second_weight = shared.fractional ? 2 : 3;
-  shared.rank_inactive = settings.rank_inactive;
-  shared.from_risk = settings.from_risk;
-  masks_.assign(count, shared);
-  if (has_first) {
-    add_masks(tensors.first_masks, segments_, "first_masks", shared.first_weight, &Masks::first_bits,
-              masks_);
-  }
-  if (!tensors.second_masks.empty()) {
-    add_masks(tensors.second_masks, segments_, "second_masks", shared.second_weight,
-              &Masks::second_bits, masks_);
-  }
+  fractional_ = has_first && has_second;
+  masks_.resize(count);
+  const auto add = [&](const std::vector<Tensor>& masks, const char* name, MaskOfRun Masks::* to) {
+    const auto kinds = check_masks(masks, segments_, name, torch::headeronly::DeviceType::CPU);
+    for (size_t i = 0; i < masks.size(); ++i) {
+      masks_[i].*to = mask_of(kinds[i], masks[i], {name, static_cast<int64_t>(i)});
+    }
+  };
+  // One mask alone is the second one, whatever its name.
+  add(tensors.first_masks, "first_masks", fractional_ ? &Masks::first : &Masks::second);
+  add(tensors.second_masks, "second_masks", &Masks::second);
   for (size_t i = 0; i < count; ++i) {
     ROSE_CHECK(groups_[i].selective == 0 || has_first || has_second, "params[", i,
                "] is selective; expected first_masks, second_masks or a selection");
-    masks_[i].alpha = groups_.alpha(i);
   }
 }
 
@@ -96,66 +84,45 @@ void Updater::begin() {
   }
 }
 
-void Updater::store_operand(size_t index, size_t k, int64_t start, int n, const float* values) const {
-  const Segment& segment = segments_[index];
-  const Operand& to = segment.operands[k];
-  if (to.dtype == Dtype::kBFloat16 && (k == 3 || (k == 0 && settings_.stochastic))) {
-    store_stochastic(segment, to, start, n, values, random_keys_[index], offsets_[index] + start,
-                     k == 0 ? Rounded::kParameter : Rounded::kSecondMoment);
-  } else {
-    store(segment, to, start, n, values);
+Step Updater::step_of(size_t index, int64_t start) const {
+  const uint64_t global = static_cast<uint64_t>(offsets_[index] + start);
+  Step step;
+  step.update = &updates_[index];
+  step.ranked = settings_.from_risk;
+  step.fractional = fractional_;
+  step.first = masks_[index].first;
+  step.second = masks_[index].second;
+  if (step.first.bits) step.first.bits += start / 8;
+  if (step.second.bits) step.second.bits += start / 8;
+  step.stochastic = settings_.stochastic;
+  step.random_index = static_cast<uint32_t>(global);
+  for (uint32_t k = 0; k < 2; ++k) {
+    step.random_keys[k] = mix((static_cast<uint32_t>(global >> 32) + k) ^ random_keys_[index]);
   }
+  return step;
 }
 
-void Updater::tile(size_t index, int64_t start, int n, Bounds bounds, BracketLog* log,
-                   UpdateCounts& counts) {
-  // Where elements pass through buffers, fewer at a time: those of one part are at work while the CPU
-  // reads the next.
-  constexpr int kPart = kTile / 4;
-  const std::vector<Operand>& all = segments_[index].operands;
-  if (n > kPart &&
-      !std::all_of(all.begin(), all.end(), [](const Operand& x) { return x.contiguous_floats(); })) {
-    const int64_t place = log ? log->place : 0;
-    for (int done = 0; done < n; done += kPart) {
-      if (log) log->place = place + done;
-      tile(index, start + done, std::min(kPart, n - done), bounds, log, counts);
-    }
-    return;
-  }
-  const TileKernels& kernels = tile_kernels();
+void Updater::run(size_t index, int64_t start, int n, uint32_t place, const Stage& stage, Notes& notes,
+                  UpdateCounts& counts) {
   const Segment& segment = segments_[index];
-  const std::vector<Operand>& operands = segment.operands;
-  const bool selective = groups_[index].selective != 0;
-  Masks masks = masks_[index];
-  float buffers[5][kTile];
-  float* m = load(segment, operands[2], start, n, buffers[2]);
-  float* v = load(segment, operands[3], start, n, buffers[3]);
-  if (selective && !masks.from_risk && masks.base == 0 && !masks.first_bits && !masks.second_bits) {
-    kernels.decay(m, v, n, updates_[index]);  // nothing of the tensor is selected
-    store_operand(index, 3, start, n, v);
-    return;
-  }
-  float* p = load(segment, operands[0], start, n, buffers[0]);
-  const float* g = load(segment, operands[1], start, n, buffers[1]);
-  const float factor = gradient_factor(index), clip = clip_factor(index);
-  if (selective) {
-    masks.factors[0] = factor;
-    masks.factors[1] = clip;
-    masks.bounds = bounds;
-    if (masks.first_bits) masks.first_bits += start / 8;
-    if (masks.second_bits) masks.second_bits += start / 8;
-    kernels.masked_adamw(p, m, v, g, masks, n, updates_[index], counts, log);
-  } else {
-    if (factor != 1.0f || clip != 1.0f) {
-      kernels.scale(g, factor, clip, n, buffers[4]);
-      g = buffers[4];
-    }
-    kernels.adamw(p, m, v, g, n, updates_[index]);
+  Buffers buffers;
+  Run run = open_run(segment, start, n, buffers);
+  run.factors[0] = static_cast<float>(groups_[index].sign) * factors_.inv_scale;
+  run.factors[1] = groups_[index].selective != 0 ? factors_.clip : factors_.plain_clip;
+  run.place = place;
+  const Step step = step_of(index, start);
+  const auto none = [](const MaskOfRun& mask) { return mask.bits == nullptr && !mask.all; };
+  if (groups_[index].selective == 0) {
+    loops().adamw(run, step);
     counts.updated += n;
+  } else if (!step.ranked && none(step.first) && none(step.second)) {
+    loops().decay(run, step);
+    return write_back(segment, start, run, 3);
+  } else {
+    const Risk risk = {true, settings_.rank_inactive, groups_.alpha(index)};
+    loops().masked(run, step, risk, stage, notes, counts);
   }
-  store_operand(index, 0, start, n, p);
-  store_operand(index, 2, start, n, m);
-  store_operand(index, 3, start, n, v);
+  for (const size_t k : kWritten) write_back(segment, start, run, k);
 }
 
 void Updater::prefetch(size_t index, int64_t element) const {
@@ -167,26 +134,36 @@ void Updater::prefetch(size_t index, int64_t element) const {
 
 int Updater::redo(size_t index, int64_t element, const float* old, bool selected) {
   const Segment& segment = segments_[index];
-  const Masks& masks = masks_[index];
-  int rest = masks.base;
-  if (masks.first_bits) {
-    rest += (masks.first_bits[element / 8] >> (element % 8) & 1) * masks.first_weight;
-  }
-  const int kind = rest + (selected ? masks.second_weight : 0);
-  float p = old[0], m = old[1], v = old[2], buffer;
-  const float g = old[3];
-  if (masks.fractional) {
-    adamw_element<true>(p, m, v, g, kind, updates_[index]);
+  const MaskOfRun first = masks_[index].first;
+  const bool has_first =
+      fractional_ && (first.bits ? first.bits[element / 8] >> (element % 8) & 1 : first.all);
+  float values[3] = {old[0], old[1], old[2]};
+  const int alone = fractional_ ? 2 : 3, kind = (has_first ? 1 : 0) + (selected ? alone : 0);
+  if (fractional_) {
+    adamw_element<true>(values[0], values[1], values[2], old[3], kind, updates_[index]);
   } else {
-    adamw_element<false>(p, m, v, g, kind, updates_[index]);
+    adamw_element<false>(values[0], values[1], values[2], old[3], kind, updates_[index]);
   }
-  // store() leaves alone what is float32 and linear, since a tile's is updated in place.
-  const float values[3] = {p, m, v};
   for (int k = 0; k < 3; ++k) {
-    *load(segment, segment.operands[kWritten[k]], element, 1, &buffer) = values[k];
-    store_operand(index, kWritten[k], element, 1, &values[k]);
+    const Operand& to = segment.operands[kWritten[k]];
+    char* const place = place_of(segment, to, element);
+    const auto what = k == 0 ? Rounded::kParameter : Rounded::kSecondMoment;
+    if (to.dtype == Dtype::kFloat32) {
+      std::memcpy(place, &values[k], sizeof(float));
+      continue;
+    }
+    uint16_t half;
+    if (to.dtype == Dtype::kFloat16) {
+      half = float_to_half(values[k]);
+    } else if (k == 2 || (k == 0 && settings_.stochastic)) {
+      const auto global = static_cast<uint64_t>(offsets_[index] + element);
+      half = float_to_bf16_stochastic(values[k], rounding_bits(random_keys_[index], global, what));
+    } else {
+      half = float_to_bf16(values[k]);
+    }
+    std::memcpy(place, &half, sizeof half);
   }
-  return (kind != 0) - (rest + (selected ? 0 : masks.second_weight) != 0);
+  return (kind != 0) - (has_first || !selected);
 }
 
 }  // namespace cpu

@@ -1,11 +1,11 @@
-// The masked update of tiles: what the operators that update have in common.
+// The masked update: what the operators that update have in common.
 #pragma once
 
 #include <optional>
 #include <vector>
 
 #include "../arguments.h"
-#include "bracket.h"
+#include "pass.h"
 
 namespace rose {
 namespace cpu {
@@ -29,7 +29,7 @@ struct UpdateSettings {
   bool stochastic;  // rounding of bfloat16 parameters
 };
 
-class Updater final : public BracketBody {
+class Updater final : public Body {
  public:
   // Checks everything, changes nothing.
   Updater(const UpdateTensors& tensors, const Tensor& lr, const Tensor& hyper, const Tensor& group,
@@ -38,17 +38,13 @@ class Updater final : public BracketBody {
   const Segments& segments() const { return segments_; }
   const Groups& groups() const { return groups_; }
 
-  // Counts the step; before the first tile.
+  // Counts the step; before the first run.
   void begin();
-  void tile(size_t index, int64_t start, int n, Bounds bounds, BracketLog* log, UpdateCounts& counts);
-
-  void tile(size_t index, int64_t start, int n, Bounds bounds, BracketLog& log,
-            UpdateCounts& counts) override {
-    tile(index, start, n, bounds, &log, counts);
-  }
+  void run(size_t index, int64_t start, int n, uint32_t place, const Stage& stage, Notes& notes,
+           UpdateCounts& counts) override;
   int redo(size_t index, int64_t element, const float* old, bool selected) override;
   void prefetch(size_t index, int64_t element) const override;
-  bool updates() const override { return true; }
+  Logs logs() const override { return Logs::kOld; }
 
  private:
   float gradient_factor(size_t i) const {
@@ -57,8 +53,12 @@ class Updater final : public BracketBody {
   float clip_factor(size_t i) const {
     return groups_[i].selective != 0 ? factors_.clip : factors_.plain_clip;
   }
-  // Values of operand k, unless they are there already.
-  void store_operand(size_t index, size_t k, int64_t start, int n, const float* values) const;
+  // Masks of one tensor, of which `first` and `second` are bits or answers for all of it.
+  struct Masks {
+    MaskOfRun first, second;
+  };
+
+  Step step_of(size_t index, int64_t start) const;
 
   const Segments segments_;
   const Groups groups_;
@@ -67,6 +67,7 @@ class Updater final : public BracketBody {
   std::vector<float*> steps_;
   Factors factors_;
   UpdateSettings settings_;
+  bool fractional_;
   std::vector<Masks> masks_;
   std::vector<Update> updates_;
   std::vector<uint32_t> random_keys_;

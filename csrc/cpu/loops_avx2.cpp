@@ -12,11 +12,11 @@
 #pragma GCC target("avx2,popcnt")
 #endif
 
-#define ROSE_ISA tile_kernels_avx2
+#define ROSE_ISA loops_avx2
 #define ROSE_ISA_NAME "avx2"
 #define ROSE_VECTOR_BITS 256
-#include "tile.h"
-#include "tile.inl"
+#include "loops.h"
+#include "loops.inl"
 
 #if defined(__clang__)
 #pragma clang attribute pop

@@ -14,11 +14,11 @@
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512cd,popcnt,prefer-vector-width=512")
 #endif
 
-#define ROSE_ISA tile_kernels_avx512
+#define ROSE_ISA loops_avx512
 #define ROSE_ISA_NAME "avx512"
 #define ROSE_VECTOR_BITS 512
-#include "tile.h"
-#include "tile.inl"
+#include "loops.h"
+#include "loops.inl"
 
 #if defined(__clang__)
 #pragma clang attribute pop

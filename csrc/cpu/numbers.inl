@@ -1,0 +1,173 @@
+// Numbers of any dtype as lanes, and the walk over a run.
+
+template <Dtype kType>
+struct Fixed {  // a dtype that is known as this is compiled
+  constexpr operator Dtype() const { return kType; }
+};
+typedef Fixed<Dtype::kFloat32> Float32;
+typedef Fixed<Dtype::kBFloat16> BFloat16;
+
+// Where a vector's elements are: `offset` elements from data[k], and element `i` of the run.
+struct At {
+  char* data[4];
+  int offset, i;
+};
+
+// Operands of a run, as bits.
+constexpr unsigned kFirst = 1, kSecond = 2, kThird = 4, kFourth = 8;
+
+// body(at, lanes) for every vector of a run. The last may have fewer than kLanes elements: those are
+// copied, with zeros behind them, and copied back.
+template <typename Body>
+ROSE_INLINE void for_each_vector(const Run& run, unsigned reads, unsigned writes, Body body) {
+  At at = {{run.data[0], run.data[1], run.data[2], run.data[3]}, 0, 0};
+  for (; at.i + kLanes <= run.n; at.offset = at.i += kLanes) body(at, kLanes);
+  const int left = run.n - at.i;
+  if (left == 0) return;
+  char copies[4][4 * kLanes] = {};
+  for (int k = 0; k < 4; ++k) {
+    if (!(reads >> k & 1)) continue;
+    __builtin_memcpy(copies[k], run.data[k] + at.i * run.item(k), (size_t)(left * run.item(k)));
+    at.data[k] = copies[k];
+  }
+  at.offset = 0;
+  body(at, left);
+  for (int k = 0; k < 4; ++k) {
+    if (!(writes >> k & 1)) continue;
+    __builtin_memcpy(run.data[k] + at.i * run.item(k), copies[k], (size_t)(left * run.item(k)));
+  }
+}
+
+// In the order of half_to_float() and its kin in element.h, whose comments say why.
+ROSE_INLINE Lanes half_to_lanes(Words h) {
+  const Words size = h & words<0x7FFF>();
+  const Words finite = as_words(as_lanes(left<13>(size)) * 0x1p112f);
+  const Words special = left<13>(size) | words<kInfinityBits>();
+  const Words sign = left<16>(h & words<0x8000>());
+  return as_lanes(sign | choose(at_most(size, words<0x7BFF>()), finite, special));
+}
+
+ROSE_INLINE Words lanes_to_half(Lanes x) {
+  const Words u = absolute(as_words(x)), sign = right<16>(as_words(x)) & words<0x8000>();
+  const Words odd = right<13>(u) & words<1>();
+  const Words normal = right<13>(u - words<((127 - 15) << 23)>() + words<0xFFF>() + odd);
+  const Words denormal = as_words(as_lanes(u) + 0.5f) - words<0x3F000000>();
+  const Words special = choose(at_most(u, words<kInfinityBits>()), words<0x7C00>(), words<0x7E00>());
+  const Words finite = choose(at_most(u, words<0x387FFFFF>()), denormal, normal);
+  return sign | choose(at_most(u, words<0x477FEFFF>()), finite, special);
+}
+
+ROSE_INLINE Words lanes_to_bf16(Lanes x) {
+  const Words u = as_words(x);
+  const Words rounded = right<16>(u + words<0x7FFF>() + (right<16>(u) & words<1>()));
+  return choose(is_nan(x), words<0x7FC0>(), rounded);
+}
+
+ROSE_INLINE Words lanes_to_bf16_stochastic(Lanes x, Words random) {
+  const Words u = as_words(x);
+  return right<16>(choose(is_nan(x), u | words<0x400000>(), u + random));
+}
+
+ROSE_INLINE Words mix(Words x) {
+  x = (x ^ right<16>(x)) * words<0x21F0AAADu>();
+  x = (x ^ right<15>(x)) * words<0xD35A2D97u>();
+  return x ^ right<15>(x);
+}
+
+// rounding_bits() of one vector after the other.
+class RandomBits {
+ public:
+  ROSE_MEMBER RandomBits(const Step& step, Rounded what)
+      : odd_(equal(words_from(step.random_index) & words<1>(), words<1>())),
+        next_((words_from(step.random_index) & words<~1u>()) | all_words((uint32_t)what)),
+        key_(all_words(step.random_keys[0])),
+        key_after_carry_(all_words(step.random_keys[1])),
+        first_(step.random_index) {}
+
+  ROSE_MEMBER Words next() {
+    Words key = key_;
+    if (first_ > ~(uint32_t)kRun) {  // a carry out of the lower half of indices may come
+      key = choose(at_most(all_words(first_ & ~1u), next_), key, key_after_carry_);
+    }
+    const Words bits = mix(next_ ^ key);
+    next_ = next_ + words<kLanes>();
+    return choose(odd_, right<16>(bits), bits) & words<0xFFFF>();
+  }
+
+ private:
+  Condition odd_;
+  Words next_, key_, key_after_carry_;
+  uint32_t first_;
+};
+
+template <typename D>
+ROSE_INLINE Lanes load(D dtype, const At& at, int k) {
+  if (dtype == Dtype::kFloat32) return load_lanes((const float*)at.data[k] + at.offset);
+  const Words halves = load_halves((const uint16_t*)at.data[k] + at.offset);
+  return dtype == Dtype::kBFloat16 ? as_lanes(left<16>(halves)) : half_to_lanes(halves);
+}
+
+template <typename D>
+ROSE_INLINE void store(D dtype, const At& at, int k, Lanes a) {
+  if (dtype == Dtype::kFloat32) return store_lanes((float*)at.data[k] + at.offset, a);
+  store_halves((uint16_t*)at.data[k] + at.offset,
+               dtype == Dtype::kBFloat16 ? lanes_to_bf16(a) : lanes_to_half(a));
+}
+
+// Bfloat16 stochastically, others to nearest.
+template <typename D>
+ROSE_INLINE void store_rounded(D dtype, const At& at, int k, Lanes a, RandomBits& random) {
+  if (dtype != Dtype::kBFloat16) return store(dtype, at, k, a);
+  store_halves((uint16_t*)at.data[k] + at.offset, lanes_to_bf16_stochastic(a, random.next()));
+}
+
+// Unscaled, then clipped.
+template <typename D>
+ROSE_INLINE Lanes load_gradient(D dtype, const At& at, int k, const Run& run) {
+  return mul(mul(load(dtype, at, k), run.factors[0]), run.factors[1]);
+}
+
+// Sixteen sums in a fixed order, so that every set of instructions and every number of threads agrees.
+template <typename D>
+ROSE_INLINE double sum_of_squares_of(D dtype, const char* x, int n, float factor) {
+  // In the compiler's own vectors: it unrolls a loop over an array, and then computes one by one.
+  typedef float Floats __attribute__((vector_size(16)));
+  typedef double Doubles __attribute__((vector_size(32)));
+  Doubles quarters[4] = {};
+  const auto add_16 = [&](const At& at) ROSE_ALWAYS_INLINE {
+    float values[16];
+    const float* from = (const float*)at.data[0] + at.offset;
+    if (dtype != Dtype::kFloat32) {
+      for (int j = 0; j < 16; j += kLanes) {
+        store_lanes(values + j, load(dtype, {{at.data[0]}, at.offset + j, 0}, 0));
+      }
+      from = values;
+    }
+#pragma GCC unroll 4
+    for (int q = 0; q < 4; ++q) {
+      Floats narrow;
+      __builtin_memcpy(&narrow, from + 4 * q, sizeof(narrow));
+      const Doubles wide = __builtin_convertvector(narrow * factor, Doubles);
+      quarters[q] += wide * wide;
+    }
+  };
+  int i = 0;
+  for (; i + 16 <= n; i += 16) add_16({{(char*)x}, i, 0});
+  if (i < n) {
+    char rest[64] = {};
+    const int item = dtype == Dtype::kFloat32 ? 4 : 2;
+    __builtin_memcpy(rest, x + i * item, (size_t)((n - i) * item));
+    add_16({{rest}, 0, 0});
+  }
+  double lanes[16];
+  __builtin_memcpy(lanes, quarters, sizeof(lanes));
+  for (int width = 8; width > 0; width /= 2) {
+    for (int j = 0; j < width; ++j) lanes[j] += lanes[j + width];
+  }
+  return lanes[0];
+}
+
+double sum_of_squares(const char* x, Dtype dtype, int n, float factor) {
+  if (dtype == Dtype::kFloat32) return sum_of_squares_of(Float32(), x, n, factor);
+  return sum_of_squares_of(dtype, x, n, factor);
+}

@@ -1,0 +1,398 @@
+// Who finishes a chunk adds its counts to those of its phase. When a phase and all before it are
+// counted, the next one's bracket is known, whoever finds that out first: from then on chunks are
+// treated by it. Nobody waits for it: it lies in the brackets before, so that those serve as well, and
+// what it is does not depend on who treated what by which. So the brackets, the threshold and even a
+// miss are the same in every run.
+#include "pass.h"
+
+#include <cmath>
+#include <numeric>
+
+#include "logs.h"
+
+namespace rose {
+namespace cpu {
+namespace {
+
+constexpr int64_t kFewest = int64_t{1} << 20;  // elements: below, the sample would be too large a part
+constexpr int64_t kFewestInTests = int64_t{1} << 16;
+constexpr int64_t kLogAll =
+    1 << 17;  // elements: up to so many, every key is logged where only they are
+// Where a miss costs time only, three passes by radix.
+constexpr double kLogOfFailureIfCounted = 8.0;
+constexpr int64_t kPartOfLog = 1024;  // entries that are looked at together
+
+// The bracket's pass, by one ranking.
+class Pass {
+ public:
+  Pass(const Segments& segments, const Ranked& ranked, Body& body, UpdateCounts& counts)
+      : segments_(segments),
+        ranked_(ranked),
+        is_ranked_(segments.size()),
+        body_(body),
+        counts_(counts),
+        chunks_(segments.tiles()),
+        counts_only_(body.logs() == Body::Logs::kKeys),
+        lines_(ranked.source, lines_for(ranked.source.segments.elements(), counts_only_), ranked.draw) {
+    for (const size_t i : ranked.chosen) is_ranked_[i] = 1;
+    for (const int64_t units : {ranked.upper, ranked.lower}) {
+      if (units == 0) continue;
+      const double l = counts_only_ ? kLogOfFailureIfCounted : kLogOfFailure;
+      thresholds_.emplace_back(units, lines_.weight(), ranked.width, l);
+    }
+    for (int64_t chunk = 0; chunk < chunks_.count; ++chunk) ++left_[phase_of(chunk)];
+  }
+
+  std::optional<Selection> run(BracketReport& report) {
+    const bool logs_all = counts_only_ && segments_.elements() <= kLogAll;
+    if (!logs_all) take_sample();
+    report.lines = logs_all ? 0 : lines_.size();
+    for (Threshold& threshold : thresholds_) {
+      if (logs_all) threshold.log_all();
+      if (!threshold.start() || !fits(threshold)) return std::nullopt;
+    }
+    publish(0);
+    for (size_t t = 0; t < thresholds_.size(); ++t) {
+      report.first_low[t] = thresholds_[t].bracket().low;
+      report.first_high[t] = thresholds_[t].bracket().high;
+    }
+    walk();
+    tighten_locked();  // if the last chunks came in together
+    report.one_pass = 1;
+    for (size_t t = 0; t < thresholds_.size(); ++t) {
+      report.low[t] = thresholds_[t].bracket().low;
+      report.high[t] = thresholds_[t].bracket().high;
+      report.collapsed += thresholds_[t].collapsed();
+    }
+    const Selection selection = find();
+    if (!counts_only_) redo(selection.bounds(), report);
+    for (const auto& block : blocks_) report.logged += block->logged;
+    spare_blocks().give_back(std::move(blocks_));
+    return selection;
+  }
+
+ private:
+  // The log shrinks as 1 / sqrt(lines): n^(2/3) lines balance its cost and the sample's.
+  static int64_t lines_for(int64_t n, bool counts_only) {
+    const double root = std::cbrt(static_cast<double>(n));
+    if (counts_only)
+      return static_cast<int64_t>(std::max(0.1 * root * root, std::min(4096.0, n / 256.0)));
+    return static_cast<int64_t>(std::max(0.4 * root * root, std::min(8192.0, n / 128.0)));
+  }
+
+  size_t phase_of(int64_t chunk) const { return static_cast<size_t>(chunk * kPhases / chunks_.count); }
+
+  void take_sample() {
+    std::vector<uint32_t> keys = lines_.some_keys(512);
+    std::vector<Window> windows;
+    for (Threshold& threshold : thresholds_) windows.push_back(threshold.find_window(keys, 5));
+    std::vector<Sample> samples = lines_.take(windows, [&](size_t index, int64_t start) {
+      const int64_t tile = segments_[ranked_.chosen[index]].first_tile + start / kTile;
+      return phase_of(tile / chunks_.size);
+    });
+    for (size_t t = 0; t < thresholds_.size(); ++t) thresholds_[t].set_sample(std::move(samples[t]));
+  }
+
+  // Whether the log will be within 1 bit for each element and 14 MiB, with room to be wrong.
+  bool fits(Threshold& threshold) {
+    const double entry = counts_only_ ? 4 : 24, n = static_cast<double>(segments_.elements());
+    const double room = (n / 8 + (14 << 20)) / (1.25 * entry) / static_cast<double>(thresholds_.size());
+    constexpr double kShrinks = 0.75;  // the bracket, during the pass
+    if (kShrinks * threshold.inside() <= room || threshold.collapse()) return true;
+    return counts_only_ && kShrinks * threshold.set_pivot() <= room;
+  }
+
+  void publish(int phase) {
+    Stage& stage = stages_[static_cast<size_t>(phase)];
+    stage.count = static_cast<int>(thresholds_.size());
+    for (size_t t = 0; t < thresholds_.size(); ++t) stage.brackets[t] = thresholds_[t].bracket();
+    stage.bounds.high = thresholds_[0].estimate();
+    if (thresholds_.size() > 1) stage.bounds.low = thresholds_[1].estimate();
+    latest_.store(phase, std::memory_order_release);
+  }
+
+  // Whether a phase and those before it are counted is for somebody to see who has counted the last
+  // chunk: either who is at it already, or who comes then.
+  void tighten() {
+    std::unique_lock<std::mutex> lock(tightening_, std::try_to_lock);
+    if (lock) tighten_locked();
+  }
+
+  void tighten_locked() {
+    for (; counted_ < kPhases && left_[counted_].load(std::memory_order_acquire) == 0; ++counted_) {
+      const int phase = static_cast<int>(counted_);
+      {
+        std::lock_guard<std::mutex> lock(registering_);
+        for (const auto& tallies : tallies_) {
+          ranked_elements_ += tallies->ranked[phase];
+          for (size_t t = 0; t < thresholds_.size(); ++t) {
+            thresholds_[t].count(phase, tallies->of[t]);
+          }
+        }
+      }
+      if (phase + 1 == kPhases) continue;
+      for (Threshold& threshold : thresholds_) threshold.tighten(phase + 1, ranked_elements_);
+      publish(phase + 1);
+    }
+  }
+
+  // Of one thread.
+  struct Tallies {
+    int64_t ranked[kPhases] = {};
+    std::vector<Tally> of;
+  };
+
+  Tallies& register_thread() {
+    auto own = std::make_unique<Tallies>();
+    own->of.resize(thresholds_.size());
+    std::lock_guard<std::mutex> lock(registering_);
+    tallies_.push_back(std::move(own));
+    return *tallies_.back();
+  }
+
+  void walk() {
+    std::mutex mutex;
+    share_out(chunks_.count, [&](auto next) {
+      ThreadLog log(body_.logs());
+      Tallies& tallies = register_thread();
+      UpdateCounts counts;
+      int64_t inactive = 0, nonfinite = 0, at_pivot[2] = {};
+      for (int64_t chunk = next(); chunk >= 0; chunk = next()) {
+        const Stage& stage = stages_[static_cast<size_t>(latest_.load(std::memory_order_acquire))];
+        const int64_t first_tile = chunks_.begin(chunk);
+        Notes notes;
+        log.open(notes);
+        int64_t elements = 0;
+        for_each_run(
+            segments_, first_tile, chunks_.end(chunk), [&](size_t index, int64_t start, int n) {
+              log.make_room(notes, first_tile);
+              const int64_t tile = segments_[index].first_tile + start / kTile - first_tile;
+              body_.run(index, start, n, static_cast<uint32_t>(tile * kTile), stage, notes, counts);
+              if (is_ranked_[index]) elements += n;
+            });
+        log.close(notes, first_tile);
+        count(phase_of(chunk), stage, notes, elements, log, tallies);
+        inactive += notes.inactive;
+        nonfinite += notes.nonfinite;
+        for (int t = 0; t < 2; ++t) at_pivot[t] += notes.at_pivot[t];
+      }
+      std::lock_guard<std::mutex> lock(mutex);
+      counts_.updated += counts.updated;
+      counts_.nonfinite += counts.nonfinite;
+      inactive_ += inactive;
+      nonfinite_ += nonfinite;
+      for (int t = 0; t < 2; ++t) at_pivot_[t] += at_pivot[t];
+      for (auto& block : log.blocks()) blocks_.push_back(std::move(block));
+    });
+  }
+
+  void count(size_t phase, const Stage& stage, const Notes& notes, int64_t elements,
+             const ThreadLog& log, Tallies& tallies) {
+    for (size_t t = 0; t < thresholds_.size(); ++t) {
+      const Threshold& threshold = thresholds_[t];
+      const Bracket bracket = stage.brackets[t];
+      const auto low = static_cast<uint32_t>(bracket.low), pivot = static_cast<uint32_t>(bracket.pivot);
+      const uint32_t span = static_cast<uint32_t>(bracket.high) - low;
+      uint32_t* const bins = tallies.of[t].bins[phase];
+      tallies.of[t].below[phase] += notes.below[t];
+      if (bracket.pivot >= 0) bins[threshold.bin(pivot)] += static_cast<uint32_t>(notes.at_pivot[t]);
+      log.for_each_recent_key([&](uint32_t key) {
+        if (key - low <= span && key != pivot) ++bins[threshold.bin(key)];
+      });
+    }
+    tallies.ranked[phase] += elements - notes.inactive - notes.nonfinite;
+    if (left_[phase].fetch_sub(1, std::memory_order_acq_rel) == 1) tighten();
+  }
+
+  std::vector<uint32_t> logged_between(uint32_t low, uint32_t span) const {
+    std::vector<uint32_t> keys;
+    uint32_t found[kPartOfLog + kMostLanes];
+    for (const auto& block : blocks_) {
+      for (int64_t begin = 0; begin < block->logged; begin += kPartOfLog) {
+        const int n = static_cast<int>(std::min(kPartOfLog, block->logged - begin));
+        const int count = loops().logged_between(block->keys + begin, n, low, span, found);
+        keys.insert(keys.end(), found, found + count);
+      }
+    }
+    return keys;
+  }
+
+  Selection find() const {
+    Selection selection;
+    selection.ranked = ranked_elements_;
+    Threshold::Found found[2];
+    for (size_t t = 0; t < thresholds_.size(); ++t) {
+      found[t] = thresholds_[t].find(selection.ranked, at_pivot_[t], [&](uint32_t low, uint32_t span) {
+        return logged_between(low, span);
+      });
+    }
+    selection.high = found[0].key;
+    selection.low = found[1].key;
+    selection.kept = std::max<int64_t>(0, found[0].at_or_below - found[1].at_or_below);
+    selection.inactive = inactive_;
+    selection.nonfinite = nonfinite_;
+    selection.misses = found[0].missed || found[1].missed;
+    return selection;
+  }
+
+  void redo(Bounds bounds, BracketReport& report) {
+    struct Part {
+      const LogBlock* block;
+      Piece piece;
+    };
+    std::vector<Part> parts;
+    for (const auto& block : blocks_) {
+      for (const Piece& piece : block->pieces) parts.push_back({block.get(), piece});
+    }
+    std::atomic<int64_t> updated{0}, redone{0};
+    share_out(static_cast<int64_t>(parts.size()), [&](auto next) {
+      for (int64_t i = next(); i >= 0; i = next()) {
+        const Part& part = parts[static_cast<size_t>(i)];
+        for (int64_t begin = part.piece.begin; begin < part.piece.end; begin += kPartOfLog) {
+          const int n = static_cast<int>(std::min(kPartOfLog, part.piece.end - begin));
+          redo(*part.block, part.piece.first_tile, begin, n, bounds, updated, redone);
+        }
+      }
+    });
+    counts_.updated += updated;
+    report.redone = redone;
+  }
+
+  void redo(const LogBlock& block, int64_t first_tile, int64_t begin, int n, Bounds bounds,
+            std::atomic<int64_t>& updated, std::atomic<int64_t>& redone) {
+    struct Element {
+      size_t index;
+      int64_t element;
+    };
+    uint32_t wrong[kPartOfLog + kMostLanes];
+    Element elements[kPartOfLog];
+    const int count = loops().logged_wrongly(block.keys + begin, n, bounds, wrong);
+    if (count == 0) return;
+    size_t index = segments_.find(first_tile + block.places[begin + wrong[0]] / kTile);
+    for (int i = 0; i < count; ++i) {  // in the order of places
+      const uint32_t place = block.places[begin + wrong[i]];
+      const int64_t tile = first_tile + place / kTile;
+      while (index + 1 < segments_.size() && segments_[index + 1].first_tile <= tile) ++index;
+      elements[i] = {index, (tile - segments_[index].first_tile) * kTile + place % kTile};
+      body_.prefetch(index, elements[i].element);
+    }
+    int64_t more = 0;
+    for (int i = 0; i < count; ++i) {
+      const int64_t entry = begin + wrong[i];
+      const float old[4] = {block.old[0][entry], block.old[1][entry], block.old[2][entry],
+                            block.old[3][entry]};
+      const bool was = block.keys[entry] >= kInactiveKey;
+      more += body_.redo(elements[i].index, elements[i].element, old, !was);
+    }
+    updated += more;
+    redone += count;
+  }
+
+  const Segments& segments_;
+  const Ranked& ranked_;
+  std::vector<char> is_ranked_;
+  Body& body_;
+  UpdateCounts& counts_;
+  const Chunks chunks_;
+  const bool counts_only_;
+  const Lines lines_;
+  std::vector<Threshold> thresholds_;                 // upper, lower if there is one
+  std::array<std::atomic<int64_t>, kPhases> left_{};  // chunks
+  size_t counted_ = 0;                                // phases
+  int64_t ranked_elements_ = 0;                       // in those
+  std::mutex registering_;
+  std::vector<std::unique_ptr<Tallies>> tallies_;
+  std::array<Stage, kPhases> stages_;
+  std::atomic<int> latest_{0};
+  std::mutex tightening_;
+  int64_t inactive_ = 0, nonfinite_ = 0, at_pivot_[2] = {};
+  std::vector<std::unique_ptr<LogBlock>> blocks_;
+};
+
+}  // namespace
+
+BracketReport& latest_bracket() {
+  static thread_local BracketReport report;
+  return report;
+}
+
+std::optional<Selection> bracket_pass(const Segments& segments, const Ranked& ranked, Body& body,
+                                      UpdateCounts& counts) {
+  BracketReport& report = latest_bracket() = BracketReport();
+  const bool counts_only = body.logs() == Body::Logs::kKeys;
+  const int64_t fewest = ranked.width == 1.0 ? kFewest : kFewestInTests;
+  if (!counts_only && ranked.source.segments.elements() < fewest) return std::nullopt;
+  return Pass(segments, ranked, body, counts).run(report);
+}
+
+Selection approx_thresholds(const Ranked& ranked) {
+  const Lines lines(ranked.source, Lines::of_approx(Lines::count(ranked.source.segments)), ranked.draw);
+  std::vector<uint32_t> keys = lines.some_keys(512);
+  const auto threshold_of = [&](int64_t units, double errors) -> std::optional<int64_t> {
+    Threshold threshold(units, lines.weight(), 1, kLogOfFailure);
+    std::vector<uint32_t> none;
+    const std::vector<Window> windows{threshold.find_window(errors > 0 ? keys : none, errors)};
+    Sample sample = lines.take(windows, [](size_t, int64_t) { return 0; })[0];
+    const int64_t k = rank_of(units, sample[0].ranked);
+    threshold.set_sample(std::move(sample));
+    if (k == 0) return -1;
+    return threshold.of_sample(k);
+  };
+  const auto find = [&](int64_t units) {
+    if (units == 0) return int64_t{-1};
+    const std::optional<int64_t> found = threshold_of(units, 4);
+    return found ? *found : *threshold_of(units, 0);
+  };
+  Selection selection;
+  selection.high = find(ranked.upper);
+  selection.low = find(ranked.lower);
+  return selection;
+}
+
+Selection given_pass(const Segments& segments, const std::vector<size_t>& chosen, Selection selection,
+                     Body& body, UpdateCounts& counts) {
+  // Brackets of one key each, with nothing to log. Where nothing is selected, the key is any.
+  Stage stage;
+  stage.count = selection.low >= 0 ? 2 : 1;
+  stage.bounds = selection.bounds();
+  const int32_t keys[2] = {std::max(stage.bounds.high, 0), std::max(stage.bounds.low, 0)};
+  for (int t = 0; t < 2; ++t) stage.brackets[t] = {keys[t], keys[t], keys[t]};
+  std::vector<char> is_ranked(segments.size());
+  for (const size_t i : chosen) is_ranked[i] = 1;
+  const Chunks chunks(segments.tiles());
+  Notes total;
+  int64_t elements = 0;
+  std::mutex mutex;
+  share_out(chunks.count, [&](auto next) {
+    Notes notes;
+    UpdateCounts own;
+    int64_t own_elements = 0;
+    for (int64_t chunk = next(); chunk >= 0; chunk = next()) {
+      for_each_run(segments, chunks.begin(chunk), chunks.end(chunk),
+                   [&](size_t index, int64_t start, int n) {
+                     body.run(index, start, n, 0, stage, notes, own);
+                     if (is_ranked[index]) own_elements += n;
+                   });
+    }
+    std::lock_guard<std::mutex> lock(mutex);
+    for (int t = 0; t < 2; ++t) {
+      total.below[t] += notes.below[t];
+      total.at_pivot[t] += notes.at_pivot[t];
+    }
+    total.inactive += notes.inactive;
+    total.nonfinite += notes.nonfinite;
+    elements += own_elements;
+    counts.updated += own.updated;
+    counts.nonfinite += own.nonfinite;
+  });
+  const auto upto = [&](int t) { return total.below[t] + total.at_pivot[t]; };
+  selection.ranked = elements - total.inactive - total.nonfinite;
+  selection.inactive = total.inactive;
+  selection.nonfinite = total.nonfinite;
+  selection.kept = selection.high < 0 ? 0 : upto(0) - (stage.count == 2 ? upto(1) : 0);
+  selection.kept = std::max<int64_t>(0, selection.kept);
+  return selection;
+}
+
+}  // namespace cpu
+}  // namespace rose

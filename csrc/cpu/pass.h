@@ -1,0 +1,68 @@
+// A ranking and its use in one pass over the data: what lies outside a bracket around the threshold is
+// settled on the way, what lies inside is logged and settled afterwards.
+#pragma once
+
+#include <optional>
+
+#include "thresholds.h"
+
+namespace rose {
+namespace cpu {
+
+// What is done with the elements of a pass. Called by several threads, for different runs.
+class Body {
+ public:
+  // Treats elements [start, start + n) of segment `index` by `stage`, and notes them if they are
+  // ranked; `place` is that of the first one in the log.
+  virtual void run(size_t index, int64_t start, int n, uint32_t place, const Stage& stage, Notes& notes,
+                   UpdateCounts& counts) = 0;
+  // Again for an element that was not treated as selected and is, or the other way round; returns what
+  // that adds to the number of updated elements. `old`: p, m, v before, and g.
+  virtual int redo(size_t index, int64_t element, const float* old, bool selected) = 0;
+  virtual void prefetch(size_t index, int64_t element) const = 0;  // what redo() needs
+
+  enum class Logs { kKeys, kPlaces, kOld };  // what redo() needs of the log; keys alone: nothing
+  virtual Logs logs() const = 0;
+
+ protected:
+  ~Body() = default;
+};
+
+// A ranking: segment chosen[i] of the pass's segments is segment i of the source.
+struct Ranked {
+  const RiskSource& source;
+  std::vector<size_t> chosen;
+  int64_t upper, lower;  // in units of 1e-9
+  uint32_t draw;         // which sample
+  double width;          // of brackets; else than 1 in tests, and then of little data, too
+};
+
+// What became of a bracketed call, so that tests can tell that they test what they mean to.
+struct BracketReport {
+  int64_t one_pass = 0;   // 1: taken
+  int64_t lines = 0;      // sampled
+  int64_t logged = 0;     // elements
+  int64_t redone = 0;     // elements
+  int64_t collapsed = 0;  // thresholds whose bracket became one key
+  // Brackets of the upper and of the lower threshold: ends before the pass, and in the end.
+  int64_t first_low[2] = {-1, -1}, first_high[2] = {-1, -1};
+  int64_t low[2] = {-1, -1}, high[2] = {-1, -1};
+};
+
+// Of the latest call by this thread.
+BracketReport& latest_bracket();
+
+// Walks `segments`, those that are not chosen too. Null, and nothing was done, where a pass that counts
+// and one for the body are better or necessary: little data, a bracket around too much of it.
+std::optional<Selection> bracket_pass(const Segments& segments, const Ranked& ranked, Body& body,
+                                      UpdateCounts& counts);
+
+// The thresholds of the sample of selection="approx"; the rest of the record is not filled in.
+Selection approx_thresholds(const Ranked& ranked);
+
+// Walks `segments` with thresholds that are known; returns the selection with exact counts.
+Selection given_pass(const Segments& segments, const std::vector<size_t>& chosen, Selection selection,
+                     Body& body, UpdateCounts& counts);
+
+}  // namespace cpu
+}  // namespace rose

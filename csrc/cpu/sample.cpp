@@ -1,0 +1,124 @@
+#include "sample.h"
+
+#include <algorithm>
+
+namespace rose {
+namespace cpu {
+
+Lines::Lines(const RiskSource& source, int64_t wanted, uint32_t draw) : source_(source) {
+  const Segments& segments = source.segments;
+  sources_.reserve(segments.size() + 1);
+  int64_t lines = 0;
+  for (size_t i = 0; i < segments.size(); ++i) {
+    Source to = {lines, {}, {}, segments[i].linear(), 0};
+    bool alike = i > 0 && source.alpha[i] == source.alpha[i - 1];
+    for (size_t k = 0; k < segments[i].operands.size(); ++k) {
+      const Operand& operand = segments[i].operands[k];
+      to.data[k] = operand.data;
+      to.items[k] = operand.element_size();
+      alike = alike && operand.dtype == segments[i - 1].operands[k].dtype;
+    }
+    to.kind = i == 0 ? 0 : sources_[i - 1].kind + !alike;
+    sources_.push_back(to);
+    lines += (segments[i].n + kLine - 1) / kLine;
+  }
+  sources_.push_back({lines, {}, {}, true, 0});
+  key_ = random_key(draw, 0x5A3Bu);
+  stratum_ = std::max<int64_t>(1, lines / std::max<int64_t>(1, wanted));
+  count_ = (lines + stratum_ - 1) / stratum_;
+}
+
+int64_t Lines::count(const Segments& segments) {
+  int64_t lines = 0;
+  for (size_t i = 0; i < segments.size(); ++i) lines += (segments[i].n + kLine - 1) / kLine;
+  return lines;
+}
+
+int64_t Lines::of_approx(int64_t lines) {
+  return std::min<int64_t>(std::max(lines / 128, std::min<int64_t>(lines / 8, 1 << 14)), 1 << 16);
+}
+
+Lines::Place Lines::place(int64_t line, size_t index) const {
+  const uint64_t random = random_bits(key_, static_cast<uint32_t>(static_cast<uint64_t>(line) >> 32),
+                                      static_cast<uint32_t>(line));
+  const int64_t at =
+      line * stratum_ + static_cast<int64_t>(random * static_cast<uint64_t>(stratum_) >> 32);
+  if (at >= sources_.back().first_line) {
+    const size_t last = sources_.size() - 2;
+    return {last, std::max<int64_t>(0, source_.segments[last].n - 1), 0};
+  }
+  if (at >= sources_[index + 1].first_line) {
+    const auto after =
+        std::upper_bound(sources_.begin() + static_cast<int64_t>(index), sources_.end(), at,
+                         [](int64_t line, const Source& s) { return line < s.first_line; });
+    index = static_cast<size_t>(after - sources_.begin()) - 1;
+  }
+  const int64_t start = (at - sources_[index].first_line) * kLine;
+  return {index, start, static_cast<int>(std::min<int64_t>(kLine, source_.segments[index].n - start))};
+}
+
+int64_t Lines::plan(Batch& batch, int64_t line, int64_t last, int64_t step, size_t& index) const {
+  for (batch.size = 0; batch.size < kBatch && line < last; line += step) {
+    const Place at = place(line, index);
+    const Source& source = sources_[at.index];
+    index = at.index;
+    if (batch.size > 0 && source.kind != sources_[batch.places[0].index].kind) break;
+    SampledLine& to = batch.lines[batch.size];
+    to = {source.data[0] + at.start * source.items[0], source.data[1] + at.start * source.items[1],
+          at.n};
+    if (!source.linear && at.n > 0) {
+      Buffers buffers;
+      const Run run = open_run(source_.segments[index], at.start, at.n, buffers);
+      char (*const own)[kLine * sizeof(float)] = batch.buffers[batch.size];
+      for (int k = 0; k < (source_.second_order ? 2 : 1); ++k) {
+        std::copy(run.data[k], run.data[k] + at.n * run.item(k), own[k]);
+      }
+      to = {own[0], own[1], at.n};
+    } else {
+      __builtin_prefetch(to.g);
+      __builtin_prefetch(to.m);
+    }
+    batch.places[batch.size++] = at;
+  }
+  return line;
+}
+
+void Lines::count(const Batch& batch, const std::vector<Window>& windows, LineCounts* counts,
+                  uint32_t* const* room) const {
+  const size_t index = batch.places[0].index;
+  const Segment& segment = source_.segments[index];
+  Run like = {};
+  for (size_t k = 0; k < segment.operands.size(); ++k) like.dtypes[k] = segment.operands[k].dtype;
+  like.factors[0] = source_.factors[0];
+  like.factors[1] = source_.factors[1];
+  loops().sample(batch.lines, batch.size, like, source_.risk(index), windows.data(),
+                 static_cast<int>(windows.size()), counts, room);
+}
+
+std::vector<uint32_t> Lines::some_keys(int64_t wanted) const {
+  const int64_t step = std::max<int64_t>(1, count_ / wanted);
+  std::vector<uint32_t> keys(
+      static_cast<size_t>((count_ / step + 1) * kLine + kBatch * kLine + kMostLanes));
+  size_t found = 0;
+  const std::vector<Window> everything = {{0, kInfinityBits, kInfinityBits}};
+  for_each_batch(0, count_, step, [&](int64_t, const Batch& batch) {
+    LineCounts counts[kBatch];
+    uint32_t* const room[1] = {keys.data() + found};
+    count(batch, everything, counts, room);
+    for (int i = 0; i < batch.size; ++i) found += counts[i].inside;
+  });
+  keys.resize(found);
+  return keys;
+}
+
+void add(PhaseSample& to, const PhaseSample& from) {
+  to.ranked += from.ranked;
+  to.below += from.below;
+  to.cc += from.cc;
+  to.cr += from.cr;
+  to.rr += from.rr;
+  to.keys.insert(to.keys.end(), from.keys.begin(), from.keys.end());
+}
+
+}  // namespace cpu
+}  // namespace rose

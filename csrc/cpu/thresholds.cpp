@@ -1,0 +1,166 @@
+#include "thresholds.h"
+
+#include <algorithm>
+#include <cmath>
+
+namespace rose {
+namespace cpu {
+
+void Threshold::set_window(int32_t low, int32_t high) {
+  low_ = low;
+  high_ = high;
+  for (shift_ = 0; (high - low) >> shift_ >= Tally::kBins;) ++shift_;
+  first_bin_ = 0;
+  last_bin_ = (high - low) >> shift_;
+  bracket_ = {low, high, -1};
+  estimate_ = high;
+}
+
+Window Threshold::find_window(std::vector<uint32_t>& keys, double errors) {
+  if (!keys.empty()) {
+    const auto size = static_cast<double>(keys.size());
+    const auto place_of = [&](double position) {
+      return keys.begin() + static_cast<int64_t>(std::clamp(position, 0.0, size - 1));
+    };
+    const double q = fraction_, position = q * size;
+    const double margin = errors * std::sqrt(2.0 * size * q * (1 - q)) + 2 * kLine;
+    const auto low = place_of(position - margin), middle = place_of(position);
+    const auto high = place_of(position + margin);
+    std::nth_element(keys.begin(), middle, keys.end());
+    std::nth_element(keys.begin(), low, middle);
+    std::nth_element(middle, high, keys.end());
+    middle_ = static_cast<int32_t>(*middle);
+    set_window(position > margin ? static_cast<int32_t>(*low) : 0,
+               position + margin < size ? static_cast<int32_t>(*high) : kMaxKey);
+  }
+  return {static_cast<uint32_t>(low_), static_cast<uint32_t>(high_), static_cast<uint32_t>(middle_)};
+}
+
+void Threshold::set_sample(Sample&& sample) {
+  sample_ = std::move(sample);
+  for (const PhaseSample& phase : sample_) {
+    for (const uint32_t key : phase.keys) ++to_come_[static_cast<size_t>(bin(key))];
+  }
+}
+
+double Threshold::margin(int phase) const {
+  double u = 0;
+  const double q = fraction_;
+  for (int j = phase; j < kPhases; ++j) {
+    const PhaseSample& s = sample_[static_cast<size_t>(j)];
+    u += static_cast<double>(s.cc) - 2 * q * static_cast<double>(s.cr) +
+         q * q * static_cast<double>(s.rr);
+  }
+  const double l = log_of_failure_, r = kLine * std::sqrt(2 * l);
+  const double deviation = r / 2 + std::sqrt(r * r / 4 + std::max(u, 0.0));
+  return width_ * weight_ * (std::sqrt(2 * l) * deviation + 2.0 / 3.0 * kLine * l);
+}
+
+double Threshold::start_of_window(int phase, int64_t ranked) const {
+  double below = static_cast<double>(below_), all = static_cast<double>(ranked);
+  for (int j = phase; j < kPhases; ++j) {
+    const PhaseSample& s = sample_[static_cast<size_t>(j)];
+    below += weight_ * static_cast<double>(s.below);
+    all += weight_ * static_cast<double>(s.ranked);
+  }
+  return below - fraction_ * all;
+}
+
+bool Threshold::narrow(int phase, int64_t ranked) {
+  const double t = margin(phase);
+  double d = start_of_window(phase, ranked);
+  int first = -1, middle = -1, last = -1;
+  if (phase == 0 && low_ > 0 && d >= -1 - t) return false;
+  for (int b = 0; b <= last_bin_ && last < 0; ++b) {
+    d += static_cast<double>(bins_[static_cast<size_t>(b)]) +
+         weight_ * static_cast<double>(to_come_[static_cast<size_t>(b)]);
+    if (b < first_bin_) continue;
+    if (first < 0 && d >= -1 - t) first = b;
+    if (middle < 0 && d >= 0) middle = b;
+    if (d > t) last = b;
+  }
+  if (last < 0) {
+    if (phase == 0 && high_ < kMaxKey) return false;
+    last = last_bin_;
+  }
+  first_bin_ = first < 0 ? last : first;
+  last_bin_ = last;
+  const int32_t low = start_of(first_bin_), high = end_of(last), pivot = bracket_.pivot;
+  bracket_ = {low, high, pivot >= low && pivot <= high ? pivot : -1};
+  estimate_ = middle < 0 ? high : end_of(middle);
+  return true;
+}
+
+bool Threshold::start() { return narrow(0, 0); }
+
+void Threshold::count(int phase, const Tally& tally) {
+  below_ += tally.below[phase];
+  for (size_t b = 0; b < bins_.size(); ++b) bins_[b] += tally.bins[phase][b];
+}
+
+void Threshold::tighten(int phase, int64_t ranked) {
+  for (const uint32_t key : sample_[static_cast<size_t>(phase - 1)].keys) {
+    --to_come_[static_cast<size_t>(bin(key))];
+  }
+  if (!fixed_) narrow(phase, ranked);
+}
+
+double Threshold::inside() const {
+  int64_t count = 0;
+  for (int b = first_bin_; b <= last_bin_; ++b) count += to_come_[static_cast<size_t>(b)];
+  return weight_ * static_cast<double>(count);
+}
+
+std::vector<uint32_t> Threshold::sampled_keys() const {
+  std::vector<uint32_t> keys;
+  for (const PhaseSample& phase : sample_) {
+    keys.insert(keys.end(), phase.keys.begin(), phase.keys.end());
+  }
+  return keys;
+}
+
+bool Threshold::collapse() {
+  std::vector<uint32_t> keys = sampled_keys();
+  std::sort(keys.begin(), keys.end());
+  const double t = margin(0), d = start_of_window(0, 0);
+  for (size_t i = 0; i < keys.size();) {
+    size_t end = i;
+    while (end < keys.size() && keys[end] == keys[i]) ++end;
+    if (d + weight_ * static_cast<double>(i) < -1 - t && d + weight_ * static_cast<double>(end) > t) {
+      estimate_ = static_cast<int32_t>(keys[i]);
+      bracket_ = {estimate_, estimate_, estimate_};
+      first_bin_ = last_bin_ = pivot_bin();
+      return fixed_ = true;
+    }
+    i = end;
+  }
+  return false;
+}
+
+double Threshold::set_pivot() {
+  std::vector<uint32_t> keys = sampled_keys();
+  std::sort(keys.begin(), keys.end());
+  int64_t most = 0;
+  for (size_t i = 0; i < keys.size();) {
+    size_t end = i;
+    while (end < keys.size() && keys[end] == keys[i]) ++end;
+    const auto key = static_cast<int32_t>(keys[i]);
+    if (static_cast<int64_t>(end - i) > most && key >= bracket_.low && key <= bracket_.high) {
+      most = static_cast<int64_t>(end - i);
+      bracket_.pivot = key;
+    }
+    i = end;
+  }
+  return inside() - weight_ * static_cast<double>(most);
+}
+
+std::optional<uint32_t> Threshold::of_sample(int64_t k) {
+  for (const PhaseSample& phase : sample_) k -= phase.below;
+  std::vector<uint32_t> keys = sampled_keys();
+  if (k < 1 || k > static_cast<int64_t>(keys.size())) return std::nullopt;
+  std::nth_element(keys.begin(), keys.begin() + (k - 1), keys.end());
+  return keys[static_cast<size_t>(k - 1)];
+}
+
+}  // namespace cpu
+}  // namespace rose
