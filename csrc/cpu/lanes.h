@@ -1,6 +1,7 @@
 // Several elements at once: floats, words, and conditions on them, for the instruction set that
-// ROSE_VECTOR_BITS names (0: the compiler's own vectors, of any machine). Included by loops.inl, inside
-// its namespace.
+// ROSE_VECTOR_BITS names (0: any). Included by loops.inl, inside its namespace. (Intrinsics for
+// AVX-512, whose masks compilers do not find in vector code; the compiler's own vectors for all others.
+// A library for this, such as Highway, would be one more thing to install, and about as many lines.)
 
 #if ROSE_VECTOR_BITS == 512
 
@@ -88,94 +89,21 @@ ROSE_INLINE void append(uint32_t* to, Condition c, Words a) {
   _mm512_storeu_si512(to, _mm512_maskz_compress_epi32(c.x, a.x));
 }
 
-#elif ROSE_VECTOR_BITS == 256
+#else  // The compiler's own vectors, of 8 lanes with AVX2 and of 4 elsewhere.
 
-constexpr int kLanes = 8;
+constexpr int kLanes = ROSE_VECTOR_BITS == 256 ? 8 : 4;
+typedef float FloatVector __attribute__((vector_size(4 * kLanes)));
+typedef uint32_t WordVector __attribute__((vector_size(4 * kLanes)));
+typedef int32_t SignedVector __attribute__((vector_size(4 * kLanes)));
+typedef uint16_t HalfVector __attribute__((vector_size(2 * kLanes)));
 struct Lanes {
-  __m256 x;
+  FloatVector x;
 };
 struct Words {
-  __m256i x;
+  WordVector x;
 };
 struct Condition {
-  __m256 x;
-};
-
-ROSE_INLINE Lanes load_lanes(const float* from) { return {_mm256_loadu_ps(from)}; }
-ROSE_INLINE void store_lanes(float* to, Lanes a) { _mm256_storeu_ps(to, a.x); }
-ROSE_INLINE Lanes all_lanes(float a) { return {_mm256_set1_ps(a)}; }
-ROSE_INLINE Lanes root(Lanes a) { return {_mm256_sqrt_ps(a.x)}; }
-ROSE_INLINE Condition at_most(Lanes a, Lanes b) { return {_mm256_cmp_ps(a.x, b.x, _CMP_LE_OQ)}; }
-ROSE_INLINE Condition less(Lanes a, Lanes b) { return {_mm256_cmp_ps(a.x, b.x, _CMP_LT_OQ)}; }
-ROSE_INLINE Condition is_nan(Lanes a) { return {_mm256_cmp_ps(a.x, a.x, _CMP_UNORD_Q)}; }
-ROSE_INLINE Lanes choose(Condition c, Lanes a, Lanes b) { return {_mm256_blendv_ps(b.x, a.x, c.x)}; }
-
-ROSE_INLINE Words load_words(const uint32_t* from) {
-  return {_mm256_loadu_si256((const __m256i*)from)};
-}
-ROSE_INLINE void store_words(uint32_t* to, Words a) { _mm256_storeu_si256((__m256i*)to, a.x); }
-ROSE_INLINE Words all_words(uint32_t a) { return {_mm256_set1_epi32((int)a)}; }
-ROSE_INLINE Words as_words(Lanes a) { return {_mm256_castps_si256(a.x)}; }
-ROSE_INLINE Lanes as_lanes(Words a) { return {_mm256_castsi256_ps(a.x)}; }
-ROSE_INLINE Words operator+(Words a, Words b) { return {_mm256_add_epi32(a.x, b.x)}; }
-ROSE_INLINE Words operator-(Words a, Words b) { return {_mm256_sub_epi32(a.x, b.x)}; }
-ROSE_INLINE Words operator*(Words a, Words b) { return {_mm256_mullo_epi32(a.x, b.x)}; }
-ROSE_INLINE Words operator&(Words a, Words b) { return {_mm256_and_si256(a.x, b.x)}; }
-ROSE_INLINE Words operator|(Words a, Words b) { return {_mm256_or_si256(a.x, b.x)}; }
-ROSE_INLINE Words operator^(Words a, Words b) { return {_mm256_xor_si256(a.x, b.x)}; }
-template <int kBits>
-ROSE_INLINE Words left(Words a) {
-  return {_mm256_slli_epi32(a.x, kBits)};
-}
-template <int kBits>
-ROSE_INLINE Words right(Words a) {
-  return {_mm256_srli_epi32(a.x, kBits)};
-}
-ROSE_INLINE Condition of_words(__m256i all_or_none) { return {_mm256_castsi256_ps(all_or_none)}; }
-ROSE_INLINE Condition equal(Words a, Words b) { return of_words(_mm256_cmpeq_epi32(a.x, b.x)); }
-ROSE_INLINE Condition at_most(Words a, Words b) {
-  return of_words(_mm256_cmpeq_epi32(_mm256_min_epu32(a.x, b.x), a.x));
-}
-ROSE_INLINE Condition at_most_signed(Words a, Words b) {
-  return of_words(_mm256_cmpeq_epi32(_mm256_min_epi32(a.x, b.x), a.x));
-}
-ROSE_INLINE Words choose(Condition c, Words a, Words b) {
-  return {
-      _mm256_castps_si256(_mm256_blendv_ps(_mm256_castsi256_ps(b.x), _mm256_castsi256_ps(a.x), c.x))};
-}
-
-ROSE_INLINE Condition condition(uint32_t bits) {
-  const __m256i lane = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
-  return of_words(_mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32((int)bits), lane), lane));
-}
-ROSE_INLINE uint32_t bits_of(Condition c) { return (uint32_t)_mm256_movemask_ps(c.x); }
-ROSE_INLINE Condition both(Condition a, Condition b) { return {_mm256_and_ps(a.x, b.x)}; }
-ROSE_INLINE Condition either(Condition a, Condition b) { return {_mm256_or_ps(a.x, b.x)}; }
-ROSE_INLINE Condition except(Condition a, Condition b) { return {_mm256_andnot_ps(b.x, a.x)}; }
-
-ROSE_INLINE Words load_halves(const uint16_t* from) {
-  return {_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)from))};
-}
-ROSE_INLINE void store_halves(uint16_t* to, Words a) {  // of words below 2^16
-  const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(a.x, a.x), 0x08);
-  _mm_storeu_si128((__m128i*)to, _mm256_castsi256_si128(packed));
-}
-
-#else
-
-constexpr int kLanes = 4;
-typedef float Floats4 __attribute__((vector_size(16)));
-typedef uint32_t Words4 __attribute__((vector_size(16)));
-typedef int32_t Signs4 __attribute__((vector_size(16)));
-typedef uint16_t Halves4 __attribute__((vector_size(8)));
-struct Lanes {
-  Floats4 x;
-};
-struct Words {
-  Words4 x;
-};
-struct Condition {
-  Signs4 x;  // all bits, or none
+  SignedVector x;  // all bits, or none
 };
 
 template <typename To, typename From>
@@ -185,23 +113,30 @@ ROSE_INLINE To read(const From* from) {
   return to;
 }
 
-ROSE_INLINE Lanes load_lanes(const float* from) { return {read<Floats4>(from)}; }
+ROSE_INLINE Lanes load_lanes(const float* from) { return {read<FloatVector>(from)}; }
 ROSE_INLINE void store_lanes(float* to, Lanes a) { __builtin_memcpy(to, &a.x, sizeof a.x); }
-ROSE_INLINE Lanes all_lanes(float a) { return {Floats4{a, a, a, a}}; }
+ROSE_INLINE Lanes all_lanes(float a) { return {a - FloatVector{}}; }  // -0.0 stays
 ROSE_INLINE Lanes root(Lanes a) {
-  Floats4 roots;
+#if ROSE_VECTOR_BITS == 256
+  return {__builtin_ia32_sqrtps256(a.x)};
+#elif defined(__x86_64__)
+  return {__builtin_ia32_sqrtps(a.x)};
+#else
+  FloatVector roots;
   for (int i = 0; i < kLanes; ++i) roots[i] = __builtin_sqrtf(a.x[i]);
   return {roots};
+#endif
 }
+// Not where a lane is NaN.
 ROSE_INLINE Condition at_most(Lanes a, Lanes b) { return {a.x <= b.x}; }
 ROSE_INLINE Condition less(Lanes a, Lanes b) { return {a.x < b.x}; }
 ROSE_INLINE Condition is_nan(Lanes a) { return {a.x != a.x}; }
 
-ROSE_INLINE Words load_words(const uint32_t* from) { return {read<Words4>(from)}; }
+ROSE_INLINE Words load_words(const uint32_t* from) { return {read<WordVector>(from)}; }
 ROSE_INLINE void store_words(uint32_t* to, Words a) { __builtin_memcpy(to, &a.x, sizeof a.x); }
-ROSE_INLINE Words all_words(uint32_t a) { return {Words4{a, a, a, a}}; }
-ROSE_INLINE Words as_words(Lanes a) { return {(Words4)a.x}; }
-ROSE_INLINE Lanes as_lanes(Words a) { return {(Floats4)a.x}; }
+ROSE_INLINE Words all_words(uint32_t a) { return {a - WordVector{}}; }
+ROSE_INLINE Words as_words(Lanes a) { return {(WordVector)a.x}; }
+ROSE_INLINE Lanes as_lanes(Words a) { return {(FloatVector)a.x}; }
 ROSE_INLINE Words operator+(Words a, Words b) { return {a.x + b.x}; }
 ROSE_INLINE Words operator-(Words a, Words b) { return {a.x - b.x}; }
 ROSE_INLINE Words operator*(Words a, Words b) { return {a.x * b.x}; }
@@ -218,55 +153,65 @@ ROSE_INLINE Words right(Words a) {
 }
 ROSE_INLINE Condition equal(Words a, Words b) { return {a.x == b.x}; }
 ROSE_INLINE Condition at_most(Words a, Words b) { return {a.x <= b.x}; }
-ROSE_INLINE Condition at_most_signed(Words a, Words b) { return {(Signs4)a.x <= (Signs4)b.x}; }
-ROSE_INLINE Words choose(Condition c, Words a, Words b) {
-  const Words4 mask = (Words4)c.x;
-  return {(a.x & mask) | (b.x & ~mask)};
+ROSE_INLINE Condition at_most_signed(Words a, Words b) {
+  return {(SignedVector)a.x <= (SignedVector)b.x};
 }
 ROSE_INLINE Lanes choose(Condition c, Lanes a, Lanes b) {
-  return as_lanes(choose(c, as_words(a), as_words(b)));
+#if ROSE_VECTOR_BITS == 256
+  return {__builtin_ia32_blendvps256(b.x, a.x, (FloatVector)c.x)};
+#else
+  return as_lanes(Words{(as_words(a).x & (WordVector)c.x) | (as_words(b).x & ~(WordVector)c.x)});
+#endif
+}
+ROSE_INLINE Words choose(Condition c, Words a, Words b) {
+  return as_words(choose(c, as_lanes(a), as_lanes(b)));
 }
 
+// Lane i is bit i.
+ROSE_INLINE WordVector bit_of_lane() {
+  static const uint32_t bits[8] = {1, 2, 4, 8, 16, 32, 64, 128};
+  return read<WordVector>(bits);
+}
 ROSE_INLINE Condition condition(uint32_t bits) {
-  const Words4 lane = {1, 2, 4, 8};
-  return {(Words4{bits, bits, bits, bits} & lane) == lane};
+  return {(all_words(bits).x & bit_of_lane()) == bit_of_lane()};
 }
 ROSE_INLINE uint32_t bits_of(Condition c) {
-  const Words4 own = (Words4)c.x & Words4{1, 2, 4, 8};
+#if ROSE_VECTOR_BITS == 256
+  return (uint32_t)__builtin_ia32_movmskps256((FloatVector)c.x);
+#elif defined(__x86_64__)
+  return (uint32_t)__builtin_ia32_movmskps((FloatVector)c.x);
+#else
+  const WordVector own = (WordVector)c.x & bit_of_lane();
   return own[0] | own[1] | own[2] | own[3];
+#endif
 }
 ROSE_INLINE Condition both(Condition a, Condition b) { return {a.x & b.x}; }
 ROSE_INLINE Condition either(Condition a, Condition b) { return {a.x | b.x}; }
 ROSE_INLINE Condition except(Condition a, Condition b) { return {a.x & ~b.x}; }
 
 ROSE_INLINE Words load_halves(const uint16_t* from) {
-  return {__builtin_convertvector(read<Halves4>(from), Words4)};
+  return {__builtin_convertvector(read<HalfVector>(from), WordVector)};
 }
 ROSE_INLINE void store_halves(uint16_t* to, Words a) {
-  const Halves4 halves = __builtin_convertvector(a.x, Halves4);
+  const HalfVector halves = __builtin_convertvector(a.x, HalfVector);
   __builtin_memcpy(to, &halves, sizeof halves);
 }
 
-#endif
-
-#if ROSE_VECTOR_BITS != 512
 ROSE_INLINE void append(uint32_t* to, Condition c, Words a) {
   uint32_t words[kLanes];
   store_words(words, a);
   for (uint32_t bits = bits_of(c); bits != 0; bits &= bits - 1) *to++ = words[__builtin_ctz(bits)];
 }
-#endif
-
-// --------------------------------------------------------------------------- what all of them share
-
-#if ROSE_VECTOR_BITS != 512
 ROSE_INLINE Condition at_most(Condition c, Lanes a, Lanes b) { return both(c, at_most(a, b)); }
 ROSE_INLINE Condition less(Condition c, Lanes a, Lanes b) { return both(c, less(a, b)); }
 template <uint32_t kWord>
 ROSE_INLINE Words words() {
   return all_words(kWord);
 }
+
 #endif
+
+// --------------------------------------------------------------------------- what all of them share
 
 ROSE_INLINE Lanes operator*(Lanes a, Lanes b) { return {a.x * b.x}; }
 ROSE_INLINE Lanes operator+(Lanes a, Lanes b) { return {a.x + b.x}; }

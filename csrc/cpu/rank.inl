@@ -50,16 +50,20 @@ struct Compared {
 
 struct SecondOrder {
   Lanes g, m;
-  Lanes b, s;
+  Lanes a, b, s;
   Condition fit;
 
   ROSE_MEMBER SecondOrder(Lanes g, Lanes m, const Risk& risk)
-      : g(g), m(m), b(magnitude(m)), s(magnitude(sub(mul(risk.alpha, magnitude(g)), b))) {
+      : g(g), m(m), a(mul(risk.alpha, magnitude(g))), b(magnitude(m)), s(magnitude(sub(a, b))) {
     fit = less(at_most(all_lanes(kSmall), b), s, all_lanes(kLarge));
   }
   ROSE_MEMBER Compared compare(const Sides& sides) const {
     return {at_most(fit, s, mul(b, sides.below)), less(fit, mul(b, sides.above), s)};
   }
+  // Lanes whose keys are those of plain_keys(), and the keys of all.
+  ROSE_MEMBER Condition plain() const { return fit; }
+  ROSE_MEMBER Words plain_keys() const { return absolute(as_words(sub(div(a, b), all_lanes(1.0f)))); }
+  ROSE_MEMBER Words keys(const Risk& risk) const { return second_order_keys(g, m, risk); }
   ROSE_MEMBER Condition inactive() const {
     return both(at_most(b, all_lanes(0.0f)), less(s, all_lanes(bits_float(kInfinityBits))));
   }
@@ -69,7 +73,6 @@ struct SecondOrder {
     return both(both(less(mul(small, sides.above), s), less(s, all_lanes(kLarge))),
                 both(less(all_lanes(0.0f), b), less(b, small)));
   }
-  ROSE_MEMBER Words keys(const Risk& risk) const { return second_order_keys(g, m, risk); }
 
  private:
   static constexpr float kSmall = 0x1p-100f, kLarge = 0x1p127f;
@@ -77,17 +80,20 @@ struct SecondOrder {
 
 struct FirstOrder {  // zeros are inactive, unless they are ranked
   Lanes g, a;
-  Condition active;
+  Condition fit;
 
-  ROSE_MEMBER FirstOrder(Lanes g, const Risk& risk)
-      : g(g), a(magnitude(g)), active(less(all_lanes(risk.rank_inactive ? -1.0f : 0.0f), a)) {}
-  ROSE_MEMBER Compared compare(const Sides& sides) const {
-    return {less(active, a, all_lanes(sides.below)),
-            less(less(all_lanes(sides.above), a), a, all_lanes(bits_float(kInfinityBits)))};
+  ROSE_MEMBER FirstOrder(Lanes g, const Risk& risk) : g(g), a(magnitude(g)) {
+    fit = less(less(all_lanes(risk.rank_inactive ? -1.0f : 0.0f), a), a,
+               all_lanes(bits_float(kInfinityBits)));
   }
+  ROSE_MEMBER Compared compare(const Sides& sides) const {
+    return {less(fit, a, all_lanes(sides.below)), less(fit, all_lanes(sides.above), a)};
+  }
+  ROSE_MEMBER Condition plain() const { return fit; }
+  ROSE_MEMBER Words plain_keys() const { return as_words(a); }
+  ROSE_MEMBER Words keys(const Risk& risk) const { return first_order_keys(g, risk); }
   ROSE_MEMBER Condition inactive() const { return at_most(a, all_lanes(0.0f)); }
   ROSE_MEMBER Condition above_if_small(const Sides&) const { return condition(0); }
-  ROSE_MEMBER Words keys(const Risk& risk) const { return first_order_keys(g, risk); }
 };
 
 // What a ranking says of a vector: which lanes are selected, and which are not finite.
@@ -152,29 +158,30 @@ struct Ranking {
   // zeros or moments on their way to zero, which need no key either.
   template <typename Order, typename Log>
   ROSE_MEMBER void settle(const Order& order, Condition open, Log log, Answers& answers) {
-    if (!risk.rank_inactive) {
-      const Condition zeros = both(open, order.inactive());
-      inactive += count(zeros);
-      selected += count(zeros);
-      answers.selected = either(answers.selected, zeros);
-      open = except(open, either(zeros, order.above_if_small(sides[0])));
-      if (!any(open)) return;
+    Words key;
+    if (!any(except(open, order.plain()))) {
+      key = order.plain_keys();
+    } else {
+      if (!risk.rank_inactive) {
+        const Condition zeros = both(open, order.inactive());
+        inactive += count(zeros);
+        selected += count(zeros);
+        answers.selected = either(answers.selected, zeros);
+        open = except(open, either(zeros, order.above_if_small(sides[0])));
+        if (!any(open)) return;
+      }
+      key = order.keys(risk);
+      answers.bad = both(open, equal(key, words<kNonfiniteKey>()));
+      notes.nonfinite += count(answers.bad);
+      open = except(open, answers.bad);
     }
-    const Words key = order.keys(risk);
-    // As signed numbers, keys outside of the ranking are below all others.
-    const auto upto = [&](int32_t bound) ROSE_ALWAYS_INLINE {
+    const auto upto = [&](int32_t bound) ROSE_ALWAYS_INLINE {  // of ranked keys
       return at_most_signed(key, all_words((uint32_t)bound));
     };
-    const Condition within = except(upto(stage.bounds.high), upto(stage.bounds.low));
-    const Condition is_selected = both(open, either(within, equal(key, words<kInactiveKey>())));
+    Condition is_selected = both(open, upto(stage.bounds.high));
+    if (two) is_selected = except(is_selected, upto(stage.bounds.low));
     answers.selected = either(answers.selected, is_selected);
     selected += count(is_selected);
-    const Condition unranked = both(open, at_most(words<kInactiveKey>(), key));
-    if (any(unranked)) {
-      answers.bad = both(unranked, equal(key, words<kNonfiniteKey>()));
-      inactive += count(except(unranked, answers.bad));
-      notes.nonfinite += count(answers.bad);
-    }
     Condition inside = condition(0);
     for (int t = 0; t < stage.count; ++t) {
       const Bracket bracket = stage.brackets[t];
