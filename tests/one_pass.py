@@ -41,9 +41,14 @@ class Report(NamedTuple):
     logged: int
     redone: int
     collapsed: int
-    first_widths: tuple[int, int]
+    first_low: tuple[int, int]
+    first_high: tuple[int, int]
     low: tuple[int, int]
     high: tuple[int, int]
+
+    @property
+    def first_width(self) -> int:
+        return self.first_high[0] - self.first_low[0] + 1
 
     @classmethod
     def latest(cls) -> Report:
@@ -139,7 +144,7 @@ def check_thresholds(keys: Tensor, record: Tensor, report: Report, units: Sequen
         k = reference.rank_of(unit, len(ranked))
         exact = int(ranked[k - 1]) if k else -1
         assert low <= high
-        assert 0 < high - low + 1 <= report.first_widths[i]
+        assert report.first_low[i] <= low <= high <= report.first_high[i]
         if low == high and report.collapsed:
             assert found == low
             missed = missed or exact != low

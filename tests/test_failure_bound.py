@@ -12,7 +12,7 @@ import math
 import pytest
 import torch
 from one_pass import CPU, LINE, Report, keys_of, split
-from support import Problem
+from support import WIDTH, Problem
 
 from rose_ops import reference
 from rose_ops.reference import Field
@@ -71,42 +71,81 @@ def binomial_limits(p_low: float, p_high: float, n: int) -> tuple[int, int]:
     return low, high
 
 
-def correlated(n: int, alike: bool, generator: torch.Generator) -> torch.Tensor:
-    """Gradients; with ``alike``, those of a line are the same number."""
-    return torch.randn(-(-n // LINE), generator=generator).repeat_interleave(LINE)[:n] if alike else (
-        torch.randn(n, generator=generator)
-    )  # fmt: skip
+def gradients(n: int, kind: str, generator: torch.Generator) -> torch.Tensor:
+    """Independent; "alike": those of a line are the same number; "gaps": half of all lines have none."""
+    x = torch.randn(n, generator=generator)
+    if kind == "alike":
+        return x[: n // LINE].repeat_interleave(LINE)
+    if kind == "gaps":
+        x.view(-1, LINE)[torch.rand(n // LINE, generator=generator) < 0.5] = 0
+    return x
 
 
 # Where lines are alike, sqrt(2*U*l) is most of the half-width; else (8/3)*16*l is half of it.
 CASES = {
-    "independent": (1 << 18, False, 600_000_000, 0.10),
-    "independent, few kept": (1 << 18, False, 100_000_000, 0.08),
-    "alike": (1 << 18, True, 600_000_000, 0.16),
-    "alike, wider": (1 << 18, True, 600_000_000, 0.22),
+    "independent": (1 << 18, "normal", 600_000_000, 0.10),
+    "independent, few kept": (1 << 18, "normal", 100_000_000, 0.08),
+    "alike": (1 << 18, "alike", 600_000_000, 0.16),
+    "alike, wider": (1 << 18, "alike", 600_000_000, 0.22),
+    "gaps": (1 << 18, "gaps", 600_000_000, 0.10),
 }
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_misses_are_as_many_as_the_derivation_says(case):
-    n, alike, units, width = CASES[case]
+    n, kind, units, width = CASES[case]
     generator = torch.Generator().manual_seed(12345)
-    problem = Problem.of([correlated(n, alike, generator)])
+    problem = Problem.of([gradients(n, kind, generator)])
     keys = keys_of(problem, first=True, everything=True)
-    missed = tried = 0
+    missed = tried = lines = 0
     for draw in range(DRAWS):
         _, record = problem.bracket_capture(CPU, units, first=True, draw=draw, width=width)
         report = Report.latest()
         tried += report.one_pass
         missed += int(record[Field.MISSES])
-        lines = report.lines or lines
-    # Where the window misses, too, both passes are exact; a rare thing that changes no count by much.
-    assert tried > 0.97 * DRAWS or alike
+        lines = max(lines, report.lines)
+    # Two passes, where a bracket is outside of its window, are exact. That is where the estimate is far
+    # off, so of the rest fewer miss; with lines that are alike it is often so.
+    assert tried > (0.7 if kind == "alike" else 0.97) * DRAWS
     first, any_of_them = misses_of_the_derivation(line_deviations(keys, units), lines, width, 1000)
-    low, high = binomial_limits(first * (0.9 if alike else 1), any_of_them, tried)
-    print(case, lines, missed, tried, first, any_of_them, low, high)
+    low, high = binomial_limits(first * (tried / DRAWS), any_of_them, tried)
     assert low <= missed <= high
     assert 0.01 < first < 0.5
+
+
+@pytest.mark.parametrize("kind", ["normal", "alike", "gaps"])
+@pytest.mark.parametrize("n", [1 << 17, 1 << 18, 1 << 20])
+def test_half_widths_are_those_of_the_derivation(n, kind):
+    """Wherever one pass is taken, each end of the first bracket is as far from the threshold as the
+    derivation asks for, in elements, but for the sample's error."""
+    generator = torch.Generator().manual_seed(n)
+    problem = Problem.of([gradients(n, kind, generator)])
+    keys = keys_of(problem, first=True, everything=True)
+    ranked = keys[keys < reference.INACTIVE_KEY].sort().values
+    for units in (200_000_000, 600_000_000):
+        rank = reference.rank_of(units, len(ranked))
+        y = line_deviations(keys, units)
+        ratios = []
+        for draw in range(24):
+            width = (WIDTH, 0.7, 0.5, 0.25)[draw % 4]
+            problem.bracket_capture(CPU, units, first=True, draw=draw, width=width)
+            report = Report.latest()
+            if not report.one_pass:
+                continue
+            stratum = len(y) / report.lines
+            strata = y.view(report.lines, -1)
+            variance = strata.var(1, correction=0).sum() if stratum > 1 else y.new_zeros(())
+            neighbours = (strata.mean(1)[0::2] - strata.mean(1)[1::2]).square().sum()
+            u = float(variance + neighbours)
+            half = width * stratum * (math.sqrt(2 * u * L) + 8 / 3 * LINE * L)
+            error = stratum * math.sqrt(float(variance))
+            below = rank - int((ranked < report.first_low[0]).sum())
+            above = int((ranked <= report.first_high[0]).sum()) - rank
+            ratios.append((below + above) / 2 / half)
+            assert abs(below - above) / 2 < 5 * error + 0.05 * half
+        # How many elements are between the ends is itself an estimate.
+        assert min(ratios) > 0.6
+        assert sum(ratios) / len(ratios) == pytest.approx(1, abs=0.1)
 
 
 @pytest.mark.parametrize("lower", [150_000_000, 500_000_000])

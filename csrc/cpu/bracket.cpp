@@ -381,8 +381,8 @@ class Pass {
       if (inside > capacity && !plan_.collapse(target, ranked_)) return std::nullopt;
     }
     for (size_t t = 0; t < targets_.size(); ++t) {
-      const Bracket bracket = targets_[t].bracket;
-      report.first_widths[t] = int64_t{bracket.high} - bracket.low + 1;
+      report.first_low[t] = targets_[t].bracket.low;
+      report.first_high[t] = targets_[t].bracket.high;
     }
     for (int64_t phase = 0; phase < kPhases; ++phase) walk(phase);
     report.one_pass = 1;

@@ -35,13 +35,13 @@ struct BracketBody {
 
 // What became of a bracketed call, so that tests can tell that they test what they mean to.
 struct BracketReport {
-  int64_t one_pass = 0;          // 1: taken
-  int64_t lines = 0;             // sampled
-  int64_t logged = 0;            // elements
-  int64_t redone = 0;            // elements
-  int64_t collapsed = 0;         // thresholds whose bracket became one key
-  int64_t first_widths[2] = {};  // upper, lower: keys in the bracket before the pass
-  // The brackets in the end, or what they were where no pass followed: upper, lower.
+  int64_t one_pass = 0;   // 1: taken
+  int64_t lines = 0;      // sampled
+  int64_t logged = 0;     // elements
+  int64_t redone = 0;     // elements
+  int64_t collapsed = 0;  // thresholds whose bracket became one key
+  // Brackets of the upper and of the lower threshold: ends before the pass, and in the end.
+  int64_t first_low[2] = {-1, -1}, first_high[2] = {-1, -1};
   int64_t low[2] = {-1, -1}, high[2] = {-1, -1};
 };
 
