@@ -2,7 +2,7 @@
 
 BRACKET, UPDATE, OPS = "csrc/cpu/bracket.cpp", "csrc/cpu/update.cpp", "csrc/cpu/ops_cpu.cpp"
 LOOPS, TILES, ELEMENT = "csrc/cpu/tile.inl", "csrc/cpu/tiles.cpp", "csrc/include/rose/element.h"
-SEGMENTS, SELECT = "csrc/segments.cpp", "csrc/cpu/select.cpp"
+SEGMENTS, SELECT, UPDATE_H = "csrc/segments.cpp", "csrc/cpu/select.cpp", "csrc/cpu/update.h"
 
 PASS, TIES, BOUND = "tests/test_one_pass.py", "tests/test_one_pass_ties.py", "tests/test_failure_bound.py"
 WIDTHS = f"{BOUND}::test_half_widths_are_those_of_the_derivation"
@@ -180,9 +180,9 @@ MUTANTS = {
     "sides without an upper margin": (LOOPS, "* (1 + 8 * u) + 2 * u;", ";", f"{PASS}::test_bracket_ends_among_close_risks {USE}"),
     "small moments by sides": (LOOPS, "kSmallMoment = 0x1p-100f", "kSmallMoment = 0x1p-149f", f"{PASS}::test_values_of_every_size {PARITY}::test_every_rank_at_every_boundary"),
     # --------------------------------------------------------------------------- factors of gradients
-    "clipping of plain groups": (UPDATE, "? factors_.clip : factors_.plain_clip;", "? factors_.clip : factors_.clip;", PLAIN),
+    "clipping of plain groups": (UPDATE_H, "? factors_.clip : factors_.plain_clip;", "? factors_.clip : factors_.clip;", PLAIN),
     "clipping of selective groups": (UPDATE, "masks.factors[1] = clip;", "masks.factors[1] = 1.0f;", PLAIN),
-    "unscaling by the update": (UPDATE, "(groups_[i].sign) * factors_.inv_scale;", "(groups_[i].sign);", PLAIN),
+    "unscaling by the update": (UPDATE_H, "(groups_[i].sign) * factors_.inv_scale;", "(groups_[i].sign);", PLAIN),
     "scale and clip in one product": (
         LOOPS, "dst[i] = mul(mul(src[i], first), second);", "dst[i] = mul(src[i], mul(first, second));",
         f"{PARITY}::test_gradients_are_multiplied_by_two_factors {PLAIN}",

@@ -1,0 +1,229 @@
+"""Corners of the optimizer that only a change of its code, made on purpose, has shown to be untested."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from support import assert_all_same_bits, assert_same_bits
+from torch import nn
+
+from rose_ops import RoseFusedAdamW, flatten_parameters, reference, rose_backward
+
+
+def parameters(*shapes: tuple[int, ...], seed: int = 0) -> list[nn.Parameter]:
+    generator = torch.Generator().manual_seed(seed)
+    return [nn.Parameter(torch.randn(shape, generator=generator)) for shape in shapes]
+
+
+def set_gradients(params, seed: int) -> None:
+    generator = torch.Generator().manual_seed(1000 + seed)
+    for p in params:
+        p.grad = torch.randn(p.shape, generator=generator)
+
+
+def train(optimizer, params, steps: int, first: int = 0) -> None:
+    for step in range(first, first + steps):
+        set_gradients(params, step)
+        optimizer.step()
+
+
+def changed(optimizer, params, step: int) -> int:
+    """How many elements a step changes."""
+    before = [p.detach().clone() for p in params]
+    train(optimizer, params, 1, step)
+    return sum(int((p != q).sum()) for p, q in zip(params, before, strict=True))
+
+
+# ------------------------------------------------------------------------------------ the warm-up
+
+
+def test_unfreezing_does_not_begin_the_warm_up_anew():
+    """A parameter without state, among others that have some, is new; the training is not."""
+    p, late = parameters((300,), (200,))
+    optimizer = RoseFusedAdamW([p, late], lr=0.1, selection_warmup_steps=3)
+    train(optimizer, [p], 4)
+    assert changed(optimizer, [p, late], 4) == 180 + 200  # of p, 0.6; late has no history: all
+
+
+def test_clearing_the_state_begins_the_warm_up_anew():
+    (p,) = parameters((300,))
+    optimizer = RoseFusedAdamW([p], lr=0.1, selection_warmup_steps=2)
+    train(optimizer, [p], 3)
+    assert changed(optimizer, [p], 3) == 180
+    optimizer.state.clear()
+    assert changed(optimizer, [p], 4) == 300
+    assert changed(optimizer, [p], 5) == 300
+    assert changed(optimizer, [p], 6) == 180
+
+
+def test_a_loaded_optimizer_is_past_its_warm_up():
+    (p,) = parameters((300,))
+    optimizer = RoseFusedAdamW([p], lr=0.1, selection_warmup_steps=2)
+    train(optimizer, [p], 3)
+    other = RoseFusedAdamW([p], lr=0.1, selection_warmup_steps=2)
+    other.load_state_dict(optimizer.state_dict())
+    assert changed(other, [p], 3) == 180
+
+
+# ----------------------------------------------------------------------------------- masks, draws
+
+
+def test_a_second_capture_drops_masks_of_the_first():
+    """Of a parameter that the second one does not see, there is no mask: it is updated whole."""
+    p, q = parameters((300,), (200,))
+    optimizer = RoseFusedAdamW([p, q], lr=0.1, order="first")
+    train_state = {"exp_avg": torch.ones(300), "exp_avg_sq": torch.ones(300)}
+    del train_state
+    set_gradients([p, q], 0)
+    optimizer.capture("first")
+    set_gradients([p], 1)
+    optimizer.capture("first")
+    assert changed(optimizer, [p, q], 2) == 180 + 200
+
+
+def test_a_loaded_mask_is_a_copy():
+    (p,) = parameters((300,))
+    optimizer = RoseFusedAdamW([p], lr=0.1, order="first")
+    set_gradients([p], 0)
+    optimizer.capture("first")
+    saved = optimizer.state_dict()
+    other = RoseFusedAdamW([p], lr=0.1, order="first")
+    other.load_state_dict(saved)
+    saved["state"][0]["first_mask"].zero_()
+    assert changed(other, [p], 1) == 180
+
+
+def test_every_step_has_a_draw_of_its_own(monkeypatch):
+    """Brackets of two steps that missed for one sample would be no accident."""
+    draws = {"bracket_adamw_": [], "bracket_capture_": []}
+    for name, found in draws.items():
+        original = getattr(reference, name)
+
+        def recording(*args, original=original, found=found):
+            found.append(args[-2])
+            return original(*args)
+
+        monkeypatch.setattr(reference, name, recording)
+    (p,) = parameters((300,))
+    optimizer = RoseFusedAdamW([p], lr=0.1, order="ensemble", backend="reference")
+    for step in range(3):
+        set_gradients([p], step)
+        optimizer.capture("first")
+        train(optimizer, [p], 1, step + 10)
+    assert draws == {"bracket_adamw_": [0, 1, 2], "bracket_capture_": [0, 1, 2]}
+
+
+def test_a_first_order_mask_of_scaled_gradients():
+    """What is scaled out of the range of floats is unscaled before it is ranked."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 16), nn.Dropout(0.3), nn.Linear(16, 3))
+    optimizer = RoseFusedAdamW(model.parameters(), order="first")
+    told = []
+    capture = optimizer.capture
+    optimizer.capture = lambda *args, **options: (told.append(options), capture(*args, **options))
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    x, y = torch.randn(8, 6), torch.randint(3, (8,))
+    rose_backward(model, x, y, optimizer, scaler=scaler)
+    assert [options["grad_scale"].item() for options in told] == [8.0]
+
+
+# ----------------------------------------------------------------------------- groups and layouts
+
+
+def test_groups_of_parameters_without_gradients():
+    """Rows are those of the groups that parameters with a gradient are in."""
+    a, b = parameters((50,), (50,))
+    optimizer = RoseFusedAdamW(
+        [{"params": [a], "lr": 0.0}, {"params": [b], "lr": 0.1}], upper=1.0, weight_decay=0.0
+    )
+    assert changed(optimizer, [b], 0) == 50
+
+
+def test_selective_may_change():
+    a, b = parameters((300,), (300,))
+    groups = [{"params": [a], "selective": False}, {"params": [b]}]
+    optimizer = RoseFusedAdamW(groups, lr=0.1, selection="exact")
+    train(optimizer, [a, b], 3)
+    optimizer.param_groups[0]["selective"] = True
+    optimizer.param_groups[1]["selective"] = False
+    set_gradients([a, b], 3)
+    expected = [copy.deepcopy(p) for p in (a, b)]
+    before = a.detach().clone()
+    optimizer.step()
+    assert int((a != before).sum()) == 180
+    assert len(expected) == 2
+
+
+@pytest.mark.parametrize("selection", ["exact", "bracket"])
+@pytest.mark.parametrize("order", ["second", "first"])
+def test_scattered_parameters_behind_plain_ones(order, selection):
+    """Only what is ranked goes to a selection: which of that is not contiguous counts anew."""
+    results = []
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        plain, conv, last = parameters((40,), (6, 5, 3, 3), (4, 3, 2, 2))
+        for p in (conv, last):
+            p.data = p.data.contiguous(memory_format=memory_format)
+        groups = [{"params": [plain], "selective": False}, {"params": [conv, last]}]
+        optimizer = RoseFusedAdamW(groups, lr=0.1, order=order, selection=selection)
+        for step in range(4):
+            if order == "first":
+                set_gradients([plain, conv, last], 100 + step)
+                optimizer.capture("first")
+            train(optimizer, [plain, conv, last], 1, step)
+        results.append([p.detach().contiguous() for p in (plain, conv, last)])
+    assert_all_same_bits(*results, "params")
+
+
+def test_a_dimension_of_size_1_may_have_any_stride():
+    """A stride of 0 shares nothing where there is one element."""
+    data = torch.randn(4, 6)[:, ::2]
+    p = nn.Parameter(data.as_strided((1, 4, 3), (0, 6, 2)))
+    optimizer = RoseFusedAdamW([p], lr=0.1)
+    train(optimizer, [p], 2)
+
+
+def test_moments_of_a_second_flat_group():
+    """Also of moments that are a part of something: by their place in the storage."""
+    a, b, c = parameters((7, 3), (5,), (4, 2))
+    flat = flatten_parameters([{"params": [a]}, {"params": [b, c]}])
+    optimizer = RoseFusedAdamW(flat, lr=0.1)
+    train(optimizer, [a, b, c], 3)
+    second = flat[1]["params"][0]
+    moments = torch.cat([optimizer.state[f["params"][0]]["exp_avg"] for f in flat])
+    whole = second.views(optimizer.state[second]["exp_avg"])
+    part = second.views(moments[a.numel() :])
+    assert_all_same_bits(part, whole, "views of moments")
+    other = parameters((7, 3), (5,), (4, 2))
+    plain = RoseFusedAdamW(other, lr=0.1)
+    train(plain, other, 3)
+    assert_all_same_bits(whole, [plain.state[p]["exp_avg"] for p in other[1:]], "moments")
+
+
+# --------------------------------------------------------------------------------------- the loss
+
+
+def test_leftovers_of_parameters_that_only_the_optimizer_has():
+    """Such as a head that the forward function calls: its gradients would be in the masks, too."""
+    torch.manual_seed(0)
+    body = nn.Sequential(nn.Linear(6, 16), nn.Dropout(0.3))
+    head = nn.Linear(16, 3)
+    optimizer = RoseFusedAdamW([*body.parameters(), *head.parameters()], order="first")
+    x, y = torch.randn(8, 6), torch.randint(3, (8,))
+
+    def forward(model, inputs):
+        return head(model(inputs))
+
+    head.weight.grad = torch.ones_like(head.weight)
+    with pytest.raises(ValueError, match="have a .grad already"):
+        rose_backward(body, x, y, optimizer, forward=forward)
+    head.weight.grad = None
+    torch.manual_seed(1)
+    rose_backward(body, x, y, optimizer, forward=forward)
+    # What is left is of the loss alone: the KL gradient is gone from the head, too.
+    torch.manual_seed(1)
+    expected = torch.stack([F.cross_entropy(head(body(x)), y) for _ in range(2)]).mean()
+    (gradient,) = torch.autograd.grad(expected, [head.weight])
+    assert_same_bits(head.weight.grad, gradient, "gradient of the head")
