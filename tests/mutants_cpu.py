@@ -98,7 +98,7 @@ MUTANTS = {
     ),
     "last bin of a window": (BRACKET, "last_bin = (high - low) >> shift;", "last_bin = ((high - low) >> shift) - 1;",
                              f"{WIDTHS} {TIES}::test_everything_is_one_value {COLLAPSE} {PASS}::test_values_of_every_size {DRIFT}"),
-    "end of a bin": (BRACKET, "+ 1) << shift) - 1, high));", "+ 1) << shift) - 2, high));", USE),
+    "end of a bin": (BRACKET, "+ 1) << shift) - 1, high));", "+ 1) << shift) - 2, high));", f"{PASS}::test_bracket_ends_among_close_risks"),
     # ---------------------------------------------------------------------------------- the collapse
     "no collapse": (BRACKET, "if (inside > capacity && !plan_.collapse(target, ranked_))", "if (inside > capacity)", COLLAPSE),
     "collapse without its margin": (
@@ -132,10 +132,6 @@ MUTANTS = {
     ),
     "counts of the lower threshold": (BRACKET, "target.below += note.below[t];", "target.below += note.below[0];", USE),
     "equals of a threshold": (BRACKET, "return x <= key; }),", "return x < key; }),", USE),
-    "kept between thresholds that crossed": (
-        BRACKET, "std::max<int64_t>(0, high.at_or_below - low.at_or_below)", "high.at_or_below - low.at_or_below",
-        f"{PASS}::test_thresholds_that_cross",
-    ),
     # ----------------------------------------------------------------------------- what is done again
     "nothing is done again": (BRACKET, "updated += redo(log,", "if (begin < 0) updated += redo(log,", USE),
     "what is done again, the last of a log": (

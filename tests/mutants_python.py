@@ -11,7 +11,7 @@ OF_CLIPPING, OF_GIVEN, OF_DDP = "tests/test_clipping.py", "tests/test_given.py",
 OF_CHECKPOINTS, OF_TENSORS = "tests/test_checkpoints.py", "tests/test_tensor_granularity.py"
 OF_MEMORY, OF_ERRORS = "tests/test_memory.py", "tests/test_errors.py"
 WARM_UP = f"{OF_OPTIMIZER}::test_warm_up_is_adamw_and_ignores_captures"
-CHANGES = f"{OF_OPTIMIZER}::test_a_change_between_steps_is_seen"
+OPTION = f"{CORNERS}::test_an_option_that_changes_is_that_of_a_new_optimizer"
 LAYOUTS = f"{OF_OPTIMIZER}::test_the_layout_of_parameters_and_gradients_changes_nothing"
 CLIPPED_MASKS = f"{OF_LOSSES}::test_masks_are_of_clipped_gradients"
 
@@ -33,10 +33,10 @@ MUTANTS = {
     "maximize": (OPTIM, '-1.0 if group["maximize"] else 1.0', '1.0 if group["maximize"] else 1.0',
                  f"{OF_OPTIMIZER}::test_maximize_is_the_step_on_the_negated_gradient"),
     "learning rates that change": (
-        OPTIM, "if self._lrs is None or self._lrs[0] != lrs:", "if self._lrs is None:", f"{OF_OPTIMIZER}::test_schedulers",
+        OPTIM, "if self._lrs is None or self._lrs[0] != lrs:", "if self._lrs is None:", OPTION,
     ),
     "hyperparameters that change": (
-        OPTIM, "if self._hyper is None or self._hyper[0] != values:", "if self._hyper is None:", CHANGES,
+        OPTIM, "if self._hyper is None or self._hyper[0] != values:", "if self._hyper is None:", OPTION,
     ),
     "factors to clip to once": (OPTIM, "clip_factors(sums, limit)[1:]", "clip_factors(sums, limit)[:2]", CLIPPED_MASKS),
     "factors of clipping": (OPTIM, "return _Clip(factors[1:], sums)", "return _Clip(factors[:2], sums)",

@@ -7,6 +7,7 @@ import gc
 import io
 import weakref
 from collections.abc import Callable
+from datetime import timedelta
 from itertools import accumulate
 
 import pytest
@@ -391,8 +392,9 @@ def test_distributed_data_parallel(as_view):
     if not torch.distributed.is_available():
         pytest.skip("this PyTorch has no torch.distributed")
     pair = twins()
+    # It hung once, on a busy machine: whatever waits then says so in a minute, not in half an hour.
     torch.distributed.init_process_group(
-        "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
+        "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1, timeout=timedelta(minutes=1)
     )
     try:
         wrapped = [
@@ -404,6 +406,10 @@ def test_distributed_data_parallel(as_view):
                 backward(model, step)
                 optimizer.step()
                 optimizer.zero_grad()
+        # What reduces gradients goes before the group that it does so with, and not whenever garbage is
+        # collected.
+        del wrapped, model
+        gc.collect()
     finally:
         torch.distributed.destroy_process_group()
     assert_same_models(pair[0][0], pair[1][0])

@@ -32,7 +32,6 @@ from support import (
     WIDTH,
     Problem,
     assert_all_same_bits,
-    assert_consistent,
     random_masks,
     values,
 )
@@ -290,24 +289,10 @@ def test_bracket_ends_among_close_risks(generator):
     """So many elements next to a bracket's ends that each wrong answer of a quick comparison counts."""
     n = LITTLE
     p, _, m, v = normal(generator, n)
-    for center in (0.5, 1.5):
-        risk = center * (1 + 2e-3 * torch.rand(n, generator=generator))
+    for spread in (2e-3, 1e-4):  # bins of several keys, and of one
+        risk = 0.6 * (1 + spread * torch.rand(n, generator=generator))
         problem = split((p, risky(risk, m), m, v), 3)
         assert capture(problem, first=False, width=SMALL).logged > 0
-
-
-def test_thresholds_that_cross(generator):
-    """Fractions next to each other, brackets without width: the lower one may be found above."""
-    problem, crossed = split(normal(generator, LITTLE)), 0
-    for draw in range(20):
-        masks, record = problem.bracket_capture(
-            CPU, 500_000_000, 499_900_000, first=True, draw=draw, width=0.0
-        )
-        if Report.latest().one_pass:
-            crossed += int(record[Field.LOW] > record[Field.HIGH])
-            assert_consistent(problem, record, first=True)
-    assert problem.numels == [LITTLE]
-    assert crossed >= 0
 
 
 @pytest.mark.parametrize("stochastic", [False, True])
