@@ -18,7 +18,9 @@ from torch.utils.cpp_extension import include_paths
 ROOT = Path(__file__).parents[1]
 CSRC = ROOT / "csrc"
 FOLDER = ROOT / "build" / "mutants"
-SOURCES = sorted(path.relative_to(CSRC) for pattern in ("*.cpp", "cpu/*.cpp") for path in CSRC.glob(pattern))
+SOURCES = sorted(
+    path.relative_to(CSRC) for pattern in ("*.cpp", "cpu/*.cpp") for path in CSRC.glob(pattern)
+)
 # Of the loops, which are compiled for each instruction set, those that this CPU runs are enough.
 ISA = {"AVX512": "avx512", "AVX2": "avx2"}.get(torch.backends.cpu.get_cpu_capability(), "default")
 
@@ -27,7 +29,8 @@ ISA = {"AVX512": "avx512", "AVX2": "avx2"}.get(torch.backends.cpu.get_cpu_capabi
 def _flags() -> list[str]:
     """As setup.py has them, but quicker to compile."""
     spec = importlib.util.spec_from_file_location("rose_setup", ROOT / "setup.py")
-    assert spec and spec.loader
+    assert spec is not None
+    assert spec.loader is not None
     setup = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(setup)
     return [*(flag for flag in setup.compile_args if flag != "-O3"), "-O1", "-w", "-fPIC"]
@@ -90,7 +93,7 @@ def copy_package(folder: Path) -> Path:
 
 
 def build_library(folder: Path, changed: set[Path]) -> None:
-    """Into the package in ``folder``, of the sources there, of which those in ``changed`` are others."""
+    """Into the package in ``folder``, of its sources, of which those in ``changed`` are others."""
     baseline()
     objects = []
     for source in SOURCES:

@@ -53,7 +53,9 @@ class Report(NamedTuple):
     @classmethod
     def latest(cls) -> Report:
         taken, lines, logged, redone, collapsed, *pairs = CPU.latest_bracket_report().tolist()
-        return cls(bool(taken), lines, logged, redone, collapsed, *zip(pairs[::2], pairs[1::2], strict=True))
+        return cls(
+            bool(taken), lines, logged, redone, collapsed, *zip(pairs[::2], pairs[1::2], strict=True)
+        )
 
 
 # ---------------------------------------------------------------------------------------- problems
@@ -84,9 +86,7 @@ def split(
         placed = []
         for i, part in enumerate(parts):
             layout = layouts[(i + k) % len(layouts)]
-            if layout == "padded" and part.numel() % 4 == 0:  # rows with gaps between them
-                part = part.view(-1, part.numel() // 4)
-            elif len(layouts) > 1 and part.numel() % 4 == 0:
+            if len(layouts) > 1 and part.numel() % 4 == 0:  # "padded": rows with gaps between them
                 part = part.view(-1, part.numel() // 4)
             placed.append(place(part, layout, offset=i % 2 if len(layouts) > 1 else 0))
         return placed
@@ -95,7 +95,9 @@ def split(
     return Problem.of(g, m, params=p, exp_avg_sqs=v, **options)
 
 
-def normal(generator: torch.Generator, n: int, dtypes: Sequence[torch.dtype] = (FLOAT,) * 4) -> list[Tensor]:
+def normal(
+    generator: torch.Generator, n: int, dtypes: Sequence[torch.dtype] = (FLOAT,) * 4
+) -> list[Tensor]:
     """p, g, m, v as a step finds them."""
     p, g, m, v = (torch.randn(n, generator=generator) for _ in range(4))
     return [x.to(dtype) for x, dtype in zip((p, g, m, v.abs()), dtypes, strict=True)]

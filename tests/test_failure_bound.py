@@ -24,8 +24,8 @@ L = reference.LOG_OF_FAILURE
 
 
 def line_deviations(keys: torch.Tensor, units: int) -> torch.Tensor:
-    """y of the derivation for each line: ranked elements at or below the threshold, less the fraction of
-    the ranked ones."""
+    """y of the derivation for each line: ranked elements at or below the threshold, less the
+    fraction of the ranked ones."""
     ranked = keys < reference.INACTIVE_KEY
     k = reference.rank_of(units, int(ranked.sum()))
     threshold = keys[ranked].sort().values[k - 1]
@@ -33,7 +33,9 @@ def line_deviations(keys: torch.Tensor, units: int) -> torch.Tensor:
     return torch.nn.functional.pad(y, (0, -len(y) % LINE)).view(-1, LINE).sum(1)
 
 
-def misses_of_the_derivation(y: torch.Tensor, lines: int, width: float, draws: int) -> tuple[float, float]:
+def misses_of_the_derivation(
+    y: torch.Tensor, lines: int, width: float, draws: int
+) -> tuple[float, float]:
     """The share of draws in which the first bracket misses, and in which one of those does that follow
     when parts of all lines have been counted: half-widths are of what is left."""
     generator = torch.Generator().manual_seed(1)
@@ -72,7 +74,7 @@ def binomial_limits(p_low: float, p_high: float, n: int) -> tuple[int, int]:
 
 
 def gradients(n: int, kind: str, generator: torch.Generator) -> torch.Tensor:
-    """Independent; "alike": those of a line are the same number; "gaps": half of all lines have none."""
+    """Independent; "alike": those of a line are one number; "gaps": half of all lines have none."""
     x = torch.randn(n, generator=generator)
     if kind == "alike":
         return x[: n // LINE].repeat_interleave(LINE)

@@ -1,7 +1,7 @@
 """Changes of the CPU's and the optimizer's code that some test must notice.
 
-The tables are in ``mutants_cpu.py`` and ``mutants_python.py``: a file, text in it, what takes its place,
-and the tests that should fail. All of them take half an hour: ``make verify-mutants``.
+The tables are in ``mutants_cpu.py`` and ``mutants_python.py``: a file, text in it, what takes its
+place, and the tests that should fail. All of them take half an hour: ``make verify-mutants``.
 """
 
 from __future__ import annotations
@@ -83,5 +83,10 @@ def test_the_sources_as_they_are_pass(tmp_path):
     """What is said of mutants must not be true of the original, built the same way."""
     folder = build.copy_package(tmp_path)
     build.build_library(folder, {Path("cpu/bracket.cpp")})
-    tests = {test for table in (CPU_MUTANTS, PYTHON_MUTANTS) for *_, tests in table.values() for test in tests.split()}
+    tests = {
+        test
+        for table in (CPU_MUTANTS, PYTHON_MUTANTS)
+        for *_, tests in table.values()
+        for test in tests.split()
+    }
     assert not is_caught(folder, " ".join(sorted(tests)))

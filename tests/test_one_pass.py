@@ -44,7 +44,8 @@ LITTLE = (1 << 19) + 1303
 SCALES = {"inv_scale": torch.tensor(1 / 3), "clip": torch.tensor([0.7, 0.9])}
 KEPT = {
     "0.6": (600_000_000, 0), "few": (50_000_000, 0), "most": (950_000_000, 0),
-    "between": (700_000_000, 300_000_000), "top": (ONE, 900_000_000), "close": (500_000_000, 490_000_000),
+    "between": (700_000_000, 300_000_000), "top": (ONE, 900_000_000),
+    "close": (500_000_000, 490_000_000),
 }  # fmt: skip
 
 
@@ -124,7 +125,7 @@ def test_half_of_the_elements_in_front_are_not_ranked(generator, factors, data):
 @pytest.mark.parametrize("layouts", [Layouts.CONTIGUOUS, Layouts.SCATTERED], ids=["whole", "scattered"])
 @pytest.mark.parametrize("dtypes", [(FLOAT,) * 4, (BF16, HALF, BF16, BF16)], ids=["float32", "half"])
 def test_groups_with_other_alphas_among_small_tensors(generator, layouts, dtypes):
-    """Lines of several groups are next to each other in a sample, and many tensors in a tile's reach."""
+    """Lines of several groups are next to each other in a sample; tensors are of any length."""
     sizes = torch.randint(1, 2400, (200,), generator=generator)
     n = int(sizes.sum())
     rows = (ROSE, (0.5, 0.99, 1e-8, 0.1, 1.0, 1.0), (0.99, 0.95, 1e-6, 0.0, -1.0, 1.0), PLAIN)
@@ -236,9 +237,7 @@ def test_misses_of_either_threshold(generator, data, kept):
         update(problem, *KEPT[kept], draw=draw, width=0.0, misses=True)
         for first in (True, False):
             capture(before, *KEPT[kept], first=first, draw=draw, width=0.0, misses=True)
-            masks, record = before.bracket_capture(
-                CPU, *KEPT[kept], first=first, draw=draw, width=0.0
-            )
+            _, record = before.bracket_capture(CPU, *KEPT[kept], first=first, draw=draw, width=0.0)
             missed += int(record[Field.MISSES])
     assert missed > 0
 
@@ -256,7 +255,7 @@ def test_misses_of_one_threshold_alone(generator, small):
     for draw in range(8):
         problem = split((p, g, m, v), 3)
         update(problem, 700_000_000, 300_000_000, draw=draw, width=0.0, misses=True)
-        masks, record = split((p, g, m, v), 3).bracket_capture(
+        _, record = split((p, g, m, v), 3).bracket_capture(
             CPU, 700_000_000, 300_000_000, draw=draw, width=0.0
         )
         missed += int(record[Field.MISSES])
@@ -293,6 +292,27 @@ def test_bracket_ends_among_close_risks(generator):
         risk = 0.6 * (1 + spread * torch.rand(n, generator=generator))
         problem = split((p, risky(risk, m), m, v), 3)
         assert capture(problem, first=False, width=SMALL).logged > 0
+        # With a threshold that is known, its neighbours are answered as quickly.
+        for units in (200_000_000, 500_000_000, 800_000_000):
+            given = problem.masks(CPU, units)
+            assert_all_same_bits(given, problem.masks(reference, units), "masks")
+
+
+def test_moments_of_few_units(generator):
+    """Products with the smallest denormals have no digits left to compare."""
+    n = LITTLE
+    risk = torch.rand(n, generator=generator) * 0.75 + 0.25
+    p, _, m, v = normal(generator, n)
+    g = risky(risk, m)
+    few = torch.rand(n, generator=generator) < 0.2
+    unit = 2.0**-149
+    m[few] = torch.randint(1, 8, (n,), generator=generator)[few] * unit
+    g[few] = torch.randint(0, 90, (n,), generator=generator)[few] * unit
+    problem = split((p, g, m, v), 3)
+    assert capture(problem, first=False, width=SMALL).logged > 0
+    for units in (300_000_000, 600_000_000):
+        given = problem.masks(CPU, units)
+        assert_all_same_bits(given, problem.masks(reference, units), "masks")
 
 
 @pytest.mark.parametrize("stochastic", [False, True])

@@ -1,4 +1,4 @@
-"""The CPU's one pass next to large classes of ties: exact, and collapsed onto a class where that is sure."""
+"""The CPU's one pass next to large classes of ties: exact, and collapsed where that is sure."""
 
 from __future__ import annotations
 
@@ -54,7 +54,9 @@ def test_a_class_next_to_a_threshold(generator, at, order, place):
     k = rank(UPPER if at == "upper" else LOWER)
     classes = [PLACES[place](k)] + ([(k, k + SIZE)] if place == "two" else [])
     problem = tied(generator, LARGE, *classes, order=order)
-    for report in check(problem, order, *((UPPER, 0) if at == "upper" else (UPPER, LOWER)), width=SMALL):
+    for report in check(
+        problem, order, *((UPPER, 0) if at == "upper" else (UPPER, LOWER)), width=SMALL
+    ):
         assert report.redone < report.logged
         assert report.collapsed == 0
 

@@ -1,7 +1,8 @@
-"""Corners of the optimizer that only a change of its code, made on purpose, has shown to be untested."""
+"""Corners of the optimizer that only mutants of its code have shown to be untested."""
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ import torch.nn.functional as F
 from support import assert_all_same_bits, assert_same_bits
 from torch import nn
 
-from rose_ops import RoseFusedAdamW, flatten_parameters, reference, rose_backward
+from rose_ops import RoseFusedAdamW, flatten_parameters, reference, rose_backward, wrappers
 
 
 def parameters(*shapes: tuple[int, ...], seed: int = 0) -> list[nn.Parameter]:
@@ -127,6 +128,15 @@ def test_a_first_order_mask_of_scaled_gradients():
     assert [options["grad_scale"].item() for options in told] == [8.0]
 
 
+def test_zeros_at_a_learning_rate_make_no_state():
+    """A first step without a mask is an error, unless nothing at all would be changed by it."""
+    (p,) = parameters((300,))
+    optimizer = RoseFusedAdamW([p], lr=0.1, order="first")
+    p.grad = torch.zeros(300)
+    with pytest.raises(RuntimeError, match="needs a first-order mask"):
+        optimizer.step()
+
+
 # ----------------------------------------------------------------------------- groups and layouts
 
 
@@ -137,6 +147,40 @@ def test_groups_of_parameters_without_gradients():
         [{"params": [a], "lr": 0.0}, {"params": [b], "lr": 0.1}], upper=1.0, weight_decay=0.0
     )
     assert changed(optimizer, [b], 0) == 50
+
+
+def test_gradients_that_alternate():
+    """As many parameters with a gradient as in the step before, but others."""
+    params, others = parameters((40,), (40,)), parameters((40,), (40,))
+    optimizer = RoseFusedAdamW(params, lr=0.1, upper=1.0)
+    apart = [RoseFusedAdamW([p], lr=0.1, upper=1.0) for p in others]
+    for step in range(6):
+        i = step % 2
+        for p, one in ((params[i], optimizer), (others[i], apart[i])):
+            set_gradients([p], step)
+            one.step()
+            one.zero_grad()
+    assert_all_same_bits(params, others, "params")
+
+
+def test_a_gradient_that_only_another_process_has(monkeypatch):
+    """Counts as zero here, and half of the sum of two processes is the average."""
+
+    def all_reduce(x, op=None, group=None):
+        if x.dtype == torch.uint8:  # which gradients there are: the other process has all
+            x.fill_(1)
+
+    monkeypatch.setattr(wrappers.dist, "get_world_size", lambda group: 2)
+    monkeypatch.setattr(wrappers.dist, "all_reduce", all_reduce)
+    module = nn.Linear(4, 3)
+    module.weight.grad = torch.full((3, 4), 6.0)
+    wrappers._average_(
+        SimpleNamespace(
+            process_group=None, parameters_to_ignore=(), module=module, bucket_bytes_cap=1 << 20
+        )
+    )
+    assert module.weight.grad.eq(3).all()
+    assert module.bias.grad.eq(0).all()
 
 
 def test_selective_may_change():
@@ -225,6 +269,34 @@ def test_moments_of_a_second_flat_group():
     assert_all_same_bits(whole, [plain.state[p]["exp_avg"] for p in other[1:]], "moments")
 
 
+@pytest.mark.parametrize("order", ["first", "second"])
+def test_whole_tensors_behind_plain_ones_by_scaled_and_clipped_norms(order):
+    """A scale of the gradients is not one of the moments, and norms are those of what is ranked."""
+    shapes = [(20,), (30,), (7, 5), (11,), (40,), (13,), (17,)]
+    results = []
+    for scale in (None, 8.0):
+        params = parameters(*shapes)
+        groups = [{"params": params[:2], "selective": False}, {"params": params[2:]}]
+        optimizer = RoseFusedAdamW(groups, lr=0.1, order=order, granularity="tensor", max_grad_norm=3.0)
+        for step in range(6):
+            if order == "first":
+                set_gradients(params, 100 + step)
+                optimizer.capture("first")
+            set_gradients(params, step)
+            if scale is not None:
+                for p in params:
+                    p.grad *= scale
+                optimizer.grad_scale, optimizer.found_inf = torch.tensor(scale), torch.tensor(0.0)
+            before = [p.detach().clone() for p in params]
+            optimizer.step()
+            updated = [bool((p != q).any()) for p, q in zip(params, before, strict=True)]
+            assert updated[:2] == [True, True]
+            if step > 0 or order == "first":
+                assert sum(updated[2:]) == 3
+        results.append([p.detach() for p in params])
+    assert_all_same_bits(*results, "params")
+
+
 # --------------------------------------------------------------------------------------- the loss
 
 
@@ -240,7 +312,7 @@ def test_leftovers_of_parameters_that_only_the_optimizer_has():
         return head(model(inputs))
 
     head.weight.grad = torch.ones_like(head.weight)
-    with pytest.raises(ValueError, match="have a .grad already"):
+    with pytest.raises(ValueError, match=r"have a \.grad already"):
         rose_backward(body, x, y, optimizer, forward=forward)
     head.weight.grad = None
     torch.manual_seed(1)

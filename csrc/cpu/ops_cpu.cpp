@@ -16,7 +16,8 @@ namespace {
 Selection read_selection(const Tensor& tensor) {
   check_table(tensor, ScalarType::Long, 8, "selection");
   Selection selection;
-  std::memcpy(static_cast<void*>(&selection), read_from<int64_t>(tensor, "selection"), sizeof selection);
+  std::memcpy(static_cast<void*>(&selection), read_from<int64_t>(tensor, "selection"),
+              sizeof selection);
   return selection;
 }
 
