@@ -9,7 +9,7 @@ CORNERS, OF_OPTIMIZER = "tests/test_optimizer_corners.py", "tests/test_optimizer
 OF_FLAT, OF_STATE, OF_LOSSES = "tests/test_flat.py", "tests/test_state.py", "tests/test_losses.py"
 OF_CLIPPING, OF_GIVEN, OF_DDP = "tests/test_clipping.py", "tests/test_given.py", "tests/test_ddp.py"
 OF_CHECKPOINTS = "tests/test_checkpoints.py"
-OF_MEMORY, OF_ERRORS = "tests/test_memory.py", "tests/test_errors.py"
+OF_ERRORS = "tests/test_errors.py"
 WARM_UP = f"{OF_OPTIMIZER}::test_warm_up_is_adamw_and_ignores_captures"
 OPTION = f"{CORNERS}::test_an_option_that_changes_is_that_of_a_new_optimizer"
 LAYOUTS = f"{OF_OPTIMIZER}::test_the_layout_of_parameters_and_gradients_changes_nothing"
@@ -73,8 +73,8 @@ MUTANTS = {
     ),
     "steps of a checkpoint": (
         OPTIM, 'state.get("_steps_done", max(steps, default=0))', 'state.get("_steps_done", 0)',
-        f"{CORNERS}::test_a_loaded_optimizer_is_past_its_warm_up "
-        f"{OF_STATE}::test_a_resume_is_as_if_training_had_not_stopped",
+        f"{CORNERS}::test_a_loaded_optimizer_is_past_its_warm_up " "
+        f"f"{OF_STATE}::test_a_resume_is_as_if_training_had_not_stopped",
     ),
     "draws of steps": (
         OPTIM, "stochastic, self._steps_done, 1.0,", "stochastic, 0, 1.0,",
@@ -105,10 +105,10 @@ MUTANTS = {
     ),
     "clipping to the norm of selective parameters": (
         OPTIM, "        clip = self._clip(batch, inv_scale)\n        batch = self._with_state(batch)",
-        "        clip = self._clip(self._selective(batch), inv_scale)\n        batch = "
-        "self._with_state(batch)",
-        f"{OF_CLIPPING}::test_plain_groups_are_clipped_as_by_pytorch "
-        f"{OF_CLIPPING}::test_as_the_reference",
+        "        clip = self._clip(self._selective(batch), inv_scale)\n        batch = " "
+        ""self._with_state(batch)",
+        f"{OF_CLIPPING}::test_plain_groups_are_clipped_as_by_pytorch " "
+        f"f"{OF_CLIPPING}::test_as_the_reference",
     ),
     # -------------------------------------------------------------------------------------- batch.py
     "places of parameters that have a gradient": (
@@ -131,17 +131,13 @@ MUTANTS = {
     "memory order of moments": (
         BATCH, "return self.ordered(values) if key in MOMENTS else values", "return values", LAYOUTS,
     ),
-    "dtypes that are known": (
-        BATCH, "            and [p.dtype for p in params] == seen.dtypes\n", "",
-        f"{OF_ERRORS}::test_a_parameter_that_changed_after_a_step",
-    ),
     "gradients that are known": (
         BATCH, "            and present == seen.present\n", "",
         f"{CORNERS}::test_gradients_that_alternate",
     ),
     "states that are known": (
         BATCH, "            and list(map(id, all_states)) == seen.states\n", "",
-        f"{OF_STATE} {OF_OPTIMIZER}",
+        f"{CORNERS}::test_states_in_another_order",
     ),
     "a part that is known": (
         BATCH, "if self._subset is None or self._subset[0] != keep:", "if self._subset is None:",
@@ -216,8 +212,8 @@ MUTANTS = {
     ),
     "gradients that were moved": (
         FLAT, "            self.members[i].grad = view\n", "",
-        f"{OF_FLAT}::test_gradients_put_there_by_hand "
-        f"{OF_FLAT}::test_backward_moves_gradients_before_anyone_asks",
+        f"{OF_FLAT}::test_gradients_put_there_by_hand " "
+        f"f"{OF_FLAT}::test_backward_moves_gradients_before_anyone_asks",
     ),
     # ------------------------------------------------------------------------------------- losses.py
     "leftovers of parameters that only the optimizer has": (
@@ -234,7 +230,7 @@ MUTANTS = {
     ),
     "norm of scaled gradients": (
         LOSSES, "        norm = norm / scale\n", "        pass\n",
-        f"{OF_LOSSES}::test_gradients_are_clipped_as_by_clip_grad_norm_",
+        f"{CORNERS}::test_the_norm_to_clip_to_is_of_unscaled_gradients",
     ),
     "weight of the kl": (
         LOSSES, "backward(r_drop * kl)", "backward(kl)",
@@ -257,7 +253,8 @@ MUTANTS = {
     ),
     "gradients of other processes": (
         WRAPPERS, "            p.grad = torch.zeros_like(p)\n",
-        "            p.grad = torch.ones_like(p)\n", f"{CORNERS}::test_a_gradient_that_only_another_process_has",
+        "            p.grad = torch.ones_like(p)\n",
+        f"{CORNERS}::test_a_gradient_that_only_another_process_has",
     ),
     "the scaler that both have": (
         WRAPPERS, "or theirs is found.scaler:", "or False:",
@@ -269,15 +266,16 @@ MUTANTS = {
     # -------------------------------------------------------------------------- memory.py, layout.py
     "moments in one buffer": (
         MEMORY, "buffer.as_strided(*window, offset))", "buffer.as_strided(*window, 0))",
-        f"{OF_MEMORY}::test_zeros_like",
+        f"{CORNERS}::test_moments_in_one_buffer",
     ),
     "moments from a cache line on": (
-        MEMORY, "-(-t.numel() // line) * line for", "t.numel() for", f"{OF_MEMORY}::test_zeros_like",
+        MEMORY, "-(-t.numel() // line) * line for", "t.numel() for",
+        f"{CORNERS}::test_moments_in_one_buffer",
     ),
     "memory order of buffers": (
         MEMORY,
         "return tensor.stride() if tensor.is_contiguous() else torch.empty_like(tensor).stride()",
-        "return torch.empty(tensor.shape).stride()", f"{OF_MEMORY}::test_zeros_like",
+        "return torch.empty(tensor.shape).stride()", f"{CORNERS}::test_moments_in_one_buffer",
     ),
     "neighbours in memory": (
         LAYOUT, "if other[1] > span[0]]", "if other[1] >= span[0]]",

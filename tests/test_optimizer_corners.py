@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from support import assert_all_same_bits, assert_same_bits
 from torch import nn
 
-from rose_ops import RoseFusedAdamW, flatten_parameters, reference, rose_backward, wrappers
+from rose_ops import RoseFusedAdamW, flatten_parameters, memory, reference, rose_backward, wrappers
 
 
 def parameters(*shapes: tuple[int, ...], seed: int = 0) -> list[nn.Parameter]:
@@ -184,16 +184,69 @@ def test_a_gradient_that_only_another_process_has(monkeypatch):
 
 
 def test_selective_may_change():
-    a, b = parameters((300,), (300,))
-    groups = [{"params": [a], "selective": False}, {"params": [b]}]
-    optimizer = RoseFusedAdamW(groups, lr=0.1, selection="exact")
-    train(optimizer, [a, b], 3)
+    """The groups of what is ranked are those of now: as of a new optimizer."""
+
+    def made(params, *selective):
+        betas = ((0.9, 0.99), (0.3, 0.99))
+        groups = [
+            {"params": [p], "betas": beta, "selective": chosen}
+            for p, beta, chosen in zip(params, betas, selective, strict=True)
+        ]
+        return RoseFusedAdamW(groups, lr=0.1, selection="exact")
+
+    params = parameters((300,), (300,))
+    optimizer = made(params, False, True)
+    train(optimizer, params, 3)
+    others = [nn.Parameter(p.detach().clone()) for p in params]
+    new = made(others, True, False)
+    for p, q in zip(params, others, strict=True):
+        new.state[q] = {key: value.clone() for key, value in optimizer.state[p].items()}
     optimizer.param_groups[0]["selective"] = True
     optimizer.param_groups[1]["selective"] = False
-    set_gradients([a, b], 3)
-    before = a.detach().clone()
-    optimizer.step()
-    assert int((a != before).sum()) == 180
+    for one, its in ((optimizer, params), (new, others)):
+        train(one, its, 2, 3)
+    assert_all_same_bits(params, others, "params")
+
+
+def test_states_in_another_order():
+    """What is taken out of the state and put back is still that of its parameter."""
+    params, others = parameters((40,), (40,)), parameters((40,), (40,))
+    results = []
+    for its, moves in ((params, True), (others, False)):
+        optimizer = RoseFusedAdamW(its, lr=0.1)
+        train(optimizer, its, 3)
+        if moves:
+            optimizer.state[its[0]] = optimizer.state.pop(its[0])
+        train(optimizer, its, 2, 3)
+        results.append([p.detach() for p in its])
+    assert_all_same_bits(*results, "params")
+
+
+def test_moments_in_one_buffer():
+    """Large ones lie in one, each in a place of its own, from a cache line on, in its memory order."""
+    shapes = [(1 << 20, 3), (5,), (7, 3, 5, 2)]
+    tensors = [torch.empty(shape) for shape in shapes]
+    tensors[2] = tensors[2].contiguous(memory_format=torch.channels_last)
+    found = memory.zeros_like(tensors, torch.float32)
+    for i, x in enumerate(found):
+        x.fill_(i + 1)
+    for i, (x, like) in enumerate(zip(found, tensors, strict=True)):
+        assert x.eq(i + 1).all()
+        assert x.data_ptr() % 64 == 0
+        assert x.stride() == like.stride()
+
+
+def test_the_norm_to_clip_to_is_of_unscaled_gradients():
+    results = []
+    for scaler in (None, torch.amp.GradScaler("cpu", init_scale=8.0)):
+        torch.manual_seed(0)
+        model = nn.Linear(6, 3)
+        x, y = torch.randn(8, 6), torch.randint(3, (8,))
+        optimizer = torch.optim.SGD(model.parameters())
+        losses = rose_backward(model, x, y, optimizer, scaler=scaler, max_grad_norm=0.01)
+        factor = 1.0 if scaler is None else 0.125
+        results.append([losses.grad_norm, *(p.grad * factor for p in model.parameters())])
+    torch.testing.assert_close(*results)
 
 
 @pytest.mark.parametrize(
