@@ -73,8 +73,8 @@ MUTANTS = {
     ),
     "steps of a checkpoint": (
         OPTIM, 'state.get("_steps_done", max(steps, default=0))', 'state.get("_steps_done", 0)',
-        f"{CORNERS}::test_a_loaded_optimizer_is_past_its_warm_up " "
-        f"f"{OF_STATE}::test_a_resume_is_as_if_training_had_not_stopped",
+        f"{CORNERS}::test_a_loaded_optimizer_is_past_its_warm_up "
+        f"{OF_STATE}::test_a_resume_is_as_if_training_had_not_stopped",
     ),
     "draws of steps": (
         OPTIM, "stochastic, self._steps_done, 1.0,", "stochastic, 0, 1.0,",
@@ -105,10 +105,10 @@ MUTANTS = {
     ),
     "clipping to the norm of selective parameters": (
         OPTIM, "        clip = self._clip(batch, inv_scale)\n        batch = self._with_state(batch)",
-        "        clip = self._clip(self._selective(batch), inv_scale)\n        batch = " "
-        ""self._with_state(batch)",
-        f"{OF_CLIPPING}::test_plain_groups_are_clipped_as_by_pytorch " "
-        f"f"{OF_CLIPPING}::test_as_the_reference",
+        "        clip = self._clip(self._selective(batch), inv_scale)\n        batch = "
+        "self._with_state(batch)",
+        f"{OF_CLIPPING}::test_plain_groups_are_clipped_as_by_pytorch "
+        f"{OF_CLIPPING}::test_as_the_reference",
     ),
     # -------------------------------------------------------------------------------------- batch.py
     "places of parameters that have a gradient": (
@@ -212,8 +212,8 @@ MUTANTS = {
     ),
     "gradients that were moved": (
         FLAT, "            self.members[i].grad = view\n", "",
-        f"{OF_FLAT}::test_gradients_put_there_by_hand " "
-        f"f"{OF_FLAT}::test_backward_moves_gradients_before_anyone_asks",
+        f"{OF_FLAT}::test_gradients_put_there_by_hand "
+        f"{OF_FLAT}::test_backward_moves_gradients_before_anyone_asks",
     ),
     # ------------------------------------------------------------------------------------- losses.py
     "leftovers of parameters that only the optimizer has": (
