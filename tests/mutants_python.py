@@ -12,6 +12,7 @@ OF_CHECKPOINTS = "tests/test_checkpoints.py"
 OF_ERRORS = "tests/test_errors.py"
 WARM_UP = f"{OF_OPTIMIZER}::test_warm_up_is_adamw_and_ignores_captures"
 OPTION = f"{CORNERS}::test_an_option_that_changes_is_that_of_a_new_optimizer"
+ORDER = f"{CORNERS}::test_elements_are_counted_in_memory_order"
 LAYOUTS = f"{OF_OPTIMIZER}::test_the_layout_of_parameters_and_gradients_changes_nothing"
 TENSORS = f"{CORNERS}::test_whole_tensors_behind_plain_ones_by_scaled_and_clipped_norms"
 CLIPPED_MASKS = f"{OF_LOSSES}::test_masks_are_of_clipped_gradients"
@@ -289,7 +290,7 @@ MUTANTS = {
         f"{CORNERS}::test_a_dimension_of_size_1_may_have_any_stride",
     ),
     "memory order of dimensions": (
-        LAYOUT, "key=lambda d: -strides[d]", "key=lambda d: strides[d]", LAYOUTS,
+        LAYOUT, "key=lambda d: -strides[d]", "key=lambda d: strides[d]", ORDER,
     ),
     "bytes of a mask": (
         LAYOUT, "sizes = [(n + 7) // 8 for n in numels]", "sizes = [n // 8 for n in numels]",

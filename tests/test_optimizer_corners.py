@@ -208,6 +208,22 @@ def test_selective_may_change():
     assert_all_same_bits(params, others, "params")
 
 
+def test_elements_are_counted_in_memory_order():
+    """Stochastic rounding is that of the place in memory: of a transposed view, of the vector it shows."""
+    generator = torch.Generator().manual_seed(3)
+    data, grads = (torch.randn(6 * 5 * 4, generator=generator).bfloat16() for _ in range(2))
+    results = []
+    for view in (lambda x: x, lambda x: x.view(6, 5, 4).permute(2, 0, 1)):
+        memory_of_p = data.clone()
+        p = nn.Parameter(view(memory_of_p))
+        optimizer = RoseFusedAdamW([p], lr=0.1, param_rounding="stochastic", upper=1.0, seed=5)
+        for _ in range(3):
+            p.grad = view(grads.clone())
+            optimizer.step()
+        results.append(memory_of_p)
+    assert_same_bits(*results, "memory of the parameters")
+
+
 def test_states_in_another_order():
     """What is taken out of the state and put back is still that of its parameter."""
     params, others = parameters((40,), (40,)), parameters((40,), (40,))
