@@ -209,7 +209,7 @@ def test_selective_may_change():
 
 
 def test_elements_are_counted_in_memory_order():
-    """Stochastic rounding is that of the place in memory: of a transposed view, of the vector it shows."""
+    """Stochastic rounding of a transposed view is that of the vector that it shows."""
     generator = torch.Generator().manual_seed(3)
     data, grads = (torch.randn(6 * 5 * 4, generator=generator).bfloat16() for _ in range(2))
     results = []
