@@ -7,7 +7,14 @@
 #endif
 #include "schemas.h"
 
-STABLE_TORCH_LIBRARY(rose_ops, m) { rose::define_operators(m); }
+STABLE_TORCH_LIBRARY(rose_ops, m) {
+  rose::define_operators(m);
+  m.def("latest_bracket_report() -> Tensor");  // of the CPU only, for tests
+}
+
+STABLE_TORCH_LIBRARY_IMPL(rose_ops, CompositeExplicitAutograd, m) {
+  m.impl("latest_bracket_report", TORCH_BOX(&rose::cpu::latest_bracket_report));
+}
 
 STABLE_TORCH_LIBRARY_IMPL(rose_ops, CPU, m) {
   m.impl("select", TORCH_BOX(&rose::cpu::select));

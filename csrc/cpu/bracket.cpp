@@ -262,9 +262,10 @@ class Pass {
     }
   }
 
-  std::optional<Selection> run() {
+  std::optional<Selection> run(BracketReport& report) {
     find_windows(lines_, targets_);
     take_sample();
+    report.lines = lines_.count();
     // A log of p, m, v, g, key and place within 1 bit for each element and 14 MiB, and room to be
     // wrong.
     constexpr double kRecord = 28 * 1.25;
@@ -275,8 +276,19 @@ class Pass {
       const double inside = 0.75 * plan_.inside(target);  // brackets shrink
       if (inside > capacity && !plan_.collapse(target, ranked_)) return std::nullopt;
     }
+    for (size_t t = 0; t < targets_.size(); ++t) {
+      report.first_low[t] = targets_[t].bracket.low;
+      report.first_high[t] = targets_[t].bracket.high;
+    }
     for (int64_t phase = 0; phase < kPhases; ++phase) walk(phase);
-    return resolve();
+    report.one_pass = 1;
+    for (size_t t = 0; t < targets_.size(); ++t) {
+      report.low[t] = targets_[t].bracket.low;
+      report.high[t] = targets_[t].bracket.high;
+      report.collapsed += targets_[t].collapsed();
+    }
+    for (const Log& log : logs_) report.logged += log.logged;
+    return resolve(report);
   }
 
  private:
@@ -466,7 +478,7 @@ class Pass {
     return {target.bracket.high, before, true};
   }
 
-  Selection resolve() {
+  Selection resolve(BracketReport& report) {
     Selection selection;
     const Found high = find(targets_[0]);
     const Found low = targets_.size() > 1 ? find(targets_[1]) : Found();
@@ -478,15 +490,16 @@ class Pass {
     selection.nonfinite = nonfinite_;
     selection.misses = high.missed || low.missed;
     const Bounds bounds = selection.bounds();
-    std::atomic<int64_t> updated{0};
+    std::atomic<int64_t> updated{0}, redone{0};
     // A share of every log for each thread: most that is wrong is in those of the first phases.
     torch::stable::parallel_for(0, kShares, 1, [&](int64_t begin, int64_t end) {
       FpMode mode;
       for (const Log& log : logs_) {
-        updated += redo(log, log.logged * begin / kShares, log.logged * end / kShares, bounds);
+        updated += redo(log, log.logged * begin / kShares, log.logged * end / kShares, bounds, redone);
       }
     });
     counts_.updated += updated;
+    report.redone = redone;
     spare_logs().give_back(std::move(logs_));
     return selection;
   }
@@ -499,7 +512,8 @@ class Pass {
     }
   }
 
-  int64_t redo(const Log& log, int64_t begin, int64_t end, Bounds bounds) {
+  int64_t redo(const Log& log, int64_t begin, int64_t end, Bounds bounds,
+               std::atomic<int64_t>& redone) {
     struct Wrong {
       size_t index;
       int64_t element, entry;
@@ -517,6 +531,7 @@ class Pass {
         wrong.push_back({index, place - segments_[index].first_tile * kTile, entry});
       }
     });
+    redone += static_cast<int64_t>(wrong.size());
     constexpr size_t kAhead = 24;
     int64_t updated = 0;
     for (size_t i = 0; i < wrong.size(); ++i) {
@@ -545,13 +560,19 @@ class Pass {
 
 }  // namespace
 
+BracketReport& latest_bracket() {
+  static thread_local BracketReport report;
+  return report;
+}
+
 std::optional<Selection> bracket_pass(const Segments& segments, const RiskSource& source,
                                       const std::vector<size_t>& chosen,
                                       const BracketSettings& settings, BracketBody& body,
                                       UpdateCounts& counts) {
+  BracketReport& report = latest_bracket() = BracketReport();
   const int64_t fewest = settings.width == 1.0 ? kFewest : kFewestInTests;
   if (source.segments.elements() < fewest) return std::nullopt;
-  return Pass(segments, source, chosen, settings, body, counts).run();
+  return Pass(segments, source, chosen, settings, body, counts).run(report);
 }
 
 }  // namespace cpu

@@ -33,6 +33,21 @@ struct BracketBody {
   ~BracketBody() = default;
 };
 
+// What became of a bracketed call, so that tests can tell that they test what they mean to.
+struct BracketReport {
+  int64_t one_pass = 0;   // 1: taken
+  int64_t lines = 0;      // sampled
+  int64_t logged = 0;     // elements
+  int64_t redone = 0;     // elements
+  int64_t collapsed = 0;  // thresholds whose bracket became one key
+  // Brackets of the upper and of the lower threshold: ends before the pass, and in the end.
+  int64_t first_low[2] = {-1, -1}, first_high[2] = {-1, -1};
+  int64_t low[2] = {-1, -1}, high[2] = {-1, -1};
+};
+
+// Of the latest call by this thread.
+BracketReport& latest_bracket();
+
 // Walks `segments`, of which segment chosen[i] is segment i of `source`, and the others are not ranked.
 // Null, and nothing was done, where a pass for select() and one for the body are better or necessary:
 // little data, a large class of ties around the threshold, a log that could outgrow its share of

@@ -224,6 +224,13 @@ Tensor bracket_adamw_(std::vector<Tensor> params, std::vector<Tensor> grads,
   return record_of(*selection, {counts.updated, counts.nonfinite});
 }
 
+Tensor latest_bracket_report() {
+  constexpr int64_t kFields = sizeof(BracketReport) / sizeof(int64_t);
+  Tensor result = torch::stable::empty({kFields}, ScalarType::Long);
+  std::memcpy(static_cast<void*>(write_to<int64_t>(result)), &latest_bracket(), sizeof(BracketReport));
+  return result;
+}
+
 Tensor sums_of_squares(std::vector<Tensor> tensors, std::optional<Tensor> inv_scale) {
   FpMode mode;
   const Segments segments({{"tensors", &tensors, false}}, kTile);

@@ -40,6 +40,9 @@ Tensor bracket_capture_(std::vector<Tensor> masks, std::vector<Tensor> grads,
                         std::optional<Tensor> inv_scale, std::optional<Tensor> clip, int64_t upper,
                         int64_t lower, bool rank_inactive, int64_t draw, double width, bool approx);
 
+// For tests: the fields of BracketReport of this thread's latest bracketed call.
+Tensor latest_bracket_report();
+
 Tensor sums_of_squares(std::vector<Tensor> tensors, std::optional<Tensor> inv_scale);
 
 Tensor clip_factors(Tensor sums, double max_norm);
