@@ -102,8 +102,8 @@ def capture_mask(
     """Mask of the robust elements, and the selection behind it.
 
     Arguments are those of :func:`select_threshold`; ``selection="bracket"`` and ``"approx"`` take one
-    pass over the tensors. At ``granularity="tensor"`` whole tensors are ranked, by their Frobenius norms
-    (``selection`` does not matter there).
+    pass over the tensors. At ``granularity="tensor"`` whole tensors are ranked, by their Frobenius
+    norms (``selection`` does not matter there).
 
     Returns:
         For each tensor, uint8 ``[ceil(n / 8)]``: element i, counted row-major, is bit ``i % 8`` of

@@ -10,8 +10,7 @@ CORNERS, OF_OPTIMIZER = "tests/test_optimizer_corners.py", "tests/test_optimizer
 OF_FLAT, OF_STATE, OF_LOSSES = "tests/test_flat.py", "tests/test_state.py", "tests/test_losses.py"
 OF_CLIPPING, OF_GIVEN, OF_DDP = "tests/test_clipping.py", "tests/test_given.py", "tests/test_ddp.py"
 OF_CHECKPOINTS, OF_SHARDED = "tests/test_checkpoints.py", "tests/test_sharded.py"
-OF_STACKS, OF_WRAPPERS = "tests/test_stacks.py", "tests/test_wrappers.py"
-OF_ERRORS = "tests/test_errors.py"
+OF_LEAKS, OF_ERRORS = "tests/test_leaks.py", "tests/test_errors.py"
 WARM_UP = f"{OF_OPTIMIZER}::test_warm_up_is_adamw_and_ignores_captures"
 OPTION = f"{CORNERS}::test_an_option_that_changes_is_that_of_a_new_optimizer"
 DRAWS = f"{CORNERS}::test_every_step_has_a_draw_of_its_own"
@@ -102,7 +101,8 @@ MUTANTS = {
         "self._draw, 1.0,\n                False,", DRAWS,
     ),
     "gradients of a step, used again": (
-        OPTIM, "        self._refuse_used(kind, batch)\n", "", f"{OF_LOSSES} {OF_STACKS}",
+        OPTIM, "        self._refuse_used(kind, batch)\n", "",
+        f"{OF_LEAKS}::test_gradients_of_the_latest_step_are_noticed",
     ),
     "norms that are not finite": (
         OPTIM, "and not norm.is_meta and not norm.isfinite():", "and False:",

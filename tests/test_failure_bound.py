@@ -1,8 +1,10 @@
 """How often brackets miss: as often as the derivation in rose_ops/reference.py allows, and no rarer.
 
 At the width of use a miss is never seen. At a tenth of it, misses are a matter of seconds, and their
-number says whether half-widths are what the derivation makes of them: sqrt(2*U*l) + (8/3)*16*l. The
-data and the draws are always the same, so that the test passes always or never.
+number says whether half-widths are what the derivation makes of them: sqrt(2*U*l) + (8/3)*16*l. A
+threshold may have one bracket or several: as many may miss as of the first alone, and as of any of
+those that the derivation counts. The data and the draws are always the same, so that the test passes
+always or never.
 """
 
 from __future__ import annotations
@@ -11,13 +13,13 @@ import math
 
 import pytest
 import torch
-from one_pass import CPU, LINE, Report, keys_of, split
+from one_pass import CPU, LINE, Report, keys_of, sorted_ranks, split
 from support import WIDTH, Problem
 
 from rose_ops import reference
 from rose_ops.reference import Field
 
-PHASES = 16
+MOST_BRACKETS = 16  # of a threshold, says bracket_adamw_ of reference.py
 DRAWS = 300
 CHANCE = 1e-4  # that a sound implementation is outside of the limits, for each case and side
 L = reference.LOG_OF_FAILURE
@@ -33,23 +35,31 @@ def line_deviations(keys: torch.Tensor, units: int) -> torch.Tensor:
     return torch.nn.functional.pad(y, (0, -len(y) % LINE)).view(-1, LINE).sum(1)
 
 
+def strata_of(y: torch.Tensor, lines: int) -> torch.Tensor:
+    """One row for each sampled line; the last may be filled with zeros."""
+    stratum = -(-len(y) // lines)
+    return torch.nn.functional.pad(y, (0, lines * stratum - len(y))).view(lines, stratum)
+
+
 def misses_of_the_derivation(
     y: torch.Tensor, lines: int, width: float, draws: int
 ) -> tuple[float, float]:
-    """The share of draws in which the first bracket misses, and in which one of those does that follow
-    when parts of all lines have been counted: half-widths are of what is left."""
+    """The share of draws in which the first bracket misses, and in which one of those does that may
+    follow when parts of all lines have been counted: half-widths are of what is left."""
     generator = torch.Generator().manual_seed(1)
-    stratum = -(-len(y) // lines)
-    strata = torch.nn.functional.pad(y, (0, lines * stratum - len(y))).view(lines, stratum)
-    random = torch.randint(0, stratum, (draws, lines), generator=generator)
-    drawn = strata.expand(draws, lines, stratum).gather(2, random[:, :, None])[:, :, 0]
+    strata = strata_of(y, lines)
+    random = torch.randint(0, strata.shape[1], (draws, lines), generator=generator)
+    drawn = strata.gather(1, random.t()).t()
     # The sample's error: of its lines, L = stratum times what they have, less what the strata have.
     error = drawn - strata.mean(1)
-    squares = (drawn[:, 0::2] - drawn[:, 1::2]).square().repeat_interleave(2, 1) / 2
+    pairs = lines // 2
+    differences = drawn[:, 0 : 2 * pairs : 2] - drawn[:, 1::2]
+    squares = differences.square().repeat_interleave(2, 1) / 2
 
     def left(x: torch.Tensor) -> torch.Tensor:
-        """Sums from each phase on."""
-        sums = x.view(draws, PHASES, -1).sum(2)
+        """Sums from the lines on from which each bracket is."""
+        x = torch.nn.functional.pad(x, (0, -x.shape[1] % MOST_BRACKETS))
+        sums = x.view(draws, MOST_BRACKETS, -1).sum(2)
         return sums.flip(1).cumsum(1).flip(1)
 
     half = width * ((2 * L * left(squares)).sqrt() + 8 / 3 * LINE * L)
@@ -98,7 +108,7 @@ def test_misses_are_as_many_as_the_derivation_says(case):
     n, kind, units, width = CASES[case]
     generator = torch.Generator().manual_seed(12345)
     problem = Problem.of([gradients(n, kind, generator)])
-    keys = keys_of(problem, first=True, everything=True)
+    (keys,) = keys_of(problem, first=True, everything=True)
     missed = tried = lines = 0
     for draw in range(DRAWS):
         _, record = problem.bracket_capture(CPU, units, first=True, draw=draw, width=width)
@@ -106,9 +116,9 @@ def test_misses_are_as_many_as_the_derivation_says(case):
         tried += report.one_pass
         missed += int(record[Field.MISSES])
         lines = max(lines, report.lines)
-    # Two passes, where a bracket is outside of its window, are exact. That is where the estimate is far
-    # off, so of the rest fewer miss; with lines that are alike it is often so.
-    assert tried > (0.7 if kind == "alike" else 0.97) * DRAWS
+    # Two passes, where the one cannot hold a bracket, are exact. That may be where the estimate is far
+    # off, so that of the rest fewer miss.
+    assert tried > DRAWS / 2
     first, any_of_them = misses_of_the_derivation(line_deviations(keys, units), lines, width, 1000)
     low, high = binomial_limits(first * (tried / DRAWS), any_of_them, tried)
     assert low <= missed <= high
@@ -122,8 +132,8 @@ def test_half_widths_are_those_of_the_derivation(n, kind):
     derivation asks for, in elements, but for the sample's error."""
     generator = torch.Generator().manual_seed(n)
     problem = Problem.of([gradients(n, kind, generator)])
-    keys = keys_of(problem, first=True, everything=True)
-    ranked = keys[keys < reference.INACTIVE_KEY].sort().values
+    (keys,) = keys_of(problem, first=True, everything=True)
+    ranked = sorted_ranks([keys])
     for units in (200_000_000, 600_000_000):
         rank = reference.rank_of(units, len(ranked))
         y = line_deviations(keys, units)
@@ -134,10 +144,11 @@ def test_half_widths_are_those_of_the_derivation(n, kind):
             report = Report.latest()
             if not report.one_pass:
                 continue
-            stratum = len(y) / report.lines
-            strata = y.view(report.lines, -1)
-            variance = strata.var(1, correction=0).sum() if stratum > 1 else y.new_zeros(())
-            neighbours = (strata.mean(1)[0::2] - strata.mean(1)[1::2]).square().sum()
+            strata = strata_of(y, report.lines)
+            stratum = strata.shape[1]
+            variance = strata.var(1, correction=0).sum()
+            means = strata.mean(1)[: report.lines // 2 * 2]
+            neighbours = (means[0::2] - means[1::2]).square().sum()
             u = float(variance + neighbours)
             half = width * stratum * (math.sqrt(2 * u * L) + 8 / 3 * LINE * L)
             error = stratum * math.sqrt(float(variance))
@@ -146,7 +157,7 @@ def test_half_widths_are_those_of_the_derivation(n, kind):
             ratios.append((below + above) / 2 / half)
             assert abs(below - above) / 2 < 5 * error + 0.05 * half
         if kind == "alike" and n == 1 << 17 and not ratios:
-            continue  # such brackets are outside of their windows: two passes, always
+            continue  # of so little data, a bracket may be most of it: two passes, always
         # How many elements are between the ends is itself an estimate.
         assert min(ratios) > 0.6
         assert sum(ratios) / len(ratios) == pytest.approx(1, abs=0.1)
@@ -157,25 +168,25 @@ def test_misses_of_a_lower_threshold(lower):
     generator = torch.Generator().manual_seed(54321)
     n, width, upper = 1 << 18, 0.09, 700_000_000
     problem = split([torch.randn(n, generator=generator) for _ in range(4)])
-    keys = keys_of(problem, first=True)
-    expected = {}
-    missed = {upper: 0, lower: 0}
-    ranked = keys.sort().values
+    (keys,) = keys_of(problem, first=True)
+    missed, tried, lines = {upper: 0, lower: 0}, 0, 0
+    ranked = sorted_ranks([keys])
     for draw in range(DRAWS):
         problem.bracket_capture(CPU, upper, lower, first=True, draw=draw, width=width)
         report = Report.latest()
-        assert report.one_pass
+        tried += report.one_pass
+        lines = max(lines, report.lines)
         for i, units in enumerate(missed):
             exact = ranked[reference.rank_of(units, n) - 1]
-            missed[units] += not report.low[i] <= exact <= report.high[i]
+            missed[units] += report.one_pass and not report.low[i] <= exact <= report.high[i]
+    assert tried > DRAWS / 2
     for units, count in missed.items():
-        expected = misses_of_the_derivation(line_deviations(keys, units), report.lines, width, 1000)
-        low, high = binomial_limits(*expected, DRAWS)
-        print(units, count, expected, low, high)
+        first, any_of_them = misses_of_the_derivation(line_deviations(keys, units), lines, width, 1000)
+        low, high = binomial_limits(first * (tried / DRAWS), any_of_them, tried)
         assert low <= count <= high
 
 
-def test_no_miss_at_the_width_of_use():
+def test_no_miss_at_half_of_the_width_of_use():
     generator = torch.Generator().manual_seed(2)
     problem = Problem.of([torch.randn(1 << 18, generator=generator)])
     for draw in range(DRAWS):

@@ -4,13 +4,26 @@ from __future__ import annotations
 
 import pytest
 import torch
-from one_pass import CPU, SMALL, Report, capture, in_groups, normal, risky, split, update
-from support import PLAIN, ROSE, WIDTH, Problem, assert_all_same_bits, assert_same_bits
+from one_pass import (
+    CPU,
+    SMALL,
+    Report,
+    capture,
+    in_groups,
+    keys_of,
+    normal,
+    risky,
+    sorted_ranks,
+    split,
+    update,
+)  # fmt: skip
+from support import PLAIN, ROSE, WIDTH, Problem, assert_all_same_bits
 
 from rose_ops import reference
 from rose_ops.reference import Field
 
-LARGE = (1 << 20) + 1303
+LARGE = (1 << 20) + 1303  # so large that a log cannot hold a class of most elements
+LITTLE = (1 << 19) + 1303
 UPPER, LOWER = 600_000_000, 300_000_000
 
 
@@ -34,11 +47,7 @@ def check(problem: Problem, order: str, *kept: int, **options) -> list[Report]:
     return [capture(problem, *kept, first=True, **options)]
 
 
-def rank(units: int) -> int:
-    return reference.rank_of(units, LARGE)
-
-
-SIZE = LARGE // 50
+SIZE = LITTLE // 50
 PLACES = {  # ranks of a class; the k-th element is at k - 1
     "just below": lambda k: (k - 1 - SIZE, k - 1), "its last is the k-th": lambda k: (k - SIZE, k),
     "its first is the k-th": lambda k: (k - 1, k - 1 + SIZE), "just above": lambda k: (k, k + SIZE),
@@ -50,15 +59,14 @@ PLACES = {  # ranks of a class; the k-th element is at k - 1
 @pytest.mark.parametrize("order", ["first", "second"])
 @pytest.mark.parametrize("at", ["upper", "lower"])
 def test_a_class_next_to_a_threshold(generator, at, order, place):
-    """Inside of the bracket, and too small to collapse onto."""
-    k = rank(UPPER if at == "upper" else LOWER)
+    """Inside of the bracket: which of its elements are kept is not known before all were counted."""
+    k = reference.rank_of(UPPER if at == "upper" else LOWER, LITTLE)
     classes = [PLACES[place](k)] + ([(k, k + SIZE)] if place == "two" else [])
-    problem = tied(generator, LARGE, *classes, order=order)
+    problem = tied(generator, LITTLE, *classes, order=order)
     for report in check(
         problem, order, *((UPPER, 0) if at == "upper" else (UPPER, LOWER)), width=SMALL
     ):
-        assert report.redone < report.logged
-        assert report.collapsed == 0
+        assert report.logged > 0 or report.collapsed
 
 
 @pytest.mark.parametrize("order", ["first", "second"])
@@ -101,19 +109,17 @@ def test_collapse_in_groups_and_scales(generator, order):
 @pytest.mark.parametrize("order", ["first", "second"])
 def test_no_collapse_where_the_class_might_end_before_the_threshold(generator, order, end):
     """The class reaches beyond the threshold, but by less than the sample can tell."""
-    k, beyond = rank(UPPER), LARGE // 500
+    upper = 200_000_000 if end == "first" else UPPER  # for the class to be large enough
+    k, beyond = reference.rank_of(upper, LARGE), LARGE // 500
     a, b = (k - beyond, LARGE - 100) if end == "first" else (100, k + beyond)
-    if end == "first":  # then a lower rank, for the class to be large enough
-        k = rank(200_000_000)
-        a = k - beyond
-    upper = 200_000_000 if end == "first" else UPPER
     problem = tied(generator, LARGE, (a, b), order=order)
-    for draw in range(3):
+    keys = keys_of(problem, first=order == "first")
+    for draw in range(2):
         masks, record = problem.bracket_capture(CPU, upper, first=order == "first", draw=draw)
         assert Report.latest().collapsed == 0
-        exact = problem.select(reference, upper, first=order == "first")
-        assert_same_bits(record, exact, "record")
-        expected = problem.capture(reference, exact, first=order == "first")
+        assert record[Field.MISSES] == 0
+        assert record[Field.HIGH] == sorted_ranks(keys)[k - 1]
+        expected = [reference.pack(reference.is_selected(key, record)) for key in keys]
         assert_all_same_bits(masks, expected, "masks")
 
 
@@ -122,22 +128,18 @@ def test_no_collapse_where_the_class_might_end_before_the_threshold(generator, o
 def test_a_class_that_is_missed(generator, order, end):
     """Without a margin it is collapsed onto a class that ends before the threshold: a miss."""
     upper = 200_000_000 if end == "first" else UPPER
-    k = rank(upper)
+    k = reference.rank_of(upper, LARGE)
     # Beyond the class by half a standard deviation of what a sample says.
     beyond = 250
     a, b = (k + beyond, LARGE - 100) if end == "first" else (100, k - beyond)
     problem = tied(generator, LARGE, (a, b), order=order)
     missed = 0
-    for draw in range(12):
-        if order == "second":
-            copy = problem.copy()
-            copy.bracket_update(CPU, upper, draw=draw, width=0.0)
-        else:
-            problem.bracket_capture(CPU, upper, first=True, draw=draw, width=0.0)
+    for draw in range(24):
+        problem.bracket_capture(CPU, upper, first=order == "first", draw=draw, width=0.0)
         if not Report.latest().collapsed:
             continue  # the sample says that the class is not reached
         for report in check(problem, order, upper, draw=draw, width=0.0, misses=True):
-            missed += report.collapsed
+            missed += report.misses
         if missed:
             break
     assert missed > 0
