@@ -6,13 +6,14 @@ SETTINGS, FLAT, LOSSES = "rose_ops/settings.py", "rose_ops/flat.py", "rose_ops/l
 WRAPPERS, MEMORY, LAYOUT = "rose_ops/wrappers.py", "rose_ops/memory.py", "rose_ops/layout.py"
 CHECKS, RESULTS = "rose_ops/checks.py", "rose_ops/results.py"
 
-CORNERS, OF_OPTIMIZER = "tests/test_optimizer_corners.py", "tests/test_optimizer.py"
+CORNERS, KEPT = "tests/test_optimizer_corners.py", "tests/test_optimizer_kept.py"
+OF_OPTIMIZER = "tests/test_optimizer.py"
 OF_FLAT, OF_STATE, OF_LOSSES = "tests/test_flat.py", "tests/test_state.py", "tests/test_losses.py"
 OF_CLIPPING, OF_GIVEN, OF_DDP = "tests/test_clipping.py", "tests/test_given.py", "tests/test_ddp.py"
 OF_CHECKPOINTS, OF_SHARDED = "tests/test_checkpoints.py", "tests/test_sharded.py"
 OF_LEAKS, OF_ERRORS = "tests/test_leaks.py", "tests/test_errors.py"
 WARM_UP = f"{OF_OPTIMIZER}::test_warm_up_is_adamw_and_ignores_captures"
-OPTION = f"{CORNERS}::test_an_option_that_changes_is_that_of_a_new_optimizer"
+OPTION = f"{KEPT}::test_an_option_that_changes_is_that_of_a_new_optimizer"
 DRAWS = f"{CORNERS}::test_every_step_has_a_draw_of_its_own"
 CHANGES = f"{OF_OPTIMIZER}::test_a_change_between_steps_is_seen"
 SHARED = f"{OF_GIVEN}::test_two_parameters_that_came_to_be_in_one_place_after_some_steps"
@@ -149,7 +150,7 @@ MUTANTS = {
     ),
     "groups of parameters that have a gradient": (
         BATCH, "Layout(list(compress(rows, present)),", "Layout(rows[: sum(present)],",
-        f"{CORNERS}::test_groups_of_parameters_without_gradients",
+        f"{KEPT}::test_groups_of_parameters_without_gradients",
     ),
     "memory order of gradients": (
         BATCH, "memory_order(self.params[i], (tensors[i],))", "memory_order(tensors[i], (tensors[i],))",
@@ -158,28 +159,29 @@ MUTANTS = {
     "memory order of a part": (
         BATCH, "return Batch(self.layout.subset(keep), params, views, grads, states, scattered)",
         "return Batch(self.layout.subset(keep), params, views, grads, states, self.scattered)",
-        f"{CORNERS}::test_scattered_parameters_behind_plain_ones",
+        f"{KEPT}::test_scattered_parameters_behind_plain_ones",
     ),
     "memory order of moments": (
         BATCH, "return self.ordered(values) if key in MOMENTS else values", "return values", LAYOUTS,
     ),
     "gradients that are known": (
         BATCH, "            and present == seen.present\n", "",
-        f"{CORNERS}::test_gradients_that_alternate",
+        f"{KEPT}::test_gradients_of_empty_parameters_that_alternate",
     ),
     "states that are known": (
         BATCH, "            and list(map(id, all_states)) == seen.states\n", "",
-        f"{CORNERS}::test_states_in_another_order",
+        f"{KEPT}::test_states_in_another_order",
     ),
     "parameters that are known": (
-        BATCH, "            and list(map(id, every)) == seen.params\n", "", CHANGES,
+        BATCH, "            and list(map(id, every)) == seen.params\n", "",
+        f"{KEPT}::test_another_parameter_in_the_same_place",
     ),
     "groups that are known": (
         BATCH, "            and lengths == seen.groups\n", "", CHANGES,
     ),
     "sizes that are known": (
         BATCH, "            and numels == seen.numels\n", "",
-        f"{CORNERS}::test_a_size_that_changes",
+        f"{KEPT}::test_a_size_that_changes",
     ),
     "places that are known": (
         BATCH, "list(map(Tensor.data_ptr, params)) == seen.places", "True", SHARED,
@@ -195,7 +197,7 @@ MUTANTS = {
     ),
     "a part that is known": (
         BATCH, "if self._subset is None or self._subset[0] != keep:", "if self._subset is None:",
-        f"{CORNERS}::test_selective_may_change",
+        f"{KEPT}::test_selective_may_change",
     ),
     # ------------------------------------------------------------------------------------- checks.py
     "one process has all": (
@@ -215,7 +217,7 @@ MUTANTS = {
         f"{OF_GIVEN}::test_what_is_frozen_may_be_anything",
     ),
     "states of which a part is missing": (
-        CHECKS, "if len(missing) < len(STATE):", "if False:", OF_ERRORS,
+        CHECKS, "if len(missing) < len(STATE):", "if False:", f"{KEPT}::test_a_state_that_lost_a_part",
     ),
     "moments of another shape": (
         CHECKS, "if moment.shape != p.shape or moment", "if moment",

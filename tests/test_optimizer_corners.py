@@ -8,35 +8,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from seeded import changed, parameters, set_gradients, train
 from support import assert_all_same_bits, assert_same_bits
 from torch import nn
 
 from rose_ops import RoseFusedAdamW, flatten_parameters, memory, reference, rose_backward, wrappers
-
-
-def parameters(*shapes: tuple[int, ...], seed: int = 0) -> list[nn.Parameter]:
-    generator = torch.Generator().manual_seed(seed)
-    return [nn.Parameter(torch.randn(shape, generator=generator)) for shape in shapes]
-
-
-def set_gradients(params, seed: int) -> None:
-    generator = torch.Generator().manual_seed(1000 + seed)
-    for p in params:
-        p.grad = torch.randn(p.shape, generator=generator).to(p.dtype)
-
-
-def train(optimizer, params, steps: int, first: int = 0) -> None:
-    for step in range(first, first + steps):
-        set_gradients(params, step)
-        optimizer.step()
-
-
-def changed(optimizer, params, step: int) -> int:
-    """How many elements a step changes."""
-    before = [p.detach().clone() for p in params]
-    train(optimizer, params, 1, step)
-    return sum(int((p != q).sum()) for p, q in zip(params, before, strict=True))
-
 
 # ------------------------------------------------------------------------------------ the warm-up
 
@@ -148,29 +124,6 @@ def test_zeros_at_a_learning_rate_make_no_state():
 # ----------------------------------------------------------------------------- groups and layouts
 
 
-def test_groups_of_parameters_without_gradients():
-    """Rows are those of the groups that parameters with a gradient are in."""
-    a, b = parameters((50,), (50,))
-    optimizer = RoseFusedAdamW(
-        [{"params": [a], "lr": 0.0}, {"params": [b], "lr": 0.1}], upper=1.0, weight_decay=0.0
-    )
-    assert changed(optimizer, [b], 0) == 50
-
-
-def test_gradients_that_alternate():
-    """As many parameters with a gradient as in the step before, but others."""
-    params, others = parameters((40,), (40,)), parameters((40,), (40,))
-    optimizer = RoseFusedAdamW(params, lr=0.1, upper=1.0)
-    apart = [RoseFusedAdamW([p], lr=0.1, upper=1.0) for p in others]
-    for step in range(6):
-        i = step % 2
-        for p, one in ((params[i], optimizer), (others[i], apart[i])):
-            set_gradients([p], step)
-            one.step()
-            one.zero_grad()
-    assert_all_same_bits(params, others, "params")
-
-
 def test_a_gradient_that_only_another_process_has(monkeypatch):
     """Counts as zero here, and half of the sum of two processes is the average."""
 
@@ -191,31 +144,6 @@ def test_a_gradient_that_only_another_process_has(monkeypatch):
     assert module.bias.grad.eq(0).all()
 
 
-def test_selective_may_change():
-    """The groups of what is ranked are those of now: as of a new optimizer."""
-
-    def made(params, *selective):
-        betas = ((0.9, 0.99), (0.3, 0.99))
-        groups = [
-            {"params": [p], "betas": beta, "selective": chosen}
-            for p, beta, chosen in zip(params, betas, selective, strict=True)
-        ]
-        return RoseFusedAdamW(groups, lr=0.1, selection="exact")
-
-    params = parameters((300,), (300,))
-    optimizer = made(params, False, True)
-    train(optimizer, params, 3)
-    others = [nn.Parameter(p.detach().clone()) for p in params]
-    new = made(others, True, False)
-    for p, q in zip(params, others, strict=True):
-        new.state[q] = {key: value.clone() for key, value in optimizer.state[p].items()}
-    optimizer.param_groups[0]["selective"] = True
-    optimizer.param_groups[1]["selective"] = False
-    for one, its in ((optimizer, params), (new, others)):
-        train(one, its, 2, 3)
-    assert_all_same_bits(params, others, "params")
-
-
 def test_elements_are_counted_in_memory_order():
     """Stochastic rounding of a transposed view is that of the vector that it shows."""
     generator = torch.Generator().manual_seed(3)
@@ -230,42 +158,6 @@ def test_elements_are_counted_in_memory_order():
             optimizer.step()
         results.append(memory_of_p)
     assert_same_bits(*results, "memory of the parameters")
-
-
-def test_a_size_that_changes():
-    """Of what has no gradient: the elements behind it have other places, and so other random bits."""
-
-    def made(p):
-        front = nn.Parameter(torch.zeros(64))
-        options = {"param_rounding": "stochastic", "upper": 1.0, "seed": 5}
-        return front, RoseFusedAdamW([front, p], lr=0.1, **options)
-
-    (p,) = parameters((300,))
-    p = nn.Parameter(p.detach().bfloat16())
-    front, optimizer = made(p)
-    train(optimizer, [p], 3)
-    q = nn.Parameter(p.detach().clone())
-    other, new = made(q)
-    new.state[q] = {key: value.clone() for key, value in optimizer.state[p].items()}
-    for x in (front, other):
-        x.data = torch.zeros(100)
-    for one, its in ((optimizer, p), (new, q)):
-        train(one, [its], 1, 3)
-    assert_same_bits(p.detach(), q.detach(), "params")
-
-
-def test_states_in_another_order():
-    """What is taken out of the state and put back is still that of its parameter."""
-    params, others = parameters((40,), (40,)), parameters((40,), (40,))
-    results = []
-    for its, moves in ((params, True), (others, False)):
-        optimizer = RoseFusedAdamW(its, lr=0.1)
-        train(optimizer, its, 3)
-        if moves:
-            optimizer.state[its[0]] = optimizer.state.pop(its[0])
-        train(optimizer, its, 2, 3)
-        results.append([p.detach() for p in its])
-    assert_all_same_bits(*results, "params")
 
 
 def test_moments_in_one_buffer():
@@ -293,54 +185,6 @@ def test_the_norm_to_clip_to_is_of_unscaled_gradients():
         factor = 1.0 if scaler is None else 0.125
         results.append([losses.grad_norm, *(p.grad * factor for p in model.parameters())])
     torch.testing.assert_close(*results)
-
-
-@pytest.mark.parametrize(
-    "option",
-    [
-        {"lr": 0.3}, {"betas": (0.5, 0.9)}, {"eps": 0.1}, {"weight_decay": 0.5}, {"maximize": True},
-        {"selective": False},
-    ],
-    ids=str,
-)  # fmt: skip
-def test_an_option_that_changes_is_that_of_a_new_optimizer(option):
-    """Tables are kept from step to step; a new optimizer has kept none."""
-
-    def made(params, **options):
-        groups = [{"params": params[:1]}, {"params": params[1:], **options}]
-        return RoseFusedAdamW(groups, lr=0.1)
-
-    params = parameters((300,), (300,))
-    optimizer = made(params)
-    train(optimizer, params, 3)
-    others = [nn.Parameter(p.detach().clone()) for p in params]
-    new = made(others, **option)
-    for p, q in zip(params, others, strict=True):
-        new.state[q] = {key: value.clone() for key, value in optimizer.state[p].items()}
-    optimizer.param_groups[1].update(option)
-    for one, its in ((optimizer, params), (new, others)):
-        train(one, its, 1, 3)
-    assert_all_same_bits(params, others, "params")
-
-
-@pytest.mark.parametrize("selection", ["exact", "bracket"])
-@pytest.mark.parametrize("order", ["second", "first"])
-def test_scattered_parameters_behind_plain_ones(order, selection):
-    """Only what is ranked goes to a selection: which of that is not contiguous counts anew."""
-    results = []
-    for memory_format in (torch.contiguous_format, torch.channels_last):
-        plain, conv, last = parameters((40,), (6, 5, 3, 3), (4, 3, 2, 2))
-        for p in (conv, last):
-            p.data = p.data.contiguous(memory_format=memory_format)
-        groups = [{"params": [plain], "selective": False}, {"params": [conv, last]}]
-        optimizer = RoseFusedAdamW(groups, lr=0.1, order=order, selection=selection)
-        for step in range(4):
-            if order == "first":
-                set_gradients([plain, conv, last], 100 + step)
-                optimizer.capture("first")
-            train(optimizer, [plain, conv, last], 1, step)
-        results.append([p.detach().contiguous() for p in (plain, conv, last)])
-    assert_all_same_bits(*results, "params")
 
 
 def test_a_dimension_of_size_1_may_have_any_stride():
