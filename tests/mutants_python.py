@@ -114,7 +114,8 @@ MUTANTS = {
         f"{OF_CHECKPOINTS}::test_what_is_written_into_a_group_is_refused_at_the_next_step",
     ),
     "threshold of a record": (
-        RESULTS, "to(torch.int32).view(torch.float32)", "to(torch.float32)", OF_OPTIMIZER,
+        RESULTS, "to(torch.int32).view(torch.float32)", "to(torch.float32)",
+        f"{OF_OPTIMIZER}::test_approx_keeps_at_least_what_exact_keeps",
     ),
     "versions of parameters": (
         OPTIM, "        torch.autograd.graph.increment_version(batch.members)\n", "",
@@ -238,7 +239,7 @@ MUTANTS = {
     ),
     "loaded moments": (
         CHECKPOINT, "Kept(place.copy_(values[moment]))", "Kept(values[moment])",
-        f"{OF_STATE}::test_training_moves_from_adamw_to_rose {OF_STATE}",
+        f"{OF_STATE}::test_training_moves_from_adamw_to_rose",
     ),
     "dtype of loaded moments": (
         CHECKPOINT, "self._settings.moment_dtype)", "torch.float32)",
