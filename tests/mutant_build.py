@@ -113,8 +113,10 @@ def build_library(folder: Path, changed: set[Path]) -> None:
 
 def run_tests(folder: Path, tests: list[str], timeout: float) -> subprocess.CompletedProcess[str]:
     """Of the package in ``folder``: the first failure ends them. Data is the same in every run."""
+    # Processes that tests start import the tests, too: from here, but the package from ``folder``.
+    path = os.pathsep.join(map(str, (folder, ROOT)))
     environment = {
-        **os.environ, "PYTHONPATH": str(folder), "ROSE_TEST_SEED": "0", "OMP_NUM_THREADS": "1",
+        **os.environ, "PYTHONPATH": path, "ROSE_TEST_SEED": "0", "OMP_NUM_THREADS": "1",
         "OMP_WAIT_POLICY": "passive", "PYTHONDONTWRITEBYTECODE": "1",
     }  # fmt: skip
     paths = [str(ROOT / test) for test in tests]

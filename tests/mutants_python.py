@@ -115,7 +115,7 @@ MUTANTS = {
     ),
     "threshold of a record": (
         RESULTS, "to(torch.int32).view(torch.float32)", "to(torch.float32)",
-        f"{OF_OPTIMIZER}::test_approx_keeps_at_least_what_exact_keeps",
+        f"{OF_OPTIMIZER}::test_steps_are_those_of_the_reference",
     ),
     "versions of parameters": (
         OPTIM, "        torch.autograd.graph.increment_version(batch.members)\n", "",

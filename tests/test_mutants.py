@@ -34,16 +34,17 @@ def mutate(folder: Path, mutant: tuple[str, str, str, str]) -> None:
         build.build_library(folder, {Path(file).relative_to("csrc")})
 
 
-def is_caught(folder: Path, tests: str) -> bool:
+def failures(folder: Path, tests: str) -> str:
+    """What pytest says of the first test that the package in ``folder`` fails; "" if there is none."""
     try:
         run = build.run_tests(folder, tests.split(), TIMEOUT)
     except subprocess.TimeoutExpired:
-        return True
+        return "the tests never end"
     said = run.stdout + run.stderr
     # What was not run, or not of this package, catches nothing. (A crash is no exit status of pytest.)
     assert run.returncode in (0, 1) or run.returncode < 0, said[-4000:]
     assert f"from {folder}" in said, said[-4000:]
-    return run.returncode != 0
+    return said[-4000:] if run.returncode else ""
 
 
 def test_mutants_are_of_these_sources():
@@ -65,7 +66,7 @@ def test_mutants_are_of_these_sources():
 def test_every_mutant_is_caught(name, tmp_path):
     folder = build.copy_package(tmp_path)
     mutate(folder, MUTANTS[name])
-    assert is_caught(folder, MUTANTS[name][3])
+    assert failures(folder, MUTANTS[name][3])
 
 
 @pytest.mark.slow
@@ -75,4 +76,5 @@ def test_the_sources_as_they_are_pass(tmp_path):
     folder = build.copy_package(tmp_path)
     build.build_library(folder, {Path("ops.cpp")})
     found = {test for *_, tests in MUTANTS.values() for test in tests.split()}
-    assert not is_caught(folder, " ".join(sorted(found)))
+    said = failures(folder, " ".join(sorted(found)))
+    assert not said, said
