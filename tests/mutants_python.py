@@ -208,7 +208,8 @@ MUTANTS = {
         CHECKS, "        and not settings.local_ranking\n", "", OF_SHARDED,
     ),
     "marks of what splits parameters": (
-        CHECKS, "        and not p.__dict__  # no marks\n", "", OF_SHARDED,
+        CHECKS, "        and not p.__dict__  # no marks\n", "",
+        f"{KEPT}::test_a_mark_of_what_splits_a_parameter_after_some_steps",
     ),
     "parameters once in a group": (
         CHECKS, "if len(set(params)) < len(params):", "if False:", f"{OF_ERRORS}::test_parameters",

@@ -8,7 +8,7 @@ from seeded import changed, parameters, set_gradients, train
 from support import assert_all_same_bits, assert_same_bits
 from torch import nn
 
-from rose_ops import RoseFusedAdamW
+from rose_ops import RoseFusedAdamW, checks
 
 
 def test_groups_of_parameters_without_gradients():
@@ -116,6 +116,19 @@ def test_a_state_that_lost_a_part(key):
         train(optimizer, params, 1, 2)
     assert_all_same_bits([p.detach() for p in params], before, "params")
     assert key not in optimizer.state[params[1]]
+
+
+def test_a_mark_of_what_splits_a_parameter_after_some_steps(monkeypatch):
+    """As seen where one of several processes is this one."""
+    params = parameters((40,), (40,))
+    optimizer = RoseFusedAdamW(params, lr=0.1)
+    train(optimizer, params, 2)
+    monkeypatch.setattr(checks, "is_sharded", lambda settings: True)
+    params[1].grad = None  # other gradients than in the step before: they are looked at
+    train(optimizer, params[:1], 1, 2)
+    params[0].tensor_model_parallel = True
+    with pytest.raises(RuntimeError, match="this rank's part of one that Megatron's tensor"):
+        train(optimizer, params, 1, 3)
 
 
 def test_states_in_another_order():
