@@ -194,7 +194,8 @@ MUTANTS = {
         BATCH, "            if all(map(is_complete, mine)):\n", "            if True:\n", CHANGES,
     ),
     "parameters that were given": (
-        BATCH, "any(id(p) not in known for p in every)", "True", OF_SHARDED,
+        BATCH, "any(id(p) not in known for p in every)", "True",
+        f"{KEPT}::test_fewer_parameters_are_a_part_only_if_others_are_among_them",
     ),
     "a part that is known": (
         BATCH, "if self._subset is None or self._subset[0] != keep:", "if self._subset is None:",

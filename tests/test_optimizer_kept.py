@@ -8,7 +8,7 @@ from seeded import changed, parameters, set_gradients, train
 from support import assert_all_same_bits, assert_same_bits
 from torch import nn
 
-from rose_ops import RoseFusedAdamW, checks
+from rose_ops import RoseFusedAdamW, batch, checks
 
 
 def test_groups_of_parameters_without_gradients():
@@ -129,6 +129,20 @@ def test_a_mark_of_what_splits_a_parameter_after_some_steps(monkeypatch):
     params[0].tensor_model_parallel = True
     with pytest.raises(RuntimeError, match="this rank's part of one that Megatron's tensor"):
         train(optimizer, params, 1, 3)
+
+
+def test_fewer_parameters_are_a_part_only_if_others_are_among_them(monkeypatch):
+    """As seen where one of several processes is this one."""
+    params = parameters((40,), (40,))
+    optimizer = RoseFusedAdamW(params, lr=0.1)
+    train(optimizer, params, 2)
+    monkeypatch.setattr(batch, "is_sharded", lambda settings: True)
+    group = optimizer.param_groups[0]["params"]
+    del group[1]
+    train(optimizer, params[:1], 1, 2)
+    group[0] = nn.Parameter(torch.randn(20))
+    with pytest.raises(RuntimeError, match="are not those that it was given"):
+        train(optimizer, group, 1, 3)
 
 
 def test_states_in_another_order():
