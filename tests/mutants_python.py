@@ -115,7 +115,7 @@ MUTANTS = {
     ),
     "threshold of a record": (
         RESULTS, "to(torch.int32).view(torch.float32)", "to(torch.float32)",
-        f"{OF_OPTIMIZER}::test_steps_are_those_of_the_reference",
+        f"{CORNERS}::test_the_threshold_is_a_risk",
     ),
     "versions of parameters": (
         OPTIM, "        torch.autograd.graph.increment_version(batch.members)\n", "",

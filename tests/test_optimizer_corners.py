@@ -98,6 +98,16 @@ def test_every_step_has_a_draw_of_its_own(monkeypatch, selection):
         assert len(found) == len(set(found)) == 6
 
 
+def test_the_threshold_is_a_risk():
+    """The largest that is kept, as a number, not as the bits that operators speak of."""
+    (p,) = parameters((300,))
+    optimizer = RoseFusedAdamW([p], lr=0.1, order="first", selection="exact")
+    set_gradients([p], 0)
+    kth = p.grad.abs().sort().values[179]
+    optimizer.capture("first")
+    assert_same_bits(optimizer.selection["first"].threshold, kth)
+
+
 def test_a_first_order_mask_of_scaled_gradients():
     """What is scaled out of the range of floats is unscaled before it is ranked."""
     torch.manual_seed(0)
