@@ -33,6 +33,7 @@ from support import (
     WIDTH,
     Problem,
     assert_all_same_bits,
+    compare_bracket,
     random_masks,
     values,
 )
@@ -126,6 +127,8 @@ def test_groups_with_other_alphas_among_small_tensors(generator, layouts, dtypes
     problem.steps = [torch.tensor(float(i % 7) * 10 ** (i % 3)) for i in range(len(sizes))]
     for first in (False, True):
         assert capture(problem, first=first, width=SMALL).redone > 0
+    if layouts == Layouts.CONTIGUOUS:  # steps, learning rates and factors are those of each tensor
+        compare_bracket(CPU, problem.copy(), 600_000_000, width=SMALL)
     assert update(problem, width=SMALL).redone > 0
 
 
