@@ -110,6 +110,7 @@ def test_half_of_the_elements_in_front_are_not_ranked(generator, factors, data):
     else:
         problem = split(normal(generator, LARGE), 8, **factors)
     problem = with_plain_front(problem, ROSE)
+    compare_bracket(CPU, problem.copy(), 600_000_000, width=SMALL)
     report = update(problem, width=SMALL)
     assert report.redone > 0
 
