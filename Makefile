@@ -42,11 +42,12 @@ verify-triton-release: $(VENV)/ready  ## the Triton kernels, as compiled by OTHE
 	PYTHONPATH=$(CURDIR)/build/triton-$(OTHER_TRITON) $(BIN)/python -m pytest -p no:cacheprovider -m slow \
 		tests/test_triton.py -k "compiled or gate" $(ARGS)
 
-# Some two hundred mutants take more than an hour; MUTANTS=few takes those of FEW in test_simt.py.
+# Mutants of the CUDA kernels (more than an hour) and of the optimizer (half an hour); MUTANTS=few takes
+# those of FEW in both files.
 MUTANTS ?= slow
 verify-mutants: $(VENV)/ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p no:cacheprovider -m "slow and $(MUTANTS)" \
-		tests/test_simt.py $(ARGS)
+		tests/test_simt.py tests/test_mutants.py $(ARGS)
 
 verify-triton: $(VENV)/ready
 	ROSE_TEST_THOROUGH=0.1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p no:cacheprovider -m slow \

@@ -1,0 +1,381 @@
+"""Mutants of the optimizer's Python code, for test_mutants.py: (file, text, replacement, tests that
+fail)."""
+
+OPTIM, BATCH, CHECKPOINT = "rose_ops/optim.py", "rose_ops/batch.py", "rose_ops/checkpoint.py"
+SETTINGS, FLAT, LOSSES = "rose_ops/settings.py", "rose_ops/flat.py", "rose_ops/losses.py"
+WRAPPERS, MEMORY, LAYOUT = "rose_ops/wrappers.py", "rose_ops/memory.py", "rose_ops/layout.py"
+CHECKS, RESULTS = "rose_ops/checks.py", "rose_ops/results.py"
+
+CORNERS, KEPT = "tests/test_optimizer_corners.py", "tests/test_optimizer_kept.py"
+OF_OPTIMIZER = "tests/test_optimizer.py"
+OF_FLAT, OF_STATE, OF_LOSSES = "tests/test_flat.py", "tests/test_state.py", "tests/test_losses.py"
+OF_CLIPPING, OF_GIVEN, OF_DDP = "tests/test_clipping.py", "tests/test_given.py", "tests/test_ddp.py"
+OF_CHECKPOINTS, OF_SHARDED = "tests/test_checkpoints.py", "tests/test_sharded.py"
+OF_LEAKS, OF_ERRORS = "tests/test_leaks.py", "tests/test_errors.py"
+WARM_UP = f"{OF_OPTIMIZER}::test_warm_up_is_adamw_and_ignores_captures"
+OPTION = f"{KEPT}::test_an_option_that_changes_is_that_of_a_new_optimizer"
+DRAWS = f"{CORNERS}::test_every_step_has_a_draw_of_its_own"
+CHANGES = f"{OF_OPTIMIZER}::test_a_change_between_steps_is_seen"
+SHARED = f"{OF_GIVEN}::test_two_parameters_that_came_to_be_in_one_place_after_some_steps"
+ORDER = f"{CORNERS}::test_elements_are_counted_in_memory_order"
+LAYOUTS = f"{OF_OPTIMIZER}::test_the_layout_of_parameters_and_gradients_changes_nothing"
+TENSORS = f"{CORNERS}::test_whole_tensors_behind_plain_ones_by_scaled_and_clipped_norms"
+CLIPPED_MASKS = f"{OF_LOSSES}::test_masks_are_of_clipped_gradients"
+
+MUTANTS = {
+    # -------------------------------------------------------------------------------------- optim.py
+    "warm-up, its last step": (
+        OPTIM, "self._steps_done >= settings", "self._steps_done > settings", WARM_UP,
+    ),
+    "warm-up after unfreezing": (
+        OPTIM, "if not batch.states and not any(map(is_complete, self.state.values())):\n            #",
+        "if not batch.states:\n            #",
+        f"{CORNERS}::test_unfreezing_does_not_begin_the_warm_up_anew",
+    ),
+    "warm-up after the state was cleared": (
+        OPTIM, "            self._steps_done = 0\n            self._captured.clear()",
+        "            self._captured.clear()",
+        f"{CORNERS}::test_clearing_the_state_begins_the_warm_up_anew",
+    ),
+    "warm-up of selective groups": (
+        OPTIM, 'float(is_selective(group) and selecting)', 'float(is_selective(group))', WARM_UP,
+    ),
+    "steps that are counted": (OPTIM, "        self._steps_done += 1\n", "", WARM_UP),
+    "maximize": (
+        OPTIM, '-1.0 if group["maximize"] else 1.0', '1.0 if group["maximize"] else 1.0',
+        f"{OF_OPTIMIZER}::test_maximize_is_the_step_on_the_negated_gradient",
+    ),
+    "learning rates that change": (
+        OPTIM, "if self._lrs is None or self._lrs[0] != lrs:", "if self._lrs is None:", OPTION,
+    ),
+    "hyperparameters that change": (
+        OPTIM, "if self._hyper is None or self._hyper[0] != values:", "if self._hyper is None:", OPTION,
+    ),
+    "factors to clip to once": (
+        OPTIM, "clip_factors(sums, limit)[1:]", "clip_factors(sums, limit)[:2]", CLIPPED_MASKS,
+    ),
+    "factors of clipping": (
+        OPTIM, "return _Clip(factors[1:], sums)", "return _Clip(factors[:2], sums)",
+        f"{OF_CLIPPING}::test_as_clipping_before_the_step",
+    ),
+    "norms of the tensors that are ranked": (
+        OPTIM, "if sums is None or len(sums) != len(batch.params):", "if sums is None:", TENSORS,
+    ),
+    "norms of moments": (
+        OPTIM, "sums_of_squares(moments, None)", "sums_of_squares(moments, inv_scale)", TENSORS,
+    ),
+    "masks that were used": (
+        OPTIM, "        for kind in tuple(self._captured):\n            self._drop_masks(kind)\n", "",
+        f"{OF_OPTIMIZER}::test_a_mask_serves_one_step",
+    ),
+    "masks of an earlier capture": (
+        OPTIM, "            self._drop_masks(kind)  # a second capture replaces the first\n", "",
+        f"{CORNERS}::test_a_second_capture_drops_masks_of_the_first",
+    ),
+    "masks of a pickle": (
+        OPTIM, "kind for kind, key in MASKS.items() for values in self.state.values() if key in values",
+        "kind for kind, key in MASKS.items() for values in () if key in values",
+        f"{OF_STATE}::test_a_captured_mask_travels",
+    ),
+    "steps of a checkpoint": (
+        OPTIM, 'state.get("_steps_done", max(steps, default=0))', 'state.get("_steps_done", 0)',
+        f"{CORNERS}::test_a_loaded_optimizer_is_past_its_warm_up "
+        f"{OF_STATE}::test_a_resume_is_as_if_training_had_not_stopped",
+    ),
+    "draws of steps": (
+        OPTIM, "stochastic, self._draw, 1.0,", "stochastic, 0, 1.0,",
+        DRAWS,
+    ),
+    "draws of captures": (
+        OPTIM, "self._rank_inactive, self._draw, 1.0", "self._rank_inactive, 0, 1.0",
+        DRAWS,
+    ),
+    "draws of seeds": (
+        OPTIM, "(self.settings.seed * 0x9E3779B1 + self._steps_done)", "self._steps_done", DRAWS,
+    ),
+    "approx, of updates": (
+        OPTIM, 'stochastic, self._draw, 1.0, settings.selection == "approx",',
+        "stochastic, self._draw, 1.0, False,", DRAWS,
+    ),
+    "approx, of captures": (
+        OPTIM, 'self._draw, 1.0,\n                settings.selection == "approx",',
+        "self._draw, 1.0,\n                False,", DRAWS,
+    ),
+    "gradients of a step, used again": (
+        OPTIM, "        self._refuse_used(kind, batch)\n", "",
+        f"{OF_LEAKS}::test_gradients_of_the_latest_step_are_noticed",
+    ),
+    "norms that are not finite": (
+        OPTIM, "and not norm.is_meta and not norm.isfinite():", "and False:",
+        f"{OF_CLIPPING}::test_error_if_nonfinite",
+    ),
+    "options that a schedule writes": (
+        OPTIM, "        if found != self._options:\n", "        if not self._options:\n",
+        f"{OF_CHECKPOINTS}::test_what_is_written_into_a_group_is_refused_at_the_next_step",
+    ),
+    "threshold of a record": (
+        RESULTS, "to(torch.int32).view(torch.float32)", "to(torch.float32)",
+        f"{CORNERS}::test_the_threshold_is_a_risk",
+    ),
+    "versions of parameters": (
+        OPTIM, "        torch.autograd.graph.increment_version(batch.members)\n", "",
+        f"{OF_FLAT}::test_backward_through_an_old_graph_is_refused",
+    ),
+    "a step that makes state": (
+        OPTIM, 'and all(float(group["lr"]) == 0 for group in self.param_groups)', "",
+        f"{CORNERS}::test_zeros_at_a_learning_rate_make_no_state",
+    ),
+    "overflow": (
+        OPTIM, 'found_inf.device.type == "cpu" and found_inf.item() != 0:', "False:",
+        f"{OF_OPTIMIZER}::test_an_overflow_changes_nothing_and_drops_the_mask",
+    ),
+    "scale that a failed step leaves": (
+        OPTIM, "                self.__dict__.pop(name, None)\n", "                pass\n",
+        f"{OF_OPTIMIZER}::test_a_step_that_failed_under_grad_scaler_leaves_no_scale_behind",
+    ),
+    "decay of biases": (
+        OPTIM, "weight_decay if decays else 0.0", "weight_decay",
+        f"{OF_OPTIMIZER}::test_rose_param_groups",
+    ),
+    "clipping to the norm of selective parameters": (
+        OPTIM, "        clip = self._clip(batch, inv_scale)\n        batch = self._with_state(batch)",
+        "        clip = self._clip(self._selective(batch), inv_scale)\n        batch = "
+        "self._with_state(batch)",
+        f"{OF_CLIPPING}::test_plain_groups_are_clipped_as_by_pytorch "
+        f"{OF_CLIPPING}::test_as_the_reference",
+    ),
+    # -------------------------------------------------------------------------------------- batch.py
+    "places of parameters that have a gradient": (
+        BATCH, "list(compress(offsets, present)))", "offsets[: sum(present)])",
+        f"{OF_OPTIMIZER}::test_rounding_depends_on_the_place_in_the_optimizer_alone",
+    ),
+    "groups of parameters that have a gradient": (
+        BATCH, "Layout(list(compress(rows, present)),", "Layout(rows[: sum(present)],",
+        f"{KEPT}::test_groups_of_parameters_without_gradients",
+    ),
+    "memory order of gradients": (
+        BATCH, "memory_order(self.params[i], (tensors[i],))", "memory_order(tensors[i], (tensors[i],))",
+        LAYOUTS,
+    ),
+    "memory order of a part": (
+        BATCH, "return Batch(self.layout.subset(keep), params, views, grads, states, scattered)",
+        "return Batch(self.layout.subset(keep), params, views, grads, states, self.scattered)",
+        f"{KEPT}::test_scattered_parameters_behind_plain_ones",
+    ),
+    "memory order of moments": (
+        BATCH, "return self.ordered(values) if key in MOMENTS else values", "return values", LAYOUTS,
+    ),
+    "gradients that are known": (
+        BATCH, "            and present == seen.present\n", "",
+        f"{KEPT}::test_gradients_of_empty_parameters_that_alternate",
+    ),
+    "states that are known": (
+        BATCH, "            and list(map(id, all_states)) == seen.states\n", "",
+        f"{KEPT}::test_states_in_another_order",
+    ),
+    "parameters that are known": (
+        BATCH, "            and list(map(id, every)) == seen.params\n", "",
+        f"{KEPT}::test_another_parameter_in_the_same_place",
+    ),
+    "groups that are known": (
+        BATCH, "            and lengths == seen.groups\n", "", CHANGES,
+    ),
+    "sizes that are known": (
+        BATCH, "            and numels == seen.numels\n", "",
+        f"{KEPT}::test_a_size_that_changes",
+    ),
+    "places that are known": (
+        BATCH, "list(map(Tensor.data_ptr, params)) == seen.places", "True", SHARED,
+    ),
+    "places that share nothing": (
+        BATCH, "if not places <= self._apart:", "if not self._apart:", SHARED,
+    ),
+    "states that lost a part": (
+        BATCH, "            if all(map(is_complete, mine)):\n", "            if True:\n", CHANGES,
+    ),
+    "parameters that were given": (
+        BATCH, "any(id(p) not in known for p in every)", "True",
+        f"{KEPT}::test_fewer_parameters_are_a_part_only_if_others_are_among_them",
+    ),
+    "a part that is known": (
+        BATCH, "if self._subset is None or self._subset[0] != keep:", "if self._subset is None:",
+        f"{KEPT}::test_selective_may_change",
+    ),
+    # ------------------------------------------------------------------------------------- checks.py
+    "one process has all": (
+        CHECKS, "        and dist.get_world_size() > 1\n", "", OF_SHARDED,
+    ),
+    "rankings that may be local": (
+        CHECKS, "        and not settings.local_ranking\n", "", OF_SHARDED,
+    ),
+    "marks of what splits parameters": (
+        CHECKS, "        and not p.__dict__  # no marks\n", "",
+        f"{KEPT}::test_a_mark_of_what_splits_a_parameter_after_some_steps",
+    ),
+    "parameters once in a group": (
+        CHECKS, "if len(set(params)) < len(params):", "if False:", f"{OF_ERRORS}::test_parameters",
+    ),
+    "what is not trained may be anything": (
+        CHECKS, "if p.requires_grad and not is_lazy(p)]", "if not is_lazy(p)]",
+        f"{OF_GIVEN}::test_what_is_frozen_may_be_anything",
+    ),
+    "states of which a part is missing": (
+        CHECKS, "if len(missing) < len(STATE):", "if False:", f"{KEPT}::test_a_state_that_lost_a_part",
+    ),
+    "moments of another shape": (
+        CHECKS, "if moment.shape != p.shape or moment", "if moment",
+        f"{OF_ERRORS}::test_a_parameter_that_changed_after_a_step",
+    ),
+    # --------------------------------------------------------------------------------- checkpoint.py
+    "selective in a state dict of AdamW": (
+        CHECKPOINT, '"selective": ours is not None or is_selective(here)', '"selective": True',
+        f"{OF_STATE}::test_adamw_s_state_dict_leaves_selective_as_it_is",
+    ),
+    "saved masks": (
+        CHECKPOINT, "v.clone() if k in MASKS.values() else v", "v",
+        f"{OF_CHECKPOINTS}::test_a_saved_mask_is_a_copy",
+    ),
+    "loaded masks": (
+        CHECKPOINT, "Kept(mask.to(p.device, copy=True))", "Kept(mask)",
+        f"{CORNERS}::test_a_loaded_mask_is_a_copy",
+    ),
+    "loaded moments": (
+        CHECKPOINT, "Kept(place.copy_(values[moment]))", "Kept(values[moment])",
+        f"{OF_STATE}::test_training_moves_from_adamw_to_rose",
+    ),
+    "dtype of loaded moments": (
+        CHECKPOINT, "self._settings.moment_dtype)", "torch.float32)",
+        f"{OF_STATE}::test_state_dtype_of_the_optimizer_counts_not_that_of_the_state_dict",
+    ),
+    "differences of settings": (
+        CHECKPOINT, "if here.get(name) != there.get(name)", "if here.get(name) == there.get(name)",
+        f"{OF_CHECKPOINTS}::test_a_checkpoint_of_other_settings_is_said",
+    ),
+    "steps below 0": (
+        CHECKPOINT, "not is_number(step) or step < 0", "not is_number(step)",
+        f"{OF_STATE}::test_a_corrupted_state_dict_is_refused_and_changes_nothing",
+    ),
+    # ----------------------------------------------------------------------------------- settings.py
+    "which of a pair": (
+        SETTINGS, 'value[kind == "second"]', 'value[kind == "first"]',
+        f"{OF_OPTIMIZER}::test_of_a_pair_only_what_the_order_uses_counts",
+    ),
+    "fractions, rounded down": (
+        SETTINGS, "return round(Fraction(", "return int(Fraction(",
+        f"{OF_GIVEN}::test_fractions_are_rounded_from_their_exact_value",
+    ),
+    "masks that the order has no use for": (
+        SETTINGS, "(FRACTION_UNIT, 0) for kind in self.kinds)",
+        '(FRACTION_UNIT, 0) for kind in ("first", "second"))',
+        f"{OF_OPTIMIZER}::test_of_a_pair_only_what_the_order_uses_counts",
+    ),
+    "betas of 1": (
+        SETTINGS, "not 0 <= beta < 1:", "not 0 <= beta <= 1:", f"{OF_ERRORS}::test_arguments",
+    ),
+    "a norm is of all parameters": (
+        SETTINGS, "return not self.is_adamw or self.max_grad_norm is not None",
+        "return not self.is_adamw", OF_SHARDED,
+    ),
+    # --------------------------------------------------------------------------------------- flat.py
+    "moments of a second flat group": (
+        FLAT, "vector.storage_offset() + begin)", "begin)",
+        f"{CORNERS}::test_moments_of_a_second_flat_group",
+    ),
+    "gradients that have a graph": (
+        FLAT, "grad is not None and not grad.requires_grad and", "grad is not None and",
+        f"{OF_FLAT}::test_double_backward",
+    ),
+    "copies of members": (
+        FLAT, "copy.deepcopy(self.members, memo)", "copy.deepcopy(self.members)",
+        f"{OF_FLAT}::test_copies_of_model_and_optimizer",
+    ),
+    "frozen members": (
+        FLAT, "if p.requires_grad and p.numel():", "if p.numel():",
+        f"{OF_FLAT}::test_frozen_parameters_are_left_out",
+    ),
+    "gradients that were moved": (
+        FLAT, "            self.members[i].grad = view\n", "",
+        f"{OF_FLAT}::test_gradients_put_there_by_hand "
+        f"{OF_FLAT}::test_backward_moves_gradients_before_anyone_asks",
+    ),
+    # ------------------------------------------------------------------------------------- losses.py
+    "leftovers of parameters that only the optimizer has": (
+        LOSSES, "dict.fromkeys([*model.parameters(), *own])", "dict.fromkeys(model.parameters())",
+        f"{CORNERS}::test_leftovers_of_parameters_that_only_the_optimizer_has",
+    ),
+    "leftovers of parameters of another optimizer": (
+        LOSSES, "for p in parameters:  # those", "for p in own:  # those",
+        f"{OF_LOSSES}::test_parameters_of_another_optimizer_get_no_kl_gradient",
+    ),
+    "losses that are accumulated": (
+        LOSSES, "            loss = loss / precision.accumulation\n", "            pass\n",
+        f"{OF_LOSSES}::test_accelerate_divides_for_accumulation_and_clips_at_the_end",
+    ),
+    "norm of scaled gradients": (
+        LOSSES, "        norm = norm / scale\n", "        pass\n",
+        f"{CORNERS}::test_the_norm_to_clip_to_is_of_unscaled_gradients",
+    ),
+    "weight of the kl": (
+        LOSSES, "backward(r_drop * kl)", "backward(kl)",
+        f"{OF_LOSSES}::test_masks_come_from_their_losses_and_the_update_from_the_aggregate",
+    ),
+    "norm of a captured mask": (
+        LOSSES, "grad_scale=scale, max_grad_norm=max_grad_norm)", "grad_scale=scale)", CLIPPED_MASKS,
+    ),
+    "scale of a first-order mask": (
+        LOSSES, 'rose.capture("first", grad_scale=scale)', 'rose.capture("first")',
+        f"{CORNERS}::test_a_first_order_mask_of_scaled_gradients",
+    ),
+    "dropout of a model in eval mode": (
+        LOSSES, "m.training and m.p > 0", "m.p > 0",
+        f"{OF_LOSSES}::test_two_passes_without_dropout_are_refused",
+    ),
+    # ----------------------------------------------------------------------------------- wrappers.py
+    "averages over processes": (
+        WRAPPERS, "        flat.div_(size)  # before", "        # before", OF_DDP,
+    ),
+    "gradients of other processes": (
+        WRAPPERS, "            p.grad = torch.zeros_like(p)\n",
+        "            p.grad = torch.ones_like(p)\n",
+        f"{CORNERS}::test_a_gradient_that_only_another_process_has",
+    ),
+    "the scaler that both have": (
+        WRAPPERS, "or theirs is found.scaler:", "or False:",
+        f"{OF_LOSSES}::test_the_scaler_of_a_wrapper_is_used",
+    ),
+    "optimizers inside of optimizers": (
+        WRAPPERS, "for y in layers(x)[1:])", "for y in ())", f"{OF_LOSSES}::test_unwrap",
+    ),
+    # -------------------------------------------------------------------------- memory.py, layout.py
+    "moments in one buffer": (
+        MEMORY, "buffer.as_strided(*window, offset))", "buffer.as_strided(*window, 0))",
+        f"{CORNERS}::test_moments_in_one_buffer",
+    ),
+    "moments from a cache line on": (
+        MEMORY, "-(-t.numel() // line) * line for", "t.numel() for",
+        f"{CORNERS}::test_moments_in_one_buffer",
+    ),
+    "memory order of buffers": (
+        MEMORY,
+        "return tensor.stride() if tensor.is_contiguous() else torch.empty_like(tensor).stride()",
+        "return torch.empty(tensor.shape).stride()", f"{CORNERS}::test_moments_in_one_buffer",
+    ),
+    "neighbours in memory": (
+        LAYOUT, "if begin >= end:", "if begin > end:",
+        f"{OF_GIVEN}::test_neighbours_in_one_buffer {CORNERS}::test_neighbours_of_two_dtypes",
+    ),
+    "interleaved neighbours": (
+        LAYOUT, "if places.any():", "if i != cluster[0]:", f"{OF_GIVEN}::test_neighbours_in_one_buffer",
+    ),
+    "expanded dimensions of size 1": (
+        LAYOUT, "s == 0 and n > 1 for", "s == 0 for",
+        f"{CORNERS}::test_a_dimension_of_size_1_may_have_any_stride",
+    ),
+    "memory order of dimensions": (
+        LAYOUT, "key=lambda d: -strides[d]", "key=lambda d: strides[d]", ORDER,
+    ),
+    "bytes of a mask": (
+        LAYOUT, "sizes = [(n + 7) // 8 for n in numels]", "sizes = [n // 8 for n in numels]",
+        f"{OF_OPTIMIZER}::test_a_mask_takes_one_bit_per_element",
+    ),
+}  # fmt: skip
