@@ -44,7 +44,7 @@ TYPES = {
 BASE = {"LINEAR": True, "ALIGNED": True, "BLOCK": 512, "D0": 0}
 RISK = {**BASE, "D1": 0, "SECOND": True}
 FIRST = {**RISK, "SECOND": False}
-SAMPLE = {"D0": 0, "D1": 0, "LINEAR": True, "SECOND": True, "BLOCK": 512, "LINES": 32}
+SAMPLE = {"D0": 0, "D1": 0, "LINEAR": True, "SECOND": True, "LINES": 32}
 ADAMW = {**BASE, "D1": 0, "D2": 0, "D3": 0, "FRACTIONAL": True, "STOCHASTIC": False}
 UPDATE = {**ADAMW, "FROM_RISK": True}
 BF16 = {"D0": 1, "D1": 1, "D2": 1, "D3": 1, "STOCHASTIC": True}
@@ -52,6 +52,7 @@ PASS = {**ADAMW, "TWO": False}
 # kernel, constants, 16-byte loads and stores expected
 CASES = {
     "select": ("_select_kernel", {**RISK, "BLOCK": 1024}, 4, 0),
+    "select-sample": ("_select_kernel", {**RISK, "D0": 3, "BLOCK": 1024}, 0, 0),
     "capture": ("_capture_kernel", FIRST, 1, 0),
     "update": ("_update_kernel", UPDATE, 4, 3),
     "update-masks": ("_update_kernel", {**UPDATE, "FROM_RISK": False}, 4, 3),
@@ -82,7 +83,7 @@ FORBIDDEN = re.compile(
 UPPER_WORD = re.compile(r"mov\.b64 \{tmp, (%r\d+)\}, %rd\d+; \}\n\tabs\.ftz\.f32 \t(%r\d+), \1;")
 PREPARING = ("prepare", "sample", "sample-strided")
 # Where the last program goes on, one atomic waits for the others' memory accesses.
-LAST_GOES_ON = ("select", "bracket", "resolve")
+LAST_GOES_ON = ("select", "select-sample", "bracket", "resolve")
 
 
 def without_comparisons(ptx: str) -> tuple[str, int]:
@@ -356,23 +357,29 @@ def test_tables_by_value(generator):
     assert torch.equal(there, words)
 
 
-@pytest.mark.parametrize("bracketed", [False, True], ids=["exact", "bracket"])
-def test_any_number_of_graphs(triton_ops, generator, fresh_tables, monkeypatch, bracketed):
+@pytest.mark.parametrize(
+    "selection", ["exact", "bracket", pytest.param("approx", marks=pytest.mark.slow)]
+)
+def test_any_number_of_graphs(triton_ops, generator, fresh_tables, monkeypatch, selection):
     """A capture keeps nothing and takes nothing that is kept: what a graph reads is its own."""
     table, _ = fresh_tables
     if not triton_ops.INTERPRETED:
         pytest.skip("needs TRITON_INTERPRET=1")
-    problem = _problem(generator, 300, 3).copy()
+    n = reference.APPROX_FEWEST if selection == "approx" else 300
+    problem = _problem(generator, n, 3).copy()
     compare_update(triton_ops, problem, selection=problem.select(triton_ops, 600_000_000))
     kept, made = dict(table._recent), []
     by_value = table._by_value
     monkeypatch.setattr(table, "_capturing", lambda device: True)
     monkeypatch.setattr(table, "_pinned", None)  # memory of the host, which must not be allocated
     monkeypatch.setattr(table, "_by_value", lambda *args: made.append(args) or by_value(*args))
-    for i in range(1 if bracketed else 20):
-        if bracketed:
+    for i in range(20 if selection == "exact" else 1):
+        if selection == "bracket":
             compare_bracket(triton_ops, problem, 600_000_000)
             assert len(made) == 2  # a table and the learning rates
+        elif selection == "approx":
+            problem.bracket_update(triton_ops, 600_000_000, approx=True)
+            assert len(made) == 2
         else:
             compare_update(triton_ops, problem, selection=problem.select(triton_ops, 600_000_000))
             assert len(made) == 3 * (i + 1)
@@ -451,12 +458,13 @@ def _problem(generator, n: int, pieces: int = 1):
 
 
 @pytest.mark.slow
-def test_bytes_of_a_bracketed_step(triton_ops, counted, generator):
+@pytest.mark.parametrize("approx", [False, True], ids=["bracket", "approx"])
+def test_bytes_of_a_bracketed_step(triton_ops, counted, generator, approx):
     """fp32: AdamW's own 28 bytes per element, and 2 for the sample and the log."""
     problem = _problem(generator, N)
     tensors = [*problem.written, *problem.grads]
-    found = counted(tensors, lambda: problem.bracket_update(triton_ops, 600_000_000))
-    assert found["launches"] == 5
+    found = counted(tensors, lambda: problem.bracket_update(triton_ops, 600_000_000, approx=approx))
+    assert found["launches"] == (7 if approx else 5)
     assert 28 * N < found["read"] + found["written"] <= 30 * N, found
 
 
@@ -469,6 +477,17 @@ def test_bytes_of_a_bracketed_capture(triton_ops, counted, generator):
     assert found["launches"] == 5
     assert 4 * N < found["read"] <= 4.65 * N, found
     assert found["written"] <= 0.6 * N, found
+
+
+@pytest.mark.slow
+def test_bytes_of_an_approximate_selection(triton_ops, counted, generator):
+    """The gradient once, and the sample, a sixteenth of it here, once and as keys four times."""
+    problem = _problem(generator, N)
+    call = lambda: problem.select(triton_ops, 600_000_000, first=True, approx=True)  # noqa: E731
+    found = counted(problem.grads, call)
+    assert found["launches"] == 7
+    assert found["read"] == 4 * (N + 5 * N // 16), found
+    assert found["written"] == 4 * N // 16, found
 
 
 @pytest.mark.slow
@@ -491,11 +510,12 @@ def test_launches_do_not_depend_on_the_number_of_tensors(triton_ops, counted, ge
 @pytest.mark.parametrize("n", [0, 1, 1000, 1 << 20, 1 << 27, 1 << 30, 1 << 33])
 @pytest.mark.parametrize("updates", [True, False])
 def test_memory_of_a_bracketed_pass(triton_ops, n, updates):
-    """At most a bit for each element and 16 MiB."""
-    tiles = -(-n // triton_ops.BLOCK)
-    bracket = triton_ops._Bracket.of([tiles], n, updates, torch.device("meta"))
-    made = sum(t.untyped_storage().nbytes() for t in (bracket.state, bracket.record, bracket.sample))
-    assert made <= n // 8 + (16 << 20)
+    """At most a bit for each element and 16 MiB; of the sample alone, 8 MiB."""
+    for approx in (False, True) if n >= reference.APPROX_FEWEST else (False,):
+        made = triton_ops._Bracket.of(-(-n // 16), n, updates, approx, torch.device("meta"))
+        tensors = (made.state, made.record, made.sample)
+        most = 8 << 20 if approx else n // 8 + (16 << 20)
+        assert sum(t.untyped_storage().nbytes() for t in tensors) <= most
 
 
 @pytest.mark.slow

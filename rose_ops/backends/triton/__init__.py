@@ -37,7 +37,7 @@ from rose_ops.backends.triton.table import (
     make,
     upload,
 )
-from rose_ops.reference import FRACTION_UNIT, Field, keeps_denormals
+from rose_ops.reference import APPROX_FEWEST, FRACTION_UNIT, LINE, Field, keeps_denormals
 
 INTERPRETED = bool(knobs.runtime.interpret)
 
@@ -46,7 +46,8 @@ INTERPRETED = bool(knobs.runtime.interpret)
 BLOCK = 1 << 14 if INTERPRETED else 512
 SELECT_BLOCK = 1 << 14 if INTERPRETED else 1024
 _STATE = 16 + 2 * 256
-_BRACKET_STATE = 48 + 64 * 8 + 2 * 2048 + 2 * (1 << 15) + 2 * (1 << 16)
+_ESTIMATE, _WINDOWS = 8, 48 + 64 * 8  # see bracket.py
+_BRACKET_STATE = _WINDOWS + 2 * 2048 + 2 * (1 << 15) + 2 * (1 << 16)
 # Lines of the sample at a time: drawn, and counted.
 DRAWN_LINES, LINES = (1024, 1024) if INTERPRETED else (32, 64)
 
@@ -151,30 +152,47 @@ def _device(tensors: Sequence[Tensor]) -> torch.device:
     return tensors[0].device if tensors else torch.device("cpu")
 
 
+def _select(
+    sources: Sequence[tuple[int, tuple[Any, ...], dict[str, Any]]], state: Tensor, record: Tensor,
+    upper: int, lower: int,
+) -> None:  # fmt: skip
+    """The record of all that ``sources`` have: programs, arguments and constants of a launch each."""
+    programs = sum(own for own, *_ in sources)
+    for number in range(4):
+        for own, args, constants in sources:
+            _launch(
+                kernels._select_kernel, own, *args, state, record, upper, lower, programs, number,
+                BLOCK=SELECT_BLOCK, **constants,
+            )  # fmt: skip
+
+
 @reads_pointers()
 @keeps_denormals
 def select(
     grads: list[Tensor], exp_avgs: list[Tensor], hyper: Tensor, group: Tensor, inv_scale: Tensor | None,
-    clip: Tensor | None, upper: int, lower: int, rank_inactive: bool, approx: bool,
+    clip: Tensor | None, upper: int, lower: int, rank_inactive: bool, approx: bool, draw: int,
 ) -> Tensor:  # fmt: skip
     """See :func:`rose_ops.reference.select`."""
     _check_fractions(upper, lower)
-    table = make(_risk_roles(grads, exp_avgs), hyper, group, SELECT_BLOCK)
     device = _device(grads)
     factors = _Factors(inv_scale, clip, rank_inactive, device)
+    roles = _risk_roles(grads, exp_avgs)
+    if approx and sum(g.numel() for g in grads) >= APPROX_FEWEST:
+        table = make(roles, hyper, group, BLOCK)
+        return _captured(table, bool(exp_avgs), factors, upper, lower, draw, 1.0, approx)
+    table = make(roles, hyper, group, SELECT_BLOCK)
     state = torch.zeros(_STATE + Field.SIZE, dtype=torch.int64, device=device)
     record = state[_STATE:]
-    programs = [_programs(c.tiles, device) for c in table.classes]
-    digits = (8, 3) if approx else (8, 8, 8, 7)
+    sources = [
+        (
+            _programs(c.tiles, device),
+            (c.rows, c.tile_rows, c.tiles, table.dims, table.hyper, *factors.of(table)),
+            _risk_constants(c, bool(exp_avgs)),
+        )
+        for c in table.classes
+    ]
     with _on(device):
-        for i, bits in enumerate(digits):
-            for c, own in zip(table.classes, programs, strict=True):
-                _launch(
-                    kernels._select_kernel, own, c.rows, c.tile_rows, c.tiles, table.dims, table.hyper,
-                    *factors.of(table), state, record, upper, lower,
-                    sum(programs), i, 31 - sum(digits[: i + 1]), bits, int(i == len(digits) - 1),
-                    BLOCK=SELECT_BLOCK, **_risk_constants(c, bool(exp_avgs)),
-                )  # fmt: skip
+        _select(sources, state, record, upper, lower)
     return record
 
 
@@ -279,7 +297,6 @@ class _Update:
         }  # fmt: skip
         extra = [gamma, float(seed % 2**32)]
         table = self.table = make(roles, hyper, group, BLOCK, extra, columns)
-        self.elements = sum(g.numel() for g, own in zip(grads, selective, strict=True) if own)
         fractional = bool(first_masks) and (from_risk or bool(second_masks))
         self.weights = (1, 2) if fractional else (3, 3)
         self.rules_out = not from_risk and WHOLE in first_kinds + second_kinds
@@ -343,7 +360,7 @@ class _Bracket:
     """Workspaces of a bracketed pass, within 1 bit for each element and 16 MiB."""
 
     stratum: int  # lines of which one is sampled
-    strata: list[int]  # of each class
+    strata: int
     capacity: int  # of the log
     state: Tensor
     record: Tensor
@@ -351,16 +368,21 @@ class _Bracket:
     sample: Tensor  # in the memory of the log, which is written later
 
     @classmethod
-    def of(cls, tiles: Sequence[int], elements: int, updates: bool, device: torch.device) -> _Bracket:
+    def of(
+        cls, lines: int, elements: int, updates: bool, approx: bool, device: torch.device
+    ) -> _Bracket:
         # The log shrinks as 1 / sqrt(lines): n^(2/3) lines balance its cost and the sample's. More, so
         # that it fits, where 1 bit for each element is much of the memory.
         wanted = max(1.0, 0.4 * elements ** (2 / 3), elements / 640)
-        lines = [count * (BLOCK // 16) for count in tiles]
-        stratum = max(1, int(sum(lines) / wanted))
-        strata = [-(-count // stratum) for count in lines]
+        if approx:  # as reference.sampled has it
+            wanted = min(max(lines // 128, min(lines // 8, 1 << 14)), 1 << 16)
+        stratum = max(1, int(lines // wanted))
+        tile = SELECT_BLOCK // LINE  # whole ones: of strata beyond the end, no line is there
+        strata = -(-lines // (stratum * tile)) * tile
         size = 6 if updates else 3  # int32 words of an entry
         capacity = max(1, min(elements, (elements // 8 + (14 << 20)) // (4 * size)))
-        words = max(capacity * size, 16 * sum(strata))
+        capacity = 0 if approx else capacity
+        words = max(capacity * size, LINE * strata)
         memory = torch.empty((words + 1) // 2, dtype=torch.int64, device=device)
         places, rest = memory[:capacity], memory.view(torch.int32)[2 * capacity :]
         log = (rest[:capacity], places, *([rest[capacity:].view(torch.float32)] if updates else []))
@@ -373,40 +395,48 @@ class _Bracket:
 
 
 def _bracketed(
-    table: Table, device: torch.device, ranked: Sequence[int], elements: int, upper: int, lower: int,
-    draw: int, width: float, found: Tensor, factors: tuple[Any, ...], prepare: tuple[Any, ...],
-    constants: list[dict[str, Any]], update: _Update | None,
+    table: Table, upper: int, lower: int, draw: int, width: float, approx: bool, found: Tensor,
+    factors: tuple[Any, ...], prepare: tuple[Any, ...], constants: list[dict[str, Any]],
+    update: _Update | None,
 ) -> Tensor:  # fmt: skip
     """The launches of bracket.py.
 
     Args:
-        ranked: tiles of each class whose elements are ranked, the first ones.
         factors: see :meth:`_Factors.of`.
         prepare: arguments of the first kernel to prepare the update.
         constants: of the kernels that find keys, for each class.
         update: or None for a capture.
     """
-    b = _Bracket.of(ranked, elements, update is not None, device)
+    approx = approx and table.elements >= APPROX_FEWEST
+    device = table.rows.device
+    b = _Bracket.of(table.lines, table.elements, update is not None, approx, device)
     two, updates = {"TWO": lower > 0}, int(update is not None)
     operand = updates  # gradients follow parameters, or are the first
-    lines, before = sum(b.strata), 0
+    draw = (draw + 2**31) % 2**32 - 2**31  # always an int32: no kernel is compiled again for it
     programs = [_programs(c.tiles, device) for c in table.classes]
     with _on(device):
-        for i, (c, tiles, strata) in enumerate(zip(table.classes, ranked, b.strata, strict=True)):
+        for i, c in enumerate(table.classes):
             prepared = update.count if i == 0 and update is not None else 0
+            strata = b.strata if c.ranked else 0
             keys = {k: v for k, v in constants[i].items() if k != "ALIGNED"}
             _launch(
-                bracket._sample_kernel, max(-(-strata // DRAWN_LINES), prepared, 1),
-                c.rows, c.tile_rows, tiles, table.dims, table.hyper, *factors, operand, found, b.state,
-                b.record, len(b.record), b.sample, draw % 2**31, before, strata, b.stratum, table.rows,
-                prepared, *prepare, **keys, LINES=DRAWN_LINES, BLOCK=BLOCK,
+                bracket._sample_kernel, max(-(-strata // DRAWN_LINES), prepared, 1), c.rows, c.ranked,
+                table.dims, table.hyper, *factors, operand, found, b.state, b.record, len(b.record),
+                b.sample, draw, strata, b.stratum, table.lines, table.rows, prepared, *prepare,
+                **keys, LINES=DRAWN_LINES,
             )  # fmt: skip
-            before += strata
-        _launch(
-            bracket._bracket_kernel, _programs(-(-lines // LINES), device, each=1), found, b.state,
-            b.sample, lines, b.stratum, upper, lower, float(width), elements, b.capacity, LINES=LINES,
-        )  # fmt: skip
-        for i, (c, tiles) in enumerate(zip(table.classes, ranked, strict=True)):
+        if approx:
+            tiles, keys = b.strata * LINE // SELECT_BLOCK, {**constants[0], "D0": kernels.KEYS.value}
+            args = (table.rows, b.sample, tiles, table.dims, table.hyper, *factors)
+            source = (_programs(tiles, device), args, keys)
+            _select([source], b.state[_WINDOWS:], b.state[_ESTIMATE:], upper, lower)
+        else:
+            _launch(
+                bracket._bracket_kernel, _programs(-(-b.strata // LINES), device, each=1), found,
+                b.state, b.sample, b.strata, b.stratum, upper, lower, float(width), table.elements,
+                b.capacity, LINES=LINES,
+            )  # fmt: skip
+        for i, c in enumerate(table.classes):
             place = c.base * BLOCK
             if update is None:
                 _launch(
@@ -416,18 +446,19 @@ def _bracketed(
                 )  # fmt: skip
             else:
                 _launch(
-                    bracket._update_pass_kernel, max(c.tiles, 1), c.rows, c.tile_rows, c.tiles, tiles,
-                    table.dims, table.hyper, *factors, found, b.state, *b.log, b.capacity, place,
-                    update.prepared, update.keys, *update.weights, **two, **update.of(c),
+                    bracket._update_pass_kernel, max(c.tiles, 1), c.rows, c.tile_rows, c.tiles,
+                    c.ranked_tiles, table.dims, table.hyper, *factors, found, b.state, *b.log,
+                    b.capacity, place, update.prepared, update.keys, *update.weights, **two,
+                    **update.of(c),
                 )  # fmt: skip
-        for i, (c, tiles) in enumerate(zip(table.classes, ranked, strict=True)):
+        for i, c in enumerate(table.classes):
             _launch(
-                bracket._resolve_kernel, programs[i], c.rows, c.tile_rows, tiles, table.dims,
+                bracket._resolve_kernel, programs[i], c.rows, c.tile_rows, c.ranked_tiles, table.dims,
                 table.hyper, *factors, operand, found, b.state, b.record, b.log[0], b.capacity,
-                elements, upper, lower, sum(programs), int(i == 0), updates, BLOCK=BLOCK,
-                **constants[i],
+                table.elements, upper, lower, sum(programs), int(i == 0), updates, int(approx),
+                BLOCK=BLOCK, **constants[i],
             )  # fmt: skip
-        for i, (c, tiles) in enumerate(zip(table.classes, ranked, strict=True)):
+        for i, c in enumerate(() if approx else table.classes):
             place = c.base * BLOCK
             if update is None:
                 _launch(
@@ -437,11 +468,24 @@ def _bracketed(
                 )  # fmt: skip
             else:
                 _launch(
-                    bracket._update_fix_kernel, programs[i], c.rows, c.tile_rows, c.tiles, tiles,
-                    table.dims, table.hyper, *factors, found, b.state, b.record, *b.log, b.capacity,
-                    place, update.prepared, update.keys, *update.weights, **update.of(c),
+                    bracket._update_fix_kernel, programs[i], c.rows, c.tile_rows, c.tiles,
+                    c.ranked_tiles, table.dims, table.hyper, *factors, found, b.state, b.record, *b.log,
+                    b.capacity, place, update.prepared, update.keys, *update.weights, **update.of(c),
                 )  # fmt: skip
     return b.record
+
+
+def _captured(
+    table: Table, second: bool, factors: _Factors, upper: int, lower: int, draw: int, width: float,
+    approx: bool,
+) -> Tensor:  # fmt: skip
+    constants = [_risk_constants(c, second) for c in table.classes]
+    unused = (
+        table.hyper, table.ones, table.rows.view(torch.int32), table.extra, table.extra, 0, 0,
+    )  # fmt: skip
+    return _bracketed(
+        table, upper, lower, draw, width, approx, table.zero, factors.of(table), unused, constants, None
+    )  # fmt: skip
 
 
 @reads_pointers("masks")
@@ -449,21 +493,13 @@ def _bracketed(
 def bracket_capture_(
     masks: list[Tensor], grads: list[Tensor], exp_avgs: list[Tensor], hyper: Tensor, group: Tensor,
     inv_scale: Tensor | None, clip: Tensor | None, upper: int, lower: int, rank_inactive: bool,
-    draw: int, width: float,
+    draw: int, width: float, approx: bool,
 ) -> Tensor:  # fmt: skip
     """See :func:`rose_ops.reference.bracket_capture_`."""
     _check_fractions(upper, lower)
-    device = _device(grads)
     table = _capture_table(masks, grads, exp_avgs, hyper, group)
-    factors = _Factors(inv_scale, clip, rank_inactive, device)
-    constants = [_risk_constants(c, bool(exp_avgs)) for c in table.classes]
-    unused = (
-        table.hyper, table.ones, table.rows.view(torch.int32), table.extra, table.extra, 0, 0,
-    )  # fmt: skip
-    return _bracketed(
-        table, device, [c.tiles for c in table.classes], sum(g.numel() for g in grads), upper, lower,
-        draw, width, table.zero, factors.of(table), unused, constants, None,
-    )  # fmt: skip
+    factors = _Factors(inv_scale, clip, rank_inactive, _device(grads))
+    return _captured(table, bool(exp_avgs), factors, upper, lower, draw, width, approx)
 
 
 @reads_pointers("params", "exp_avgs", "exp_avg_sqs", "steps")
@@ -473,7 +509,7 @@ def bracket_adamw_(
     steps: list[Tensor], first_masks: list[Tensor], lr: Tensor, hyper: Tensor, group: Tensor,
     offsets: Tensor, inv_scale: Tensor | None, clip: Tensor | None, found_inf: Tensor | None,
     gamma: float, upper: int, lower: int, rank_inactive: bool, seed: int, stochastic: bool, draw: int,
-    width: float,
+    width: float, approx: bool,
 ) -> Tensor:  # fmt: skip
     """See :func:`rose_ops.reference.bracket_adamw_`."""
     _check_fractions(upper, lower)
@@ -492,8 +528,7 @@ def bracket_adamw_(
     ]
     prepare = (u.lr, u.prepared, u.keys, table.extra, table.extra[1:], *u.weights)
     return _bracketed(
-        table, u.device, [c.selective for c in table.classes], u.elements, upper, lower, draw, width,
-        u.found, u.factors.of(table), prepare, constants, u,
+        table, upper, lower, draw, width, approx, u.found, u.factors.of(table), prepare, constants, u
     )  # fmt: skip
 
 

@@ -11,6 +11,9 @@ Five launches, whatever the data: the device decides what each has to do.
 4. ``resolve``: the threshold, from the counts and a second digit of the log's keys (EXACT: of all).
 5. ``fix``: treats again what was treated wrongly (EXACT: everything, for the first time).
 
+With ``approx``, the quantiles of the sample (by ``_select_kernel``) are the estimates and there is no
+bracket: the pass logs nothing, ``resolve`` writes down what it counted, and nothing is to be fixed.
+
 A key inside a bracket has two digits: its bin, of at least 2048, and what is left, at most 16 bits.
 """
 
@@ -22,10 +25,12 @@ import math
 import triton
 import triton.language as tl
 
+from rose_ops import reference
 from rose_ops.backends.triton.kernels import (
     BITS,
     COLUMNS,
     DATA,
+    FIRST_LINE,
     FIRST_TILE,
     GROUP,
     INACTIVE,
@@ -53,7 +58,8 @@ from rose_ops.backends.triton.kernels import (
 )
 from rose_ops.reference import LOG_OF_FAILURE
 
-LINE: tl.constexpr = tl.constexpr(16)
+LINE: tl.constexpr = tl.constexpr(reference.LINE)
+SAMPLE_WORD: tl.constexpr = tl.constexpr(reference.SAMPLE_KEY * 0x9E3779B9 % 2**32)
 LOG: tl.constexpr = tl.constexpr(LOG_OF_FAILURE)  # l in the derivation
 ROOT: tl.constexpr = tl.constexpr(math.sqrt(8.0 * LOG_OF_FAILURE))
 FEW: tl.constexpr = tl.constexpr(512)  # lines that give the window
@@ -73,6 +79,7 @@ RESOLVE_TICKET: tl.constexpr = tl.constexpr(1)
 LOGGED: tl.constexpr = tl.constexpr(2)
 MODE: tl.constexpr = tl.constexpr(3)
 SAMPLED: tl.constexpr = tl.constexpr(4)
+ESTIMATE: tl.constexpr = tl.constexpr(8)  # of each threshold: the first words of a record
 TARGETS: tl.constexpr = tl.constexpr(16)  # TARGET words for each of two thresholds
 TARGET: tl.constexpr = tl.constexpr(16)
 COUNTERS: tl.constexpr = tl.constexpr(48)  # of the pass: COUNTS in each slot
@@ -83,9 +90,8 @@ FIRST_DIGITS: tl.constexpr = tl.constexpr(48 + 64 * 8 + 2 * 2048)
 SECOND_DIGITS: tl.constexpr = tl.constexpr(48 + 64 * 8 + 2 * 2048 + 2 * (1 << 15))
 
 # Words of a target.
-LOW: tl.constexpr = tl.constexpr(0)  # the bracket
-HIGH: tl.constexpr = tl.constexpr(1)
-ESTIMATE: tl.constexpr = tl.constexpr(2)
+LOW: tl.constexpr = tl.constexpr(0)  # the bracket; both 0: there is none
+END: tl.constexpr = tl.constexpr(1)
 SHIFT: tl.constexpr = tl.constexpr(3)  # from a key in the bracket to its bin
 COLLAPSED: tl.constexpr = tl.constexpr(4)
 WINDOW_LOW: tl.constexpr = tl.constexpr(5)
@@ -133,15 +139,15 @@ def _zero(words, count):
 
 @kernel(registers=128)
 def _sample_kernel(
-    rows, tile_rows, tiles, dims, hyper, inv_scale, clip, rank_inactive, operand, found_inf, state,
-    record, words, sample, draw, before, strata, stratum,
+    rows, ranked, dims, hyper, inv_scale, clip, rank_inactive, operand, found_inf, state, record, words,
+    sample, draw, strata, stratum, lines,
     all_rows, count, lr, prepared, keys, gamma, seed, first_weight, second_weight,
     D0: tl.constexpr, D1: tl.constexpr, LINEAR: tl.constexpr, SECOND: tl.constexpr,
-    LINES: tl.constexpr, BLOCK: tl.constexpr,
+    LINES: tl.constexpr,
 ):  # fmt: skip
-    """The sample's keys, of ``strata`` lines that follow ``before`` ones of other launches. Positions
-    are counted in whole tiles; a line that is beyond the end of its segment is not there. Prepares the
-    update of ``count`` segments."""
+    """The keys of those of the sample's lines that are in one of these ``ranked`` segments; -1 where
+    there is no element. See ``sampled`` in reference.py, with any number of strata. Prepares the update
+    of ``count`` segments."""
     _prepare(
         all_rows, count, hyper, lr, found_inf, prepared, keys, gamma, seed, first_weight, second_weight,
         0,
@@ -153,25 +159,29 @@ def _sample_kernel(
     if program == 0:
         word = tl.arange(0, 16)
         tl.store(record + word, tl.where(word < 2, -1, 0).to(tl.int64), mask=word < words)
-    line = program * LINES + tl.arange(0, LINES).to(tl.int64)
-    number = before + line
-    key = _mix((tl.zeros_like(number) + draw).to(tl.uint32) ^ 0x8E1DC2E3)
-    random = _mix(number.to(tl.uint32) ^ _mix((number >> 32).to(tl.uint32) ^ key))
-    at = line * stratum + ((random.to(tl.int64) * stratum) >> 32)
-    tile = at // (BLOCK // LINE)
-    there = (line < strata) & (tile < tiles)
-    row = rows + tl.load(tile_rows + tile, mask=there, other=0).to(tl.int64) * COLUMNS
-    start = (tile - tl.load(row + FIRST_TILE)) * BLOCK + at % (BLOCK // LINE) * LINE
-    index = start[:, None] + tl.arange(0, LINE)[None, :].to(tl.int64)
+    number = program * LINES + tl.arange(0, LINES).to(tl.int64)
+    key = _mix((tl.zeros_like(number) + draw).to(tl.uint32) ^ SAMPLE_WORD)
+    random = _mix(number.to(tl.uint32) ^ _mix(key))  # numbers have 32 bits
+    line = number * stratum + ((random.to(tl.int64) * stratum) >> 32)
+    # The last segment that starts at or before it.
+    row = rows + tl.zeros_like(number)
+    size = ranked
+    while size > 1:
+        middle = row + (size // 2) * COLUMNS
+        row = tl.where(tl.load(middle + FIRST_LINE) <= line, middle, row)
+        size -= size // 2
+    start = (line - tl.load(row + FIRST_LINE)) * LINE
     n = tl.load(row + N)
+    there = (number < strata) & (start >= 0) & (start < n)
+    index = start[:, None] + tl.arange(0, LINE)[None, :].to(tl.int64)
     valid = there[:, None] & (index < n[:, None])
     key = _keys_of_tile(
         row[:, None], dims, index, valid, hyper, inv_scale, clip, rank_inactive, operand, D0, D1,
         LINEAR, False, SECOND, True,
     )  # fmt: skip
-    key = tl.where(valid, key, NONFINITE)
     to = number[:, None] * LINE + tl.arange(0, LINE)[None, :]
-    tl.store(sample + to, key, mask=(line < strata)[:, None])
+    mine = there | ((number < strata) & (line >= lines))
+    tl.store(sample + to, tl.where(valid, key, -1), mask=mine[:, None])
 
 
 # -------------------------------------------------------------------------------------------- bracket
@@ -265,8 +275,8 @@ def _decide(state, t, fraction, stratum, width):
     low = tl.where(collapsed, middle, low)
     high = tl.where(collapsed, middle, high)
     tl.store(target + LOW, low)
-    tl.store(target + HIGH, high)
-    tl.store(target + ESTIMATE, tl.where(collapsed, middle, guess))
+    tl.store(target + END, high + 1)
+    tl.store(state + ESTIMATE + t, tl.where(collapsed, middle, guess))
     tl.store(target + COLLAPSED, collapsed.to(tl.int64))
     shift = tl.minimum(_shift_for((high - low).to(tl.int32), WINDOW_BINS), SECOND_DIGIT)
     tl.store(target + SHIFT, shift.to(tl.int64))
@@ -376,10 +386,10 @@ def _inside(state, t, key):
     """Of a target: whether keys are below its bracket, inside it, and inside it and to be counted."""
     target = state + TARGETS + t * TARGET
     low = tl.load(target + LOW).to(tl.int32)
-    high = tl.load(target + HIGH).to(tl.int32)
+    end = tl.load(target + END).to(tl.int32)
     above = key >= low
-    counted = above & (key <= tl.where(tl.load(target + COLLAPSED) != 0, -1, high))
-    return (key >= 0) & (key < low), above & (key <= high), counted
+    counted = above & (key < tl.where(tl.load(target + COLLAPSED) != 0, 0, end))
+    return (key >= 0) & (key < low), above & (key < end), counted
 
 
 @triton.jit
@@ -393,10 +403,9 @@ def _count_first(state, t, key, counted, BLOCK: tl.constexpr):
 
 @triton.jit
 def _by_estimate(state, key, TWO: tl.constexpr):
-    high = tl.load(state + TARGETS + ESTIMATE).to(tl.int32)
-    kept = (key >= 0) & (key <= high)
+    kept = (key >= 0) & (key <= tl.load(state + ESTIMATE).to(tl.int32))
     if TWO:
-        kept = kept & (key > tl.load(state + TARGETS + TARGET + ESTIMATE).to(tl.int32))
+        kept = kept & (key > tl.load(state + ESTIMATE + 1).to(tl.int32))
     return kept
 
 
@@ -454,7 +463,7 @@ def _capture_pass_kernel(
     D0: tl.constexpr, D1: tl.constexpr, LINEAR: tl.constexpr, ALIGNED: tl.constexpr,
     SECOND: tl.constexpr, TWO: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The pass of a capture: bits by the estimate."""
+    """The pass of a capture: bits by the estimate, where there is memory for them."""
     if tiles > 0:
         tile = tl.program_id(0).to(tl.int64)
         row, index, valid = _tile(rows, tile_rows, tile, ALIGNED, BLOCK)
@@ -466,7 +475,8 @@ def _capture_pass_kernel(
         kept = _by_estimate(state, key, TWO)
         logged, count = _count(state, tile, key, kept, kept, TWO, BLOCK)
         if tl.load(state + MODE) == SPECULATE:
-            _store_mask_bits(row, tile, kept | (key == INACTIVE), BLOCK)
+            if tl.load(row + BITS) != 0:
+                _store_mask_bits(row, tile, kept | (key == INACTIVE), BLOCK)
             if count > 0:
                 place = first_place + tile * BLOCK
                 _append(state, log_keys, log_places, capacity, key, kept, place, logged, count, BLOCK)
@@ -601,7 +611,7 @@ def _narrow(state, t, fraction, elements):
     found = (rank > 0) & (rank <= inside)
     low = tl.load(target + LOW)
     shift = tl.load(target + SHIFT)
-    count = ((tl.load(target + HIGH) - low) >> shift) + 1
+    count = ((tl.load(target + END) - 1 - low) >> shift) + 1
     searches = found & (tl.load(target + COLLAPSED) == 0)
     count = tl.where(searches, count, 0)
     index, before, in_bin = _find(state + FIRST_DIGITS + t * FIRST_BINS, count, rank)
@@ -621,7 +631,7 @@ def _threshold(state, t, fraction, elements):
     upto = below + before + tl.where(shift > 0, before_key + of_key, in_bin)
     # Outside: the nearest end of the bracket. There is nothing to miss if the rank is 0.
     low = tl.load(target + LOW)
-    high = tl.load(target + HIGH)
+    high = tl.load(target + END) - 1
     collapsed = tl.load(target + COLLAPSED) != 0
     some = (rank != 0) | (below != 0)
     key = tl.where(searches, found, tl.where(rank > 0, high, low - 1))
@@ -647,7 +657,7 @@ def _count_second(state, t, key, start, searches, BLOCK: tl.constexpr):
 @kernel(registers=128)
 def _resolve_kernel(
     rows, tile_rows, tiles, dims, hyper, inv_scale, clip, rank_inactive, operand, found_inf, state,
-    record, log_keys, capacity, elements, upper, lower, programs, first, updates,
+    record, log_keys, capacity, elements, upper, lower, programs, first, updates, approx,
     D0: tl.constexpr, D1: tl.constexpr, LINEAR: tl.constexpr, ALIGNED: tl.constexpr,
     SECOND: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -680,23 +690,22 @@ def _resolve_kernel(
         # Releases what all programs have added to the last one.
         if tl.atomic_add(state + RESOLVE_TICKET, 1, sem="acq_rel") == programs - 1:
             # More was logged than the log takes: the estimate has to do.
-            full = speculated & (logged > capacity)
-            missed = full
+            missed = speculated & (logged > capacity)
+            estimated = missed | (approx != 0)
             kept = tl.full([], 0, tl.int64)
             for t in range(0, targets):
                 fraction = tl.where(t == 0, upper, lower)
                 key, upto, is_missed = _threshold(state, t, fraction, elements)
                 missed = missed | is_missed
                 kept += tl.where(t == 0, upto, -upto)
-                estimate = tl.load(state + TARGETS + t * TARGET + ESTIMATE)
-                tl.store(record + t, tl.where(full, estimate, key))
+                tl.store(record + t, tl.where(estimated, tl.load(state + ESTIMATE + t), key))
             inactive = _total(state, PASS_INACTIVE)
             bad = _total(state, BAD)
-            tl.store(record + 2, tl.where(full, _total(state, KEPT), tl.maximum(kept, 0)))
+            tl.store(record + 2, tl.where(estimated, _total(state, KEPT), tl.maximum(kept, 0)))
             tl.store(record + 3, elements - inactive - bad)
             tl.store(record + 4, inactive)
             tl.store(record + 5, bad)
-            tl.store(record + 6, missed.to(tl.int64))
+            tl.store(record + 6, (missed & (approx == 0)).to(tl.int64))
             if updates != 0:
                 tl.store(record + 8, _total(state, UPDATED))
                 tl.store(record + 9, bad)

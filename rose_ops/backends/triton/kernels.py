@@ -59,7 +59,8 @@ GROUP: tl.constexpr = tl.constexpr(13)
 DIMS: tl.constexpr = tl.constexpr(14)
 FIRST_DIM: tl.constexpr = tl.constexpr(15)
 INDEX: tl.constexpr = tl.constexpr(16)
-COLUMNS: tl.constexpr = tl.constexpr(17)
+FIRST_LINE: tl.constexpr = tl.constexpr(17)
+COLUMNS: tl.constexpr = tl.constexpr(18)
 
 RANKED: tl.constexpr = tl.constexpr(0)
 STATE_INACTIVE: tl.constexpr = tl.constexpr(1)
@@ -69,6 +70,7 @@ TARGETS: tl.constexpr = tl.constexpr(8)  # 4 words each: rank (0: none), below, 
 HISTOGRAMS: tl.constexpr = tl.constexpr(16)
 
 PREPARED: tl.constexpr = tl.constexpr(16)  # float32 for each segment
+KEYS: tl.constexpr = tl.constexpr(3)  # as a dtype: not numbers to rank, but their keys
 
 
 @triton.jit
@@ -219,14 +221,17 @@ def _rank_of(fraction, n):
 @kernel(registers=96)
 def _select_kernel(
     rows, tile_rows, tiles, dims, hyper, inv_scale, clip, rank_inactive, state, selection, upper, lower,
-    programs, number, shift, digits, last,
+    programs, number,
     D0: tl.constexpr, D1: tl.constexpr, LINEAR: tl.constexpr, ALIGNED: tl.constexpr,
     SECOND: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """``digits`` bits of both thresholds, from the one at ``shift`` on. The last program scans.
+    """The next bits of both thresholds, from the highest on: launch ``number`` of 4. The last program
+    scans. With KEYS, ``tile_rows`` are the keys themselves.
 
     8 bits at a time: a histogram counts by ballots, in registers, and takes time for every bin.
     """
+    shift = tl.maximum(23 - 8 * number, 0)
+    digits = tl.minimum(31 - 8 * number, 8)
     bins = tl.arange(0, BINS)
     upper_counts = tl.zeros([BINS], tl.int32)
     lower_counts = tl.zeros([BINS], tl.int32)
@@ -238,11 +243,15 @@ def _select_kernel(
     is_first = number == 0
     if is_first | (high + low > 0):  # else there is nothing to look for
         for tile in range(tl.program_id(0).to(tl.int64), tiles, tl.num_programs(0)):
-            row, index, valid = _tile(rows, tile_rows, tile, ALIGNED, BLOCK)
-            key = _keys_of_tile(
-                row, dims, index, valid, hyper, inv_scale, clip, rank_inactive, 0, D0, D1, LINEAR,
-                ALIGNED, SECOND,
-            )  # fmt: skip
+            if D0 == KEYS:
+                key = tl.load(tile_rows + tile * BLOCK + tl.arange(0, BLOCK))
+                valid = key >= 0
+            else:
+                row, index, valid = _tile(rows, tile_rows, tile, ALIGNED, BLOCK)
+                key = _keys_of_tile(
+                    row, dims, index, valid, hyper, inv_scale, clip, rank_inactive, 0, D0, D1, LINEAR,
+                    ALIGNED, SECOND,
+                )  # fmt: skip
             unranked += (valid & (key == INACTIVE)).to(tl.int32)
             unranked += (valid & (key == NONFINITE)).to(tl.int32) << 16
             ranked = valid & (key >= 0)
@@ -284,12 +293,10 @@ def _select_kernel(
         tl.debug_barrier()
         tl.store(histogram, tl.zeros([BINS], tl.int64))
         tl.store(histogram + BINS, tl.zeros([BINS], tl.int64))
-        if last != 0:  # bits that were not looked for are those of the largest key
+        if shift == 0:
             for t in tl.static_range(2):
                 target = state + TARGETS + 4 * t
-                edge = (tl.load(target + 2) << shift) + ((1 << shift) - 1)
-                edge = tl.minimum(edge, INFINITY)
-                tl.store(selection + t, tl.where(tl.load(target) > 0, edge, -1))
+                tl.store(selection + t, tl.where(tl.load(target) > 0, tl.load(target + 2), -1))
             upto_high = tl.load(state + TARGETS + 1) + tl.load(state + TARGETS + 3)
             upto_low = tl.load(state + TARGETS + 5) + tl.load(state + TARGETS + 7)
             tl.store(selection + 2, tl.maximum(upto_high - upto_low, 0))

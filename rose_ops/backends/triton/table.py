@@ -11,9 +11,11 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from rose_ops.reference import LINE
+
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-COLUMNS = 17  # see kernels.py
-_GROUP = 13
+COLUMNS = 18  # see kernels.py
+_INDEX = 16
 _DIM = 5  # size, strides of up to 4 operands
 NO_MASK, BITS, WHOLE, ALL = range(4)
 _KEPT = 32
@@ -37,7 +39,8 @@ class Class(NamedTuple):
     rows: Tensor  # [count, COLUMNS]
     tile_rows: Tensor  # int32: row of each tile
     base: int  # tiles of the classes before
-    selective: int  # tiles of selective segments, which are the first ones
+    ranked: int  # segments that are ranked, which are the first ones, in the order of the lists
+    ranked_tiles: int
 
     @property
     def tiles(self) -> int:
@@ -55,6 +58,8 @@ class Table:
     extra: Tensor  # float64
     ones: Tensor  # two float32
     zero: Tensor
+    elements: int  # that are ranked
+    lines: int  # that those are in, see reference.sampled
 
     @property
     def tiles(self) -> int:
@@ -172,6 +177,11 @@ def _make(
     check_rows(hyper, groups)
     members: dict[tuple[tuple[int, ...], bool, bool], list[list[int]]] = {}
     pool: list[list[int]] = []
+    # An update ranks selective tensors only.
+    selective = hyper.reshape(-1, 6)[:, 5].tolist()
+    updates = any(role.written for role in roles)
+    is_ranked = [selective[i] != 0 or not updates for i in groups]
+    elements = lines = 0
     for i, tensors in enumerate(zip(*(role.tensors for role in roles), strict=True)):
         for role, t in zip(roles, tensors, strict=True):
             what = f"{role.name}[{i}]"
@@ -208,7 +218,11 @@ def _make(
             len(dims),
             len(pool),
             i,
+            lines,
         ]
+        if is_ranked[i]:
+            elements += n
+            lines += -(-n // LINE)
         for column, values in columns.items():
             row[column] = values[i]
         pool += [[*dim, *[0] * (_DIM - len(dim))] for dim in dims]
@@ -218,18 +232,15 @@ def _make(
         members.setdefault((dtypes, not dims, aligned), []).append(row)
     members = members or {((0,) * len(roles), True, True): []}
 
-    selective = hyper.reshape(-1, 6)[:, 5].tolist()
-    tiles: list[int] = []
-    selective_tiles: list[int] = []
+    tiles: list[list[int]] = []  # of each class: all, and those that are ranked
     for rows in members.values():
-        rows.sort(key=lambda row: selective[row[_GROUP]] == 0)
-        before = ranked = 0
+        rows.sort(key=lambda row: not is_ranked[row[_INDEX]])
+        tiles.append([0, 0])
         for row in rows:
-            row[1] = before
-            before += -(-row[0] // block)
-            ranked = before if selective[row[_GROUP]] else ranked
-        tiles.append(before)
-        selective_tiles.append(ranked)
+            row[1] = tiles[-1][0]
+            tiles[-1][0] += -(-row[0] // block)
+            if is_ranked[row[_INDEX]]:
+                tiles[-1][1] = tiles[-1][0]
     all_rows = [*chain(*members.values())] or [[0] * COLUMNS]
     words = [
         torch.tensor(all_rows, dtype=torch.int64, device="cpu").reshape(-1),
@@ -241,20 +252,20 @@ def _make(
     blob = _upload(torch.cat(words), device)
     rows_, dims_, hyper_, extra_, constants = blob.split([len(w) for w in words])
     rows_ = rows_.view(-1, COLUMNS)
+    ones, zero = constants.view(torch.float32).split(2)
     classes, at, base = [], 0, 0
-    for (dtypes, linear, aligned), rows, own, first_tiles in zip(
-        members, members.values(), tiles, selective_tiles, strict=True
-    ):
+    for (key, rows), (own, ranked_tiles) in zip(members.items(), tiles, strict=True):
         its_rows = rows_[at : at + max(len(rows), 1)]
         # The last row that starts at or before a tile: never an empty one.
         of_tiles = torch.searchsorted(
             its_rows[:, 1].contiguous(), torch.arange(own, device=device), right=True, out_int32=True
         ).sub_(1)
-        classes.append(Class(dtypes, linear, aligned, its_rows, of_tiles, base, first_tiles))
+        ranked = sum(is_ranked[row[_INDEX]] for row in rows)
+        classes.append(Class(*key, its_rows, of_tiles, base, ranked, ranked_tiles))
         at, base = at + len(rows), base + own
     return Table(
-        tuple(classes), rows_, dims_, hyper_.view(torch.float64), extra_.view(torch.float64),
-        *constants.view(torch.float32).split(2),
+        tuple(classes), rows_, dims_, hyper_.view(torch.float64), extra_.view(torch.float64), ones,
+        zero, elements, lines,
     )  # fmt: skip
 
 
