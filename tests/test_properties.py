@@ -248,28 +248,6 @@ def test_lower_and_its_complement_share_nothing_but_the_inactive(any_ops, spec, 
         assert torch.equal(x | y, z)
 
 
-@examples(60)
-@given(spec=specs(), kept=fractions(), first=st.booleans())
-def test_approximate_threshold_shares_eleven_bits(any_ops, spec: Spec, kept, first):
-    """Never below the exact one, at most 12.5% above; what it keeps is a superset."""
-    upper = kept[0]
-    problem = spec.problem()
-    exact = problem.select(any_ops, upper, first=first)
-    approx = problem.select(any_ops, upper, first=first, approx=True)
-    high, wide = exact[Field.HIGH].item(), approx[Field.HIGH].item()
-    if high < 0:
-        assert wide == -1
-        return
-    assert wide >> 20 == high >> 20
-    assert wide == min(wide | 0xFFFFF, reference.INFINITY_KEY)
-    tau, bound = (torch.tensor(k, dtype=torch.int32).view(FLOAT).item() for k in (high, wide))
-    if 2.0**-126 <= tau < math.inf:
-        assert tau <= bound <= 1.125 * tau or bound == math.inf
-    assert approx[Field.KEPT] >= exact[Field.KEPT]
-    classes = [Field.RANKED, Field.INACTIVE, Field.NONFINITE]
-    assert torch.equal(approx[classes], exact[classes])
-
-
 # -------------------------------------------------------------------------------------- update
 
 
