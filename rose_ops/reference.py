@@ -522,10 +522,12 @@ def bracket_adamw_(
     threshold makes 0 (within 1). |y_j - E y_j| <= 16, the elements of a line, so by Bernstein's
     inequality ``|sum of (y_j - E y_j)| <= sqrt(2*V*l) + (2/3)*16*l`` but for a probability of
     ``2*exp(-l)``, with V the variance of the sum. V is estimated by U, the sum of the squared
-    differences of neighbours (y_1 - y_2, y_3 - y_4, ...): E U >= V, and sums of non-negative
-    independent terms are rarely too small: ``sqrt(V) <= sqrt(U) + 16*sqrt(2*l)`` but for a probability
-    of ``exp(-l)`` (Maurer and Pontil, 2009). Together ``sqrt(2*U*l) + (8/3)*16*l``, which is the
-    bracket's half-width in elements of the sample. (U is taken at a first estimate of the threshold.)
+    differences of neighbours (y_1 - y_2, y_3 - y_4, ...): E U >= V, and a sum of independent terms
+    between 0 and 16^2 is rarely too small: ``U >= E U - 16*sqrt(2*l*(E U))`` but for a probability of
+    ``exp(-l)`` (as in Maurer and Pontil, 2009). With ``r = 16*sqrt(2*l)``, that is
+    ``sqrt(V) <= r/2 + sqrt(r^2/4 + U)``, and the bracket's half-width, in elements of the sample, is
+    ``sqrt(2*l)*(r/2 + sqrt(r^2/4 + U)) + (2/3)*16*l``. (U is taken at a first estimate of the
+    threshold. On a GPU it is ``sqrt(2*U*l) + (8/3)*16*l``, which is more.)
     A bracket is wrong with a probability of at most 3*exp(-l), then. A threshold has at most 16 of
     them, each narrower than the last; or one, and a log that is too short with a probability of at most
     exp(-l). A ranking has two thresholds if ``lower > 0``, and a step in an ensemble has two rankings.

@@ -388,8 +388,9 @@ class Problem:
 
 
 def compare_bracket(
-    ops, problem: Problem, upper: int, lower: int = 0, first=(), draw: int = 0, width: float = WIDTH
-) -> Tensor:
+    ops, problem: Problem, upper: int, lower: int = 0, first=(), draw: int = 0, width: float = WIDTH,
+    approx: bool = False,
+) -> Tensor:  # fmt: skip
     """Run ``ops.bracket_adamw_`` and hold all it does against the reference; returns its result.
 
     With a miss, the reference takes the threshold found: everything else must follow from it.
@@ -397,7 +398,7 @@ def compare_bracket(
     expected, update = problem.copy(), problem.copy()
     around = [surroundings(t) for t in problem.written]
     before = problem.copy()
-    result = problem.bracket_update(ops, upper, lower, first, draw, width)
+    result = problem.bracket_update(ops, upper, lower, first, draw, width, approx)
     record = result[: reference.Field.SIZE]
     if record[reference.Field.MISSES]:
         assert_consistent(problem.with_moments(before), record)
@@ -407,10 +408,12 @@ def compare_bracket(
         assert_same_bits(result[reference.Field.SIZE :], found, "counts")
     else:
         assert_same_bits(
-            result, expected.bracket_update(reference, upper, lower, first), "record and counts"
+            result,
+            expected.bracket_update(reference, upper, lower, first, draw, approx=approx),
+            "record and counts",
         )
         update.params = [torch.zeros(p.shape) for p in problem.params]
-        update.bracket_update(reference, upper, lower, first)
+        update.bracket_update(reference, upper, lower, first, draw, approx=approx)
     for name in ("steps", "exp_avgs", "exp_avg_sqs"):
         assert_all_same_bits(getattr(problem, name), getattr(expected, name), name)
     for i, (p, p0, e, u) in enumerate(

@@ -226,7 +226,7 @@ def test_all_backends_have_the_same_bounds():
     assert [float(number) for number in defined] == [reference.LOG_OF_FAILURE]
     used = {path.name for path, text in sources.items() if "kLogOfFailure" in text}
     assert used == {"element.h", "pass.cpp", "sample.cuh"}
-    phases = re.findall(r"kPhases = (\d+);", sources[csrc / "cpu" / "bracket.cpp"])
+    phases = re.findall(r"kPhases = (\d+);", sources[csrc / "cpu" / "sample.h"])
     assert phases == ["16"]
     triton = pytest.importorskip("rose_ops.backends.triton.bracket")
     assert triton.LOG.value == reference.LOG_OF_FAILURE

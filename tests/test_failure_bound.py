@@ -1,7 +1,7 @@
 """How often brackets miss: as often as the derivation in rose_ops/reference.py allows, and no rarer.
 
 At the width of use a miss is never seen. At a tenth of it, misses are a matter of seconds, and their
-number says whether half-widths are what the derivation makes of them: sqrt(2*U*l) + (8/3)*16*l. A
+number says whether half-widths are what the derivation makes of them, see ``half_width``. A
 threshold may have one bracket or several: as many may miss as of the first alone, and as of any of
 those that the derivation counts. The data and the draws are always the same, so that the test passes
 always or never.
@@ -41,6 +41,14 @@ def strata_of(y: torch.Tensor, lines: int) -> torch.Tensor:
     return torch.nn.functional.pad(y, (0, lines * stratum - len(y))).view(lines, stratum)
 
 
+def half_width(u: torch.Tensor) -> torch.Tensor:
+    """Of a bracket, in elements of the sample whose differences of neighbours have the squares' sum u:
+    see :func:`rose_ops.reference.bracket_adamw_`."""
+    r = LINE * math.sqrt(2 * L)
+    deviation = r / 2 + (r**2 / 4 + u).sqrt()
+    return math.sqrt(2 * L) * deviation + 2 / 3 * LINE * L
+
+
 def misses_of_the_derivation(
     y: torch.Tensor, lines: int, width: float, draws: int
 ) -> tuple[float, float]:
@@ -62,7 +70,7 @@ def misses_of_the_derivation(
         sums = x.view(draws, MOST_BRACKETS, -1).sum(2)
         return sums.flip(1).cumsum(1).flip(1)
 
-    half = width * ((2 * L * left(squares)).sqrt() + 8 / 3 * LINE * L)
+    half = width * half_width(left(squares))
     outside = left(error).abs() > half
     return outside[:, 0].double().mean().item(), outside.any(1).double().mean().item()
 
@@ -93,7 +101,7 @@ def gradients(n: int, kind: str, generator: torch.Generator) -> torch.Tensor:
     return x
 
 
-# Where lines are alike, sqrt(2*U*l) is most of the half-width; else (8/3)*16*l is half of it.
+# Where lines are alike, sqrt(2*U*l) is most of the half-width; else the rest is a good part of it.
 CASES = {
     "independent": (1 << 18, "normal", 600_000_000, 0.10),
     "independent, few kept": (1 << 18, "normal", 100_000_000, 0.08),
@@ -150,7 +158,7 @@ def test_half_widths_are_those_of_the_derivation(n, kind):
             means = strata.mean(1)[: report.lines // 2 * 2]
             neighbours = (means[0::2] - means[1::2]).square().sum()
             u = float(variance + neighbours)
-            half = width * stratum * (math.sqrt(2 * u * L) + 8 / 3 * LINE * L)
+            half = width * stratum * float(half_width(torch.tensor(u)))
             error = stratum * math.sqrt(float(variance))
             below = rank - int((ranked < report.first_low[0]).sum())
             above = int((ranked <= report.first_high[0]).sum()) - rank

@@ -48,8 +48,11 @@ def exact(ops, problem: Problem) -> Found:
 
 
 def approx(ops, problem: Problem) -> Found:
-    record = problem.select(ops, UPPER, LOWER, approx=True)
-    return [record, problem.update(ops, selection=record)]
+    masks, record = problem.bracket_capture(ops, UPPER, LOWER, first=True, draw=3, approx=True)
+    return [
+        record, *masks, problem.select(ops, UPPER, approx=True, draw=4),
+        problem.bracket_update(ops, UPPER, LOWER, masks, draw=5, approx=True),
+    ]  # fmt: skip
 
 
 def bracket(ops, problem: Problem) -> Found:

@@ -129,8 +129,8 @@ def test_a_class_that_is_missed(generator, order, end):
     """Without a margin it is collapsed onto a class that ends before the threshold: a miss."""
     upper = 200_000_000 if end == "first" else UPPER
     k = reference.rank_of(upper, LARGE)
-    # Beyond the class by half a standard deviation of what a sample says.
-    beyond = 250
+    # Beyond the class by a part of a standard deviation of what a sample says.
+    beyond = 400
     a, b = (k + beyond, LARGE - 100) if end == "first" else (100, k - beyond)
     problem = tied(generator, LARGE, (a, b), order=order)
     missed = 0

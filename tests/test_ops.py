@@ -48,7 +48,7 @@ def problem_of(generator, dtype=FLOAT, moment=FLOAT, row=ROSE, **options) -> Pro
 
 def select_args(p: Problem, first=False, approx=False):
     moments = [] if first else p.exp_avgs
-    return (p.grads, moments, p.hyper, p.group, p.inv_scale, p.clip, 600_000_000, 0, False, approx)
+    return (p.grads, moments, p.hyper, p.group, p.inv_scale, p.clip, 600_000_000, 0, False, approx, 3)
 
 
 def capture_args(p: Problem, first=False):
@@ -68,14 +68,14 @@ def adamw_args(p: Problem, first=(), second=(), selection=None):
 def bracket_adamw_args(p: Problem, first=()):
     return (
         p.params, p.grads, p.exp_avgs, p.exp_avg_sqs, p.steps, list(first), p.lr, p.hyper, p.group,
-        p.offsets, p.inv_scale, p.clip, p.found_inf, 0.3, 600_000_000, 0, False, 7, True, 1, 1.0,
+        p.offsets, p.inv_scale, p.clip, p.found_inf, 0.3, 600_000_000, 0, False, 7, True, 1, 1.0, False,
     )  # fmt: skip
 
 
 def bracket_capture_args(p: Problem):
     return (
         random_masks(p.numels), p.grads, [], p.hyper, p.group, p.inv_scale, p.clip, 600_000_000, 0,
-        False, 1, 1.0,
+        False, 1, 1.0, False,
     )  # fmt: skip
 
 
@@ -498,7 +498,7 @@ def test_all_inputs_on_meta_give_fakes_only():
     """Wholly on the meta device the operators say shapes, as torch's own do."""
     p = good()
     args = [[_meta(N)] * 3, [_meta(N)] * 3, p.hyper.to("meta"), p.group.to("meta")]
-    record = rose.select(*args, None, None, ONE, 0, False, False)
+    record = rose.select(*args, None, None, ONE, 0, False, False, 0)
     assert (record.shape, record.dtype, record.device.type) == ((8,), torch.int64, "meta")
 
 

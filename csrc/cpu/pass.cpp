@@ -318,11 +318,15 @@ BracketReport& latest_bracket() {
 
 std::optional<Selection> bracket_pass(const Segments& segments, const Ranked& ranked, Body& body,
                                       UpdateCounts& counts) {
-  BracketReport& report = latest_bracket() = BracketReport();
+  BracketReport report;
   const bool counts_only = body.logs() == Body::Logs::kKeys;
   const int64_t fewest = ranked.width == 1.0 ? kFewest : kFewestInTests;
-  if (!counts_only && ranked.source.segments.elements() < fewest) return std::nullopt;
-  return Pass(segments, ranked, body, counts).run(report);
+  std::optional<Selection> selection;
+  if (counts_only || ranked.source.segments.elements() >= fewest) {
+    selection = Pass(segments, ranked, body, counts).run(report);
+  }
+  if (!counts_only) latest_bracket() = report;
+  return selection;
 }
 
 Selection approx_thresholds(const Ranked& ranked) {

@@ -110,6 +110,10 @@ Threshold::Found Threshold::find(int64_t ranked, int64_t at_pivot, Collect colle
   const int64_t k = rank_of(units_, ranked);
   int64_t before = below_;
   for (int b = 0; b < first_bin_; ++b) before += bins_[static_cast<size_t>(b)];
+  if (collapsed()) {  // nothing is logged: that key is the threshold, whatever comes out
+    const int64_t upto = before + bins_[static_cast<size_t>(first_bin_)];
+    return {bracket_.pivot, upto, k <= before || k > upto};
+  }
   if (k == 0 && before == 0) return {};
   if (k <= before) return {int64_t{bracket_.low} - 1, before, true};
   for (int b = first_bin_; b <= last_bin_; ++b) {

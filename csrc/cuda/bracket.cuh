@@ -9,6 +9,8 @@
 //
 // There is none (Mode::kExact) where the sample leaves more inside than the log has room for. Should
 // the log overflow all the same, the estimate stays the threshold, and is reported as a miss.
+//
+// With `approx`, the sample and narrow come first, as in select.cuh, and the pass is the end.
 #pragma once
 
 #include "update.cuh"
@@ -58,9 +60,12 @@ ROSE_DEVICE void resolve(const SelectArguments& a, int t, int64_t rank, Count* s
 ROSE_DEVICE void resolve(const SelectArguments& a) {
   __shared__ Count scratch[kThreads / kWarp];
   SelectState& state = *a.state;
+  if (a.approx) {
+    end_approx(a);
+    return;
+  }
   if (!is_last_block(&state.tickets[0])) return;
-  const Count ranked =
-      (Count)a.elements - __ldcg(&state.counts[kInactive]) - __ldcg(&state.counts[kNonfinite]);
+  const Count ranked = ranked_of(a);
   if (threadIdx.x == 0) state.ranked = ranked;
 #pragma unroll 1
   for (int t = 0; t < 2; ++t) {
@@ -170,7 +175,7 @@ static __global__ void __launch_bounds__(kThreads, 3) step_sample_kernel(StepArg
   if (thread == 0) a.update.counts[0] = a.update.counts[1] = 0;
   if (is_set(a.update.found_inf)) return;  // Mode::kNothing
   for (int i = thread; i < a.update.table.count; i += (int)gridDim.x * kThreads) prepare(a.update, i);
-  take_sample(a.select);
+  sample(a.select);
 }
 
 template <bool kFractional>

@@ -99,13 +99,16 @@ const char* sample(Kernel kernel, Pass pass, Arguments& arguments, SelectArgumen
   return text(cudaGetLastError());
 }
 
-const char* narrow(SelectArguments& arguments, Stream stream) {
+// A pass, and the thresholds of what it has logged; or, of a sample, the thresholds and a pass by them.
+template <typename Pass>
+const char* search(SelectArguments& arguments, Stream stream, Pass pass) {
   Table& table = arguments.risk.table;
-  const char* failed = walk(histogram_kernel, arguments, stream, table);
-  if (failed == nullptr && !arguments.approx) {
-    failed = walk(narrow_kernel<false>, arguments, stream, table);
-    if (failed == nullptr) failed = walk(narrow_kernel<true>, arguments, stream, table);
-  }
+  const char* failed = nullptr;
+  if (!arguments.approx) failed = pass();
+  if (failed == nullptr && !arguments.approx) failed = walk(histogram_kernel, arguments, stream, table);
+  if (failed == nullptr) failed = walk(narrow_kernel<false>, arguments, stream, table);
+  if (failed == nullptr) failed = walk(narrow_kernel<true>, arguments, stream, table);
+  if (failed == nullptr && arguments.approx) failed = pass();
   return failed;
 }
 
@@ -125,10 +128,9 @@ static __global__ void __launch_bounds__(kThreads) write_kernel(Words a) {
 
 const char* select(SelectArguments arguments, Stream stream) {
   const char* failed = sample(sample_kernel, count_kernel, arguments, arguments, stream);
-  if (failed == nullptr && !arguments.approx) {
-    failed = walk(count_kernel, arguments, stream, arguments.risk.table);
-  }
-  return failed != nullptr ? failed : narrow(arguments, stream);
+  if (failed != nullptr) return failed;
+  return search(arguments, stream,
+                [&] { return walk(count_kernel, arguments, stream, arguments.risk.table); });
 }
 
 const char* capture(CaptureArguments arguments, Stream stream) {
@@ -138,10 +140,11 @@ const char* capture(CaptureArguments arguments, Stream stream) {
 const char* bracket_capture(SelectArguments arguments, Stream stream) {
   Table& table = arguments.risk.table;
   const char* failed = sample(sample_kernel, capture_pass_kernel, arguments, arguments, stream);
-  if (failed == nullptr) failed = walk(capture_pass_kernel, arguments, stream, table);
-  if (failed == nullptr) failed = narrow(arguments, stream);
-  if (failed == nullptr) failed = walk(capture_finish_kernel, arguments, stream, table);
-  return failed;
+  if (failed != nullptr) return failed;
+  failed =
+      search(arguments, stream, [&] { return walk(capture_pass_kernel, arguments, stream, table); });
+  if (failed != nullptr || arguments.approx) return failed;
+  return walk(capture_finish_kernel, arguments, stream, table);
 }
 
 const char* bracket_update(StepArguments arguments, Stream stream) {
@@ -151,10 +154,11 @@ const char* bracket_update(StepArguments arguments, Stream stream) {
   const auto pass = fractional ? step_pass_kernel<true> : step_pass_kernel<false>;
   const auto finish = fractional ? step_finish_kernel<true> : step_finish_kernel<false>;
   const char* failed = sample(step_sample_kernel, pass, arguments, arguments.select, stream);
-  if (failed == nullptr) failed = walk(pass, arguments, stream, table, ranked);
-  if (failed == nullptr) failed = narrow(arguments.select, stream);
-  if (failed == nullptr) failed = walk(finish, arguments, stream, table, ranked);
-  return failed;
+  if (failed != nullptr) return failed;
+  failed =
+      search(arguments.select, stream, [&] { return walk(pass, arguments, stream, table, ranked); });
+  if (failed != nullptr || arguments.select.approx) return failed;
+  return walk(finish, arguments, stream, table, ranked);
 }
 
 const char* update(UpdateArguments arguments, Stream stream) {

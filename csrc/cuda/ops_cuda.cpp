@@ -39,6 +39,18 @@ const int64_t* record(const Tensor& selection, const Context& context) {
   return read_from<int64_t>(selection, "selection");
 }
 
+// Of gradients and, in second order, first moments.
+Risk risk_of(const DeviceTable& table, const std::optional<Tensor>& inv_scale,
+             const std::optional<Tensor>& clip, bool second_order, bool rank_inactive,
+             const Context& context) {
+  return {table.table,
+          floats(inv_scale, 1, "inv_scale", context),
+          floats(clip, 2, "clip", context),
+          second_order,
+          rank_inactive,
+          0};
+}
+
 // Where masks are to be written.
 void set_bits(HostTable& host, const std::vector<Tensor>& masks, const Context& context) {
   ROSE_CHECK(masks.size() == host.segments.size(), "masks has ", masks.size(),
@@ -50,8 +62,9 @@ void set_bits(HostTable& host, const std::vector<Tensor>& masks, const Context& 
   }
 }
 
-struct Fractions {
-  int64_t upper, lower;
+// What is to be found of the risks: quantiles, in a sample or with its help.
+struct Wanted {
+  int64_t upper, lower, draw;
 };
 
 // The arguments of a selection of n ranked elements, and the memory they point to.
@@ -59,7 +72,7 @@ class Selecting {
  public:
   SelectArguments arguments = {};
 
-  Selecting(const Risk& risk, int64_t n, Fractions fractions, const Context& context)
+  Selecting(const Risk& risk, int64_t n, Wanted wanted, const Context& context)
       : context_(context),
         n_(n),
         state_(context.empty((sizeof(SelectState) + 7) / 8, ScalarType::Long)),
@@ -67,8 +80,9 @@ class Selecting {
     arguments.risk = risk;
     arguments.state = write_to<SelectState>(state_);
     arguments.sample = write_to<Sample>(sample_);
-    arguments.upper = fractions.upper;
-    arguments.lower = fractions.lower;
+    arguments.upper = wanted.upper;
+    arguments.lower = wanted.lower;
+    arguments.draw = random_key(static_cast<uint32_t>(wanted.draw), 0x5A3Bu);
     arguments.elements = n;
     arguments.width = 1.0;
   }
@@ -78,16 +92,27 @@ class Selecting {
   void log_keys() {
     const int64_t thresholds = arguments.lower > 0 ? 2 : 1;
     const int64_t capacity = std::max(n_ / 32 * thresholds, std::min<int64_t>(n_, 1 << 18));
-    if (n_ > capacity) sample_lines(0.1);
+    if (n_ > capacity) sample_lines(balanced_lines(0.1));
     allocate_log(capacity + unused_at_most(), 1);
+  }
+
+  // Room for the keys of a sample, whose thresholds are taken for those of all: see `sampled` in
+  // rose_ops/reference.py.
+  void log_sample() {
+    constexpr int64_t kFewest = 1 << 20;
+    if (n_ < kFewest) return log_keys();
+    const int64_t lines = arguments.risk.table.lines;
+    const int64_t most = std::max(lines / 128, std::min<int64_t>(lines / 8, 1 << 14));
+    sample_lines(std::min<int64_t>(most, 1 << 16));
+    allocate_log(arguments.lines * kLine, 1);
+    arguments.approx = true;
   }
 
   // Room for what lies in brackets: within 1 bit for each element and 14 MiB. A selection without
   // brackets has the same memory for keys alone.
-  void log_brackets(bool updates, int64_t draw, double width) {
+  void log_brackets(bool updates, double width) {
     constexpr int64_t kFewest = 1 << 16;  // below, the sample would be too large a part
-    if (n_ >= kFewest) sample_lines(0.5);
-    arguments.draw = random_key(static_cast<uint32_t>(draw), 0x5A3Bu);
+    if (n_ >= kFewest) sample_lines(balanced_lines(0.5));
     arguments.width = width;
     arguments.speculative = true;
     const int64_t words = updates ? 6 : 3;  // key, place; p, m, v
@@ -113,11 +138,13 @@ class Selecting {
     return arguments.log.keys + capacity;
   }
 
-  // About c * n^(2/3) lines: a log shrinks as 1 / sqrt(lines), so these balance its cost and the
-  // sample's.
-  void sample_lines(double c) {
+  // A log shrinks as 1 / sqrt(lines of the sample), so about c * n^(2/3) balance its cost and theirs.
+  int64_t balanced_lines(double c) const {
     const double root = std::cbrt(static_cast<double>(n_));
-    const auto wanted = static_cast<int64_t>(c * root * root);
+    return static_cast<int64_t>(c * root * root);
+  }
+
+  void sample_lines(int64_t wanted) {
     const int64_t lines = arguments.risk.table.lines;
     arguments.stratum = std::max<int64_t>(1, lines / std::max<int64_t>(1, wanted));
     arguments.lines = (lines + arguments.stratum - 1) / arguments.stratum;
@@ -236,23 +263,17 @@ Updating::Updating(const UpdateTensors& tensors, const UpdateScalars& scalars, b
 
 Tensor select(std::vector<Tensor> grads, std::vector<Tensor> exp_avgs, Tensor hyper, Tensor group,
               std::optional<Tensor> inv_scale, std::optional<Tensor> clip, int64_t upper, int64_t lower,
-              bool rank_inactive, bool approx) {
+              bool rank_inactive, bool approx, int64_t draw) {
   check_fractions(upper, lower);
   const Context context(device_of(grads));
   const Segments layout(risk_roles(grads, exp_avgs), kTile);
   const Groups groups(hyper, group, layout.size());
   const DeviceTable table(HostTable(layout, &groups, true), context);
-  const Risk risk = {table.table,
-                     floats(inv_scale, 1, "inv_scale", context),
-                     floats(clip, 2, "clip", context),
-                     !exp_avgs.empty(),
-                     rank_inactive,
-                     0};
-  Selecting selecting(risk, layout.elements(), {upper, lower}, context);
+  const Risk risk = risk_of(table, inv_scale, clip, !exp_avgs.empty(), rank_inactive, context);
+  Selecting selecting(risk, layout.elements(), {upper, lower, draw}, context);
   Tensor result = context.empty(8, ScalarType::Long);
   selecting.arguments.selection = write_to<int64_t>(result);
-  selecting.arguments.approx = approx;
-  if (!approx) selecting.log_keys();
+  approx ? selecting.log_sample() : selecting.log_keys();
   check(cuda::select(selecting.arguments, context.stream()));
   return result;
 }
@@ -266,19 +287,14 @@ void capture_(std::vector<Tensor> masks, std::vector<Tensor> grads, std::vector<
   HostTable host(layout, &groups, true);
   set_bits(host, masks, context);
   const DeviceTable table(host, context);
-  const Risk risk = {table.table,
-                     floats(inv_scale, 1, "inv_scale", context),
-                     floats(clip, 2, "clip", context),
-                     !exp_avgs.empty(),
-                     rank_inactive,
-                     0};
+  const Risk risk = risk_of(table, inv_scale, clip, !exp_avgs.empty(), rank_inactive, context);
   check(cuda::capture({risk, record(selection, context)}, context.stream()));
 }
 
 Tensor bracket_capture_(std::vector<Tensor> masks, std::vector<Tensor> grads,
                         std::vector<Tensor> exp_avgs, Tensor hyper, Tensor group,
                         std::optional<Tensor> inv_scale, std::optional<Tensor> clip, int64_t upper,
-                        int64_t lower, bool rank_inactive, int64_t draw, double width) {
+                        int64_t lower, bool rank_inactive, int64_t draw, double width, bool approx) {
   check_fractions(upper, lower);
   const Context context(device_of(grads));
   const Segments layout(risk_roles(grads, exp_avgs), kTile);
@@ -286,16 +302,11 @@ Tensor bracket_capture_(std::vector<Tensor> masks, std::vector<Tensor> grads,
   HostTable host(layout, &groups, true);
   set_bits(host, masks, context);
   const DeviceTable table(host, context);
-  const Risk risk = {table.table,
-                     floats(inv_scale, 1, "inv_scale", context),
-                     floats(clip, 2, "clip", context),
-                     !exp_avgs.empty(),
-                     rank_inactive,
-                     0};
-  Selecting selecting(risk, layout.elements(), {upper, lower}, context);
+  const Risk risk = risk_of(table, inv_scale, clip, !exp_avgs.empty(), rank_inactive, context);
+  Selecting selecting(risk, layout.elements(), {upper, lower, draw}, context);
   Tensor result = context.empty(8, ScalarType::Long);
   selecting.arguments.selection = write_to<int64_t>(result);
-  selecting.log_brackets(false, draw, width);
+  approx ? selecting.log_sample() : selecting.log_brackets(false, width);
   check(cuda::bracket_capture(selecting.arguments, context.stream()));
   return result;
 }
@@ -327,7 +338,7 @@ Tensor bracket_adamw_(std::vector<Tensor> params, std::vector<Tensor> grads,
                       Tensor hyper, Tensor group, Tensor offsets, std::optional<Tensor> inv_scale,
                       std::optional<Tensor> clip, std::optional<Tensor> found_inf, double gamma,
                       int64_t upper, int64_t lower, bool rank_inactive, int64_t seed, bool stochastic,
-                      int64_t draw, double width) {
+                      int64_t draw, double width, bool approx) {
   check_fractions(upper, lower);
   const Context context(device_of(params));
   std::vector<Tensor> no_masks;
@@ -337,8 +348,8 @@ Tensor bracket_adamw_(std::vector<Tensor> params, std::vector<Tensor> grads,
       true, context);
   UpdateArguments& update = updating.arguments;
   const Risk risk = {update.table, update.inv_scale, update.clip, true, rank_inactive, 1};
-  Selecting selecting(risk, updating.ranked, {upper, lower}, context);
-  selecting.log_brackets(true, draw, width);
+  Selecting selecting(risk, updating.ranked, {upper, lower, draw}, context);
+  approx ? selecting.log_sample() : selecting.log_brackets(true, width);
   Tensor result = context.empty(8 + 2, ScalarType::Long);
   int64_t* const record = write_to<int64_t>(result);
   selecting.arguments.selection = record;

@@ -14,7 +14,7 @@ using torch::stable::Tensor;
 
 Tensor select(std::vector<Tensor> grads, std::vector<Tensor> exp_avgs, Tensor hyper, Tensor group,
               std::optional<Tensor> inv_scale, std::optional<Tensor> clip, int64_t upper, int64_t lower,
-              bool rank_inactive, bool approx);
+              bool rank_inactive, bool approx, int64_t draw);
 
 void capture_(std::vector<Tensor> masks, std::vector<Tensor> grads, std::vector<Tensor> exp_avgs,
               Tensor hyper, Tensor group, std::optional<Tensor> inv_scale, std::optional<Tensor> clip,
@@ -34,12 +34,12 @@ Tensor bracket_adamw_(std::vector<Tensor> params, std::vector<Tensor> grads,
                       Tensor hyper, Tensor group, Tensor offsets, std::optional<Tensor> inv_scale,
                       std::optional<Tensor> clip, std::optional<Tensor> found_inf, double gamma,
                       int64_t upper, int64_t lower, bool rank_inactive, int64_t seed, bool stochastic,
-                      int64_t draw, double width);
+                      int64_t draw, double width, bool approx);
 
 Tensor bracket_capture_(std::vector<Tensor> masks, std::vector<Tensor> grads,
                         std::vector<Tensor> exp_avgs, Tensor hyper, Tensor group,
                         std::optional<Tensor> inv_scale, std::optional<Tensor> clip, int64_t upper,
-                        int64_t lower, bool rank_inactive, int64_t draw, double width);
+                        int64_t lower, bool rank_inactive, int64_t draw, double width, bool approx);
 
 Tensor sums_of_squares(std::vector<Tensor> tensors, std::optional<Tensor> inv_scale);
 

@@ -177,8 +177,7 @@ ROSE_DEVICE void read_pilot(const SelectArguments& a, Factors factors, View* vie
   __syncthreads();
   if (threadIdx.x < 2) {
     const int64_t fraction = threadIdx.x == 0 ? a.upper : a.lower;
-    const bool wanted = fraction > 0 && !a.approx;
-    views[threadIdx.x] = wanted ? view_of(keys, size, fraction) : no_view();
+    views[threadIdx.x] = fraction > 0 ? view_of(keys, size, fraction) : no_view();
   }
   __syncthreads();
 }
@@ -349,11 +348,6 @@ ROSE_DEVICE void take_sample(const SelectArguments& a) {
   clear<2 * kBins>(sample.bins[0]);
   clear<kSums>((Count*)&sample.sums);
   if (threadIdx.x == 0) sample.ticket = 0;
-}
-
-static __global__ void __launch_bounds__(kThreads, 3) sample_kernel(SelectArguments a) {
-  clear_state(*a.state);
-  take_sample(a);
 }
 
 }  // namespace cuda

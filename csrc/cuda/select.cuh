@@ -6,7 +6,11 @@
 //   narrow     twice: the next 11 bits, and the rest, of the log; or of all elements, if entries are
 //   missing
 //
-// A radix select, whose first digit is found by comparisons.
+// A radix select, whose first digit is found by comparisons. With `approx`, of a sample:
+//
+//   sample     logs its keys, with a histogram of their leading 11 bits
+//   narrow     twice, of that log: the thresholds
+//   count      of all elements, by the thresholds; or a pass that treats them, too
 #pragma once
 
 #include "log.cuh"
@@ -27,6 +31,12 @@ ROSE_DEVICE void write_selection(const SelectArguments& a, int64_t high, int64_t
                              0};
 #pragma unroll
   for (int i = 0; i < 8; ++i) a.selection[i] = record[i];
+}
+
+// Once all elements are counted.
+ROSE_DEVICE Count ranked_of(const SelectArguments& a) {
+  const SelectState& state = *a.state;
+  return (Count)a.elements - __ldcg(&state.counts[kInactive]) - __ldcg(&state.counts[kNonfinite]);
 }
 
 // Whether single gradients are multiplied by one factor at most, so that loops need not look at two:
@@ -114,7 +124,88 @@ ROSE_DEVICE void settle(const Risk& risk, Notes& notes, Write write) {
   }
 }
 
+// --------------------------------------------------------------------------------------------- sample
+
+constexpr int kLeadingShift = kKeyBits - 11;
+
+// What is left to search for, from a histogram of the leading 11 bits. For a whole block.
+template <typename T>
+ROSE_DEVICE void find_leading(const SelectArguments& a, const T* histogram, bool logged) {
+  Bin bin;
+  const int64_t ranked = (int64_t)find_bin<kBins>(histogram, 0, bin);
+#pragma unroll 1
+  for (int t = 0; t < 2; ++t) {
+    const Count rank = (Count)rank_of(t == 0 ? a.upper : a.lower, ranked);
+    if (rank == 0) continue;
+    find_bin<kBins>(histogram, rank, bin);
+    if (threadIdx.x != 0) continue;
+    a.state->targets[t] = {rank,          bin.below, bin.inside, bin.index << kLeadingShift,
+                           kLeadingShift, true,      logged};
+  }
+}
+
+// Logs the keys of a sample. For a whole grid.
+ROSE_DEVICE void log_sample(const SelectArguments& a) {
+  constexpr int kAtOnce = 4;
+  __shared__ uint32_t bins[kBins];
+  const Factors factors = factors_of(a.risk);
+  clear<kBins>(bins);
+  __syncthreads();
+  const int64_t size = a.lines * kLine, stride = (int64_t)gridDim.x * kThreads;
+#pragma unroll 1
+  for (int64_t first = (int64_t)blockIdx.x * kThreads + threadIdx.x; first < size;
+       first += kAtOnce * stride) {
+    int64_t strata[kAtOnce];
+    uint32_t keys[kAtOnce];
+#pragma unroll
+    for (int k = 0; k < kAtOnce; ++k) strata[k] = (first + k * stride) / kLine;
+    sampled_keys<kAtOnce>(a, factors, strata, lane() % kLine, keys);
+#pragma unroll
+    for (int k = 0; k < kAtOnce; ++k) {
+      if (strata[k] < a.lines) write<uint32_t>(a.log.keys, first + k * stride, keys[k]);
+      if (keys[k] != kNoKey) atomicAdd(&bins[keys[k] >> kLeadingShift], 1u);
+    }
+  }
+  __syncthreads();
+  Sample& sample = *a.sample;
+  flush<kBins>(bins, sample.bins[0]);
+  if (!is_last_block(&sample.ticket)) return;
+  find_leading(a, sample.bins[0], true);
+  clear<kBins>(sample.bins[0]);
+  if (threadIdx.x != 0) return;
+  sample.ticket = 0;
+  a.state->log_size = (Count)size;
+  a.state->mode = Mode::kSpeculative;
+}
+
+ROSE_DEVICE void sample(const SelectArguments& a) {
+  if (a.approx) {
+    log_sample(a);
+  } else {
+    take_sample(a);
+  }
+}
+
+static __global__ void __launch_bounds__(kThreads, 3) sample_kernel(SelectArguments a) {
+  clear_state(*a.state);
+  sample(a);
+}
+
 // ---------------------------------------------------------------------------------------------- count
+
+// Ends a pass by thresholds that a sample gave: the last block to come here has all counts.
+ROSE_DEVICE void end_approx(const SelectArguments& a) {
+  SelectState& state = *a.state;
+  if (!is_last_block(&state.tickets[0]) || threadIdx.x != 0) return;
+  state.ranked = ranked_of(a);
+  Count upto[2] = {0, 0};
+#pragma unroll
+  for (int t = 0; t < 2; ++t) {
+    if (a.selection[t] < 0) continue;
+    upto[t] = __ldcg(&state.counts[kBelowUpper + t]) + __ldcg(&state.of_windows[t][0]);
+  }
+  write_selection(a, a.selection[0], a.selection[1], upto[0], upto[1]);
+}
 
 // For a whole grid.
 ROSE_DEVICE void count(const SelectArguments& a, Counts& shared) {
@@ -122,9 +213,12 @@ ROSE_DEVICE void count(const SelectArguments& a, Counts& shared) {
   Logged<false> notes(a, shared);
   settle(a.risk, notes, [](const Segment&, int64_t, unsigned, int) {});
   notes.finish();
+  if (a.approx) {
+    end_approx(a);
+    return;
+  }
   if (!is_last_block(&state.tickets[0])) return;
-  const Count ranked =
-      (Count)a.elements - __ldcg(&state.counts[kInactive]) - __ldcg(&state.counts[kNonfinite]);
+  const Count ranked = ranked_of(a);
   const bool logged = __ldcg(&state.overflowed) == 0;
 #pragma unroll 1
   for (int t = 0; t < 2; ++t) {
@@ -156,43 +250,17 @@ static __global__ void __launch_bounds__(kThreads, 4) count_kernel(SelectArgumen
 // ------------------------------------------------------------------------------------------ histogram
 
 static __global__ void __launch_bounds__(kThreads, 4) histogram_kernel(SelectArguments a) {
-  constexpr int kShift = kKeyBits - 11;
-  __shared__ uint32_t histogram[kBins], counts[kCounts];
+  __shared__ uint32_t histogram[kBins];
   SelectState& state = *a.state;
-  if (!a.approx && !state.unlucky) return;
+  if (!state.unlucky) return;
   clear<kBins>(histogram);
-  clear<kCounts>(counts);
   __syncthreads();
   for_each_key(a.risk, [&](uint32_t key) {
-    if (key < kInactiveKey) {
-      atomicAdd(&histogram[key >> kShift], 1u);
-    } else {
-      atomicAdd(&counts[key == kInactiveKey ? kInactive : kNonfinite], 1u);
-    }
+    if (key < kInactiveKey) atomicAdd(&histogram[key >> kLeadingShift], 1u);
   });
   __syncthreads();
   flush<kBins>(histogram, state.histogram);
-  if (a.approx) flush<kCounts>(counts, state.counts);  // they are known otherwise
-  if (!is_last_block(&state.tickets[3])) return;
-  Bin bin;
-  const Count ranked = find_bin<kBins>(state.histogram, 0, bin);
-  int64_t edges[2] = {-1, -1};
-  Count upto[2] = {0, 0};
-#pragma unroll
-  for (int t = 0; t < 2; ++t) {
-    const Count rank = (Count)rank_of(t == 0 ? a.upper : a.lower, (int64_t)ranked);
-    if (rank == 0) continue;
-    find_bin<kBins>(state.histogram, rank, bin);
-    const uint32_t edge = (bin.index + 1) << kShift;
-    edges[t] = edge <= kInfinityBits ? edge - 1 : kInfinityBits;
-    upto[t] = bin.below + bin.inside;
-    if (threadIdx.x == 0) {
-      state.targets[t] = {rank, bin.below, bin.inside, bin.index << kShift, kShift, true, false};
-    }
-  }
-  if (threadIdx.x != 0) return;
-  state.ranked = ranked;
-  if (a.approx) write_selection(a, edges[0], edges[1], upto[0], upto[1]);
+  if (is_last_block(&state.tickets[3])) find_leading(a, state.histogram, false);
 }
 
 // --------------------------------------------------------------------------------------------- narrow
@@ -254,7 +322,7 @@ static __global__ void __launch_bounds__(kThreads, 4) narrow_kernel(SelectArgume
       if (threadIdx.x == 0) state.targets[t] = target;
     }
     __syncthreads();
-    if (!kLast) clear<2 * kBins>(state.of_windows[0]);
+    if (!kLast || a.approx) clear<2 * kBins>(state.of_windows[0]);
   } else if (blockIdx.x != 0) {
     return;
   }
@@ -269,6 +337,11 @@ static __global__ void __launch_bounds__(kThreads, 4) narrow_kernel(SelectArgume
     upto[t] = target.below + target.inside;
   }
   write_selection(a, thresholds[0], thresholds[1], upto[0], upto[1]);
+  if (!a.approx) return;
+  // Of a sample: what the pass after it goes by, brackets of one key each, of which nothing is logged.
+  state.estimate = {(int32_t)thresholds[0], (int32_t)thresholds[1]};
+#pragma unroll
+  for (int t = 0; t < 2; ++t) state.windows[t] = {(uint32_t)thresholds[t], 0, 0, false};
 }
 
 }  // namespace cuda

@@ -94,7 +94,7 @@ struct Window {
 enum class Mode : int32_t {
   kNothing,      // an infinity was found
   kExact,        // the threshold first, then what it is for
-  kSpeculative,  // both at once: elements are treated by an estimate, and some of them again
+  kSpeculative,  // both at once: elements are treated by an estimate, and some of them again, if any
 };
 
 // What a pass counts: below the window of each threshold, and outside of the ranking.
@@ -171,7 +171,7 @@ struct SelectArguments {
   int64_t upper, lower;
   double width;      // of brackets; 1 unless in tests
   bool speculative;  // brackets may be used
-  bool approx;
+  bool approx;       // the sample's thresholds are taken for those of all elements
 };
 
 struct CaptureArguments {

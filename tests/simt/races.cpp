@@ -27,6 +27,7 @@ enum class Way {
   kSpeculative,  // in the pass that updates or captures
   kNoRoom,       // that pass has no room for a bracket
   kOverflow,     // its log overflows, and it misses
+  kApprox,       // those of a sample, which here is everything
 };
 
 // Which loops are taken.
@@ -135,7 +136,7 @@ uint64_t run(Way way, Loops loops) {
   s.lower = loops == Loops::kGeneral ? 300000000 : 0;
   s.width = 1.0;
   if (way != Way::kLogged) {
-    s.stratum = way == Way::kOverflow ? 3 : 8;
+    s.stratum = way == Way::kOverflow ? 3 : way == Way::kApprox ? 1 : 8;
     s.lines = (lines + s.stratum - 1) / s.stratum;
   }
   const bool is_one_pass = way != Way::kLogged && way != Way::kSampled;
@@ -143,10 +144,12 @@ uint64_t run(Way way, Loops loops) {
   s.log.capacity = way == Way::kSampled    ? 512             // fewer than there are in a window
                    : way == Way::kOverflow ? 5600 + unused   // more than what two samples may not show
                    : way == Way::kNoRoom   ? n - 1 + unused  // it would have if all could be used
+                   : way == Way::kApprox   ? lines * kLine
                                            : n + unused;
   std::vector<uint32_t> keys(s.log.capacity);
   s.log.keys = keys.data();
-  if (is_one_pass) {
+  s.approx = way == Way::kApprox;
+  if (is_one_pass && !s.approx) {
     s.speculative = true;
     s.width = way == Way::kOverflow ? 0.005 : 0.2;
     places.resize(s.log.capacity);
@@ -168,6 +171,7 @@ uint64_t run(Way way, Loops loops) {
     }
   };
 
+  if (s.approx) check(select(s, nullptr));
   if (is_one_pass) {
     check(bracket_capture(s, nullptr));
   } else {
@@ -226,7 +230,7 @@ int main(int argc, char** argv) {
                     argc > 1 ? std::strtoull(argv[1], nullptr, 10) : 0, 2, 3};
   for (const Loops loops : {Loops::kGeneral, Loops::kFloats, Loops::kNarrow}) {
     const uint64_t digest = run(Way::kLogged, loops);
-    for (const Way way : {Way::kSpeculative, Way::kSampled, Way::kNoRoom}) {
+    for (const Way way : {Way::kSpeculative, Way::kSampled, Way::kNoRoom, Way::kApprox}) {
       if (run(way, loops) != digest) check("results depend on how thresholds are found");
       if (loops != Loops::kGeneral) break;  // what is left has no loop of its own
     }
