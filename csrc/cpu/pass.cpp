@@ -85,7 +85,7 @@ class Pass {
   void take_sample() {
     std::vector<uint32_t> keys = lines_.some_keys(512);
     std::vector<Window> windows;
-    for (Threshold& threshold : thresholds_) windows.push_back(threshold.find_window(keys, 5));
+    for (Threshold& threshold : thresholds_) windows.push_back(threshold.find_window(keys, 6));
     std::vector<Sample> samples = lines_.take(windows, [&](size_t index, int64_t start) {
       const int64_t tile = segments_[ranked_.chosen[index]].first_tile + start / kTile;
       return phase_of(tile / chunks_.size);
@@ -95,7 +95,8 @@ class Pass {
 
   // Whether the log will be within 1 bit for each element and 14 MiB, with room to be wrong.
   bool fits(Threshold& threshold) {
-    const double entry = counts_only_ ? 4 : 24, n = static_cast<double>(segments_.elements());
+    // 24 bytes, and what blocks of the log leave free.
+    const double entry = counts_only_ ? 4 : 28, n = static_cast<double>(segments_.elements());
     const double room = (n / 8 + (14 << 20)) / (1.25 * entry) / static_cast<double>(thresholds_.size());
     constexpr double kShrinks = 0.75;  // the bracket, during the pass
     if (kShrinks * threshold.inside() <= room || threshold.collapse()) return true;
