@@ -16,12 +16,19 @@ struct At {
 // Operands of a run, as bits.
 constexpr unsigned kFirst = 1, kSecond = 2, kThird = 4, kFourth = 8;
 
+constexpr int kAhead = 4096;  // bytes: what the CPU fetches by itself ends with the page
+
 // body(at, lanes) for every vector of a run. The last may have fewer than kLanes elements: those are
 // copied, with zeros behind them, and copied back.
 template <typename Body>
 ROSE_INLINE void for_each_vector(const Run& run, unsigned reads, unsigned writes, Body body) {
   At at = {{run.data[0], run.data[1], run.data[2], run.data[3]}, 0, 0};
-  for (; at.i + kLanes <= run.n; at.offset = at.i += kLanes) body(at, kLanes);
+  for (; at.i + kLanes <= run.n; at.offset = at.i += kLanes) {
+    for (int k = 0; k < 4; ++k) {
+      if (reads >> k & 1) __builtin_prefetch(run.data[k] + at.i * run.item(k) + kAhead);
+    }
+    body(at, kLanes);
+  }
   const int left = run.n - at.i;
   if (left == 0) return;
   char copies[4][4 * kLanes] = {};
