@@ -75,12 +75,31 @@ ROSE_INLINE Condition both(Condition a, Condition b) { return {(__mmask16)(a.x &
 ROSE_INLINE Condition either(Condition a, Condition b) { return {(__mmask16)(a.x | b.x)}; }
 ROSE_INLINE Condition except(Condition a, Condition b) { return {(__mmask16)(a.x & ~b.x)}; }
 
-// Sixteen bits of each word, from and to contiguous memory.
+// The lower sixteen bits of each word, from and to contiguous memory.
 ROSE_INLINE Words load_halves(const uint16_t* from) {
   return {_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)from))};
 }
 ROSE_INLINE void store_halves(uint16_t* to, Words a) {
   _mm256_storeu_si256((__m256i*)to, _mm512_cvtepi32_epi16(a.x));
+}
+// The upper ones; those of the loaded words are zeros below. One instruction each, not two or three.
+ROSE_INLINE __m512i spread_halves() {
+  static const uint16_t from[32] = {0, 0, 0, 1, 0, 2,  0, 3,  0, 4,  0, 5,  0, 6,  0, 7,
+                                    0, 8, 0, 9, 0, 10, 0, 11, 0, 12, 0, 13, 0, 14, 0, 15};
+  return _mm512_loadu_si512(from);
+}
+ROSE_INLINE __m512i gather_upper_halves() {
+  static const uint16_t from[32] = {1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31,
+                                    0, 0, 0, 0, 0, 0,  0,  0,  0,  0,  0,  0,  0,  0,  0,  0};
+  return _mm512_loadu_si512(from);
+}
+ROSE_INLINE Words load_upper_halves(const uint16_t* from) {
+  const __m512i lower = _mm512_castsi256_si512(_mm256_loadu_si256((const __m256i*)from));
+  return {_mm512_maskz_permutexvar_epi16(0xAAAAAAAA, spread_halves(), lower)};
+}
+ROSE_INLINE void store_upper_halves(uint16_t* to, Words a) {
+  const __m512i upper = _mm512_permutexvar_epi16(gather_upper_halves(), a.x);
+  _mm256_storeu_si256((__m256i*)to, _mm512_castsi512_si256(upper));
 }
 
 // Appends the words whose condition holds; `to` has room for kLanes. Compressed in a register: the form
@@ -202,6 +221,8 @@ ROSE_INLINE void append(uint32_t* to, Condition c, Words a) {
   store_words(words, a);
   for (uint32_t bits = bits_of(c); bits != 0; bits &= bits - 1) *to++ = words[__builtin_ctz(bits)];
 }
+ROSE_INLINE Words load_upper_halves(const uint16_t* from) { return left<16>(load_halves(from)); }
+ROSE_INLINE void store_upper_halves(uint16_t* to, Words a) { store_halves(to, right<16>(a)); }
 ROSE_INLINE Condition at_most(Condition c, Lanes a, Lanes b) { return both(c, at_most(a, b)); }
 ROSE_INLINE Condition less(Condition c, Lanes a, Lanes b) { return both(c, less(a, b)); }
 template <uint32_t kWord>

@@ -23,9 +23,10 @@ constexpr int kAhead = 4096;  // bytes: what the CPU fetches by itself ends with
 template <typename Body>
 ROSE_INLINE void for_each_vector(const Run& run, unsigned reads, unsigned writes, Body body) {
   At at = {{run.data[0], run.data[1], run.data[2], run.data[3]}, 0, 0};
+  const int64_t items[4] = {run.item(0), run.item(1), run.item(2), run.item(3)};
   for (; at.i + kLanes <= run.n; at.offset = at.i += kLanes) {
     for (int k = 0; k < 4; ++k) {
-      if (reads >> k & 1) __builtin_prefetch(run.data[k] + at.i * run.item(k) + kAhead);
+      if (reads >> k & 1) __builtin_prefetch(at.data[k] + at.i * items[k] + kAhead);
     }
     body(at, kLanes);
   }
@@ -64,15 +65,16 @@ ROSE_INLINE Words lanes_to_half(Lanes x) {
   return sign | choose(at_most(u, words<0x477FEFFF>()), finite, special);
 }
 
+// In the upper halves of words.
 ROSE_INLINE Words lanes_to_bf16(Lanes x) {
   const Words u = as_words(x);
-  const Words rounded = right<16>(u + words<0x7FFF>() + (right<16>(u) & words<1>()));
-  return choose(is_nan(x), words<0x7FC0>(), rounded);
+  const Words rounded = u + words<0x7FFF>() + (right<16>(u) & words<1>());
+  return choose(is_nan(x), words<0x7FC00000>(), rounded);
 }
 
 ROSE_INLINE Words lanes_to_bf16_stochastic(Lanes x, Words random) {
   const Words u = as_words(x);
-  return right<16>(choose(is_nan(x), u | words<0x400000>(), u + random));
+  return choose(is_nan(x), u | words<0x400000>(), u + random);
 }
 
 ROSE_INLINE Words mix(Words x) {
@@ -81,57 +83,77 @@ ROSE_INLINE Words mix(Words x) {
   return x ^ right<15>(x);
 }
 
-// rounding_bits() of one vector after the other.
+// rounding_bits() of one vector after the other. Two neighbours share a word, whose lower half comes
+// first in memory, so that a vector of words serves two vectors, unless neighbours are in different
+// ones.
 class RandomBits {
  public:
   ROSE_MEMBER RandomBits(const Step& step, Rounded what)
-      : odd_(equal(words_from(step.random_index) & words<1>(), words<1>())),
-        next_((words_from(step.random_index) & words<~1u>()) | all_words((uint32_t)what)),
-        key_(all_words(step.random_keys[0])),
-        key_after_carry_(all_words(step.random_keys[1])),
-        first_(step.random_index) {}
+      : splits_((step.random_index & 1) != 0),
+        first_(step.random_index & ~1u),
+        next_(all_words(first_ | (uint32_t)what) + left<1>(words_from(0))),
+        keys_{all_words(step.random_keys[0]), all_words(step.random_keys[1])} {}
 
   ROSE_MEMBER Words next() {
-    Words key = key_;
-    if (first_ > ~(uint32_t)kRun) {  // a carry out of the lower half of indices may come
-      key = choose(at_most(all_words(first_ & ~1u), next_), key, key_after_carry_);
+    if (turn_ == 0) {
+      store_words(words_, draw());
+      if (splits_) store_words(words_ + kLanes, draw());
     }
-    const Words bits = mix(next_ ^ key);
-    next_ = next_ + words<kLanes>();
-    return choose(odd_, right<16>(bits), bits) & words<0xFFFF>();
+    const Words bits = load_halves((const uint16_t*)words_ + turn_ * kLanes + splits_);
+    turn_ = 1 - turn_;
+    if (splits_ && turn_ == 0) next_ = next_ - words<2 * kLanes>();
+    return bits;
   }
 
  private:
-  Condition odd_;
-  Words next_, key_, key_after_carry_;
-  uint32_t first_;
+  ROSE_MEMBER Words draw() {
+    Words key = keys_[0];
+    if (first_ > ~(uint32_t)(2 * kRun)) {  // a carry out of the lower half of indices may come
+      key = choose(at_most(all_words(first_), next_), key, keys_[1]);
+    }
+    const Words drawn = mix(next_ ^ key);
+    next_ = next_ + words<2 * kLanes>();
+    return drawn;
+  }
+
+  bool splits_;
+  int turn_ = 0;
+  uint32_t first_, words_[2 * kLanes];
+  Words next_, keys_[2];
 };
 
 template <typename D>
 ROSE_INLINE Lanes load(D dtype, const At& at, int k) {
   if (dtype == Dtype::kFloat32) return load_lanes((const float*)at.data[k] + at.offset);
-  const Words halves = load_halves((const uint16_t*)at.data[k] + at.offset);
-  return dtype == Dtype::kBFloat16 ? as_lanes(left<16>(halves)) : half_to_lanes(halves);
+  const uint16_t* const halves = (const uint16_t*)at.data[k] + at.offset;
+  if (dtype == Dtype::kBFloat16) return as_lanes(load_upper_halves(halves));
+  return half_to_lanes(load_halves(halves));
 }
 
 template <typename D>
 ROSE_INLINE void store(D dtype, const At& at, int k, Lanes a) {
   if (dtype == Dtype::kFloat32) return store_lanes((float*)at.data[k] + at.offset, a);
-  store_halves((uint16_t*)at.data[k] + at.offset,
-               dtype == Dtype::kBFloat16 ? lanes_to_bf16(a) : lanes_to_half(a));
+  uint16_t* const halves = (uint16_t*)at.data[k] + at.offset;
+  if (dtype == Dtype::kBFloat16) return store_upper_halves(halves, lanes_to_bf16(a));
+  store_halves(halves, lanes_to_half(a));
 }
 
 // Bfloat16 stochastically, others to nearest.
 template <typename D>
 ROSE_INLINE void store_rounded(D dtype, const At& at, int k, Lanes a, RandomBits& random) {
   if (dtype != Dtype::kBFloat16) return store(dtype, at, k, a);
-  store_halves((uint16_t*)at.data[k] + at.offset, lanes_to_bf16_stochastic(a, random.next()));
+  const Words rounded = lanes_to_bf16_stochastic(a, random.next());
+  store_upper_halves((uint16_t*)at.data[k] + at.offset, rounded);
 }
 
-// Unscaled, then clipped.
+// Whether that changes anything.
+ROSE_INLINE bool scales(const Run& run) { return run.factors[0] != 1.0f || run.factors[1] != 1.0f; }
+
+// Unscaled, then clipped, if it `scales`.
 template <typename D>
-ROSE_INLINE Lanes load_gradient(D dtype, const At& at, int k, const Run& run) {
-  return mul(mul(load(dtype, at, k), run.factors[0]), run.factors[1]);
+ROSE_INLINE Lanes load_gradient(D dtype, const At& at, int k, const Run& run, bool scales) {
+  const Lanes g = load(dtype, at, k);
+  return !scales ? g : mul(mul(g, run.factors[0]), run.factors[1]);
 }
 
 // Sixteen sums in a fixed order, so that every set of instructions and every number of threads agrees.

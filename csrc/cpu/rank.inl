@@ -23,7 +23,7 @@ ROSE_INLINE unsigned reads(const Risk& risk) { return risk.second_order ? kFirst
 
 template <typename G, typename M>
 ROSE_INLINE Words keys_of(G g_type, M m_type, const At& at, const Run& run, const Risk& risk) {
-  const Lanes g = load_gradient(g_type, at, 0, run);
+  const Lanes g = load_gradient(g_type, at, 0, run, true);
   return risk.second_order ? second_order_keys(g, load(m_type, at, 1), risk)
                            : first_order_keys(g, risk);
 }
@@ -210,6 +210,7 @@ ROSE_INLINE void rank_as(G g_type, M m_type, const Run& run, const Risk& risk, c
                          uint8_t* bits, Notes& out) {
   Notes notes = out;
   Ranking ranking(risk, stage, notes);
+  const bool scaled = scales(run);
   for_each_vector(run, reads(risk), 0, [&](const At& at, int lanes) ROSE_ALWAYS_INLINE {
     const auto log = [&](Condition inside, Words marked) ROSE_ALWAYS_INLINE {
       append(notes.keys + notes.logged, inside, marked);
@@ -218,7 +219,7 @@ ROSE_INLINE void rank_as(G g_type, M m_type, const Run& run, const Risk& risk, c
       }
       notes.logged += count(inside);
     };
-    const Lanes g = load_gradient(g_type, at, 0, run);
+    const Lanes g = load_gradient(g_type, at, 0, run, scaled);
     const Answers answers = kSecondOrder
                                 ? ranking.answer(SecondOrder(g, load(m_type, at, 1), risk), lanes, log)
                                 : ranking.answer(FirstOrder(g, risk), lanes, log);

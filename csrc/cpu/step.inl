@@ -41,8 +41,8 @@ struct Types {
   M m;
   V v;
 
-  ROSE_MEMBER Elements load_all(const At& at, const Run& run) const {
-    return {load(p, at, 0), load(m, at, 2), load(v, at, 3), load_gradient(g, at, 1, run)};
+  ROSE_MEMBER Elements load_all(const At& at, const Run& run, bool scaled) const {
+    return {load(p, at, 0), load(m, at, 2), load(v, at, 3), load_gradient(g, at, 1, run, scaled)};
   }
   ROSE_MEMBER void store_all(const At& at, const Elements& x, const Step& step, Random& random) const {
     store(m, at, 2, x.m);
@@ -81,10 +81,11 @@ __attribute__((noinline)) void masked_as(T types, const Run& run, const Step& st
   Notes notes = out;
   Ranking ranking(risk, stage, notes);
   Random random(step);
+  const bool scaled = scales(run);
   int updated = 0, nonfinite = 0;
   for_each_vector(run, kAll, kAll & ~kSecond, [&](const At& at, int lanes) ROSE_ALWAYS_INLINE {
     const Condition valid = first_lanes(lanes);
-    Elements x = types.load_all(at, run);
+    Elements x = types.load_all(at, run, scaled);
     Answers answers;  // of the second-order mask
     if (kRanked) {
       answers = ranking.answer(
@@ -140,8 +141,9 @@ template <typename T>
 __attribute__((noinline)) void adamw_as(T types, const Run& run, const Step& step) {
   const Update u = *step.update;
   Random random(step);
+  const bool scaled = scales(run);
   for_each_vector(run, kAll, kAll & ~kSecond, [&](const At& at, int) ROSE_ALWAYS_INLINE {
-    Elements x = types.load_all(at, run);
+    Elements x = types.load_all(at, run, scaled);
     moments_step(x.m, x.v, x.g, true, u);
     parameter_step(x.p, x.m, x.v, true, all_lanes(u.step_size[3]), all_lanes(u.decay[3]), u);
     types.store_all(at, x, step, random);
