@@ -20,6 +20,7 @@ constexpr int64_t kLogAll =
     1 << 17;  // elements: up to so many, every key is logged where only they are
 // Where a miss costs time only, three passes by radix.
 constexpr double kLogOfFailureIfCounted = 8.0;
+constexpr int64_t kFirstLines = 256;  // of a first sample, that says where to look
 constexpr int64_t kPartOfLog = 1024;  // entries that are looked at together
 
 // The bracket's pass, by one ranking.
@@ -83,7 +84,7 @@ class Pass {
   size_t phase_of(int64_t chunk) const { return static_cast<size_t>(chunk * kPhases / chunks_.count); }
 
   void take_sample() {
-    std::vector<uint32_t> keys = lines_.some_keys(512);
+    std::vector<uint32_t> keys = lines_.some_keys(kFirstLines);
     std::vector<Window> windows;
     for (Threshold& threshold : thresholds_) windows.push_back(threshold.find_window(keys, 6));
     std::vector<Sample> samples = lines_.take(windows, [&](size_t index, int64_t start) {
@@ -332,7 +333,7 @@ std::optional<Selection> bracket_pass(const Segments& segments, const Ranked& ra
 
 Selection approx_thresholds(const Ranked& ranked) {
   const Lines lines(ranked.source, Lines::of_approx(Lines::count(ranked.source.segments)), ranked.draw);
-  std::vector<uint32_t> keys = lines.some_keys(512);
+  std::vector<uint32_t> keys = lines.some_keys(kFirstLines);
   const auto threshold_of = [&](int64_t units, double errors) -> std::optional<int64_t> {
     Threshold threshold(units, lines.weight(), 1, kLogOfFailure);
     std::vector<uint32_t> none;

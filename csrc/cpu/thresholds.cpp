@@ -156,9 +156,16 @@ double Threshold::set_pivot() {
 
 std::optional<uint32_t> Threshold::of_sample(int64_t k) {
   for (const PhaseSample& phase : sample_) k -= phase.below;
+  if (k < 1) return std::nullopt;
+  int place = 0;
+  while (place <= last_bin_ && k > to_come_[static_cast<size_t>(place)]) {
+    k -= to_come_[static_cast<size_t>(place++)];
+  }
+  if (place > last_bin_) return std::nullopt;
   std::vector<uint32_t> keys = sampled_keys();
-  if (k < 1 || k > static_cast<int64_t>(keys.size())) return std::nullopt;
-  std::nth_element(keys.begin(), keys.begin() + (k - 1), keys.end());
+  const auto end =
+      std::partition(keys.begin(), keys.end(), [&](uint32_t key) { return bin(key) == place; });
+  std::nth_element(keys.begin(), keys.begin() + (k - 1), end);
   return keys[static_cast<size_t>(k - 1)];
 }
 
