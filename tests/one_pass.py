@@ -1,7 +1,7 @@
 """Problems for the CPU's one pass, and what must hold where it was taken.
 
 Everything is seen from outside: through the operators, and the report of the latest bracketed call
-(``BracketReport`` in csrc/cpu/bracket.h), which says whether the one pass was taken and how much it
+(``BracketReport`` in csrc/cpu/pass.h), which says whether the one pass was taken and how much it
 logged, did again and collapsed.
 """
 
