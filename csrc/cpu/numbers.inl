@@ -163,8 +163,10 @@ ROSE_INLINE double sum_of_squares_of(D dtype, const char* x, int n, float factor
   typedef float Floats __attribute__((vector_size(16)));
   typedef double Doubles __attribute__((vector_size(32)));
   Doubles quarters[4] = {};
+  const int item = dtype == Dtype::kFloat32 ? 4 : 2;
   const auto add_16 = [&](const At& at) ROSE_ALWAYS_INLINE {
     float values[16];
+    __builtin_prefetch(at.data[0] + at.offset * item + kAhead);
     const float* from = (const float*)at.data[0] + at.offset;
     if (dtype != Dtype::kFloat32) {
       for (int j = 0; j < 16; j += kLanes) {
@@ -184,7 +186,6 @@ ROSE_INLINE double sum_of_squares_of(D dtype, const char* x, int n, float factor
   for (; i + 16 <= n; i += 16) add_16({{(char*)x}, i, 0});
   if (i < n) {
     char rest[64] = {};
-    const int item = dtype == Dtype::kFloat32 ? 4 : 2;
     __builtin_memcpy(rest, x + i * item, (size_t)((n - i) * item));
     add_16({{rest}, 0, 0});
   }
