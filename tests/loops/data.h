@@ -89,8 +89,9 @@ struct Data {
       run.data[k] = operands[k].data();
       run.dtypes[k] = dtypes[k];
     }
-    const float factors[][2] = {{1.0f, 1.0f}, {1.0f / 3, 0.7f}, {-1.0f / 3, 1.0f}, {0.7f, 0x1p100f}};
-    const uint32_t which = draw(4);
+    const float factors[][2] = {
+        {1.0f, 1.0f}, {1.0f / 3, 0.7f}, {-1.0f / 3, 1.0f}, {0.7f, 0x1p100f}, {-0.0f, 1.0f}};
+    const uint32_t which = draw(5);
     run.n = n;
     run.factors[0] = factors[which][0];
     run.factors[1] = factors[which][1];
