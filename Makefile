@@ -9,9 +9,10 @@ ARGS ?=
 # Parts of verify-gpu, minutes each, the longest first.
 VERIFY := sanitize verify-triton verify-mutants verify-binaries
 SOURCES := setup.py $(shell find csrc -type f)
+FIND_CXX := find csrc tests/loops tests/simt -type f ! -name '*.py*' ! -name '*.txt'
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test gpu verify-gpu $(VERIFY) verify-triton-release verify-abi lint format \
+.PHONY: help demo test gpu verify-gpu $(VERIFY) verify-triton-release verify-arm verify-abi lint format \
 	bench bench-all bench-compare clean
 .DELETE_ON_ERROR:
 
@@ -53,14 +54,24 @@ verify-triton: $(VENV)/ready
 	ROSE_TEST_THOROUGH=0.1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p no:cacheprovider -m slow \
 		tests/test_parity.py tests/test_ops.py $(ARGS)
 
+# The CPU's loops as another architecture computes them: what compiles for it, and what runs that.
+CROSS_CXX ?= aarch64-linux-gnu-g++
+EMULATOR ?= qemu-aarch64
+verify-arm: $(VENV)/ready  ## the CPU loops on aarch64, under emulation: the same bits as here
+	@for tool in $(firstword $(CROSS_CXX)) $(firstword $(EMULATOR)); do command -v $$tool > /dev/null || { \
+		echo "verify-arm: there is no $$tool. Debian has a cross compiler and an emulator in the packages" \
+		"g++-aarch64-linux-gnu and qemu-user; CROSS_CXX=... and EMULATOR=... name others." >&2; exit 1; }; done
+	CROSS_CXX="$(CROSS_CXX)" EMULATOR="$(EMULATOR)" $(BIN)/python -m pytest -p no:cacheprovider \
+		tests/test_arm.py $(ARGS)
+
 lint: $(VENV)/ready  ## formatting, style and types
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 	$(BIN)/mypy
-	find csrc tests/simt -type f ! -name '*.py*' ! -name '*.txt' | xargs $(BIN)/clang-format --dry-run -Werror
+	$(FIND_CXX) | xargs $(BIN)/clang-format --dry-run -Werror
 
 format: $(VENV)/ready  ## rewrite the sources as `make lint` wants them
 	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
-	find csrc tests/simt -type f ! -name '*.py*' ! -name '*.txt' | xargs $(BIN)/clang-format -i
+	$(FIND_CXX) | xargs $(BIN)/clang-format -i
 
 bench: $(VENV)/ready-bench  ## speed and memory against other optimizers; DEVICE=cuda on a GPU
 	$(BIN)/python -m benchmarks --device $(or $(DEVICE),cpu) $(if $(filter-out cpu,$(DEVICE)),,--beside 0 1) $(ARGS)

@@ -27,14 +27,18 @@ ISA = {"AVX512": "avx512", "AVX2": "avx2"}.get(torch.backends.cpu.get_cpu_capabi
 
 
 @functools.cache
-def _flags() -> list[str]:
-    """As setup.py has them, but quicker to compile."""
+def setup_flags() -> list[str]:
+    """What setup.py tells the compiler."""
     spec = importlib.util.spec_from_file_location("rose_setup", ROOT / "setup.py")
     assert spec is not None
     assert spec.loader is not None
     setup = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(setup)
-    return [*(flag for flag in setup.compile_args if flag != "-O3"), "-O1", "-w", "-fPIC"]
+    return setup.compile_args
+
+
+def _flags() -> list[str]:
+    return [*(flag for flag in setup_flags() if flag != "-O3"), "-O1", "-w", "-fPIC"]  # quicker
 
 
 def _run(*command: str | Path) -> None:
