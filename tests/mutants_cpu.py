@@ -28,12 +28,12 @@ COLLAPSE = f"{TIES}::test_collapse"
 NO_COLLAPSE = f"{TIES}::test_no_collapse_where_the_class_might_end_before_the_threshold"
 MISSED_TIES = f"{TIES}::test_a_class_that_is_missed"
 COUNTED = f"{TIES}::test_a_class_that_a_selection_counts"
+BLOCKS = f"{TIES}::test_a_log_of_several_blocks"
 ONE_VALUE = f"{TIES}::test_everything_is_one_value"
 SAMPLED = f"{PARITY}::test_first_order_where_a_sample_is_taken"
 APPROX = "tests/test_approx.py::test_selection"
 APPROX_ENSEMBLE = "tests/test_approx.py::test_update_of_an_ensemble"
 APPROX_UPDATE = "tests/test_approx.py::test_update"
-APPROX_KEPT = "tests/test_approx.py::test_kept_fractions"
 APPROX_FEW = "tests/test_approx.py::test_few_elements_need_no_sample"
 APPROX_PLAIN = "tests/test_approx.py::test_tensors_that_are_not_ranked_do_not_count"
 OTHER_DTYPES = "tests/test_approx.py::test_tensors_of_other_dtypes_next_to_each_other"
@@ -134,17 +134,11 @@ MUTANTS = {
     "collapsed, counts of a phase": (
         PASS_CPP, "(notes.at_pivot[t]);", "(notes.at_pivot[0]);", COLLAPSE,
     ),
-    "a pivot that another bracket logged": (
-        PASS_CPP, "<= span && key != pivot", "<= span", f"{COLLAPSE} {CLASS}",
-    ),
     "counted, what is above it in a bin": (THRESHOLDS_H, "at -= at_pivot;", "", COUNTED),
     "counted, at or below what is above it": (THRESHOLDS_H, "before += at_pivot;", "", COUNTED),
     "counted, its first": (THRESHOLDS_H, "at >= under && at <", "at > under && at <", COUNTED),
     "counted, its last": (THRESHOLDS_H, "at < under + at_pivot)", "at <= under + at_pivot)", COUNTED),
     "counted, at or below it": (THRESHOLDS_H, "+ under + at_pivot, false", "+ under, false", COUNTED),
-    "counted outside of the bracket": (
-        THRESHOLDS, "<= high ? pivot : -1", "<= high ? pivot : pivot", COUNTED,
-    ),
     # ------------------------------------------------------------------------- the misses and the key
     "misses of the lower threshold": (
         PASS_CPP, "found[0].missed || found[1].missed", "found[0].missed", ALONE,
@@ -176,7 +170,13 @@ MUTANTS = {
     "pieces of an earlier pass": (LOGS, "block->pieces.clear();", "", USE),
     "entries of an earlier pass": (LOGS, "    block->logged = 0;", "", USE),
     "the last entries of a full block": (
-        LOGS, "close(notes, first_tile);\n    blocks_", "blocks_", f"{CLASS} {EVIDENCE}",
+        LOGS, "close(notes, first_tile);\n    blocks_", "blocks_", BLOCKS,
+    ),
+    "room in a block": (
+        LOGS, "logged <= LogBlock::kEntries", "logged <= 2 * LogBlock::kEntries", BLOCKS,
+    ),
+    "keys of a full block": (
+        LOGS, "recent_.push_back(", "if (recent_.empty()) recent_.push_back(", BLOCKS,
     ),
     # ----------------------------------------------------------------------------- what is done again
     "done again, its tensor": (
@@ -210,10 +210,6 @@ MUTANTS = {
     ),
     "the first half of every stratum": (SAMPLE, "(stratum_) >> 32)", "(stratum_) >> 33)", APPROX),
     "the last stratum": (SAMPLE, "(lines + stratum_ - 1) / stratum_", "lines / stratum_", APPROX),
-    "a last line that is not there": (
-        SAMPLE, "segments[last].n - 1), 0}", "segments[last].n - 1), 1}",
-        f"{APPROX_KEPT} {APPROX_UPDATE}",
-    ),
     "lines of other alphas": (
         SAMPLE, "i > 0 && source.alpha[i] == source.alpha[i - 1]", "i > 0", APPROX_ENSEMBLE,
     ),

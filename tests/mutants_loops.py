@@ -21,6 +21,7 @@ MIXTURE = f"{PARITY}::test_update_of_any_mixture"
 OF_MIXTURE = f"{PARITY}::test_selection_of_any_mixture"
 BOUNDARY = f"{PARITY}::test_update_at_every_boundary"
 STOCHASTIC = f"{PARITY}::test_stochastic_rounding_bit_for_bit"
+NARROWING = f"{PARITY}::test_narrowing_is_that_of_torch"
 TWO_FACTORS = f"{PARITY}::test_gradients_are_multiplied_by_two_factors"
 OF_TENSORS = f"{PARITY}::test_selection_of_tensors"
 SAMPLED = f"{PARITY}::test_first_order_where_a_sample_is_taken"
@@ -56,6 +57,7 @@ MUTANTS = {
         UPDATE, "static_cast<uint64_t>(offsets_[index] + element)", "static_cast<uint64_t>(element)",
         ROUNDING,
     ),
+    "done again, random bits of parameters": (UPDATE, "k == 0 ? Rounded::kParameter : ", "", ROUNDING),
     "done again, where it is": (RUNS, "{ element = offset; }", "{}", f"{ENSEMBLE} {ROUNDING}"),
     "done again, its bit of a mask": (OPS, "(1 << element % 8)", "(1 << element % 4)", USE),
     # --------------------------------------------------------------------------------- what is counted
@@ -74,7 +76,7 @@ MUTANTS = {
     "below brackets, by keys": (RANK, "notes.below[t] += count", "notes.below[0] += count", USE),
     "below the lower bracket": (RANK, "notes.below[1] += below[1];", "", USE),
     "below the lower bracket, by lanes that are open": (
-        RANK, "count(both(lower.below, sure))", "count(lower.below)", USE,
+        RANK, "count(both(lower.below, sure))", "count(lower.below)", EVIDENCE,
     ),
     # ------------------------------------------------------------------------------ sides of brackets
     "sides without a lower margin": (RANK, "(1 - 8 * u) - 2 * u, y", "(1 + 8 * u) + 2 * u, y", CLOSE),
@@ -94,8 +96,7 @@ MUTANTS = {
     "inactive elements that are ranked": (RANK, "if (!risk.rank_inactive) {", "{", EVIDENCE),
     "two thresholds, by sides": (RANK, "{both(under, lower.above),", "{under,", USE),
     "two thresholds, by keys": (
-        RANK, "if (two) is_selected = except", "if (false) is_selected = except",
-        f"{OF_MIXTURE} {MIXTURE}",
+        RANK, "if (two) is_selected = except", "if (false) is_selected = except", FEW_UNITS,
     ),
     # ------------------------------------------------------------------------------------- runs, masks
     "the last elements of a run": (NUMBERS, "if (!(writes >> k & 1)) continue;", "continue;", BOUNDARY),
@@ -155,10 +156,9 @@ MUTANTS = {
         NUMBERS, "all_words(step.random_keys[1])", "all_words(step.random_keys[0])",
         f"{STOCHASTIC} {ROUNDING}",
     ),
-    "ties of bfloat16": (
-        NUMBERS, "(right<16>(u) & words<1>())", "words<1>()",
-        f"{PARITY}::test_narrowing_is_that_of_torch",
-    ),
+    "ties of bfloat16": (NUMBERS, "(right<16>(u) & words<1>())", "words<1>()", NARROWING),
+    "half, its denormals": (NUMBERS, "words<0x387FFFFF>", "words<0x397FFFFF>", NARROWING),
+    "half, its largest": (NUMBERS, "words<0x477FEFFF>", "words<0x477FFFFF>", NARROWING),
     "steps of the second tensor": (UPDATE, "next_step(*steps_[i])", "next_step(*steps_[0])", GROUPS),
     "learning rates of groups": (UPDATE, "lr_[groups_.row(i)]", "lr_[0]", GROUPS),
     # ----------------------------------------------------------------------------------------- approx
