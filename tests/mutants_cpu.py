@@ -23,7 +23,6 @@ MISSES = f"{PASS}::test_misses_of_either_threshold"
 ALONE = f"{PASS}::test_misses_of_one_threshold_alone"
 DRAWS = f"{PASS}::test_draws_are_different"
 CLOSE = f"{PASS}::test_bracket_ends_among_close_risks"
-CLASS = f"{TIES}::test_a_class_next_to_a_threshold"
 COLLAPSE = f"{TIES}::test_collapse"
 NO_COLLAPSE = f"{TIES}::test_no_collapse_where_the_class_might_end_before_the_threshold"
 MISSED_TIES = f"{TIES}::test_a_class_that_is_missed"
@@ -32,11 +31,10 @@ BLOCKS = f"{TIES}::test_a_log_of_several_blocks"
 ONE_VALUE = f"{TIES}::test_everything_is_one_value"
 SAMPLED = f"{PARITY}::test_first_order_where_a_sample_is_taken"
 APPROX = "tests/test_approx.py::test_selection"
-APPROX_ENSEMBLE = "tests/test_approx.py::test_update_of_an_ensemble"
 APPROX_UPDATE = "tests/test_approx.py::test_update"
 APPROX_FEW = "tests/test_approx.py::test_few_elements_need_no_sample"
 APPROX_PLAIN = "tests/test_approx.py::test_tensors_that_are_not_ranked_do_not_count"
-OTHER_DTYPES = "tests/test_approx.py::test_tensors_of_other_dtypes_next_to_each_other"
+OTHER_KINDS = "tests/test_approx.py::test_tensors_of_other_dtypes_or_alphas_next_to_each_other"
 
 MUTANTS = {
     # ----------------------------------------------------------------------------------- the margin
@@ -211,14 +209,13 @@ MUTANTS = {
     "the first half of every stratum": (SAMPLE, "(stratum_) >> 32)", "(stratum_) >> 33)", APPROX),
     "the last stratum": (SAMPLE, "(lines + stratum_ - 1) / stratum_", "lines / stratum_", APPROX),
     "lines of other alphas": (
-        SAMPLE, "i > 0 && source.alpha[i] == source.alpha[i - 1]", "i > 0", APPROX_ENSEMBLE,
+        SAMPLE, "i > 0 && source.alpha[i] == source.alpha[i - 1]", "i > 0", OTHER_KINDS,
     ),
     "lines of other dtypes": (
-        SAMPLE, "alike = alike && operand.dtype == segments[i - 1].operands[k].dtype;", "",
-        OTHER_DTYPES,
+        SAMPLE, "alike = alike && operand.dtype == segments[i - 1].operands[k].dtype;", "", OTHER_KINDS,
     ),
     "batches of lines": (
-        SAMPLE, "if (batch.size > 0 && source.kind", "if (false && source.kind", APPROX_ENSEMBLE,
+        SAMPLE, "if (batch.size > 0 && source.kind", "if (false && source.kind", OTHER_KINDS,
     ),
     "lines of views": (SAMPLE, "{own[0], own[1], at.n}", "{own[0], own[0], at.n}", APPROX),
     # ----------------------------------------------------------------------------------------- approx

@@ -158,7 +158,6 @@ MUTANTS = {
     ),
     "ties of bfloat16": (NUMBERS, "(right<16>(u) & words<1>())", "words<1>()", NARROWING),
     "half, its denormals": (NUMBERS, "words<0x387FFFFF>", "words<0x397FFFFF>", NARROWING),
-    "half, its largest": (NUMBERS, "words<0x477FEFFF>", "words<0x477FFFFF>", NARROWING),
     "steps of the second tensor": (UPDATE, "next_step(*steps_[i])", "next_step(*steps_[0])", GROUPS),
     "learning rates of groups": (UPDATE, "lr_[groups_.row(i)]", "lr_[0]", GROUPS),
     # ----------------------------------------------------------------------------------------- approx

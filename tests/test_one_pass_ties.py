@@ -157,10 +157,11 @@ def test_everything_is_one_value(generator, order):
     assert record[Field.KEPT] == 0  # the thresholds are the same
 
 
+@pytest.mark.parametrize("end", [0.599, 0.7])
 @pytest.mark.parametrize("order", ["first", "second"])
-def test_a_log_of_several_blocks(generator, order):
+def test_a_log_of_several_blocks(generator, order, end):
     """A class that is logged, since it is not so large that it must be collapsed."""
-    problem = tied(generator, LARGE, (0.45, 0.7), order=order)
+    problem = tied(generator, LARGE, (end - 0.25, end), order=order)
     for report in check(problem, order, UPPER, width=SMALL):
         assert not report.collapsed
         assert report.logged > 3 << 16
