@@ -27,6 +27,7 @@ COLLAPSE = f"{TIES}::test_collapse"
 NO_COLLAPSE = f"{TIES}::test_no_collapse_where_the_class_might_end_before_the_threshold"
 MISSED_TIES = f"{TIES}::test_a_class_that_is_missed"
 COUNTED = f"{TIES}::test_a_class_that_a_selection_counts"
+TWO_CLASSES = f"{TIES}::test_two_classes_that_a_selection_counts"
 BLOCKS = f"{TIES}::test_a_log_of_several_blocks"
 ONE_VALUE = f"{TIES}::test_everything_is_one_value"
 SAMPLED = f"{PARITY}::test_first_order_where_a_sample_is_taken"
@@ -131,6 +132,9 @@ MUTANTS = {
     "collapsed, and tightened": (THRESHOLDS, "if (!fixed_) narrow", "narrow", COLLAPSE),
     "collapsed, counts of a phase": (
         PASS_CPP, "(notes.at_pivot[t]);", "(notes.at_pivot[0]);", COLLAPSE,
+    ),
+    "counted, and logged by another bracket": (
+        PASS_CPP, "<= span && key != pivot", "<= span", TWO_CLASSES,
     ),
     "counted, what is above it in a bin": (THRESHOLDS_H, "at -= at_pivot;", "", COUNTED),
     "counted, at or below what is above it": (THRESHOLDS_H, "before += at_pivot;", "", COUNTED),

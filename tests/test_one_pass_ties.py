@@ -198,3 +198,13 @@ def test_a_class_that_a_selection_counts(generator):
     for d in (-300, 0, 1, 9, 300):
         check_selection(problem, ranked, end + d, begin - d)
         check_selection(problem, ranked, end + d, begin + 1)
+
+
+def test_two_classes_that_a_selection_counts(generator):
+    """The upper threshold's class is logged, too: the lower one's bracket has it and a larger one."""
+    n, first, second, last = 6_000_000, 1_000_000, 3_300_000, 5_330_000
+    ranked = close_keys(n, (first, second), (second, last))
+    problem = Problem.of([ranked.view(torch.float32)[torch.randperm(n, generator=generator)]])
+    for beyond in (100, 5000):  # in the class's bin, and in another one
+        check_selection(problem, ranked, last + beyond, second - 10)
+        check_selection(problem, ranked, last + beyond, second + 10)
