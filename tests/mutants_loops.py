@@ -73,7 +73,7 @@ MUTANTS = {
     "updated, by either mask": (
         STEP, "count(either(first, answers.selected))", "count(answers.selected)", ENSEMBLE,
     ),
-    "below brackets, by keys": (RANK, "notes.below[t] += count", "notes.below[0] += count", USE),
+    "below brackets, by keys": (RANK, "notes.below[t] += count", "notes.below[0] += count", FEW_UNITS),
     "below the lower bracket": (RANK, "notes.below[1] += below[1];", "", USE),
     "below the lower bracket, by lanes that are open": (
         RANK, "count(both(lower.below, sure))", "count(lower.below)", EVIDENCE,

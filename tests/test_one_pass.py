@@ -326,6 +326,7 @@ def test_moments_of_few_units(generator):
     g[few] = torch.randint(0, 90, (n,), generator=generator)[few] * unit
     problem = split((p, g, m, v), 3)
     assert capture(problem, first=False, width=SMALL).logged > 0
+    assert capture(problem, *KEPT["between"], first=False, width=SMALL).logged > 0
     for kept in ((300_000_000, 0), (600_000_000, 0), (700_000_000, 300_000_000)):
         given = problem.masks(CPU, *kept)
         assert_all_same_bits(given, problem.masks(reference, *kept), "masks")
