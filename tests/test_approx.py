@@ -166,6 +166,20 @@ def test_many_small_tensors(ops, generator):
     compare_selection(ops, Problem.of(g, m), BETWEEN, draw=8)
 
 
+def test_tensors_of_other_dtypes_or_alphas_next_to_each_other(ops, generator):
+    """Lines are read as what they are."""
+    sizes = [5000] * (APPROX_FEWEST // 5000 + 1)
+    dtypes = (FLOAT, BF16, HALF)
+    g, m = (
+        [torch.randn(n, generator=generator).to(dtypes[i // k % 3]) for i, n in enumerate(sizes)]
+        for k in (2, 6)
+    )
+    problem = Problem.of(g, m, hyper=hyper_table(ROSE, (0.8, *ROSE[1:])))
+    problem.group = (torch.arange(len(sizes)) + 1) // 2 % 2
+    for first in (True, False):
+        compare_selection(ops, problem, BETWEEN, first=first)
+
+
 def test_draws_and_runs(ops, generator):
     """Draws are other samples; the same one gives the same bits every time, whatever came between."""
     problem = problem_of(generator, torch.randn(N, generator=generator), torch.ones(N))

@@ -17,7 +17,8 @@ from one_pass import (
     split,
     update,
 )  # fmt: skip
-from support import PLAIN, ROSE, WIDTH, Problem, assert_all_same_bits
+from support import ONE, PLAIN, ROSE, WIDTH, Problem, assert_all_same_bits
+from torch import Tensor
 
 from rose_ops import reference
 from rose_ops.reference import Field
@@ -74,6 +75,7 @@ def test_a_class_next_to_a_threshold(generator, at, order, place):
     ("classes", "lower", "collapsed"),
     [
         pytest.param([(0.2, 0.95)], 0, 1, id="one"),
+        pytest.param([(0.05, 0.63)], 0, 1, id="with-others-in-its-window"),
         pytest.param([(0.1, 0.98)], LOWER, 2, id="both-on-one-class"),
         pytest.param([(0.1, 0.45), (0.45, 0.9)], LOWER, 2, id="each-on-its-own"),
         pytest.param([(0.45, 0.9)], LOWER, 1, id="the-upper"),
@@ -153,3 +155,56 @@ def test_everything_is_one_value(generator, order):
         assert report.logged == 0
     record = problem.bracket_capture(CPU, UPPER, LOWER, first=order == "first")[1]
     assert record[Field.KEPT] == 0  # the thresholds are the same
+
+
+@pytest.mark.parametrize("end", [0.599, 0.7])
+@pytest.mark.parametrize("order", ["first", "second"])
+def test_a_log_of_several_blocks(generator, order, end):
+    """A class that is logged, since it is not so large that it must be collapsed."""
+    problem = tied(generator, LARGE, (end - 0.25, end), order=order)
+    for report in check(problem, order, UPPER, width=SMALL):
+        assert not report.collapsed
+        assert report.logged > 3 << 16
+
+
+def units_of(rank: int, n: int) -> int:
+    """A fraction that keeps so many of n."""
+    return -(-rank * ONE // n)
+
+
+def close_keys(n: int, *classes: tuple[int, int]) -> Tensor:
+    """Keys in order, each one more than the one before it but in classes of ranks [a, b)."""
+    steps = torch.ones(n, dtype=torch.int32)
+    for a, b in classes:
+        steps[a + 1 : b] = 0
+    return 0x3F000000 + steps.cumsum(0, dtype=torch.int32)
+
+
+def check_selection(problem: Problem, ranked: Tensor, upper: int, lower: int) -> None:
+    """Of the thresholds at these ranks."""
+    n = len(ranked)
+    record = problem.select(CPU, units_of(upper, n), units_of(lower, n), first=True)
+    high, low = ranked[upper - 1], ranked[lower - 1]
+    kept = int(((ranked > low) & (ranked <= high)).sum())
+    assert record.tolist() == [int(high), int(low), kept, n, 0, 0, 0, 0]
+
+
+def test_a_class_that_a_selection_counts(generator):
+    """A class so large that not even a log of keys could hold it, and thresholds so near its ends that
+    a sample does not know on which side they are: its elements are counted, not logged."""
+    n, begin, end = 2_800_003, 280_000, 2_520_000
+    ranked = close_keys(n, (begin, end))
+    problem = Problem.of([ranked.view(torch.float32)[torch.randperm(n, generator=generator)]])
+    for d in (-300, 0, 1, 9, 300):
+        check_selection(problem, ranked, end + d, begin - d)
+        check_selection(problem, ranked, end + d, begin + 1)
+
+
+def test_two_classes_that_a_selection_counts(generator):
+    """The upper threshold's class is logged, too: the lower one's bracket has it and a larger one."""
+    n, first, second, last = 6_000_000, 1_000_000, 3_300_000, 5_330_000
+    ranked = close_keys(n, (first, second), (second, last))
+    problem = Problem.of([ranked.view(torch.float32)[torch.randperm(n, generator=generator)]])
+    for beyond in (100, 5000):  # in the class's bin, and in another one
+        check_selection(problem, ranked, last + beyond, second - 10)
+        check_selection(problem, ranked, last + beyond, second + 10)
