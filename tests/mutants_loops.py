@@ -139,8 +139,8 @@ MUTANTS = {
         UPDATE, "(groups_[index].sign) * factors_.inv_scale", "(groups_[index].sign)", PLAIN,
     ),
     "scale and clip in one product": (
-        NUMBERS, "mul(mul(load(dtype, at, k), run.factors[0]), run.factors[1])",
-        "mul(load(dtype, at, k), run.factors[0] * run.factors[1])", TWO_FACTORS,
+        NUMBERS, "mul(mul(g, run.factors[0]), run.factors[1])",
+        "mul(g, run.factors[0] * run.factors[1])", TWO_FACTORS,
     ),
     # ----------------------------------------------------------------------------------- random bits
     "random bits of the second tensor": (
@@ -150,8 +150,8 @@ MUTANTS = {
     "random bits of the second tensor's step": (
         UPDATE, "step_word(step)", "step_word(*steps_[0])", f"{PASS}::test_random_bits_of_every_tensor",
     ),
-    "random bits of parameters": (NUMBERS, "all_words((uint32_t)what)", "all_words(0)", STOCHASTIC),
-    "random bits from an odd index on": (NUMBERS, "right<16>(bits), bits)", "bits, bits)", STOCHASTIC),
+    "random bits of parameters": (NUMBERS, "first_ | (uint32_t)what", "first_", STOCHASTIC),
+    "random bits from an odd index on": (NUMBERS, "turn_ * kLanes + splits_", "turn_ * kLanes", STOCHASTIC),
     "random bits where the index carries": (
         NUMBERS, "all_words(step.random_keys[1])", "all_words(step.random_keys[0])",
         f"{STOCHASTIC} {ROUNDING}",

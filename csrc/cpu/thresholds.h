@@ -30,8 +30,6 @@ class Threshold {
         width_(width),
         log_of_failure_(log_of_failure) {}
 
-  int64_t units() const { return units_; }
-
   // From a first, small sample: where to look closely, from its quantiles at `errors` standard errors
   // (if elements of a line are as alike as 2 in 3) on each side. A window that does not hold the
   // bracket costs time only.
@@ -128,6 +126,8 @@ Threshold::Found Threshold::find(int64_t ranked, int64_t at_pivot, Collect colle
     int64_t at = k - before - 1;
     const auto pivot = static_cast<uint32_t>(bracket_.pivot);
     if (pivot >= low && pivot <= high) {
+      // Those that another threshold's bracket has logged are counted already.
+      keys.erase(std::remove(keys.begin(), keys.end(), pivot), keys.end());
       const int64_t under =
           std::count_if(keys.begin(), keys.end(), [=](uint32_t x) { return x < pivot; });
       if (at >= under && at < under + at_pivot) return {pivot, before + under + at_pivot, false};

@@ -47,12 +47,6 @@ class Updater final : public Body {
   Logs logs() const override { return Logs::kOld; }
 
  private:
-  float gradient_factor(size_t i) const {
-    return static_cast<float>(groups_[i].sign) * factors_.inv_scale;
-  }
-  float clip_factor(size_t i) const {
-    return groups_[i].selective != 0 ? factors_.clip : factors_.plain_clip;
-  }
   // Masks of one tensor, of which `first` and `second` are bits or answers for all of it.
   struct Masks {
     MaskOfRun first, second;
