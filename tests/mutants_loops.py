@@ -151,7 +151,9 @@ MUTANTS = {
         UPDATE, "step_word(step)", "step_word(*steps_[0])", f"{PASS}::test_random_bits_of_every_tensor",
     ),
     "random bits of parameters": (NUMBERS, "first_ | (uint32_t)what", "first_", STOCHASTIC),
-    "random bits from an odd index on": (NUMBERS, "turn_ * kLanes + splits_", "turn_ * kLanes", STOCHASTIC),
+    "random bits from an odd index on": (
+        NUMBERS, "turn_ * kLanes + splits_", "turn_ * kLanes", STOCHASTIC,
+    ),
     "random bits where the index carries": (
         NUMBERS, "all_words(step.random_keys[1])", "all_words(step.random_keys[0])",
         f"{STOCHASTIC} {ROUNDING}",
