@@ -114,7 +114,7 @@ def _negation(op: torch._ops.OpOverload) -> Callable[..., Any]:
     arguments = op._schema.arguments
 
     def kernel(*args: Any) -> Any:
-        pairs = [*zip(arguments, args, strict=True)]
+        pairs = [*zip(arguments, args, strict=False)]  # defaults at the end are left out
         for argument, value in pairs:
             check_memory(argument.name, value)
         return op(*(without_negation(a.name, value, a.is_write) for a, value in pairs))

@@ -77,7 +77,7 @@ def _record(p: Problem) -> Tensor:
 
 
 CALLS: dict[str, Callable[[Problem], list[Any]]] = {
-    "select": lambda p: [p.grads, p.exp_avgs, *_factors(p), 600_000_000, 0, False, False],
+    "select": lambda p: [p.grads, p.exp_avgs, *_factors(p), 600_000_000, 0, False, False, 0],
     "capture_": lambda p: [
         random_masks(p.numels), p.grads, p.exp_avgs, *_factors(p), _record(p), False
     ],
@@ -86,10 +86,12 @@ CALLS: dict[str, Callable[[Problem], list[Any]]] = {
         *_update(p), masks(), [], _record(p), *_scalars(p), 0.3, False, 7, True
     ],
     "bracket_adamw_": lambda p: [
-        *_update(p), masks(), *_scalars(p), 0.3, 600_000_000, 100_000_000, False, 7, True, 1, 1.0
+        *_update(p), masks(), *_scalars(p), 0.3, 600_000_000, 100_000_000, False, 7, True, 1, 1.0,
+        False,
     ],
     "bracket_capture_": lambda p: [
-        random_masks(p.numels), p.grads, p.exp_avgs, *_factors(p), 600_000_000, 0, False, 1, 1.0
+        random_masks(p.numels), p.grads, p.exp_avgs, *_factors(p), 600_000_000, 0, False, 1, 1.0,
+        False,
     ],
     "sums_of_squares": lambda p: [p.grads, p.inv_scale],
     "clip_factors": lambda p: [_sums(1), 1.0],
