@@ -20,7 +20,7 @@ constexpr int64_t kLogAll =
     1 << 17;  // elements: up to so many, every key is logged where only they are
 // Where a miss costs time only, three passes by radix.
 constexpr double kLogOfFailureIfCounted = 8.0;
-constexpr int64_t kFirstLines = 256;  // of a first sample, that says where to look
+constexpr int64_t kFirstLines = 512;  // of a first sample, that says where to look
 constexpr int64_t kPartOfLog = 1024;  // entries that are looked at together
 
 // The bracket's pass, by one ranking.

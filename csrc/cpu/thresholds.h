@@ -14,7 +14,7 @@ constexpr int32_t kMaxKey = static_cast<int32_t>(kInfinityBits);
 
 // What one thread counted, by phase: below the bracket, and inside it, by bins of the window.
 struct Tally {
-  static constexpr int kBins = 1024;
+  static constexpr int kBins = 2048;
   int64_t below[kPhases] = {};
   uint32_t bins[kPhases][kBins] = {};
 };
