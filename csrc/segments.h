@@ -22,7 +22,6 @@ struct Operand {
   std::vector<int64_t> strides;
 
   int64_t element_size() const { return dtype == Dtype::kFloat32 ? 4 : 2; }
-  bool contiguous_floats() const { return linear && dtype == Dtype::kFloat32; }
 };
 
 struct Segment {

@@ -6,7 +6,6 @@
 #include "pass.h"
 
 #include <cmath>
-#include <numeric>
 
 #include "logs.h"
 
@@ -20,7 +19,6 @@ constexpr int64_t kLogAll =
     1 << 17;  // elements: up to so many, every key is logged where only they are
 // Where a miss costs time only, three passes by radix.
 constexpr double kLogOfFailureIfCounted = 8.0;
-constexpr int64_t kFirstLines = 512;  // of a first sample, that says where to look
 constexpr int64_t kPartOfLog = 1024;  // entries that are looked at together
 
 // The bracket's pass, by one ranking.
@@ -328,30 +326,6 @@ std::optional<Selection> bracket_pass(const Segments& segments, const Ranked& ra
     selection = Pass(segments, ranked, body, counts).run(report);
   }
   if (!counts_only) latest_bracket() = report;
-  return selection;
-}
-
-Selection approx_thresholds(const Ranked& ranked) {
-  const Lines lines(ranked.source, Lines::of_approx(Lines::count(ranked.source.segments)), ranked.draw);
-  std::vector<uint32_t> keys = lines.some_keys(kFirstLines);
-  const auto threshold_of = [&](int64_t units, double errors) -> std::optional<int64_t> {
-    Threshold threshold(units, lines.weight(), 1, kLogOfFailure);
-    std::vector<uint32_t> none;
-    const std::vector<Window> windows{threshold.find_window(errors > 0 ? keys : none, errors)};
-    Sample sample = lines.take(windows, [](size_t, int64_t) { return 0; })[0];
-    const int64_t k = rank_of(units, sample[0].ranked);
-    threshold.set_sample(std::move(sample));
-    if (k == 0) return -1;
-    return threshold.of_sample(k);
-  };
-  const auto find = [&](int64_t units) {
-    if (units == 0) return int64_t{-1};
-    const std::optional<int64_t> found = threshold_of(units, 4);
-    return found ? *found : *threshold_of(units, 0);
-  };
-  Selection selection;
-  selection.high = find(ranked.upper);
-  selection.low = find(ranked.lower);
   return selection;
 }
 

@@ -57,9 +57,6 @@ BracketReport& latest_bracket();
 std::optional<Selection> bracket_pass(const Segments& segments, const Ranked& ranked, Body& body,
                                       UpdateCounts& counts);
 
-// The thresholds of the sample of selection="approx"; the rest of the record is not filled in.
-Selection approx_thresholds(const Ranked& ranked);
-
 // Walks `segments` with thresholds that are known; returns the selection with exact counts.
 Selection given_pass(const Segments& segments, const std::vector<size_t>& chosen, Selection selection,
                      Body& body, UpdateCounts& counts);

@@ -9,6 +9,9 @@ namespace cpu {
 
 constexpr int64_t kFewestOfApprox = int64_t{1} << 20;  // elements: below, it is exact
 
+// The thresholds of the sample of selection="approx"; the rest of the record is not filled in.
+Selection approx_thresholds(const Ranked& ranked);
+
 // By the sample of selection="approx", with exact counts; or a bracket's pass that counts and logs
 // keys; where it misses, or its log would be too long, a radix select, in three passes, finds the same
 // keys. Luck decides the time only.
