@@ -109,8 +109,8 @@ class RoseFusedAdamW(Optimizer):
             The kept fraction of n elements is off by ``sqrt(c*(1-c)/(16*L))`` (a standard deviation;
             L lines: 2^13 at 1Mi elements, 2^15 at 64Mi, 2^16 from 128Mi on) if risks are independent,
             and by no more than 4 times that however alike those of a line are: 0.07% to 0.27% at 64Mi.
-            What was kept is counted exactly. Below 1Mi elements it is exact. (A CUDA graph replays with the
-            sample it was recorded with.)
+            What was kept is counted exactly. Below 1Mi elements it is exact. (A CUDA graph replays with
+            the sample it was recorded with.)
         inactive: what happens to elements without evidence to rank by (no gradient history in
             second order, zero gradient in first). ``"update"``: they are selected and stay out of the
             ranking; ``"rank"``: the formulas are taken literally.

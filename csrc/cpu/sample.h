@@ -40,8 +40,9 @@ struct PhaseSample {
 };
 typedef std::array<PhaseSample, kPhases> Sample;
 
-// Of a first sample, that says where to look. The variance is taken at its guess of the threshold: a worse
-// one makes brackets wider (by 4% where half of the lines are empty and there are half as many of these).
+// Of a first sample, that says where to look. The variance is taken at its guess of the threshold: a
+// worse one makes brackets wider (by 4% where half of the lines are empty and there are half as many of
+// these).
 constexpr int64_t kFirstLines = 512;
 
 class Lines {
