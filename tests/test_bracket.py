@@ -225,7 +225,7 @@ def test_all_backends_have_the_same_bounds():
     defined = re.findall(r"kLogOfFailure = ([\d.]+);", "".join(sources.values()))
     assert [float(number) for number in defined] == [reference.LOG_OF_FAILURE]
     used = {path.name for path, text in sources.items() if "kLogOfFailure" in text}
-    assert used == {"element.h", "pass.cpp", "sample.cuh"}
+    assert used == {"element.h", "pass.cpp", "sample.cuh", "select.cpp"}
     phases = re.findall(r"kPhases = (\d+);", sources[csrc / "cpu" / "sample.h"])
     assert phases == ["16"]
     triton = pytest.importorskip("rose_ops.backends.triton.bracket")
