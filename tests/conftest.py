@@ -27,7 +27,11 @@ from support import OnDevice  # noqa: E402
 import rose_ops  # noqa: E402
 from rose_ops import backends  # noqa: E402
 
-SEED = int(os.environ.get("ROSE_TEST_SEED", secrets.randbits(31)))
+# All processes of a run use the same.
+SEED = int(
+    os.environ.get("ROSE_TEST_SEED")
+    or os.environ.setdefault("ROSE_TEST_SEED_OF_RUN", str(secrets.randbits(31)))
+)
 
 # print_blob: a failure prints the line that reproduces it.
 hypothesis.settings.register_profile("rose_ops", deadline=None, print_blob=True)
