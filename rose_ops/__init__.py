@@ -8,8 +8,9 @@ from rose_ops.functional import (
     rose_adamw_,
     select_threshold,
 )
+from rose_ops.groups import rose_param_groups
 from rose_ops.losses import RoseLosses, rose_backward, symmetric_kl
-from rose_ops.optim import RoseFusedAdamW, rose_param_groups
+from rose_ops.optim import RoseFusedAdamW
 from rose_ops.wrappers import unwrap
 
 __version__ = "0.1.0"
