@@ -104,7 +104,7 @@ class Recorder(RoseFusedAdamW):
             None if p.grad is None else p.grad.clone() for p in self.param_groups[0]["params"]
         ]
         risks = self._risks("second") if "second" in self.settings.kinds else {}
-        captured = "second" in self._captured
+        captured = "second" in self._captures.kinds
         super().step(closure)
         if risks and not captured and "second" in self.selection:  # else the step was skipped
             self._note("second", risks)
