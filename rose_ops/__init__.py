@@ -1,5 +1,6 @@
 """ROSE, selective fine-tuning for robust language models, at the cost of AdamW."""
 
+from rose_ops.accumulate import Accumulation, rose_accumulate
 from rose_ops.flat import FlatParameter, flatten_parameters
 from rose_ops.functional import (
     Selection,
@@ -16,6 +17,7 @@ from rose_ops.wrappers import unwrap
 __version__ = "0.1.0"
 
 __all__ = [
+    "Accumulation",
     "FlatParameter",
     "RoseFusedAdamW",
     "RoseLosses",
@@ -23,6 +25,7 @@ __all__ = [
     "UpdateCounts",
     "capture_mask",
     "flatten_parameters",
+    "rose_accumulate",
     "rose_adamw_",
     "rose_backward",
     "rose_param_groups",

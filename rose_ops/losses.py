@@ -168,14 +168,9 @@ def rose_backward(
     as inputs of adversarial training, get what every backward adds, that of the kl included.
 
     Gradient accumulation: a mask must come from the gradients of all micro-batches, so where this
-    function captures one, it refuses gradients that are there already. Accumulate in two phases:
-
-        for inputs, _ in micro_batches:
-            (symmetric_kl(model(inputs), model(inputs)) / len(micro_batches)).backward()
-        optimizer.capture("first")
-        for inputs, labels in micro_batches:
-            (F.cross_entropy(model(inputs), labels) / len(micro_batches)).backward()
-        optimizer.step()
+    function captures one, it refuses gradients that are there already: `rose_accumulate` takes them
+    all. (Or accumulate in two phases, first the kl of all of them and `optimizer.capture("first")`,
+    then their losses: four forwards of each instead of two, and no copy of the gradients.)
 
     Args:
         model: Any classifier; in training mode, with dropout, where two passes are compared.
@@ -205,10 +200,7 @@ def rose_backward(
             any backward, with nothing changed.
         TypeError: An output in which the logits cannot be found.
     """
-    if not isinstance(r_drop, Real) or isinstance(r_drop, bool) or not 0.0 <= r_drop < math.inf:
-        kind = type(r_drop).__name__
-        raise ValueError(f"r_drop={r_drop!r} ({kind}); expected a finite number >= 0")
-    r_drop = float(r_drop)
+    r_drop = check_r_drop(r_drop)
     rose = unwrap(optimizer)
     check_limit(max_grad_norm, rose.settings.max_grad_norm if rose else None)
     kinds = rose.settings.kinds if rose else ()
@@ -222,14 +214,14 @@ def rose_backward(
         precision = precision.accumulating(gradient_accumulation_steps)
     if first or second:
         precision.check_captures()
-        _check_no_gradients(model, parameters)
+        check_no_gradients(model, parameters)
     clips = max_grad_norm is not None and precision.steps
     replicas = Replicas(model, parameters, several=first or second, clips=clips)
 
     def run() -> Tensor:
         replicas.before_forward()
         with replicas.watched():
-            return _logits(forward(model, inputs) if forward else _call(model, inputs))
+            return logits_of(model, inputs, forward)
 
     def backward(loss: Tensor, **options: Any) -> None:
         if precision.accumulation > 1:
@@ -248,11 +240,11 @@ def rose_backward(
         with nullcontext() if device == "meta" else torch.autocast(device, enabled=False):
             # Half precision would round the loss, and some criteria have no half-precision kernel.
             passes = [x.to(torch.promote_types(x.dtype, torch.float32)) for x in passes]
-            loss = ce = torch.stack([_loss(criterion, logits, labels) for logits in passes]).mean()
+            loss = ce = torch.stack([loss_of(criterion, logits, labels) for logits in passes]).mean()
             kl = None
             if len(passes) == 2:
                 kl = symmetric_kl(*passes)
-                _check_dropout(model, kl)
+                check_dropout(model, kl)
                 loss = ce + r_drop * kl if r_drop > 0.0 else ce
             # A second-order risk is not the same for scaled gradients, so captures are told the
             # scale; the norm to clip to is of unscaled ones, too.
@@ -270,8 +262,20 @@ def rose_backward(
                 backward(r_drop * kl)
             else:
                 backward(loss)
-    norm = _clip_(own, max_grad_norm, scale) if clips else None
+    norm = clip_(own, max_grad_norm, scale) if clips else None
     return RoseLosses(loss.detach(), ce.detach(), None if kl is None else kl.detach(), norm)
+
+
+def check_r_drop(r_drop: Any) -> float:
+    if not isinstance(r_drop, Real) or isinstance(r_drop, bool) or not 0.0 <= r_drop < math.inf:
+        kind = type(r_drop).__name__
+        raise ValueError(f"r_drop={r_drop!r} ({kind}); expected a finite number >= 0")
+    return float(r_drop)
+
+
+def logits_of(model: nn.Module, inputs: Any, forward: Callable[[nn.Module, Any], Any] | None) -> Tensor:
+    """One pass."""
+    return _logits(forward(model, inputs) if forward else _call(model, inputs))
 
 
 def _call(model: nn.Module, inputs: Any) -> Any:
@@ -304,7 +308,7 @@ def _logits(output: Any) -> Tensor:
     return logits
 
 
-def _loss(criterion: Callable[[Tensor, Any], Tensor], logits: Tensor, labels: Any) -> Tensor:
+def loss_of(criterion: Callable[[Tensor, Any], Tensor], logits: Tensor, labels: Any) -> Tensor:
     loss = criterion(logits, labels)
     if not isinstance(loss, Tensor) or loss.dim() != 0:
         got = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
@@ -315,7 +319,7 @@ def _loss(criterion: Callable[[Tensor, Any], Tensor], logits: Tensor, labels: An
     return loss
 
 
-def _clip_(parameters: Iterable[Tensor], max_norm: Any, scale: Tensor | None) -> Tensor:
+def clip_(parameters: Iterable[Tensor], max_norm: Any, scale: Tensor | None) -> Tensor:
     """`clip_grad_norm_` of what may be scaled gradients, and stay so; returns the unscaled norm.
 
     Not by `GradScaler.unscale_`: that can be called once for a step, which wrappers do themselves,
@@ -336,7 +340,7 @@ def _clip_(parameters: Iterable[Tensor], max_norm: Any, scale: Tensor | None) ->
     return norm
 
 
-def _check_no_gradients(model: nn.Module, parameters: Iterable[Tensor]) -> None:
+def check_no_gradients(model: nn.Module, parameters: Iterable[Tensor]) -> None:
     """Refuse gradients that would leak into the masks."""
     parameters = list(parameters)
     left = [(p, g) for p in parameters if (g := p.grad) is not None]
@@ -349,11 +353,11 @@ def _check_no_gradients(model: nn.Module, parameters: Iterable[Tensor]) -> None:
             f"{', and all are zeros' if not any(g.any() for _, g in left) else ''}), which would leak "
             "into the masks; expected None, as zeros count, too: call "
             "optimizer.zero_grad(set_to_none=True) before rose_backward (for gradient accumulation see "
-            "its docstring)"
+            "its docstring, and rose_ops.rose_accumulate)"
         )
 
 
-def _check_dropout(model: nn.Module, kl: Tensor) -> None:
+def check_dropout(model: nn.Module, kl: Tensor) -> None:
     """Refuse two passes without dropout: kl and its gradient are 0, and every mask is all ones.
 
     Reading `kl` stops the host until the device is done, so it is read only where the model shows
