@@ -1,6 +1,7 @@
 """ROSE, selective fine-tuning for robust language models, at the cost of AdamW."""
 
 from rose_ops.accumulate import Accumulation, rose_accumulate
+from rose_ops.divergence import symmetric_kl, token_kl
 from rose_ops.flat import FlatParameter, flatten_parameters
 from rose_ops.functional import (
     Selection,
@@ -10,7 +11,7 @@ from rose_ops.functional import (
     select_threshold,
 )
 from rose_ops.groups import rose_param_groups
-from rose_ops.losses import RoseLosses, rose_backward, symmetric_kl
+from rose_ops.losses import RoseLosses, rose_backward
 from rose_ops.optim import RoseFusedAdamW
 from rose_ops.wrappers import unwrap
 
@@ -31,5 +32,6 @@ __all__ = [
     "rose_param_groups",
     "select_threshold",
     "symmetric_kl",
+    "token_kl",
     "unwrap",
 ]

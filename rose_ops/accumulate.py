@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rose_ops.captures import copy_of_view
+from rose_ops.divergence import symmetric_kl
 from rose_ops.flat import members
 from rose_ops.losses import (
     RoseLosses,
@@ -21,7 +22,6 @@ from rose_ops.losses import (
     clip_,
     logits_of,
     loss_of,
-    symmetric_kl,
 )
 from rose_ops.settings import check_limit
 from rose_ops.wrappers import Precision, Replicas, unwrap
@@ -209,7 +209,7 @@ def rose_accumulate(
                 ce = torch.stack([loss_of(criterion, x, labels) for x in passes]).mean() * weight
                 kl = None
                 if step.needs_kl:
-                    kl = symmetric_kl(*passes) * weight
+                    kl = symmetric_kl(passes[0], passes[1]) * weight
                     check_dropout(model, kl)
                     divergence.append(kl.detach())
                 total.append(ce.detach())

@@ -1,15 +1,16 @@
-"""Losses of ROSE: the symmetric KL of two dropout passes, and the two-pass training step."""
+"""The two-pass training step."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from numbers import Real
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rose_ops.divergence import check_logits, symmetric_kl
 from rose_ops.settings import check_limit
 from rose_ops.wrappers import Precision, Replicas, unwrap
 
@@ -38,69 +39,6 @@ class RoseLosses(NamedTuple):
     ce: Tensor
     kl: Tensor | None
     grad_norm: Tensor | None = None
-
-
-def symmetric_kl(
-    logits_p: Tensor,
-    logits_q: Tensor,
-    reduction: Literal["batchmean", "sum", "none"] = "batchmean",
-) -> Tensor:
-    """Symmetric Kullback-Leibler divergence of two classifiers' outputs.
-
-    `KL(P||Q) + KL(Q||P) = sum_c (p_c - q_c) * (log p_c - log q_c)`, with P and Q the softmax of
-    the logits. Every term of this form is at least 0, so nothing cancels in the sum. Evaluated in
-    float32 (float64 for float64 logits) whatever the logits' dtype and under autocast.
-
-    Source: ROSE (Jiang et al., EMNLP 2022), Eq. 1.
-
-    Args:
-        logits_p: `[batch, classes]`, the logits of one pass; all finite, at least two classes.
-        logits_q: The same shape, the logits of the other pass.
-        reduction: `"batchmean"` sums over classes and averages over the batch, `"sum"` sums over
-            both, `"none"` keeps `[batch]`.
-
-    Returns:
-        A 0-dim tensor, or `[batch]` for `reduction="none"`, in nats.
-
-    Raises:
-        ValueError: Shapes that are no two equal `[batch, classes]`, an empty batch, fewer than two
-            classes, or an unknown reduction.
-        TypeError: Logits that are not floating point.
-    """
-    _check_logits(logits_p, logits_q)
-    dtype = torch.promote_types(torch.promote_types(logits_p.dtype, logits_q.dtype), torch.float32)
-    log_p = F.log_softmax(logits_p, dim=-1, dtype=dtype)
-    log_q = F.log_softmax(logits_q, dim=-1, dtype=dtype)
-    kl = ((log_p.exp() - log_q.exp()) * (log_p - log_q)).sum(dim=-1)
-    if reduction == "batchmean":
-        return kl.mean()
-    if reduction == "sum":
-        return kl.sum()
-    if reduction == "none":
-        return kl
-    raise ValueError(f"reduction must be 'batchmean', 'sum' or 'none', got {reduction!r}")
-
-
-def _check_logits(logits_p: Tensor, logits_q: Tensor) -> None:
-    if logits_p.shape != logits_q.shape:
-        raise ValueError(
-            "symmetric_kl compares two passes over one batch, so the logits must have the same "
-            f"shape; got {tuple(logits_p.shape)} and {tuple(logits_q.shape)}"
-        )
-    if logits_p.dim() != 2:
-        raise ValueError(
-            f"symmetric_kl expects logits of shape [batch, classes], got {tuple(logits_p.shape)}; "
-            "flatten other dimensions into the batch first and leave padded positions out"
-        )
-    if logits_p.shape[0] == 0 or logits_p.shape[1] < 2:
-        raise ValueError(
-            "symmetric_kl needs at least one example and two classes (the softmax of a single "
-            f"logit is always 1, so its KL is always 0); got {tuple(logits_p.shape)}"
-        )
-    if not (logits_p.is_floating_point() and logits_q.is_floating_point()):
-        raise TypeError(
-            f"symmetric_kl expects floating-point logits, got {logits_p.dtype} and {logits_q.dtype}"
-        )
 
 
 def rose_backward(
@@ -234,16 +172,16 @@ def rose_backward(
         passes = [run()]
         if first or r_drop > 0.0:
             passes.append(run())
-            _check_logits(*passes)
+            check_logits(*passes)
         # A backward runs in the dtypes its forward chose; under autocast it would choose anew.
         device = passes[0].device.type
         with nullcontext() if device == "meta" else torch.autocast(device, enabled=False):
             # Half precision would round the loss, and some criteria have no half-precision kernel.
             passes = [x.to(torch.promote_types(x.dtype, torch.float32)) for x in passes]
             loss = ce = torch.stack([loss_of(criterion, logits, labels) for logits in passes]).mean()
-            kl = None
+            kl: Any = None
             if len(passes) == 2:
-                kl = symmetric_kl(*passes)
+                kl = symmetric_kl(passes[0], passes[1])
                 check_dropout(model, kl)
                 loss = ce + r_drop * kl if r_drop > 0.0 else ce
             # A second-order risk is not the same for scaled gradients, so captures are told the
@@ -259,15 +197,15 @@ def rose_backward(
             if rose and second:
                 backward(ce, retain_graph=True)
                 rose.capture("second", clear=False, grad_scale=scale, max_grad_norm=max_grad_norm)
-                backward(r_drop * kl)
+                backward(kl * r_drop)
             else:
                 backward(loss)
     norm = clip_(own, max_grad_norm, scale) if clips else None
     return RoseLosses(loss.detach(), ce.detach(), None if kl is None else kl.detach(), norm)
 
 
-def check_r_drop(r_drop: Any) -> float:
-    if not isinstance(r_drop, Real) or isinstance(r_drop, bool) or not 0.0 <= r_drop < math.inf:
+def check_r_drop(r_drop: object) -> float:
+    if not isinstance(r_drop, Real) or isinstance(r_drop, bool) or not 0.0 <= float(r_drop) < math.inf:
         kind = type(r_drop).__name__
         raise ValueError(f"r_drop={r_drop!r} ({kind}); expected a finite number >= 0")
     return float(r_drop)
@@ -275,7 +213,7 @@ def check_r_drop(r_drop: Any) -> float:
 
 def logits_of(model: nn.Module, inputs: Any, forward: Callable[[nn.Module, Any], Any] | None) -> Tensor:
     """One pass."""
-    return _logits(forward(model, inputs) if forward else _call(model, inputs))
+    return logits_in(forward(model, inputs) if forward else _call(model, inputs))
 
 
 def _call(model: nn.Module, inputs: Any) -> Any:
@@ -287,7 +225,7 @@ def _call(model: nn.Module, inputs: Any) -> Any:
     return model(inputs)
 
 
-def _logits(output: Any) -> Tensor:
+def logits_in(output: Any) -> Tensor:
     """Logits, for the common ways to return them."""
     logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
     if logits is None and isinstance(output, Mapping):
