@@ -1,11 +1,17 @@
 #include "arguments.h"
 
+#include <utility>
+
 #include "check.h"
 
 namespace rose {
 
 static_assert(sizeof(Hyper) == 6 * sizeof(double), "hyper is a float64 tensor of 6 columns");
 constexpr int64_t kColumns = 6;
+
+namespace {
+double latest_width = 1;
+}  // namespace
 
 void check_table(const Tensor& tensor, ScalarType dtype, int64_t numel, const char* name,
                  torch::stable::Device device) {
@@ -20,6 +26,29 @@ void check_fractions(int64_t upper, int64_t lower) {
              "expected 0 <= lower < upper <= ", kFractionUnit, " (units of 1e-9); got lower ", lower,
              " and upper ", upper);
 }
+
+Wanted::Wanted(const std::vector<int64_t>& ranking, const std::optional<Tensor>& record,
+               bool may_be_empty)
+    : ranks(!ranking.empty()), bracket_width(latest_width) {
+  constexpr size_t kNumbers = 5;
+  ROSE_CHECK(ranking.size() == kNumbers || (may_be_empty && ranking.empty()), "ranking has ",
+             ranking.size(), " numbers; expected ", may_be_empty ? "none or " : "",
+             "mode, upper, lower, rank_inactive and draw");
+  if (ranks) {
+    ROSE_CHECK(0 <= ranking[0] && ranking[0] <= static_cast<int64_t>(Mode::kApprox), "ranking[0] is ",
+               ranking[0], "; expected a mode: given (0), exact, bracket or approx");
+    mode = static_cast<Mode>(ranking[0]);
+    upper = ranking[1];
+    lower = ranking[2];
+    rank_inactive = ranking[3] != 0;
+    draw = static_cast<uint32_t>(ranking[4]);
+    if (finds()) check_fractions(upper, lower);
+  }
+  ROSE_CHECK(record.has_value() == (ranks && !finds()), "record is ", record ? "" : "not ",
+             "given; expected it with a ranking of mode given (0), and with no other");
+}
+
+double set_bracket_width(double width) { return std::exchange(latest_width, width); }
 
 void check_tensors(const Tensor& mask, const Tensor& sums, const std::optional<Tensor>& exp_avg_sums,
                    int64_t upper, int64_t lower) {
@@ -45,20 +74,21 @@ Groups::Groups(const Tensor& hyper, const Tensor& group, size_t tensors)
   }
 }
 
-std::vector<MaskKind> check_masks(const std::vector<Tensor>& masks, const Segments& segments,
-                                  const char* name, torch::stable::Device device) {
-  std::vector<MaskKind> kinds(segments.size(), MaskKind::kNone);
-  if (masks.empty()) return kinds;
-  ROSE_CHECK(masks.size() == segments.size(), name, " has ", masks.size(),
-             " tensors; expected none or one for each of ", segments.size(), " parameters");
+std::vector<uint8_t*> mask_bits(const std::vector<Tensor>& masks, const Segments& segments,
+                                torch::stable::Device device) {
+  ROSE_CHECK(masks.size() == segments.size(), "masks has ", masks.size(),
+             " tensors; expected one for each of ", segments.size(), " gradients");
+  std::vector<uint8_t*> bits(masks.size());
   for (size_t i = 0; i < masks.size(); ++i) {
-    const bool whole = masks[i].scalar_type() == ScalarType::Bool;
-    kinds[i] = masks[i].numel() == 0 ? MaskKind::kAll : whole ? MaskKind::kWhole : MaskKind::kBits;
-    if (kinds[i] == MaskKind::kAll) continue;
-    check_table(masks[i], whole ? ScalarType::Bool : ScalarType::Byte,
-                whole ? 1 : (segments[i].n + 7) / 8, name, device);
+    check_table(masks[i], ScalarType::Byte, (segments[i].n + 7) / 8, "masks", device);
+    bits[i] = write_to<uint8_t>(masks[i], {"masks", static_cast<int64_t>(i)});
   }
-  return kinds;
+  return bits;
+}
+
+const int64_t* read_record(const Tensor& record, torch::stable::Device device) {
+  check_table(record, ScalarType::Long, kFields, "record", device);
+  return read_from<int64_t>(record, "record");
 }
 
 std::vector<Role> risk_roles(const std::vector<Tensor>& grads, const std::vector<Tensor>& exp_avgs) {

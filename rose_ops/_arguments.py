@@ -102,11 +102,11 @@ def reads_pointers(*written: str) -> Callable[[Callable[P, T]], Callable[P, T]]:
 _libraries: list[torch.library.Library] = []  # registrations last as long as these
 
 
-def register_negation(namespace: str) -> None:
-    """For the operators of a library: PyTorch's own way refuses without saying which argument."""
-    library = torch.library.Library(namespace, "IMPL", "Negative")
-    for name in OPERATORS:
-        library.impl(name, _negation(getattr(getattr(torch.ops, namespace), name).default))
+def register_negation(ops: list[torch._ops.OpOverload]) -> None:
+    """For operators of one library: PyTorch's own way refuses without saying which argument."""
+    library = torch.library.Library(ops[0].namespace, "IMPL", "Negative")
+    for op in ops:
+        library.impl(op._schema.name.partition("::")[2], _negation(op))
     _libraries.append(library)
 
 
@@ -120,9 +120,3 @@ def _negation(op: torch._ops.OpOverload) -> Callable[..., Any]:
         return op(*(without_negation(a.name, value, a.is_write) for a, value in pairs))
 
     return kernel
-
-
-OPERATORS = (
-    "select", "capture_", "adamw_", "bracket_adamw_", "bracket_capture_", "sums_of_squares",
-    "clip_factors", "select_tensors_",
-)  # fmt: skip

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,24 +18,36 @@ _LIBRARY = Path(__file__).with_name("_C.abi3.so")
 load_error: str | None = None
 """Why ``torch.ops.rose_ops`` is not there; None if it is."""
 
+# What every operator returns: how many numbers, from its first argument, of which dtype.
+_RESULTS: dict[str, tuple[Callable[[Any], int], torch.dtype]] = {
+    "rank_": (lambda _: Field.SIZE, torch.int64),
+    "step_": (lambda _: Field.SIZE + 2, torch.int64),
+    "sums_of_squares": (len, torch.float64),
+    "clip_factors": (lambda _: 3, torch.float32),
+    "select_tensors_": (lambda _: Field.SIZE, torch.int64),
+}
+OPERATORS = tuple(_RESULTS)
 
-def _check_devices(
-    tables: dict[str, Tensor], **data: list[Tensor] | Tensor | None
-) -> torch.device | None:
-    """The device of ``data``.
+_TABLES = ("lr", "hyper", "group", "offsets")  # arguments that may be on the CPU, whatever the device
+
+
+def _device_of(arguments: dict[str, Any]) -> torch.device | None:
+    """The device of an operator's arguments.
 
     Raises:
         RuntimeError: they are not all on one device (a single one on "meta" would send the others
-            here, too), or one of ``tables`` is neither there nor on the CPU.
+            here, too), or a table is neither there nor on the CPU.
     """
     places: dict[torch.device, list[str]] = {}
-    for name, value in data.items():
-        if isinstance(value, Tensor):
+    for name, value in arguments.items():
+        if isinstance(value, Tensor) and name not in _TABLES:
             places.setdefault(value.device, []).append(name)
         for i, tensor in enumerate(value if isinstance(value, (list, tuple)) else ()):
-            places.setdefault(tensor.device, []).append(f"{name}[{i}]")
-    for name, table in tables.items():
-        if table.device.type != "cpu" or set(places) <= {table.device}:
+            if isinstance(tensor, Tensor):
+                places.setdefault(tensor.device, []).append(f"{name}[{i}]")
+    for name in _TABLES:
+        table = arguments.get(name)
+        if table is not None and (table.device.type != "cpu" or set(places) <= {table.device}):
             places.setdefault(table.device, []).append(name)
     if len(places) > 1:
         device, names = min(places.items(), key=lambda place: (len(place[1]), str(place[0]) != "meta"))
@@ -43,109 +58,40 @@ def _check_devices(
     return next(iter(places), None)
 
 
-def register_fakes(namespace: str = "rose_ops") -> None:
-    """For the operators of a library with the schemas of csrc/schemas.h."""
+def _fake(op: torch._ops.OpOverload) -> Callable[..., Tensor]:
+    names = [argument.name for argument in op._schema.arguments]
+    size, dtype = _RESULTS[op._schema.name.partition("::")[2]]
 
-    @torch.library.register_fake(f"{namespace}::select")
-    def _(grads, exp_avgs, hyper, group, inv_scale, clip, *_settings) -> Tensor:
-        device = _check_devices(
-            {"hyper": hyper, "group": group},
-            grads=grads,
-            exp_avgs=exp_avgs,
-            inv_scale=inv_scale,
-            clip=clip,
-        )
-        return torch.empty(Field.SIZE, dtype=torch.int64, device=device)
+    def fake(*args: Any) -> Tensor:
+        device = _device_of(dict(zip(names, args, strict=True)))
+        return torch.empty(size(args[0]), dtype=dtype, device=device)
 
-    @torch.library.register_fake(f"{namespace}::capture_")
-    def _(masks, grads, exp_avgs, hyper, group, inv_scale, clip, selection, *_settings) -> None:
-        _check_devices(
-            {"hyper": hyper, "group": group},
-            masks=masks,
-            grads=grads,
-            exp_avgs=exp_avgs,
-            inv_scale=inv_scale,
-            clip=clip,
-            selection=selection,
-        )
+    return fake
 
-    @torch.library.register_fake(f"{namespace}::adamw_")
-    def _(
-        params, grads, exp_avgs, exp_avg_sqs, steps, first_masks, second_masks, selection, lr, hyper,
-        group, offsets, inv_scale, clip, found_inf, *_settings,
-    ) -> Tensor:  # fmt: skip
-        device = _check_devices(
-            {"lr": lr, "hyper": hyper, "group": group, "offsets": offsets},
-            params=params,
-            grads=grads,
-            exp_avgs=exp_avgs,
-            exp_avg_sqs=exp_avg_sqs,
-            steps=steps,
-            first_masks=first_masks,
-            second_masks=second_masks,
-            selection=selection,
-            inv_scale=inv_scale,
-            clip=clip,
-            found_inf=found_inf,
-        )
-        return torch.empty(2, dtype=torch.int64, device=device)
 
-    @torch.library.register_fake(f"{namespace}::bracket_adamw_")
-    def _(
-        params, grads, exp_avgs, exp_avg_sqs, steps, first_masks, lr, hyper, group, offsets, inv_scale,
-        clip, found_inf, *_settings,
-    ) -> Tensor:  # fmt: skip
-        device = _check_devices(
-            {"lr": lr, "hyper": hyper, "group": group, "offsets": offsets},
-            params=params,
-            grads=grads,
-            exp_avgs=exp_avgs,
-            exp_avg_sqs=exp_avg_sqs,
-            steps=steps,
-            first_masks=first_masks,
-            inv_scale=inv_scale,
-            clip=clip,
-            found_inf=found_inf,
-        )
-        return torch.empty(Field.SIZE + 2, dtype=torch.int64, device=device)
+def register(namespace: str) -> None:
+    """What Python adds to the operators of a library that has those of csrc/operators.h."""
+    ops = [getattr(getattr(torch.ops, namespace), name).default for name in OPERATORS]
+    for op in ops:
+        torch.library.register_fake(op, _fake(op))
+    register_negation(ops)
 
-    @torch.library.register_fake(f"{namespace}::bracket_capture_")
-    def _(masks, grads, exp_avgs, hyper, group, inv_scale, clip, *_settings) -> Tensor:
-        device = _check_devices(
-            {"hyper": hyper, "group": group},
-            masks=masks,
-            grads=grads,
-            exp_avgs=exp_avgs,
-            inv_scale=inv_scale,
-            clip=clip,
-        )
-        return torch.empty(Field.SIZE, dtype=torch.int64, device=device)
 
-    @torch.library.register_fake(f"{namespace}::sums_of_squares")
-    def _(tensors, inv_scale) -> Tensor:
-        device = _check_devices({}, tensors=tensors, inv_scale=inv_scale)
-        return torch.empty(len(tensors), dtype=torch.float64, device=device)
-
-    @torch.library.register_fake(f"{namespace}::clip_factors")
-    def _(sums, max_norm) -> Tensor:
-        return sums.new_empty(3, dtype=torch.float32)
-
-    @torch.library.register_fake(f"{namespace}::select_tensors_")
-    def _(mask, sums, exp_avg_sums, hyper, group, clip, *_settings) -> Tensor:
-        device = _check_devices(
-            {"hyper": hyper, "group": group},
-            mask=mask,
-            sums=sums,
-            exp_avg_sums=exp_avg_sums,
-            clip=clip,
-        )
-        return torch.empty(Field.SIZE, dtype=torch.int64, device=device)
+@contextmanager
+def bracket_width(ops: Any, width: float) -> Iterator[None]:
+    """For tests, and the doctor: in the block, half-widths of the brackets of ``ops`` are multiplied by
+    ``width``. With anything but 1, one pass is taken even where there is so little data that two are
+    faster."""
+    before = ops._set_bracket_width(width)
+    try:
+        yield
+    finally:
+        ops._set_bracket_width(before)
 
 
 try:
     torch.ops.load_library(_LIBRARY)
-    register_fakes()  # fails if the library is of another version, and lacks an operator
-    register_negation("rose_ops")
+    register("rose_ops")  # fails if the library is of another version, and lacks an operator
 except (OSError, RuntimeError) as error:
     reason = (
         f"it was built against another PyTorch than {torch.__version__} or from other sources"

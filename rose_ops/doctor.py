@@ -12,7 +12,9 @@ from torch import Tensor
 
 import rose_ops
 from rose_ops import _ops, backends, reference
+from rose_ops._ops import bracket_width
 from rose_ops.finetune import UserError
+from rose_ops.reference import Mode
 
 
 def doctor(_args: argparse.Namespace | None = None) -> None:
@@ -87,7 +89,7 @@ def _results(ops: Any, device: str, data: list[list[Tensor]]) -> dict[str, list[
     tables = (hyper, torch.zeros(len(g), dtype=torch.int64))
     sizes = torch.tensor([t.numel() for t in g])
     lr, offsets = torch.full((1,), 1e-3, dtype=torch.float64), sizes.cumsum(0) - sizes
-    rest = (lr, *tables, offsets, None, None, None, 0.5)
+    rest = (lr, *tables, offsets, None, None, None, 0.5)  # of an update
     found: dict[str, list[Tensor]] = {}
 
     def updated(name: str, update: Any) -> None:
@@ -97,29 +99,25 @@ def _results(ops: Any, device: str, data: list[list[Tensor]]) -> dict[str, list[
         parts = {"result": [result], "steps": steps, "exp_avg": m, "exp_avg_sq": v, "parameters": p}
         found.update({f"{name}: {part}": tensors for part, tensors in parts.items()})
 
+    exact, bracket = ([int(mode), *_FRACTIONS, 0, 1] for mode in (Mode.EXACT, Mode.BRACKET))
     masks: dict[str, list[Tensor]] = {}
     for kind, moments in (("first", []), ("second", m)):
-        masks[kind], bracketed = (
-            [torch.zeros((t.numel() + 7) // 8, dtype=torch.uint8, device=device) for t in g]
-            for _ in range(2)
-        )
-        record = ops.select(g, moments, *tables, None, None, *_FRACTIONS, False, False, 0)
-        ops.capture_(masks[kind], g, moments, *tables, None, None, record, False)
-        found[f"{kind}-order selection"], found[f"{kind}-order mask"] = [record], masks[kind]
-        record = ops.bracket_capture_(
-            bracketed, g, moments, *tables, None, None, *_FRACTIONS, False, 1, _WIDTH, False
-        )
-        found[f"{kind}-order selection, bracketed"] = [record]
-        found[f"{kind}-order mask, bracketed"] = bracketed
+        for way, ranking in (("", exact), (", bracketed", bracket), (", given", [0] * 5)):
+            written = [torch.zeros((t.numel() + 7) // 8, dtype=torch.uint8, device=device) for t in g]
+            record = found[f"{kind}-order selection"][0] if way == ", given" else None
+            record = ops.rank_(written, g, moments, *tables, None, None, record, ranking)
+            found[f"{kind}-order selection{way}"], found[f"{kind}-order mask{way}"] = [record], written
+        masks[kind] = written
     record, first = found["second-order selection"][0], masks["first"]
-    updated("update", lambda *t: ops.adamw_(*t, first, [], record, *rest, False, 1, False))
-    for name, captured in (("bracketed update", []), ("bracketed ensemble update", first)):
-        updated(
-            name,
-            lambda *t, captured=captured: ops.bracket_adamw_(
-                *t, captured, *rest, *_FRACTIONS, False, 1, False, 1, _WIDTH, False
-            ),
-        )
+    updates: dict[str, tuple[Any, ...]] = {
+        "update": (first, [], record, *rest, [0] * 5),
+        "update by masks": (first, masks["second"], None, *rest, []),
+        "exact update": (first, [], None, *rest, exact),
+        "bracketed update": ([], [], None, *rest, bracket),
+        "bracketed ensemble update": (first, [], None, *rest, bracket),
+    }
+    for name, given in updates.items():
+        updated(name, lambda *t, given=given: ops.step_(*t, *given, [1, 0]))
     finite = [t.nan_to_num(0.0, 0.0, 0.0) for t in g]
     found["sums of squares"] = [ops.sums_of_squares(tensors, None) for tensors in (g, finite)]
     # Of sums that are the same everywhere, and exact in float64.
@@ -141,7 +139,9 @@ def check(ops: Any, device: str) -> list[str]:
     for dtype in (torch.float32, torch.bfloat16):
         data = [_tensors(generator, dtype) for _ in range(4)]
         data[3] = [t.abs() for t in data[3]]
-        expected, actual = _results(reference, "cpu", data), _results(ops, device, data)
+        expected = _results(reference, "cpu", data)
+        with bracket_width(ops, _WIDTH):
+            actual = _results(ops, device, data)
         for name, tensors in expected.items():
             for i, (a, b) in enumerate(zip(tensors, actual[name], strict=True)):
                 same = (a == b) | (a.isnan() & b.isnan())

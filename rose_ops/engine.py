@@ -18,12 +18,12 @@ from rose_ops.batch import Batch
 from rose_ops.checks import MOMENTS, is_recording
 from rose_ops.layout import empty_masks
 from rose_ops.memory import with_own_storage
-from rose_ops.reference import Field
+from rose_ops.reference import Field, Mode
 from rose_ops.settings import Settings
 
 
 class Tables(NamedTuple):
-    """What tensors share, as operators read it; see :func:`rose_ops.reference.adamw_`.
+    """What tensors share, as operators read it; see :func:`rose_ops.reference.step_`.
 
     Attributes:
         hyper: float64 ``[G, 6]``, the groups' hyperparameters (:class:`rose_ops.reference.Hyper`).
@@ -68,6 +68,11 @@ class Ranking(NamedTuple):
     selection: str = "exact"
     draw: int = 0
 
+    def numbers(self) -> list[int]:
+        """As operators take it."""
+        mode = int(Mode[self.selection.upper()])
+        return [mode, self.upper, self.lower, int(self.rank_inactive), self.draw]
+
 
 class Operands(NamedTuple):
     """Of an update, one tensor for each parameter."""
@@ -79,16 +84,8 @@ class Operands(NamedTuple):
     steps: list[Tensor]
 
 
-class Ranked(NamedTuple):
-    """Those of the operands that are ranked: of selective groups."""
-
-    grads: list[Tensor]
-    exp_avgs: list[Tensor]
-    group: Tensor
-
-
 class Rounding(NamedTuple):
-    """Of what is stored in bfloat16; see :func:`rose_ops.reference.adamw_`."""
+    """Of what is stored in bfloat16; see :func:`rose_ops.reference.step_`."""
 
     seed: int = 0
     stochastic: bool = False
@@ -122,16 +119,10 @@ def rank(
     Returns:
         The record of the selection (:class:`rose_ops.reference.Field`).
     """
-    tensors = (grads, exp_avgs)
-    tabled = (tables.hyper, tables.group, scaling.inv_scale, scaling.clip)
-    fractions = (ranking.upper, ranking.lower, ranking.rank_inactive)
-    approx = ranking.selection == "approx"
-    if masks is not None and ranking.selection != "exact":
-        return ops.bracket_capture_(masks, *tensors, *tabled, *fractions, ranking.draw, 1.0, approx)
-    record = ops.select(*tensors, *tabled, *fractions, approx, ranking.draw)
-    if masks is not None:
-        ops.capture_(masks, *tensors, *tabled, record, ranking.rank_inactive)
-    return record
+    return ops.rank_(
+        masks or [], grads, exp_avgs, tables.hyper, tables.group, scaling.inv_scale, scaling.clip, None,
+        ranking.numbers(),
+    )  # fmt: skip
 
 
 def rank_tensors(
@@ -173,7 +164,6 @@ def update(
     rounding: Rounding,
     *,
     found_inf: Tensor | None = None,
-    ranked: Ranked | None = None,
 ) -> tuple[Tensor | None, Tensor]:
     """The masked update, in place.
 
@@ -181,32 +171,19 @@ def update(
         masks: of the first order and of the second one; empty lists: none.
         ranking: finds the second-order mask on the way; None: it is given, or there is none.
         found_inf: not 0: nothing is updated.
-        ranked: what is ranked by ``ranking``.
 
     Returns:
         The record of the ranking (None without one), and int64 ``[2]``: elements that were updated, and
         that were left alone because they are not finite.
     """
     first, second = masks
-    tabled = (
-        tables.lr, tables.hyper, tables.group, tables.offsets, scaling.inv_scale, scaling.clip,
-        found_inf,
+    result = ops.step_(
+        *operands, first, second, None, tables.lr, tables.hyper, tables.group, tables.offsets,
+        scaling.inv_scale, scaling.clip, found_inf, gamma,
+        [] if ranking is None else ranking.numbers(), [rounding.seed, int(rounding.stochastic)],
     )  # fmt: skip
-    if ranking is not None and ranking.selection != "exact":
-        result = ops.bracket_adamw_(
-            *operands, first, *tabled, gamma, ranking.upper, ranking.lower, ranking.rank_inactive,
-            *rounding, ranking.draw, 1.0, ranking.selection == "approx",
-        )  # fmt: skip
-        record, counts = result.split([Field.SIZE, 2])
-        return record, counts
-    record = None
-    if ranking is not None:
-        assert ranked is not None
-        of_ranked = Tables(tables.hyper, ranked.group)
-        record = rank(ops, ranked.grads, ranked.exp_avgs, of_ranked, scaling, ranking)
-    rank_inactive = ranking is not None and ranking.rank_inactive
-    counts = ops.adamw_(*operands, first, second, record, *tabled, gamma, rank_inactive, *rounding)
-    return record, counts
+    record, counts = result.split([Field.SIZE, 2])
+    return None if ranking is None else record, counts
 
 
 class Engine:
@@ -302,9 +279,6 @@ class Engine:
             [none if mask is None else mask for mask in masks.get(kind, ())]
             for kind in ("first", "second")
         )
-        ranked = None
-        if ranking is not None and selective is not None and ranking.selection == "exact":
-            ranked = Ranked(selective.grads, selective.state("exp_avg"), selective.layout.group)
         record, counts = update(
             self._ops(batch),
             Operands(batch.views, batch.grads, *(batch.state(key) for key in (*MOMENTS, "step"))),
@@ -315,7 +289,6 @@ class Engine:
             ranking,
             Rounding(settings.seed, settings.param_rounding == "stochastic"),
             found_inf=found_inf,
-            ranked=ranked,
         )
         if record is not None:
             self.records["second"] = record

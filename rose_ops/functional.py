@@ -144,7 +144,7 @@ def rose_adamw_(
     """One step of AdamW under captured masks, in place (Algorithm 1, lines 8-13).
 
     ``M = gamma*M_first + (1 - gamma)*M_second`` if both masks are given, the one given otherwise,
-    and 1 (plain AdamW) without any. The update is that of :func:`rose_ops.reference.adamw_`.
+    and 1 (plain AdamW) without any. The update is that of :func:`rose_ops.reference.step_`.
 
     Args:
         params, grads: N tensors each (float32, bfloat16 or float16).

@@ -76,7 +76,7 @@ class RoseFusedAdamW(Checkpointed):
             norms, as in the authors' code.
         selection: ``"bracket"``: the k-th smallest risk, found in the pass that updates. A sample
             brackets it; a step's brackets miss with a probability below 1e-9 (see
-            :func:`rose_ops.reference.bracket_adamw_`), which shows in ``selection["second"].misses``:
+            :func:`rose_ops.reference.step_`), which shows in ``selection["second"].misses``:
             then the nearest end of the bracket is the threshold. ``"exact"``: the same masks without
             luck, by a pass of its own. ``"approx"``, the cheapest: the threshold is the quantile of a
             sample of lines of 16 elements, drawn anew in every step (keyed on ``seed`` and the step).

@@ -13,7 +13,10 @@ Arguments shared by the functions below (N tensors in G parameter groups):
 * ``hyper``: float64 ``[G, 6]``, see :class:`Hyper`. ``group``: int64 ``[N]``, the row of each tensor.
 * ``inv_scale``: float32 scalar that gradients are multiplied by first (1 / AMP loss scale), or None.
 * ``clip``: float32 ``[2]`` that they are multiplied by next, or None; see :func:`clip_factors`.
-* ``selection``: int64 ``[8]``, the record that :func:`select` returns, see :class:`Field`.
+* ``record``: int64 ``[8]``, what is known of a selection, see :class:`Field`.
+* ``ranking``: what is asked of a ranking, five numbers: a :class:`Mode`; ``upper`` and ``lower``,
+  fractions in units of 1e-9; ``rank_inactive``, whether elements without evidence are ranked; ``draw``,
+  which sample is taken.
 
 Masks are bits, 8 elements per byte, lowest bit first; a bool mask of one element speaks for its
 whole tensor, and an empty one selects all of it.
@@ -38,10 +41,10 @@ INFINITY_KEY = 0x7F800000
 INACTIVE_KEY = 1 << 31  # keys of ranked elements have 31 bits
 NONFINITE_KEY = INACTIVE_KEY + (1 << 20)
 LINE = 16  # elements of a line, what samples are made of: a cache line of float32
-APPROX_FEWEST = 1 << 20  # elements, below which selection="approx" is exact
+APPROX_FEWEST = 1 << 20  # elements, below which Mode.APPROX is exact
 SAMPLE_KEY = 0x5A3B  # keys the sample, with its draw
 FRACTION_UNIT = 10**9  # the fractions kept are passed as integers of this unit
-LOG_OF_FAILURE = 26.0  # l in bracket_adamw_; kLogOfFailure in element.h
+LOG_OF_FAILURE = 26.0  # l in step_; kLogOfFailure in threshold.h
 
 
 class Hyper(IntEnum):
@@ -55,8 +58,18 @@ class Hyper(IntEnum):
     SELECTIVE = 5  # 0: plain AdamW
 
 
+class Mode(IntEnum):
+    """How the thresholds of a ranking are found. Wherever they are, they are the same, but for those of
+    a sample and for a miss of a bracket."""
+
+    GIVEN = 0  # they are known, by a record
+    EXACT = 1  # first, in passes of their own
+    BRACKET = 2  # on the way, in the pass that they are for: see step_
+    APPROX = 3  # those of a sample: see rank_
+
+
 class Field(IntEnum):
-    """Entries of a selection record."""
+    """Entries of a selection record. An empty one: nothing is ranked."""
 
     HIGH = 0  # key of tau_h; -1: nothing ranked is kept
     LOW = 1  # key of tau_l; -1: no lower bound
@@ -64,7 +77,7 @@ class Field(IntEnum):
     RANKED = 3
     INACTIVE = 4
     NONFINITE = 5
-    MISSES = 6  # of selection="bracket"
+    MISSES = 6  # of brackets
     SIZE = 8
 
 
@@ -177,7 +190,7 @@ def rank_of(fraction: int, n: int) -> int:
 
 
 def sampled(sizes: Sequence[int], draw: int) -> Tensor:
-    """The elements of ``selection="approx"``'s sample, by their places in the index space of tensors of
+    """The elements of ``Mode.APPROX``'s sample, by their places in the index space of tensors of
     ``sizes`` elements.
 
     Each tensor is cut into lines of 16 elements, the last of which may be shorter. Of all lines, T,
@@ -200,46 +213,17 @@ def sampled(sizes: Sequence[int], draw: int) -> Tensor:
     return (first_element[tensor][:, None] + within)[within < n[tensor][:, None]]
 
 
-@operator
-def select(
-    grads: list[Tensor],
-    exp_avgs: list[Tensor],
-    hyper: Tensor,
-    group: Tensor,
-    inv_scale: Tensor | None,
-    clip: Tensor | None,
-    upper: int,
-    lower: int,
-    rank_inactive: bool,
-    approx: bool,
-    draw: int = 0,
-) -> Tensor:
-    """Thresholds of the robust parameters (Eq. 3) and what lies on each side of them.
+def _empty_record() -> Tensor:
+    return torch.tensor([-1, -1] + [0] * (Field.SIZE - 2))
 
-    First order if ``exp_avgs`` is empty, else second order. ``tau_h`` is the ``k_h``-th smallest
-    ranked risk with ``k_h = floor(upper * ranked)``, ``tau_l`` likewise; ``upper`` and ``lower`` are
-    in units of 1e-9.
 
-    ``approx`` takes them from a sample instead (:func:`sampled`), with its risks and its number of
-    ranked ones, unless there are fewer than ``APPROX_FEWEST`` elements. The counts are exact. With L
-    lines, of which y_j is the number of ranked elements at or below the threshold less ``upper`` times
-    that of ranked elements, the error of the achieved rank has a standard deviation of
-    ``sqrt(sum of (y_j - mean)^2) / (16*L)`` of n: with independent risks ``sqrt(c*(1-c)/(16*L))``, at
-    most ``sqrt(c*(1-c)/L)``, when the risks of each line are alike. That is 0.07% and 0.27% at 64Mi
-    elements.
-
-    Returns:
-        int64 ``[8]``, indexed by :class:`Field`.
-    """
-    keys = torch.cat(
-        [
-            torch.empty(0, dtype=torch.int64),
-            *_keys(grads, exp_avgs, hyper, group, inv_scale, clip, rank_inactive),
-        ]
-    )
-    ranked = keys[keys < INACTIVE_KEY]
-    if approx and keys.numel() >= APPROX_FEWEST:
-        found = keys[sampled([grad.numel() for grad in grads], draw)]
+def _select(keys: list[Tensor], ranking: Sequence[int]) -> Tensor:
+    """The record of a ranking of ``keys``, of one tensor each."""
+    mode, upper, lower, _, draw = ranking
+    every = torch.cat([torch.empty(0, dtype=torch.int64), *keys])
+    ranked = every[every < INACTIVE_KEY]
+    if mode == Mode.APPROX and every.numel() >= APPROX_FEWEST:
+        found = every[sampled([key.numel() for key in keys], draw)]
         among = found[found < INACTIVE_KEY].sort().values
     else:
         among = ranked.sort().values
@@ -253,14 +237,14 @@ def select(
     record[Field.HIGH], record[Field.LOW] = high, low
     record[Field.KEPT] = ((ranked > low) & (ranked <= high)).sum()
     record[Field.RANKED] = ranked.numel()
-    record[Field.INACTIVE] = (keys == INACTIVE_KEY).sum()
-    record[Field.NONFINITE] = (keys == NONFINITE_KEY).sum()
+    record[Field.INACTIVE] = (every == INACTIVE_KEY).sum()
+    record[Field.NONFINITE] = (every == NONFINITE_KEY).sum()
     return record
 
 
-def is_selected(keys: Tensor, selection: Tensor) -> Tensor:
+def is_selected(keys: Tensor, record: Tensor) -> Tensor:
     """Bool mask: ``tau_l < r <= tau_h``, or inactive."""
-    low, high = selection.select(0, Field.LOW), selection.select(0, Field.HIGH)
+    low, high = record.select(0, Field.LOW), record.select(0, Field.HIGH)
     inside = (keys > low) & (keys <= high)
     return inside | (keys == INACTIVE_KEY)
 
@@ -281,7 +265,7 @@ def unpack(mask: Tensor, n: int) -> Tensor:
 
 
 @operator
-def capture_(
+def rank_(
     masks: list[Tensor],
     grads: list[Tensor],
     exp_avgs: list[Tensor],
@@ -289,13 +273,36 @@ def capture_(
     group: Tensor,
     inv_scale: Tensor | None,
     clip: Tensor | None,
-    selection: Tensor,
-    rank_inactive: bool,
-) -> None:
-    """Write the mask of ``selection`` into ``masks``, one bit per element."""
-    keys = _keys(grads, exp_avgs, hyper, group, inv_scale, clip, rank_inactive)
-    for mask, key in zip(masks, keys, strict=True):
-        mask.copy_(pack(is_selected(key, selection)))
+    record: Tensor | None,
+    ranking: Sequence[int],
+) -> Tensor:
+    """Thresholds of the robust parameters (Eq. 3), what lies on each side of them, and masks of it.
+
+    First order if ``exp_avgs`` is empty, else second order. ``tau_h`` is the ``k_h``-th smallest
+    ranked risk with ``k_h = floor(upper * ranked)``, ``tau_l`` likewise.
+
+    ``Mode.APPROX`` takes them from a sample instead (:func:`sampled`), with its risks and its number of
+    ranked ones, unless there are fewer than ``APPROX_FEWEST`` elements. The counts are exact. With L
+    lines, of which y_j is the number of ranked elements at or below the threshold less ``upper`` times
+    that of ranked elements, the error of the achieved rank has a standard deviation of
+    ``sqrt(sum of (y_j - mean)^2) / (16*L)`` of n: with independent risks ``sqrt(c*(1-c)/(16*L))``, at
+    most ``sqrt(c*(1-c)/L)``, when the risks of each line are alike. That is 0.07% and 0.27% at 64Mi
+    elements.
+
+    Args:
+        masks: N masks to write, one bit per element. None of them: the thresholds alone, where
+            ``Mode.BRACKET`` has nothing to do on the way.
+        record: with ``Mode.GIVEN``, and only then, whose thresholds are known; or None.
+
+    Returns:
+        The record of the selection: int64 ``[8]``, indexed by :class:`Field`; ``record``, if given.
+    """
+    keys = _keys(grads, exp_avgs, hyper, group, inv_scale, clip, bool(ranking[3]))
+    result = _select(keys, ranking) if record is None else record.clone()
+    writes = bool(masks) or record is not None
+    for mask, key in zip(masks, keys if writes else (), strict=True):
+        mask.copy_(pack(is_selected(key, result)))
+    return result
 
 
 def next_step(step: Tensor) -> Tensor:
@@ -374,7 +381,7 @@ def _weights(first: Tensor | None, second: Tensor | None, gamma: float) -> _Weig
 
 
 @operator
-def adamw_(
+def step_(
     params: list[Tensor],
     grads: list[Tensor],
     exp_avgs: list[Tensor],
@@ -382,7 +389,7 @@ def adamw_(
     steps: list[Tensor],
     first_masks: list[Tensor],
     second_masks: list[Tensor],
-    selection: Tensor | None,
+    record: Tensor | None,
     lr: Tensor,
     hyper: Tensor,
     group: Tensor,
@@ -391,9 +398,8 @@ def adamw_(
     clip: Tensor | None,
     found_inf: Tensor | None,
     gamma: float,
-    rank_inactive: bool,
-    seed: int,
-    stochastic: bool,
+    ranking: Sequence[int],
+    rounding: Sequence[int],
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """AdamW under the mask (Algorithm 1, lines 8-13), in place::
@@ -404,28 +410,61 @@ def adamw_(
         p <- p - lr*M*( mhat/(sqrt(vhat) + eps) + weight_decay*p )
 
     with ``mhat = m/(1 - beta1^t)`` and ``vhat = v/(1 - beta2^t)``. M comes from ``first_masks`` and
-    ``second_masks`` (captured), or from ``selection`` for a second-order mask found on the way;
-    tensors of groups that are not selective get plain AdamW. An element whose gradient or first
-    moment is not finite has M = 0. Where the masks rule out a whole tensor, its gradient is not looked
-    at.
+    ``second_masks`` (captured), or, with a ``ranking``, from a second-order mask found on the way: that
+    of :func:`rank_` over the selective tensors. Tensors of groups that are not selective get plain
+    AdamW. An element whose gradient or first moment is not finite has M = 0. Where the masks rule out a
+    whole tensor, its gradient is not looked at.
+
+    With ``Mode.BRACKET`` the kernels rank and update in one pass over the tensors, unless there are so
+    few elements that two are faster. A sample of cache lines, one in each of many equal strata, gives a
+    bracket that holds the threshold; the pass settles what lies outside of it, logs what lies inside,
+    and what the log shows to have been settled wrongly is done again. The result is that of
+    ``Mode.EXACT`` unless the threshold is outside of its bracket, a *miss*: then the nearest end of the
+    bracket is the threshold, and MISSES is 1.
+
+    Why a miss is rare. Let y_j be, in the line drawn from stratum j of L lines, the number of ranked
+    elements at or below the threshold less ``upper`` times the number of ranked elements. The lines are
+    drawn independently, and L times the sum of the y_j has the expectation that the definition of the
+    threshold makes 0 (within 1). |y_j - E y_j| <= 16, the elements of a line, so by Bernstein's
+    inequality ``|sum of (y_j - E y_j)| <= sqrt(2*V*l) + (2/3)*16*l`` but for a probability of
+    ``2*exp(-l)``, with V the variance of the sum. V is estimated by U, the sum of the squared
+    differences of neighbours (y_1 - y_2, y_3 - y_4, ...): E U >= V, and a sum of independent terms
+    between 0 and 16^2 is rarely too small: ``U >= E U - 16*sqrt(2*l*(E U))`` but for a probability of
+    ``exp(-l)`` (as in Maurer and Pontil, 2009). With ``r = 16*sqrt(2*l)``, that is
+    ``sqrt(V) <= r/2 + sqrt(r^2/4 + U)``, and the bracket's half-width, in elements of the sample, is
+    ``sqrt(2*l)*(r/2 + sqrt(r^2/4 + U)) + (2/3)*16*l``. (U is taken at a first estimate of the
+    threshold.)
+    A bracket is wrong with a probability of at most 3*exp(-l), then. A threshold has at most 16 of
+    them, each narrower than the last; or one, and a log that is too short with a probability of at most
+    exp(-l). A ranking has two thresholds if ``lower > 0``, and a step in an ensemble has two rankings.
+    With l = 26 a whole step misses with a probability below 4 * 16 * 3 * exp(-26) < 1e-9.
 
     Args:
         steps: N float32 scalars, counted up first; see :func:`next_step`.
+        record: with ``Mode.GIVEN``, and only then, whose thresholds are known; or None.
         lr: ``[G]``. offsets: int64 ``[N]``, global index of each tensor's first element.
-        seed: keys, with the step (:func:`step_word`) and the element's global index, the stochastic
-            rounding of bfloat16 second moments.
-        stochastic: whether bfloat16 parameters are rounded that way, too (else to nearest).
         found_inf: if it holds a non-zero, nothing changes at all.
+        ranking: empty without a second-order mask to find.
+        rounding: two numbers. A seed, which keys, with the step (:func:`step_word`) and the element's
+            global index, the stochastic rounding of bfloat16 second moments; and whether bfloat16
+            parameters are rounded that way, too (else to nearest).
         dtype: precision in which this is evaluated. The rounding of m and v is part of the
             definition in float32; float64 gives the value that errors are measured against.
 
     Returns:
-        int64 ``[2]``: elements with M > 0; elements of selective tensors with M = 0 because they
-        are not finite.
+        int64 ``[10]``: the record of the selection, an empty one if nothing is ranked or updated;
+        elements with M > 0; elements of selective tensors with M = 0 because they are not finite.
     """
     counts = torch.zeros(2, dtype=torch.int64)
     if found_inf is not None and found_inf.item() != 0:
-        return counts
+        return torch.cat([_empty_record(), counts])
+    rank_inactive, (seed, stochastic) = bool(ranking and ranking[3]), rounding
+    selection = record
+    if ranking and record is None:
+        chosen = [i for i, row in enumerate(group.tolist()) if hyper[row, Hyper.SELECTIVE] != 0]
+        pairs = [grads[i] for i in chosen], [exp_avgs[i] for i in chosen]
+        keys = _keys(*pairs, hyper, group[chosen], inv_scale, clip, rank_inactive)
+        selection = _select(keys, ranking)
     for i, (p, grad, m, v, step) in enumerate(
         zip(params, grads, exp_avgs, exp_avg_sqs, steps, strict=True)
     ):
@@ -475,7 +514,7 @@ def adamw_(
         p.copy_(p1)
         m.copy_(m1)
         v.copy_(v1)
-    return counts
+    return torch.cat([_empty_record() if selection is None else selection, counts])
 
 
 def _rules_out(masks: list[Tensor]) -> bool:
@@ -483,107 +522,9 @@ def _rules_out(masks: list[Tensor]) -> bool:
     return all(mask.dtype == torch.bool and mask.numel() == 1 and not mask for mask in masks)
 
 
-@operator
-def bracket_adamw_(
-    params: list[Tensor],
-    grads: list[Tensor],
-    exp_avgs: list[Tensor],
-    exp_avg_sqs: list[Tensor],
-    steps: list[Tensor],
-    first_masks: list[Tensor],
-    lr: Tensor,
-    hyper: Tensor,
-    group: Tensor,
-    offsets: Tensor,
-    inv_scale: Tensor | None,
-    clip: Tensor | None,
-    found_inf: Tensor | None,
-    gamma: float,
-    upper: int,
-    lower: int,
-    rank_inactive: bool,
-    seed: int,
-    stochastic: bool,
-    draw: int,
-    width: float,
-    approx: bool = False,
-) -> Tensor:
-    """:func:`select` in second order over the selective tensors, then :func:`adamw_` with it.
-
-    The kernels do both in one pass over the tensors. A sample of cache lines, one in each of many equal
-    strata, gives a bracket that holds the threshold; the pass settles what lies outside of it, logs
-    what lies inside, and what the log shows to have been settled wrongly is done again. The result is
-    that of the two calls unless the threshold is outside of its bracket, a *miss*: then the nearest end
-    of the bracket is the threshold, and MISSES is 1.
-
-    Why a miss is rare. Let y_j be, in the line drawn from stratum j of L lines, the number of ranked
-    elements at or below the threshold less ``upper`` times the number of ranked elements. The lines are
-    drawn independently, and L times the sum of the y_j has the expectation that the definition of the
-    threshold makes 0 (within 1). |y_j - E y_j| <= 16, the elements of a line, so by Bernstein's
-    inequality ``|sum of (y_j - E y_j)| <= sqrt(2*V*l) + (2/3)*16*l`` but for a probability of
-    ``2*exp(-l)``, with V the variance of the sum. V is estimated by U, the sum of the squared
-    differences of neighbours (y_1 - y_2, y_3 - y_4, ...): E U >= V, and a sum of independent terms
-    between 0 and 16^2 is rarely too small: ``U >= E U - 16*sqrt(2*l*(E U))`` but for a probability of
-    ``exp(-l)`` (as in Maurer and Pontil, 2009). With ``r = 16*sqrt(2*l)``, that is
-    ``sqrt(V) <= r/2 + sqrt(r^2/4 + U)``, and the bracket's half-width, in elements of the sample, is
-    ``sqrt(2*l)*(r/2 + sqrt(r^2/4 + U)) + (2/3)*16*l``. (U is taken at a first estimate of the
-    threshold. On a GPU it is ``sqrt(2*U*l) + (8/3)*16*l``, which is more.)
-    A bracket is wrong with a probability of at most 3*exp(-l), then. A threshold has at most 16 of
-    them, each narrower than the last; or one, and a log that is too short with a probability of at most
-    exp(-l). A ranking has two thresholds if ``lower > 0``, and a step in an ensemble has two rankings.
-    With l = 26 a whole step misses with a probability below 4 * 16 * 3 * exp(-26) < 1e-9.
-
-    With ``approx``, the threshold comes from :func:`select`'s sample, and the pass only counts.
-
-    Args:
-        draw: of the sample: another number gives another one.
-        width: the half-widths of brackets are multiplied by it. 1 is for use; with anything else, for
-            tests, the one pass is taken even where there is so little data that two are faster.
-
-    Returns:
-        int64 ``[10]``: the selection record, and the counts of :func:`adamw_`. If ``found_inf`` holds a
-        non-zero, -1, -1 and zeros.
-    """
-    if found_inf is not None and found_inf.item() != 0:
-        return torch.tensor([-1, -1] + [0] * (Field.SIZE))
-    chosen = [i for i, row in enumerate(group.tolist()) if hyper[row, Hyper.SELECTIVE] != 0]
-    record = select(
-        [grads[i] for i in chosen], [exp_avgs[i] for i in chosen], hyper, group[chosen], inv_scale,
-        clip, upper, lower, rank_inactive, approx, draw,
-    )  # fmt: skip
-    counts = adamw_(
-        params, grads, exp_avgs, exp_avg_sqs, steps, first_masks, [], record, lr, hyper, group, offsets,
-        inv_scale, clip, found_inf, gamma, rank_inactive, seed, stochastic,
-    )  # fmt: skip
-    return torch.cat([record, counts])
-
-
-@operator
-def bracket_capture_(
-    masks: list[Tensor],
-    grads: list[Tensor],
-    exp_avgs: list[Tensor],
-    hyper: Tensor,
-    group: Tensor,
-    inv_scale: Tensor | None,
-    clip: Tensor | None,
-    upper: int,
-    lower: int,
-    rank_inactive: bool,
-    draw: int,
-    width: float,
-    approx: bool = False,
-) -> Tensor:
-    """:func:`select`, then :func:`capture_`; see :func:`bracket_adamw_` for how in one pass.
-
-    Returns:
-        The selection record.
-    """
-    record = select(
-        grads, exp_avgs, hyper, group, inv_scale, clip, upper, lower, rank_inactive, approx, draw
-    )
-    capture_(masks, grads, exp_avgs, hyper, group, inv_scale, clip, record, rank_inactive)
-    return record
+def _set_bracket_width(width: float) -> float:
+    """For tests of other backends. Here there are no brackets."""
+    return width
 
 
 def _constant(x: float, dtype: torch.dtype) -> float:

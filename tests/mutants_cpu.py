@@ -1,6 +1,7 @@
 """Mutants of the CPU's one pass, for test_mutants.py: (file, text, replacement, tests that fail)."""
 
 THRESHOLDS, THRESHOLDS_H = "csrc/cpu/thresholds.cpp", "csrc/cpu/thresholds.h"
+STATISTICS = "csrc/include/rose/threshold.h"
 PASS_CPP = "csrc/cpu/pass.cpp"
 LOGS, SAMPLE, SAMPLE_H = "csrc/cpu/logs.h", "csrc/cpu/sample.cpp", "csrc/cpu/sample.h"
 SELECT = "csrc/cpu/select.cpp"
@@ -40,17 +41,17 @@ OTHER_KINDS = "tests/test_approx.py::test_tensors_of_other_dtypes_or_alphas_next
 
 MUTANTS = {
     # ----------------------------------------------------------------------------------- the margin
-    "margin, half of r": (THRESHOLDS, "deviation = r / 2 +", "deviation = r +", WIDTHS),
-    "margin, less than half of r": (THRESHOLDS, "deviation = r / 2 +", "deviation = r / 5 +", WIDTHS),
-    "margin, a quarter of the square": (THRESHOLDS, "r * r / 4 +", "r * r +", WIDTHS),
-    "margin, of the range": (THRESHOLDS, "2.0 / 3.0 * kLine", "8.0 / 3.0 * kLine", WIDTHS),
-    "margin, of the variance": (THRESHOLDS, "(std::sqrt(2 * l) * dev", "(std::sqrt(l) * dev", WIDTHS),
-    "margin, r of a line": (THRESHOLDS, "r = kLine * std::sqrt", "r = 2 * std::sqrt", WIDTHS),
+    "margin, half of r": (STATISTICS, "deviation = r / 2 +", "deviation = r +", WIDTHS),
+    "margin, less than half of r": (STATISTICS, "deviation = r / 2 +", "deviation = r / 5 +", WIDTHS),
+    "margin, a quarter of the square": (STATISTICS, "r * r / 4 +", "r * r +", WIDTHS),
+    "margin, of the range": (STATISTICS, "2.0 / 3.0 * kLine", "8.0 / 3.0 * kLine", WIDTHS),
+    "margin, of the variance": (STATISTICS, "return sqrt(2 * l) * dev", "return sqrt(l) * dev", WIDTHS),
+    "margin, r of a line": (STATISTICS, "r = kLine * sqrt", "r = 2 * sqrt", WIDTHS),
     "margin, too wide": (THRESHOLDS, "return width_ * weight_", "return 1.5 * width_ * weight_", RATE),
     "margin, too narrow": (
         THRESHOLDS, "return width_ * weight_", "return 0.7 * width_ * weight_", RATE,
     ),
-    "margin, lines with few that are ranked": (THRESHOLDS, "- 2 * q * static", "- q * static", WIDTHS),
+    "margin, lines with few that are ranked": (STATISTICS, "- 2 * q * cr", "- q * cr", WIDTHS),
     "margin, the chance of failure": (
         PASS_CPP, "? kLogOfFailureIfCounted : kLogOfFailure;",
         "? kLogOfFailure : kLogOfFailureIfCounted;", WIDTHS,
@@ -64,9 +65,11 @@ MUTANTS = {
     "margin, variance of some threads": (SAMPLE, "to.cc += from.cc;", "to.cc = from.cc;", THREADS),
     "sample of some threads": (SAMPLE, "to.below += from.below;", "to.below = from.below;", THREADS),
     "bracket without a lower margin": (
-        THRESHOLDS, "first < 0 && d >= -1 - t", "first < 0 && d >= -1", USE,
+        THRESHOLDS, "first < 0 && !is_surely_before(d, t)", "first < 0 && d >= -1", USE,
     ),
-    "bracket without an upper margin": (THRESHOLDS, "if (d > t) last", "if (d > 0) last", USE),
+    "bracket without an upper margin": (
+        THRESHOLDS, "if (is_surely_behind(d, t)) last", "if (d > 0) last", USE,
+    ),
     "the guess, its margin": (THRESHOLDS, "middle < 0 && d >= 0", "middle < 0 && d >= -t", USE),
     "the guess": (THRESHOLDS, "middle < 0 ? high : end_of(middle)", "high", USE),
     "the guess of the lower threshold": (
@@ -74,7 +77,7 @@ MUTANTS = {
     ),
     # ------------------------------------------------------------------------------------ the phases
     "margin of what has passed": (
-        THRESHOLDS, "q = fraction_;\n  for (int j = phase;", "q = fraction_;\n  for (int j = 0;",
+        THRESHOLDS, "rr = 0;\n  for (int j = phase;", "rr = 0;\n  for (int j = 0;",
         SHRINK,
     ),
     "phase of tensors that are not ranked": (
@@ -108,12 +111,12 @@ MUTANTS = {
     ),
     # ------------------------------------------------------------------------------------ the window
     "window that begins inside of the bracket": (
-        THRESHOLDS, "if (phase == 0 && low_ > 0 && d >= -1 - t) return false;", "", WIDTHS,
+        THRESHOLDS, "if (phase == 0 && low_ > 0 && !is_surely_before(d, t)) return false;", "", WIDTHS,
     ),
     "window that ends inside of the bracket": (
         THRESHOLDS, "if (phase == 0 && high_ < kMaxKey) return false;", "", WIDTHS,
     ),
-    "window of few errors": (THRESHOLDS, "errors * std::sqrt", "0.1 * errors * std::sqrt", USE),
+    "window of few errors": (STATISTICS, "return errors * sqrt", "return 0.1 * errors * sqrt", USE),
     "last bin of a window": (
         THRESHOLDS, "last_bin_ = (high - low) >> shift_;", "last_bin_ = ((high - low) >> shift_) - 1;",
         f"{ONE_VALUE} {COLLAPSE} {WIDTHS} {PASS}::test_values_of_every_size",
@@ -122,10 +125,12 @@ MUTANTS = {
     # ---------------------------------------------------------------------------------- the collapse
     "no collapse": (PASS_CPP, "|| threshold.collapse()) return", ") return", COLLAPSE),
     "collapse without its lower margin": (
-        THRESHOLDS, "static_cast<double>(i) < -1 - t", "static_cast<double>(i) < -1", NO_COLLAPSE,
+        STATISTICS, "is_surely_before(below, half_width) &&", "is_surely_before(below, 0) &&",
+        NO_COLLAPSE,
     ),
     "collapse without its upper margin": (
-        THRESHOLDS, "static_cast<double>(end) > t", "static_cast<double>(end) > 0", NO_COLLAPSE,
+        STATISTICS, "&& is_surely_behind(upto, half_width)", "&& is_surely_behind(upto, 0)",
+        NO_COLLAPSE,
     ),
     "collapsed, a miss below": (THRESHOLDS_H, "k <= before || k > upto}", "k > upto}", MISSED_TIES),
     "collapsed, a miss above": (THRESHOLDS_H, "k <= before || k > upto}", "k <= before}", MISSED_TIES),
@@ -209,10 +214,12 @@ MUTANTS = {
     ),
     # ------------------------------------------------------------------------------------- the sample
     "the same draw in every step": (
-        SAMPLE, "random_key(draw, 0x5A3Bu)", "random_key(0, 0x5A3Bu)", DRAWS,
+        SAMPLE, "random_key(draw, kSampleKey)", "random_key(0, kSampleKey)", DRAWS,
     ),
-    "the first half of every stratum": (SAMPLE, "(stratum_) >> 32)", "(stratum_) >> 33)", APPROX),
-    "the last stratum": (SAMPLE, "(lines + stratum_ - 1) / stratum_", "lines / stratum_", APPROX),
+    "the first half of every stratum": (
+        STATISTICS, "(uint64_t)size >> 32)", "(uint64_t)size >> 33)", APPROX,
+    ),
+    "the last stratum": (STATISTICS, "(lines + least - 1) / least", "lines / least", APPROX),
     "lines of other alphas": (
         SAMPLE, "i > 0 && source.alpha[i] == source.alpha[i - 1]", "i > 0", OTHER_KINDS,
     ),
@@ -224,7 +231,7 @@ MUTANTS = {
     ),
     "lines of views": (SAMPLE, "{own[0], own[1], at.n}", "{own[0], own[0], at.n}", APPROX),
     # ----------------------------------------------------------------------------------------- approx
-    "approx, its lines": (SAMPLE, "lines / 8, 1 << 14)", "lines / 8, 1 << 13)", APPROX_LINES),
+    "approx, its lines": (STATISTICS, "? lines / 8 : 1 << 14;", "? lines / 8 : 1 << 13;", APPROX_LINES),
     "approx, its rank": (
         SELECT, "k = rank_of(units, sample[0].ranked)", "k = 1 + rank_of(units, sample[0].ranked)",
         APPROX,

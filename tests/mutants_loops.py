@@ -3,7 +3,8 @@ fail)."""
 
 RUNS, RANK, STEP = "csrc/cpu/runs.cpp", "csrc/cpu/rank.inl", "csrc/cpu/step.inl"
 NUMBERS, LANES, UPDATE = "csrc/cpu/numbers.inl", "csrc/cpu/lanes.h", "csrc/cpu/update.cpp"
-OPS = "csrc/cpu/ops_cpu.cpp"
+OPS, PLAN = "csrc/cpu/ops_cpu.cpp", "csrc/update_plan.cpp"
+ELEMENT = "csrc/include/rose/element.h"
 
 PASS, TIES, PARITY = "tests/test_one_pass.py", "tests/test_one_pass_ties.py", "tests/test_parity.py"
 USE = f"{PASS}::test_as_in_use"
@@ -50,12 +51,14 @@ MUTANTS = {
     "done again, counted twice": (
         UPDATE, "return (kind != 0) - (has_first || !selected);", "return selected ? 1 : -1;", ENSEMBLE,
     ),
-    "done again, its kind": (UPDATE, "fractional_ ? 2 : 3, kind", "3, kind", ENSEMBLE),
+    "done again, its kind": (
+        UPDATE, "(selected ? plan_.weights.second : 0)", "(selected ? 3 : 0)", ENSEMBLE,
+    ),
     "done again, its weights": (UPDATE, "adamw_element<true>(", "adamw_element<false>(", ENSEMBLE),
     "done again, its rounding": (UPDATE, "k == 2 || (k == 0 &&", "k == 2 && (k == 0 ||", ROUNDING),
     "done again, its random bits": (
-        UPDATE, "static_cast<uint64_t>(offsets_[index] + element)", "static_cast<uint64_t>(element)",
-        ROUNDING,
+        UPDATE, "static_cast<uint64_t>(plan_.offsets[index] + element)",
+        "static_cast<uint64_t>(element)", ROUNDING,
     ),
     "done again, random bits of parameters": (UPDATE, "k == 0 ? Rounded::kParameter : ", "", ROUNDING),
     "done again, where it is": (RUNS, "{ element = offset; }", "{}", f"{ENSEMBLE} {ROUNDING}"),
@@ -106,14 +109,14 @@ MUTANTS = {
     ),
     "bits of a mask that is written": (LANES, "(bytes + i / 8, &bits,", "(bytes + i / 16, &bits,", USE),
     "bits of a later run": (OPS, "bits_[index] + start / 8,", "bits_[index],", USE),
-    "masks, all": (UPDATE, "kAll) return {nullptr, true}", "kAll) return {nullptr, false}", MIXTURE),
+    "masks, all": (UPDATE, "mask.kind == MaskKind::kAll || (", "(", MIXTURE),
     "masks of whole tensors": (
-        UPDATE, "return {nullptr, *data != 0}", "return {nullptr, true}", MIXTURE,
+        UPDATE, "MaskKind::kWhole && *mask.data != 0)", "MaskKind::kWhole)", MIXTURE,
     ),
     "masks of a later run": (
         UPDATE, "step.second.bits += start / 8;", "", f"{BOUNDARY} {MIXTURE} {PASS}",
     ),
-    "first masks alone": (UPDATE, "fractional_ ? &Masks::first :", "false ? &Masks::first :", MIXTURE),
+    "first masks alone": (UPDATE, "second.kind == MaskKind::kNone ? first : second", "second", MIXTURE),
     "weights of an ensemble": (
         STEP, "weight = choose(first, all_lanes(u.m[1])", "weight = choose(first, all_lanes(u.m[2])",
         f"{MIXTURE} {PARITY}::test_error_of_theta_in_an_ensemble",
@@ -136,7 +139,7 @@ MUTANTS = {
         UPDATE, "? factors_.clip : factors_.plain_clip;", "? factors_.clip : factors_.clip;", PLAIN,
     ),
     "unscaling by the update": (
-        UPDATE, "(groups_[index].sign) * factors_.inv_scale", "(groups_[index].sign)", PLAIN,
+        UPDATE, "(plan_.groups[index].sign) * factors_.inv_scale", "(plan_.groups[index].sign)", PLAIN,
     ),
     "scale and clip in one product": (
         NUMBERS, "mul(mul(g, run.factors[0]), run.factors[1])",
@@ -144,7 +147,7 @@ MUTANTS = {
     ),
     # ----------------------------------------------------------------------------------- random bits
     "random bits of the second tensor": (
-        UPDATE, "static_cast<uint64_t>(offsets_[index] + start)", "static_cast<uint64_t>(start)",
+        UPDATE, "static_cast<uint64_t>(plan_.offsets[index] + start)", "static_cast<uint64_t>(start)",
         STOCHASTIC,
     ),
     "random bits of the second tensor's step": (
@@ -160,8 +163,10 @@ MUTANTS = {
     ),
     "ties of bfloat16": (NUMBERS, "(right<16>(u) & words<1>())", "words<1>()", NARROWING),
     "half, its denormals": (NUMBERS, "words<0x387FFFFF>", "words<0x397FFFFF>", NARROWING),
-    "steps of the second tensor": (UPDATE, "next_step(*steps_[i])", "next_step(*steps_[0])", GROUPS),
-    "learning rates of groups": (UPDATE, "lr_[groups_.row(i)]", "lr_[0]", GROUPS),
+    "steps of the second tensor": (
+        UPDATE, "next_step(*plan_.steps[i])", "next_step(*plan_.steps[0])", GROUPS,
+    ),
+    "learning rates of groups": (UPDATE, "plan_.lr[plan_.groups.row(i)]", "plan_.lr[0]", GROUPS),
     # ----------------------------------------------------------------------------------------- approx
     "approx, the fewest elements of an update": (
         OPS, "elements() >= kFewestOfApprox", "elements() > kFewestOfApprox", APPROX_FEW,
@@ -169,13 +174,19 @@ MUTANTS = {
     # -------------------------------------------------------------------------------------- two passes
     "digits of a prefix": (RANK, "- prefix * (uint32_t)bins;", "- 0;", SAMPLED),
     "an infinity that was found": (
-        OPS, "if (!is_set(found_inf)) {", "{",
-        f"{PARITY}::test_nothing_moves_when_an_infinity_was_found",
+        OPS, "if (is_set(found_inf)) return record_of(Selection(), {0, 0});\n", "",
+        f"{FOUND_INF} {PARITY}::test_nothing_moves_when_an_infinity_was_found",
     ),
-    "an infinity that was found, in one pass": (
-        OPS, "if (is_set(found_inf)) return record_of(Selection(), {0, 0});", "", FOUND_INF,
+    "record of thresholds that are known": (
+        OPS, "selection_of(*record) : Selection();", "Selection() : Selection();", MIXTURE,
     ),
-    "groups of what is ranked": (OPS, "groups().row(chosen[i])", "groups().row(i)", GROUPS),
+    "masks of plain tensors": (
+        PLAN, "if (groups[i].selective != 0) masks[i]", "masks[i]", MIXTURE,
+    ),
+    "weights of a mask that is alone": (
+        ELEMENT, "kWeightsOfOne = {3, 3}", "kWeightsOfOne = {3, 2}", USE,
+    ),
+    "groups of what is ranked": (OPS, "plan.groups.row(i)", "0", GROUPS),
     "quantile of tensors": (OPS, "threshold(lower) - 1;", "threshold(lower);", OF_TENSORS),
     "norms of tensors that are clipped": (
         OPS, "mul(norm_of(squares[i]), factor)", "norm_of(squares[i])", OF_TENSORS,

@@ -87,21 +87,16 @@ MUTANTS = {
         f"{OF_STATE}::test_a_resume_is_as_if_training_had_not_stopped",
     ),
     "draws of steps": (
-        ENGINE, "*rounding, ranking.draw, 1.0,", "*rounding, 0, 1.0,",
-        DRAWS,
+        ENGINE, "else ranking.numbers(), [", "else ranking._replace(draw=0).numbers(), [", DRAWS,
     ),
     "draws of captures": (
-        ENGINE, "*fractions, ranking.draw, 1.0", "*fractions, 0, 1.0",
-        DRAWS,
+        ENGINE, "        ranking.numbers(),\n", "        ranking._replace(draw=0).numbers(),\n", DRAWS,
     ),
     "draws of seeds": (
         OPTIM, "(self.settings.seed * 0x9E3779B1 + self._steps_done)", "self._steps_done", DRAWS,
     ),
-    "approx, of updates": (
-        ENGINE, 'ranking.draw, 1.0, ranking.selection == "approx",', "ranking.draw, 1.0, False,", DRAWS,
-    ),
-    "approx, of captures": (
-        ENGINE, 'ranking.selection == "approx"\n    if masks', "False\n    if masks", DRAWS,
+    "mode of a ranking": (
+        ENGINE, "int(Mode[self.selection.upper()])", "int(Mode.BRACKET)", DRAWS,
     ),
     "gradients of a step, used again": (
         OPTIM, "        self._captures.refuse_used(kind, batch)\n", "",

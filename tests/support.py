@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from rose_ops import reference
-from rose_ops.reference import Hyper
+from rose_ops._ops import bracket_width
+from rose_ops.reference import Field, Hyper, Mode
 
 FLOAT, BF16, HALF = torch.float32, torch.bfloat16, torch.float16
 ONE = reference.FRACTION_UNIT
@@ -329,41 +330,58 @@ class Problem:
         moved["steps"] = copies(self.steps, cast=False)
         return Problem(**{**vars(self), **moved})
 
-    def select(self, ops, upper, lower=0, *, first=False, approx=False, draw: int = 0) -> Tensor:
-        return ops.select(
-            self.grads, [] if first else self.exp_avgs, self.hyper, self.group, self.inv_scale,
-            self.clip, upper, lower, self.rank_inactive, approx, draw,
+    def ranking(self, mode: Mode, upper: int = 0, lower: int = 0, draw: int = 0) -> list[int]:
+        return [int(mode), upper, lower, int(self.rank_inactive), draw]
+
+    def rank(self, ops, masks, record, ranking: list[int], *, first=False) -> Tensor:
+        return ops.rank_(
+            masks, self.grads, [] if first else self.exp_avgs, self.hyper, self.group, self.inv_scale,
+            self.clip, record, ranking,
         )  # fmt: skip
 
+    def select(self, ops, upper, lower=0, *, first=False, approx=False, draw: int = 0) -> Tensor:
+        mode = Mode.APPROX if approx else Mode.EXACT
+        return self.rank(ops, [], None, self.ranking(mode, upper, lower, draw), first=first)
+
     def capture(self, ops, record: Tensor, *, first=False) -> list[Tensor]:
+        """By thresholds that are known."""
         masks = self.random_masks()
-        ops.capture_(
-            masks, self.grads, [] if first else self.exp_avgs, self.hyper, self.group,
-            self.inv_scale, self.clip, record, self.rank_inactive,
-        )  # fmt: skip
+        result = self.rank(ops, masks, record, self.ranking(Mode.GIVEN), first=first)
+        assert_same_bits(result, record, "record")
         return masks
 
     def masks(self, ops, upper, lower=0, *, first=False) -> list[Tensor]:
-        return self.capture(ops, self.select(ops, upper, lower, first=first), first=first)
+        masks = self.random_masks()
+        self.rank(ops, masks, None, self.ranking(Mode.EXACT, upper, lower), first=first)
+        return masks
 
-    def update(self, ops, first=(), second=(), selection=None, **options: Any) -> Tensor:
-        return ops.adamw_(
+    def step(self, ops, first, second, record, ranking: list[int], **options: Any) -> Tensor:
+        return ops.step_(
             self.params, self.grads, self.exp_avgs, self.exp_avg_sqs, self.steps, list(first),
-            list(second), selection, self.lr, self.hyper, self.group, self.offsets, self.inv_scale,
-            self.clip, self.found_inf, self.gamma, self.rank_inactive, self.seed, self.stochastic,
+            list(second), record, self.lr, self.hyper, self.group, self.offsets, self.inv_scale,
+            self.clip, self.found_inf, self.gamma, ranking, [self.seed, int(self.stochastic)],
             **options,
         )  # fmt: skip
+
+    def given_update(self, ops, first=(), second=(), selection=None, **options: Any) -> Tensor:
+        """By masks, and thresholds that are known."""
+        ranking = [] if selection is None else self.ranking(Mode.GIVEN)
+        return self.step(ops, first, second, selection, ranking, **options)
+
+    def update(self, ops, first=(), second=(), selection=None, **options: Any) -> Tensor:
+        """The same; returns the counts alone."""
+        return self.given_update(ops, first, second, selection, **options)[Field.SIZE :]
+
+    def exact_update(self, ops, upper: int, lower: int = 0, first=()) -> Tensor:
+        return self.step(ops, first, [], None, self.ranking(Mode.EXACT, upper, lower))
 
     def bracket_update(
         self, ops, upper: int, lower: int = 0, first=(), draw: int = 0, width: float = WIDTH,
         approx: bool = False,
     ) -> Tensor:  # fmt: skip
-        return ops.bracket_adamw_(
-            self.params, self.grads, self.exp_avgs, self.exp_avg_sqs, self.steps, list(first), self.lr,
-            self.hyper, self.group, self.offsets, self.inv_scale, self.clip, self.found_inf,
-            self.gamma, upper, lower, self.rank_inactive, self.seed, self.stochastic, draw, width,
-            approx,
-        )  # fmt: skip
+        mode = Mode.APPROX if approx else Mode.BRACKET
+        with bracket_width(ops, width):
+            return self.step(ops, first, [], None, self.ranking(mode, upper, lower, draw))
 
     def bracket_capture(
         self,
@@ -376,12 +394,10 @@ class Problem:
         width: float = WIDTH,
         approx: bool = False,
     ) -> tuple[list[Tensor], Tensor]:
-        masks = self.random_masks()
-        record = ops.bracket_capture_(
-            masks, self.grads, [] if first else self.exp_avgs, self.hyper, self.group, self.inv_scale,
-            self.clip, upper, lower, self.rank_inactive, draw, width, approx,
-        )  # fmt: skip
-        return masks, record
+        masks, mode = self.random_masks(), Mode.APPROX if approx else Mode.BRACKET
+        with bracket_width(ops, width):
+            ranking = self.ranking(mode, upper, lower, draw)
+            return masks, self.rank(ops, masks, None, ranking, first=first)
 
     def with_moments(self, other: Problem) -> Problem:
         return Problem(**{**vars(self), "exp_avgs": other.exp_avgs})
@@ -391,7 +407,7 @@ def compare_bracket(
     ops, problem: Problem, upper: int, lower: int = 0, first=(), draw: int = 0, width: float = WIDTH,
     approx: bool = False,
 ) -> Tensor:  # fmt: skip
-    """Run ``ops.bracket_adamw_`` and hold all it does against the reference; returns its result.
+    """Rank and update in one pass, and hold all that does against the reference; returns the result.
 
     With a miss, the reference takes the threshold found: everything else must follow from it.
     """
@@ -452,25 +468,35 @@ def tensor_norms(ops, tensors: list[Tensor], inv_scale: Tensor | None) -> Tensor
 
 
 def compare_update(ops, problem: Problem, first=(), second=(), selection=None) -> Problem:
-    """Run ``ops.adamw_`` and hold all it does against the reference; returns the problem after it.
+    """Update by masks or thresholds, and hold all that does against the reference; returns the problem
+    after it."""
+    inputs = (*first, *second)
+    return _compare(ops, problem, lambda p, o: p.given_update(o, first, second, selection), inputs)
 
-    Moments, steps and counts must be equal bit for bit, parameters where M = 0, too. Elsewhere two
-    evaluations of Algorithm 1, line 13, in float32 are at most so far apart, by counting roundings:
+
+def compare_exact(ops, problem: Problem, upper: int, lower: int = 0, first=()) -> Problem:
+    """The same of a ranking and an update in one call."""
+    return _compare(ops, problem, lambda p, o: p.exact_update(o, upper, lower, first), (*first,))
+
+
+def _compare(ops, problem: Problem, step: Callable, masks: Sequence[Tensor]) -> Problem:
+    """Moments, steps and the result must be equal bit for bit, parameters where M = 0, too. Elsewhere
+    two evaluations of Algorithm 1, line 13, in float32 are at most so far apart, by counting roundings:
     each has at most 8 in the update term, 2 in the decay and 1 in the result.
     """
     expected, update = problem.copy(), problem.copy()
-    counts = expected.update(reference, first, second, selection)
+    result = step(expected, reference)
     # The update term alone: the same with parameters of zero.
     update.params = [torch.zeros(p.shape) for p in problem.params]
-    update.update(reference, first, second, selection)
+    step(update, reference)
 
     before = problem.copy()
     around = [surroundings(t) for t in problem.written]
-    inputs = [*problem.grads, *first, *second, problem.hyper, problem.group, problem.lr]
+    inputs = [*problem.grads, *masks, problem.hyper, problem.group, problem.lr]
     inputs_before = [t.clone() for t in inputs]
-    actual_counts = problem.update(ops, first, second, selection)
+    actual = step(problem, ops)
 
-    assert_same_bits(actual_counts, counts, "counts")
+    assert_same_bits(actual, result, "record and counts")
     assert_all_same_bits(problem.steps, expected.steps, "steps")
     assert_all_same_bits(problem.exp_avgs, expected.exp_avgs, "exp_avgs")
     assert_all_same_bits(problem.exp_avg_sqs, expected.exp_avg_sqs, "exp_avg_sqs")

@@ -31,6 +31,7 @@ from support import (
 )
 
 from rose_ops import RoseFusedAdamW, reference
+from rose_ops.reference import Mode
 
 # ------------------------------------------------------------------------------ trajectories
 
@@ -241,9 +242,7 @@ def test_the_floating_point_mode_of_the_caller_is_restored(any_ops):
             tensor_norms(any_ops, problem.grads, None)
             assert flushes() == wanted
             with pytest.raises((RuntimeError, IndexError, ValueError)):
-                any_ops.capture_(
-                    [], problem.grads, [], problem.hyper, problem.group, None, None, record, False
-                )
+                problem.rank(any_ops, [], record, problem.ranking(Mode.GIVEN), first=True)
             assert flushes() == wanted
 
 

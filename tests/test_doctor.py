@@ -13,8 +13,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import rose_ops
 from rose_ops import backends, cli, reference
+from rose_ops._ops import OPERATORS
 from rose_ops.backends import Backend
 from rose_ops.doctor import check
+from rose_ops.reference import Mode
 
 
 @pytest.fixture
@@ -47,32 +49,39 @@ def test_it_runs_as_a_command(monkeypatch):
     assert "equals the reference" in done.stdout
 
 
-OPERATORS = (
-    "select", "capture_", "adamw_", "bracket_adamw_", "bracket_capture_", "sums_of_squares",
-    "clip_factors", "select_tensors_",
-)  # fmt: skip
+MODES = ["by-masks", *(mode.name for mode in Mode)]
+BROKEN = [
+    *(f"{name} {mode}" for name in ("rank_", "step_") for mode in MODES),
+    "sums_of_squares", "clip_factors", "select_tensors_",
+]  # fmt: skip
+BROKEN = [name for name in BROKEN if name != "rank_ by-masks" and "APPROX" not in name]
 
 
-@pytest.mark.parametrize("broken", OPERATORS)
+@pytest.mark.parametrize("broken", BROKEN)
 def test_a_wrong_backend_is_reported(monkeypatch, capsys, no_interpreter, broken):
-    """Whatever the operator, with one bit wrong in its result or in what it writes."""
+    """Whatever the operator and its mode, with one bit wrong in its result or in what it writes."""
+    name, _, mode = broken.partition(" ")
 
     def off_by_one(*args):
-        result = getattr(reference, broken)(*args)
+        result = getattr(reference, name)(*args)
         changed = result
-        if broken == "capture_":
+        if name == "rank_":
             changed = args[0][0]
-        if broken == "select_tensors_":
+        if name == "select_tensors_":
             changed = args[0]
-        if "adamw" in broken:  # parameters are compared with a tolerance, moments are not
+        if name == "step_":  # parameters are compared with a tolerance, moments are not
             changed = args[2][0]
+        if mode:
+            ranking = args[-1 if name == "rank_" else -2]
+            if mode != (Mode(ranking[0]).name if ranking else "by-masks"):
+                return result
         changed.view(torch.uint8).reshape(-1)[-1 if changed.is_floating_point() else 0] += 1
         return result
 
-    functions = {name: getattr(reference, name) for name in OPERATORS}
+    functions = {name: getattr(reference, name) for name in (*OPERATORS, "_set_bracket_width")}
     ops = SimpleNamespace(**functions)
     assert check(ops, "cpu") == []
-    setattr(ops, broken, off_by_one)
+    setattr(ops, name, off_by_one)
     wrong = Backend("wrong", frozenset({"cpu"}), lambda: ops, lambda: None)
     assert check(ops, "cpu")
     monkeypatch.setitem(backends.BACKENDS, "wrong", wrong)

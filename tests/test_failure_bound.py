@@ -19,7 +19,7 @@ from support import WIDTH, Problem
 from rose_ops import reference
 from rose_ops.reference import Field
 
-MOST_BRACKETS = 16  # of a threshold, says bracket_adamw_ of reference.py
+MOST_BRACKETS = 16  # of a threshold, says step_ of reference.py
 DRAWS = 300
 CHANCE = 1e-4  # that a sound implementation is outside of the limits, for each case and side
 L = reference.LOG_OF_FAILURE
@@ -43,7 +43,7 @@ def strata_of(y: torch.Tensor, lines: int) -> torch.Tensor:
 
 def half_width(u: torch.Tensor) -> torch.Tensor:
     """Of a bracket, in elements of the sample whose differences of neighbours have the squares' sum u:
-    see :func:`rose_ops.reference.bracket_adamw_`."""
+    see :func:`rose_ops.reference.step_`."""
     r = LINE * math.sqrt(2 * L)
     deviation = r / 2 + (r**2 / 4 + u).sqrt()
     return math.sqrt(2 * L) * deviation + 2 / 3 * LINE * L

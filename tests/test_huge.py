@@ -188,9 +188,10 @@ def test_index_space_beyond_2_31(real_ops, generator, mix, upper, lower, first):
         return int(ranked[-(-k // REPEATS) - 1]) if k else -1
 
     high, low = threshold(upper), threshold(lower)
-    record = real_ops.select(
-        [g] * REPEATS, [] if first else [m] * REPEATS, hyper_table((0.9, 0.999, 1e-8, 0.1, 1, 1)),
-        torch.zeros(REPEATS, dtype=torch.int64), None, None, upper, lower, False, False, 0,
+    record = real_ops.rank_(
+        [], [g] * REPEATS, [] if first else [m] * REPEATS, hyper_table((0.9, 0.999, 1e-8, 0.1, 1, 1)),
+        torch.zeros(REPEATS, dtype=torch.int64), None, None, None,
+        [reference.Mode.EXACT, upper, lower, False, 0],
     )  # fmt: skip
     kept = int(((ranked > low) & (ranked <= high)).sum())
     assert record.tolist() == [
@@ -206,9 +207,10 @@ def test_histogram_of_one_bin_beyond_2_31(real_ops):
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        record = real_ops.select(
-            [g] * repeats, [], hyper_table((0.9, 0.999, 1e-8, 0.1, 1, 1)),
-            torch.zeros(repeats, dtype=torch.int64), None, None, 600_000_000, 0, False, True, 0,
+        record = real_ops.rank_(
+            [], [g] * repeats, [], hyper_table((0.9, 0.999, 1e-8, 0.1, 1, 1)),
+            torch.zeros(repeats, dtype=torch.int64), None, None, None,
+            [reference.Mode.APPROX, 600_000_000, 0, False, 0],
         )  # fmt: skip
     finally:
         torch.set_num_threads(threads)

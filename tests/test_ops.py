@@ -27,7 +27,8 @@ from support import (
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from rose_ops import reference
-from rose_ops.reference import Field
+from rose_ops._ops import OPERATORS
+from rose_ops.reference import Field, Mode
 
 rose = torch.ops.rose_ops
 
@@ -46,36 +47,24 @@ def problem_of(generator, dtype=FLOAT, moment=FLOAT, row=ROSE, **options) -> Pro
     return Problem.of(g, m, row, params=p, exp_avg_sqs=[t.abs() for t in v], **options)
 
 
-def select_args(p: Problem, first=False, approx=False):
-    moments = [] if first else p.exp_avgs
-    return (p.grads, moments, p.hyper, p.group, p.inv_scale, p.clip, 600_000_000, 0, False, approx, 3)
+def ranking(mode: Mode, upper: int = 600_000_000, lower: int = 0) -> list[int]:
+    return [int(mode), upper, lower, 0, 3]
 
 
-def capture_args(p: Problem, first=False):
-    moments = [] if first else p.exp_avgs
-    record = p.select(rose, 600_000_000, first=first)
-    masks = random_masks(p.numels)
-    return (masks, p.grads, moments, p.hyper, p.group, p.inv_scale, p.clip, record, False)
-
-
-def adamw_args(p: Problem, first=(), second=(), selection=None):
+def rank_args(p: Problem, mode: Mode, *, masks: bool, first=False):
+    record = p.select(rose, 600_000_000, first=first) if mode == Mode.GIVEN else None
     return (
-        p.params, p.grads, p.exp_avgs, p.exp_avg_sqs, p.steps, list(first), list(second), selection,
-        p.lr, p.hyper, p.group, p.offsets, p.inv_scale, p.clip, p.found_inf, 0.3, False, 7, False,
+        random_masks(p.numels) if masks else [], p.grads, [] if first else p.exp_avgs, p.hyper, p.group,
+        p.inv_scale, p.clip, record, ranking(mode),
     )  # fmt: skip
 
 
-def bracket_adamw_args(p: Problem, first=()):
+def step_args(p: Problem, mode: Mode | None = None, first=(), second=()):
+    record = p.select(rose, 600_000_000) if mode == Mode.GIVEN else None
     return (
-        p.params, p.grads, p.exp_avgs, p.exp_avg_sqs, p.steps, list(first), p.lr, p.hyper, p.group,
-        p.offsets, p.inv_scale, p.clip, p.found_inf, 0.3, 600_000_000, 0, False, 7, True, 1, 1.0, False,
-    )  # fmt: skip
-
-
-def bracket_capture_args(p: Problem):
-    return (
-        random_masks(p.numels), p.grads, [], p.hyper, p.group, p.inv_scale, p.clip, 600_000_000, 0,
-        False, 1, 1.0, False,
+        p.params, p.grads, p.exp_avgs, p.exp_avg_sqs, p.steps, list(first), list(second), record, p.lr,
+        p.hyper, p.group, p.offsets, p.inv_scale, p.clip, p.found_inf, 0.3,
+        [] if mode is None else ranking(mode), [7, 1],
     )  # fmt: skip
 
 
@@ -98,29 +87,36 @@ def _cases():
 
     def masked(g):
         p = problem_of(g)
-        return adamw_args(p, p.masks(rose, 500_000_000), p.masks(rose, ONE // 3, first=True))
+        masks = p.masks(rose, 500_000_000), p.masks(rose, ONE // 3, first=True)
+        return step_args(p, None, *masks)
 
-    def found(g):
-        p = problem_of(g, found_inf=torch.tensor(0.0))
-        return adamw_args(p, selection=p.select(rose, 600_000_000))
+    def given(g):
+        return step_args(problem_of(g, found_inf=torch.tensor(0.0)), Mode.GIVEN)
 
     def clipped(g):
         p = problem_of(g, BF16, clip=torch.tensor([0.5, 0.5]), found_inf=torch.tensor(0.0))
-        return bracket_adamw_args(p, p.masks(rose, ONE // 3, first=True))
+        return step_args(p, Mode.BRACKET, p.masks(rose, ONE // 3, first=True))
+
+    def rank(mode, problem=problem_of, **options):
+        return rose.rank_, lambda g: rank_args(problem(g), mode, **options)
+
+    def scaled(g):
+        return problem_of(g, inv_scale=scale)
 
     return {
-        "select-second": (rose.select, lambda g: select_args(problem_of(g))),
-        "select-first": (rose.select, lambda g: select_args(problem_of(g, inv_scale=scale), True)),
-        "select-approx": (rose.select, lambda g: select_args(problem_of(g, BF16), approx=True)),
-        "capture_-second": (rose.capture_, lambda g: capture_args(problem_of(g))),
-        "capture_-first": (rose.capture_, lambda g: capture_args(problem_of(g, HALF), True)),
-        "adamw_-plain": (rose.adamw_, lambda g: adamw_args(problem_of(g, row=PLAIN))),
-        "adamw_-bf16": (rose.adamw_, lambda g: adamw_args(problem_of(g, BF16, BF16, PLAIN))),
-        "adamw_-masks": (rose.adamw_, masked),
-        "adamw_-selection": (rose.adamw_, found),
-        "bracket_adamw_": (rose.bracket_adamw_, lambda g: bracket_adamw_args(problem_of(g))),
-        "bracket_adamw_-clip": (rose.bracket_adamw_, clipped),
-        "bracket_capture_": (rose.bracket_capture_, lambda g: bracket_capture_args(problem_of(g))),
+        "rank_-second": rank(Mode.EXACT, masks=False),
+        "rank_-first": rank(Mode.EXACT, scaled, masks=False, first=True),
+        "rank_-approx": rank(Mode.APPROX, lambda g: problem_of(g, BF16), masks=False),
+        "rank_-masks": rank(Mode.EXACT, masks=True),
+        "rank_-masks-bracket": rank(Mode.BRACKET, masks=True, first=True),
+        "rank_-masks-given": rank(Mode.GIVEN, lambda g: problem_of(g, HALF), masks=True, first=True),
+        "step_-plain": (rose.step_, lambda g: step_args(problem_of(g, row=PLAIN))),
+        "step_-bf16": (rose.step_, lambda g: step_args(problem_of(g, BF16, BF16, PLAIN))),
+        "step_-masks": (rose.step_, masked),
+        "step_-given": (rose.step_, given),
+        "step_-exact": (rose.step_, lambda g: step_args(problem_of(g), Mode.EXACT)),
+        "step_-bracket": (rose.step_, lambda g: step_args(problem_of(g), Mode.BRACKET)),
+        "step_-bracket-clip": (rose.step_, clipped),
         "sums_of_squares": (rose.sums_of_squares, lambda g: (problem_of(g).grads, None)),
         "sums_of_squares-scaled": (rose.sums_of_squares, lambda g: (problem_of(g, BF16).grads, scale)),
         "clip_factors": (rose.clip_factors, lambda g: (sums_of(g), 1.0)),
@@ -144,23 +140,14 @@ def test_opcheck(generator, name, check):
     assert result == {check: "SUCCESS"}
 
 
-OPERATORS = (
-    "select", "capture_", "adamw_", "bracket_adamw_", "bracket_capture_", "sums_of_squares",
-    "clip_factors", "select_tensors_",
-)  # fmt: skip
-
-
 def test_what_is_written_is_what_the_schema_says():
     written = {
         name: [a.name for a in getattr(rose, name).default._schema.arguments if a.is_write]
         for name in OPERATORS
     }
     assert written == {
-        "select": [],
-        "capture_": ["masks"],
-        "adamw_": ["params", "exp_avgs", "exp_avg_sqs", "steps"],
-        "bracket_adamw_": ["params", "exp_avgs", "exp_avg_sqs", "steps"],
-        "bracket_capture_": ["masks"],
+        "rank_": ["masks"],
+        "step_": ["params", "exp_avgs", "exp_avg_sqs", "steps"],
         "sums_of_squares": [],
         "clip_factors": [],
         "select_tensors_": ["mask"],
@@ -180,12 +167,7 @@ def test_fakes_have_the_shape_of_the_truth(generator, name):
 
         shown = op(*(fake(x) for x in real))
     actual = op(*real)
-    if actual is None:
-        assert shown is None
-    else:
-        assert (shown.shape, shown.dtype, shown.device) == (
-            actual.shape, actual.dtype, actual.device,
-        )  # fmt: skip
+    assert (shown.shape, shown.dtype, shown.device) == (actual.shape, actual.dtype, actual.device)
 
 
 def test_lazily_negated_gradients_are_read_as_what_they_are(ops):
@@ -305,10 +287,7 @@ def test_select_refuses_fractions(ops, upper, lower):
 
 
 def call_capture(ops, problem, masks, record):
-    ops.capture_(
-        masks, problem.grads, problem.exp_avgs, problem.hyper, problem.group, problem.inv_scale,
-        None, record, False,
-    )  # fmt: skip
+    problem.rank(ops, masks, record, problem.ranking(Mode.GIVEN))
 
 
 BAD_TENSORS = {
@@ -365,9 +344,10 @@ BAD_MASKS = {
     "int8": (lambda: [torch.zeros(3, dtype=torch.int8)] * 3, _record(), "masks must be"),
     "strided": (lambda: [torch.zeros(6, dtype=torch.uint8)[::2]] * 3, _record(), "masks must be"),
     "meta": (lambda: [*random_masks([N] * 2), _meta(3, dtype=torch.uint8)], _record(), "masks"),
-    "record-int32": (lambda: random_masks([N] * 3), _record(dtype=torch.int32), "selection must"),
-    "record-short": (lambda: random_masks([N] * 3), _record(size=7), "selection must be"),
-    "record-meta": (lambda: random_masks([N] * 3), _meta(8, dtype=torch.int64), "selection"),
+    "none": (list, _record(), "masks has 0"),
+    "record-int32": (lambda: random_masks([N] * 3), _record(dtype=torch.int32), "record must"),
+    "record-short": (lambda: random_masks([N] * 3), _record(size=7), "record must be"),
+    "record-meta": (lambda: random_masks([N] * 3), _meta(8, dtype=torch.int64), "record"),
 }
 
 
@@ -463,16 +443,49 @@ def test_update_refuses_masks_elsewhere(ops, kind):
 )  # fmt: skip
 def test_update_refuses_selections(ops, record):
     problem = good()
-    assert_refused(problem, lambda: problem.update(ops, selection=record), "selection")
+    assert_refused(problem, lambda: problem.update(ops, selection=record), "record")
 
 
-def test_update_refuses_two_second_order_masks(ops):
-    problem = good()
+@pytest.mark.parametrize("mode", Mode)
+def test_update_refuses_two_second_order_masks(ops, mode):
+    problem, record = good(), _record() if mode == Mode.GIVEN else None
     masks = random_masks([N] * 3)
     assert_refused(
-        problem, lambda: problem.update(ops, (), masks, _record()),
+        problem, lambda: problem.step(ops, (), masks, record, ranking(mode)),
         "both selection and second_masks are given",
     )  # fmt: skip
+
+
+BAD_RANKINGS = {
+    "short": ([1, ONE, 0, 0], False, "ranking has 4 numbers; expected"),
+    "long": ([1, ONE, 0, 0, 0, 0], False, "ranking has 6 numbers; expected"),
+    "mode": ([4, ONE, 0, 0, 0], False, "ranking[0] is 4; expected a mode"),
+    "mode-negative": ([-1, ONE, 0, 0, 0], False, "ranking[0] is -1; expected a mode"),
+    "fractions": ([2, 5, 5, 0, 0], False, "expected 0 <= lower < upper"),
+    "given-without-record": ([0] * 5, False, "record is not given; expected it with"),
+    "record-and-exact": ([1, ONE, 0, 0, 0], True, "record is given; expected it with"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_RANKINGS)
+def test_what_is_no_ranking_is_refused(ops, name):
+    numbers, has_record, words = BAD_RANKINGS[name]
+    problem, record = good(), _record() if has_record else None
+    assert_refused(problem, lambda: problem.step(ops, (), (), record, numbers), words)
+    masks = problem.random_masks()
+    assert_refused(problem, lambda: problem.rank(ops, masks, record, numbers), words, masks)
+
+
+def test_what_there_must_be_is_asked_for(ops):
+    problem = good()
+    words = "ranking has 0 numbers; expected mode"
+    assert_refused(problem, lambda: problem.rank(ops, [], None, []), words)
+    words = "record is given; expected it with"
+    assert_refused(problem, lambda: problem.step(ops, (), (), _record(), []), words)
+    problem.hyper = hyper_table(PLAIN)
+    arguments = [*step_args(problem)[:-1], [7]]
+    words = "rounding has 1 numbers; expected seed and stochastic"
+    assert_refused(problem, lambda: ops.step_(*arguments), words)
 
 
 def test_update_refuses_a_selective_group_without_a_mask(ops):
@@ -498,7 +511,7 @@ def test_all_inputs_on_meta_give_fakes_only():
     """Wholly on the meta device the operators say shapes, as torch's own do."""
     p = good()
     args = [[_meta(N)] * 3, [_meta(N)] * 3, p.hyper.to("meta"), p.group.to("meta")]
-    record = rose.select(*args, None, None, ONE, 0, False, False, 0)
+    record = rose.rank_([], *args, None, None, None, ranking(Mode.EXACT))
     assert (record.shape, record.dtype, record.device.type) == ((8,), torch.int64, "meta")
 
 

@@ -114,12 +114,9 @@ class ByHand:
             )
             found = list(chosen.unbind())
         else:
-            table = (self.hyper(), rows, None, None)
-            record = reference.select(
-                gs, ms, *table, fraction("upper"), fraction("lower"), rank_inactive, False
-            )
             found = [torch.empty((g.numel() + 7) // 8, dtype=torch.uint8) for g in gs]
-            reference.capture_(found, gs, ms, *table, record, rank_inactive)
+            ranking = [reference.Mode.EXACT, fraction("upper"), fraction("lower"), rank_inactive, 0]
+            record = reference.rank_(found, gs, ms, self.hyper(), rows, None, None, None, ranking)
         self.records[kind] = record
         for i, mask in zip(ranked, found, strict=True):
             masks[i] = mask
@@ -137,14 +134,15 @@ class ByHand:
             hyper[:, reference.Hyper.SELECTIVE] = 0
             masks = {}
         sizes = torch.tensor([p.numel() for p in self.params])
-        return reference.adamw_(
+        result = reference.step_(
             of(self.params), of(grads), of(self.exp_avgs), of(self.exp_avg_sqs), of(self.steps),
             of(masks["first"]) if "first" in masks else [],
             of(masks["second"]) if "second" in masks else [], None,
             torch.tensor([float(o["lr"]) for o in self.options], dtype=torch.float64), hyper,
             torch.tensor(of(self.groups)), (sizes.cumsum(0) - sizes)[here], None, None,
-            None, self.settings["gamma"], False, 0, False,
+            None, self.settings["gamma"], [], [0, False],
         )  # fmt: skip
+        return result[reference.Field.SIZE :]
 
     def rose(self, grads: list[Tensor | None], kl_grads: list[Tensor | None]) -> Tensor:
         """One step of the order."""

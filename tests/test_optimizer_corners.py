@@ -74,15 +74,16 @@ def test_a_loaded_mask_is_a_copy():
 @pytest.mark.parametrize("selection", ["bracket", "approx"])
 def test_every_step_has_a_draw_of_its_own(monkeypatch, selection):
     """Brackets of two steps, or of two runs, that missed for one sample would be no accident."""
-    draws = {"bracket_adamw_": [], "bracket_capture_": []}
+    draws = {"step_": [], "rank_": []}
     for name, found in draws.items():
         original = getattr(reference, name)
         arguments = [*inspect.signature(original).parameters]
 
         def recording(*args, original=original, found=found, arguments=arguments):
             named = dict(zip(arguments, args, strict=True))
-            found.append(named["draw"])
-            assert named["approx"] == (selection == "approx")
+            mode, *_, draw = named["ranking"]
+            found.append(draw)
+            assert mode == reference.Mode[selection.upper()]
             return original(*args)
 
         monkeypatch.setattr(reference, name, recording)

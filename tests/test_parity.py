@@ -24,6 +24,7 @@ from support import (
     assert_same_bits,
     bits,
     compare_bracket,
+    compare_exact,
     compare_rounding,
     compare_update,
     examples,
@@ -38,18 +39,25 @@ from support import (
 )
 
 from rose_ops import reference
-from rose_ops.reference import Field
+from rose_ops.reference import Field, Mode
 
 # ---------------------------------------------------------------------------------- any mixture
 
 
 def compare_selection(ops, problem: Problem, upper, lower, *, first, approx=False):
-    """Records and masks must be equal; returns them."""
+    """Records and masks must be equal, in one call or two; returns them."""
     expected = problem.select(reference, upper, lower, first=first, approx=approx)
     record = problem.select(ops, upper, lower, first=first, approx=approx)
     assert record.tolist() == expected.tolist()
-    masks = problem.capture(ops, record, first=first)
-    assert_all_same_bits(masks, problem.capture(reference, record, first=first), "masks")
+    masks, wanted = (
+        problem.capture(ops, record, first=first),
+        problem.capture(reference, record, first=first),
+    )
+    assert_all_same_bits(masks, wanted, "masks")
+    if not approx:
+        ranking, masks = problem.ranking(Mode.EXACT, upper, lower), problem.random_masks()
+        assert_same_bits(problem.rank(ops, masks, None, ranking, first=first), expected, "record")
+        assert_all_same_bits(masks, wanted, "masks of one call")
     return record, masks
 
 
@@ -96,6 +104,13 @@ def test_update_of_any_mixture(ops, spec: Spec, kept, kept_first, mode, data):
         masks(kept, False) if "second" in mode else (),
         record if "selection" in mode else None,
     )
+
+
+@examples(100)
+@given(spec=specs(), kept=fractions(), with_first=st.booleans())
+def test_ranking_and_update_in_one_call(ops, spec: Spec, kept, with_first):
+    problem = spec.problem()
+    compare_exact(ops, problem, *kept, problem.masks(reference, ONE // 3, first=True) * with_first)
 
 
 @examples(50)

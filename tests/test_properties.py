@@ -31,7 +31,7 @@ from support import (
 
 import rose_ops
 from rose_ops import reference
-from rose_ops.reference import Field
+from rose_ops.reference import Field, Mode
 from rose_ops.settings import check_fractions
 
 # ------------------------------------------------------------------- risks, by exact arithmetic
@@ -652,5 +652,5 @@ def test_masks_of_capture_share_one_allocation_and_no_bit(any_ops, generator):
     problem = Problem.of([values(n, ("normal",), FLOAT, generator) for n in (3, 9, 1, 8, 0, 13)])
     masks = random_masks(problem.numels)
     record = problem.select(any_ops, ONE, first=True)
-    any_ops.capture_(masks, problem.grads, [], problem.hyper, problem.group, None, None, record, False)
+    problem.rank(any_ops, masks, record, problem.ranking(Mode.GIVEN), first=True)
     assert [m.tolist() for m in masks] == [[7], [255, 1], [1], [255], [], [255, 31]]

@@ -706,9 +706,9 @@ MUTANTS: dict[str, tuple[str, ...]] = {
     "barrier after the views": (
         "sample.cuh", ": no_view();\n  }\n  __syncthreads();", ": no_view();\n  }",
     ),
-    "bracket without width": ("sample.cuh", "a.width * (", "0.0 * ("),
+    "bracket without width": ("sample.cuh", "? a.width * half", "? 0.0 * half"),
     "class of ties that is not surely the threshold": (
-        "sample.cuh", "if (below < -1.0 - margin && upto > margin) {", "if (upto > below) {",
+        "sample.cuh", "if (is_surely_between(below, upto, margin)) {", "if (upto > below) {",
     ),
     "room of the log": ("sample.cuh", "logged <= room;", "logged <= 1e300;"),
     "room of the log, what chunks leave unused": (
@@ -822,7 +822,7 @@ MUTANTS: dict[str, tuple[str, ...]] = {
         "select.cuh", "  clear<kBins>(bins);\n  __syncthreads();", "  clear<kBins>(bins);",
     ),
     "address of an entry after a sample's last": (
-        "select.cuh", "if (strata[k] < a.lines) write", "write",
+        "select.cuh", "if (strata[k] < a.strata.count) write", "write",
     ),
     "entries of a sample at once": (
         "select.cuh", "a.log.keys, first + k * stride, keys[k]", "a.log.keys, first, keys[k]",
@@ -870,20 +870,29 @@ MUTANTS: dict[str, tuple[str, ...]] = {
     "learning rate of a group": ("update.cuh", "a.few_lrs[segment.group]", "a.few_lrs[0]"),
     "learning rate of a group, of many": ("update.cuh", "a.lrs[segment.group]", "a.lrs[0]"),
     "tensor that is ruled out": (
-        "update.cuh", "prepared.base_kind == 0 && !has_bits && !a.from_risk", "false",
+        "update.cuh", "prepared.base_kind == 0 && !has_bits && a.selection == nullptr", "false",
     ),
     "tensor that bits may select": (
         "update.cuh", "prepared.base_kind == 0 && !has_bits &&", "prepared.base_kind == 0 &&",
     ),
     "infinity found, steps": (
-        "update.cuh", "i < a.table.count && !is_set(a.found_inf)", "i < a.table.count",
+        "update.cuh", "i < a.table.count && is_finite", "i < a.table.count",
+    ),
+    "infinity found, the record": (
+        "update.cuh", "copy_record(is_finite ? a.selection : nullptr, a.record);",
+        "copy_record(a.selection, a.record);",
+    ),
+    "record of a selection": ("update.cuh", "from != nullptr ? from[i] :", "false ? 0 :"),
+    "record of a capture": (
+        "update.cuh", "threadIdx.x == 0) copy_record(a.selection, a.record);", "threadIdx.x == 0) {}",
     ),
     "infinity found": ("update.cuh", "if (!is_set(a.found_inf)) update<", "update<"),
     "infinity found, by thresholds": (
-        "bracket.cuh", "  if (is_set(a.update.found_inf)) return;\n  const Mode", "  const Mode",
+        "bracket.cuh", "  if (is_set(a.update.found_inf)) return;\n  const Course",
+        "  const Course",
     ),
     "infinity found, bracketed": (
-        "bracket.cuh", "  if (is_set(a.update.found_inf)) return;  // Mode::kNothing\n", "",
+        "bracket.cuh", "  if (is_set(a.update.found_inf)) return;  // Course::kNothing\n", "",
     ),
     "product of the factors": ("update.cuh", "factor = mul(scale, clip);", "factor = scale;"),
     "two factors of an update": (
@@ -1009,11 +1018,11 @@ MUTANTS: dict[str, tuple[str, ...]] = {
         "bracket.cuh", "find_segment(table, place / kTile)", "find_segment(table, place / (2 * kTile))",
     ),
     "element done again, its mask": (
-        "bracket.cuh", "rest + (was_selected ? 0 : a.second_weight);",
-        "rest + (was_selected ? a.second_weight : 0);",
+        "bracket.cuh", "rest + (was_selected ? 0 : a.weights.second);",
+        "rest + (was_selected ? a.weights.second : 0);",
     ),
     "element done again, its first mask": (
-        "bracket.cuh", "!= 0 ? a.first_weight : 0);", "!= 0 ? 0 : 0);",
+        "bracket.cuh", "!= 0 ? a.weights.first : 0);", "!= 0 ? 0 : 0);",
     ),
     "element done again, its count": (
         "bracket.cuh", "was_selected ? &less : &more", "was_selected ? &more : &less",
@@ -1040,10 +1049,10 @@ MUTANTS: dict[str, tuple[str, ...]] = {
         "bracket.cuh", "  if (a.approx) {\n    end_approx(a);\n    return;\n  }\n", "",
     ),
     "no bracket, no update": (
-        "bracket.cuh", "  if (mode == Mode::kExact) update<kFractional, true>(a.update);\n", "",
+        "bracket.cuh", "  if (course == Course::kExact) update<kFractional, true>(a.update);\n", "",
     ),
     "no bracket, no count": (
-        "bracket.cuh", "  if (mode == Mode::kExact) count(a.select, shared);\n", "",
+        "bracket.cuh", "  if (course == Course::kExact) count(a.select, shared);\n", "",
     ),
     # ------------------------------------------------------------------------- rest
     "squares of a tensor that is not linear": (

@@ -226,7 +226,7 @@ def launches(monkeypatch, ops, generator, pieces: int, **changes: float) -> list
     problem = Problem.of(grads, moments, (*row, 1.0, 1.0), changes.get("lr", 1e-3), **options)
     problem.steps = [torch.tensor(changes.get("step", 0.0)) for _ in grads]
     record_of = problem.select(reference, 600_000_000)
-    monkeypatch.setattr(ops, "_launch", record)
+    monkeypatch.setattr(ops.passes, "_launch", record)
     problem.select(ops, 600_000_000)
     problem.update(ops, selection=record_of)
     monkeypatch.undo()
@@ -234,7 +234,7 @@ def launches(monkeypatch, ops, generator, pieces: int, **changes: float) -> list
 
 
 def test_launches_have_the_options_that_are_compiled_here(triton_ops):
-    from rose_ops.backends.triton import bracket, kernels
+    from rose_ops.backends.triton import bracket, kernels, passes
 
     seen: dict = {}
 
@@ -246,7 +246,7 @@ def test_launches_have_the_options_that_are_compiled_here(triton_ops):
             return lambda **options: seen.update({self.fn.__name__: options})
 
     for name in kernels.OPTIONS:
-        triton_ops._launch(Kernel(getattr(kernels, name, None) or getattr(bracket, name)), 1)
+        passes._launch(Kernel(getattr(kernels, name, None) or getattr(bracket, name)), 1)
     limits = torch.version.cuda is not None
     assert seen == {
         name: {k: v for k, v in options.items() if limits or k != "maxnreg"}
@@ -405,6 +405,8 @@ def counted(triton_ops, monkeypatch):
         pytest.skip("accesses are counted where kernels are interpreted")
     from triton.runtime import interpreter
 
+    from rose_ops.backends.triton import passes
+
     counts = {"launches": 0, "read": 0, "written": 0}
     ranges: list[tuple[int, int]] = []
 
@@ -428,7 +430,7 @@ def counted(triton_ops, monkeypatch):
 
     wrapped("create_masked_load", "read", 0)
     wrapped("create_masked_store", "written", 1)
-    launch, of = triton_ops._launch, triton_ops._Bracket.of
+    launch, of = passes._launch, passes.Bracket.of
 
     def counted_launch(*args, **options):
         counts["launches"] += 1
@@ -439,8 +441,8 @@ def counted(triton_ops, monkeypatch):
         watch([bracket.sample])
         return bracket
 
-    monkeypatch.setattr(triton_ops, "_launch", counted_launch)
-    monkeypatch.setattr(triton_ops._Bracket, "of", watched)
+    monkeypatch.setattr(passes, "_launch", counted_launch)
+    monkeypatch.setattr(passes.Bracket, "of", watched)
 
     def measure(tensors, call) -> dict[str, int]:
         ranges.clear()
@@ -511,8 +513,9 @@ def test_launches_do_not_depend_on_the_number_of_tensors(triton_ops, counted, ge
 @pytest.mark.parametrize("updates", [True, False])
 def test_memory_of_a_bracketed_pass(triton_ops, n, updates):
     """At most a bit for each element and 16 MiB; of the sample alone, 8 MiB."""
+    passes = triton_ops.passes
     for approx in (False, True) if n >= reference.APPROX_FEWEST else (False,):
-        made = triton_ops._Bracket.of(-(-n // 16), n, updates, approx, torch.device("meta"))
+        made = passes.Bracket.of(-(-n // 16), n, updates, approx, torch.device("meta"))
         tensors = (made.state, made.record, made.sample)
         most = 8 << 20 if approx else n // 8 + (16 << 20)
         assert sum(t.untyped_storage().nbytes() for t in tensors) <= most
@@ -521,9 +524,9 @@ def test_memory_of_a_bracketed_pass(triton_ops, n, updates):
 @pytest.mark.slow
 def test_a_log_that_overflows_is_a_miss(triton_ops, monkeypatch, generator):
     """Which a sample makes next to impossible: the estimate is the threshold then, and is counted."""
-    from rose_ops.backends.triton import bracket
+    from rose_ops.backends.triton import bracket, passes
 
-    launch, of = triton_ops._launch, triton_ops._Bracket.of
+    launch, of = passes._launch, passes.Bracket.of
     position = bracket._bracket_kernel.arg_names.index("capacity")
 
     def reckless(kernel, programs, *args, **options):
@@ -536,8 +539,8 @@ def test_a_log_that_overflows_is_a_miss(triton_ops, monkeypatch, generator):
         made.capacity = 100
         return made
 
-    monkeypatch.setattr(triton_ops, "_launch", reckless)
-    monkeypatch.setattr(triton_ops._Bracket, "of", small)
+    monkeypatch.setattr(passes, "_launch", reckless)
+    monkeypatch.setattr(passes.Bracket, "of", small)
     for kept in ((600_000_000, 0), (700_000_000, 200_000_000)):
         result = compare_bracket(triton_ops, _problem(generator, 100_003), *kept)
         assert result[reference.Field.MISSES] == 1

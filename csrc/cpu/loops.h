@@ -5,14 +5,13 @@
 
 #include <stdint.h>
 
-#include "rose/element.h"
+#include "rose/threshold.h"
 
 namespace rose {
 namespace cpu {
 
 constexpr int kTile = 1024;      // elements: starts of runs, and of what is summed by itself
 constexpr int kRun = 4 * kTile;  // the longest run
-constexpr int kLine = 16;        // elements of a cache line of float32
 constexpr int kMostLanes = 16;   // what a loop may write beyond the end of a log
 
 // Keys low <= key <= high, in which a threshold lies. Keys equal to `pivot` (-1: none) are counted, not

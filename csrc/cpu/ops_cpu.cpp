@@ -13,54 +13,43 @@ namespace rose {
 namespace cpu {
 namespace {
 
-Selection read_selection(const Tensor& tensor) {
-  check_table(tensor, ScalarType::Long, 8, "selection");
+constexpr auto kCpu = torch::headeronly::DeviceType::CPU;
+
+Selection selection_of(const Tensor& record) {
   Selection selection;
-  std::memcpy(static_cast<void*>(&selection), read_from<int64_t>(tensor, "selection"),
-              sizeof selection);
+  std::memcpy(static_cast<void*>(&selection), read_record(record, kCpu), sizeof selection);
   return selection;
 }
 
 Tensor record_of(const Selection& selection, std::initializer_list<int64_t> more = {}) {
-  Tensor result = torch::stable::empty({8 + static_cast<int64_t>(more.size())}, ScalarType::Long);
+  const int64_t size = kFields + static_cast<int64_t>(more.size());
+  Tensor result = torch::stable::empty({size}, ScalarType::Long);
   auto* words = write_to<int64_t>(result);
   std::memcpy(words, &selection, sizeof selection);
-  std::copy(more.begin(), more.end(), words + 8);
+  std::copy(more.begin(), more.end(), words + kFields);
   return result;
 }
 
 // Gradients and, for second order, first moments, with all that makes keys of them, and what is asked.
-struct Ranking {
+struct RankedTensors {
   Segments segments;
   Groups groups;
   RiskSource source;
   Ranked ranked;
 
-  Ranking(const std::vector<Tensor>& grads, const std::vector<Tensor>& exp_avgs, const Tensor& hyper,
-          const Tensor& group, const Factors& factors, bool rank_inactive, int64_t upper = 0,
-          int64_t lower = 0, int64_t draw = 0, double width = 1)
+  RankedTensors(const Tensors& grads, const Tensors& exp_avgs, const Tensor& hyper, const Tensor& group,
+                const Factors& factors, const Wanted& wanted)
       : segments(risk_roles(grads, exp_avgs), kTile),
         groups(hyper, group, segments.size()),
-        source{segments, !exp_avgs.empty(), rank_inactive, {factors.inv_scale, factors.clip}, {}},
-        ranked{source, {}, upper, lower, static_cast<uint32_t>(draw), width} {
+        source{
+            segments, !exp_avgs.empty(), wanted.rank_inactive, {factors.inv_scale, factors.clip}, {}},
+        ranked{source, {}, wanted.upper, wanted.lower, wanted.draw, wanted.bracket_width} {
     for (size_t i = 0; i < segments.size(); ++i) {
       source.alpha.push_back(groups.alpha(i));
       ranked.chosen.push_back(i);
     }
   }
 };
-
-// Where captured masks are written.
-std::vector<uint8_t*> mask_bits(const std::vector<Tensor>& masks, const Segments& segments) {
-  ROSE_CHECK(masks.size() == segments.size(), "masks has ", masks.size(),
-             " tensors; expected one for each of ", segments.size(), " gradients");
-  std::vector<uint8_t*> bits(masks.size());
-  for (size_t i = 0; i < masks.size(); ++i) {
-    check_table(masks[i], ScalarType::Byte, (segments[i].n + 7) / 8, "masks");
-    bits[i] = write_to<uint8_t>(masks[i], {"masks", static_cast<int64_t>(i)});
-  }
-  return bits;
-}
 
 class Capturer final : public Body {
  public:
@@ -89,14 +78,14 @@ class Capturer final : public Body {
   std::vector<uint8_t*> bits_;
 };
 
-// The ranking and its use, in as few passes as there can be.
-Selection rank_and_use(const Segments& segments, const Ranked& ranked, bool approx, Body& body,
+// A ranking and what it is for.
+Selection rank_and_use(const Segments& segments, const Ranked& ranked, Mode mode, Body& body,
                        UpdateCounts& counts) {
-  if (approx && ranked.source.segments.elements() >= kFewestOfApprox) {
+  if (mode == Mode::kApprox && ranked.source.segments.elements() >= kFewestOfApprox) {
     latest_bracket() = BracketReport();
     return given_pass(segments, ranked.chosen, approx_thresholds(ranked), body, counts);
   }
-  if (!approx) {
+  if (mode == Mode::kBracket) {
     if (const auto selection = bracket_pass(segments, ranked, body, counts)) return *selection;
   }
   const Selection selection = select(ranked);
@@ -104,7 +93,24 @@ Selection rank_and_use(const Segments& segments, const Ranked& ranked, bool appr
   return selection;
 }
 
-bool is_set(const std::optional<Tensor>& found_inf) {
+// The second-order ranking of the selective tensors of an update, and that.
+Selection rank_and_update(const UpdatePlan& plan, const Tensors& grads, const Tensors& exp_avgs,
+                          const Tensor& hyper, const Factors& factors, const Wanted& wanted,
+                          Body& updater, UpdateCounts& counts) {
+  Tensors chosen_grads, chosen_exp_avgs;
+  Tensor rows = torch::stable::empty({static_cast<int64_t>(plan.selective.size())}, ScalarType::Long);
+  auto* row = write_to<int64_t>(rows);
+  for (const size_t i : plan.selective) {
+    chosen_grads.push_back(grads[i]);
+    chosen_exp_avgs.push_back(exp_avgs[i]);
+    *row++ = plan.groups.row(i);
+  }
+  RankedTensors ranking(chosen_grads, chosen_exp_avgs, hyper, rows, factors, wanted);
+  ranking.ranked.chosen = plan.selective;
+  return rank_and_use(plan.segments, ranking.ranked, wanted.mode, updater, counts);
+}
+
+bool is_set(const MaybeTensor& found_inf) {
   if (!found_inf) return false;
   check_table(*found_inf, ScalarType::Float, 1, "found_inf");
   return *read_from<float>(*found_inf, "found_inf") != 0;
@@ -113,110 +119,54 @@ bool is_set(const std::optional<Tensor>& found_inf) {
 }  // namespace
 
 Tensor latest_bracket_report() {
-  constexpr int64_t kFields = sizeof(BracketReport) / sizeof(int64_t);
-  Tensor result = torch::stable::empty({kFields}, ScalarType::Long);
+  constexpr int64_t kNumbers = sizeof(BracketReport) / sizeof(int64_t);
+  Tensor result = torch::stable::empty({kNumbers}, ScalarType::Long);
   std::memcpy(static_cast<void*>(write_to<int64_t>(result)), &latest_bracket(), sizeof(BracketReport));
   return result;
 }
 
-Tensor select(std::vector<Tensor> grads, std::vector<Tensor> exp_avgs, Tensor hyper, Tensor group,
-              std::optional<Tensor> inv_scale, std::optional<Tensor> clip, int64_t upper, int64_t lower,
-              bool rank_inactive, bool approx, int64_t draw) {
+Tensor Operators::rank_(Tensors masks, Tensors grads, Tensors exp_avgs, Tensor hyper, Tensor group,
+                        MaybeTensor inv_scale, MaybeTensor clip, MaybeTensor record, Integers ranking) {
   FpMode mode;
-  check_fractions(upper, lower);
-  const Ranking ranking(grads, exp_avgs, hyper, group, Factors(inv_scale, clip), rank_inactive, upper,
-                        lower, draw);
-  return record_of(select(ranking.ranked, approx));
-}
-
-void capture_(std::vector<Tensor> masks, std::vector<Tensor> grads, std::vector<Tensor> exp_avgs,
-              Tensor hyper, Tensor group, std::optional<Tensor> inv_scale, std::optional<Tensor> clip,
-              Tensor selection, bool rank_inactive) {
-  FpMode mode;
-  const Ranking ranking(grads, exp_avgs, hyper, group, Factors(inv_scale, clip), rank_inactive);
-  const Selection given = read_selection(selection);
-  Capturer capturer(ranking.source, mask_bits(masks, ranking.segments));
-  UpdateCounts none;
-  given_pass(ranking.segments, ranking.ranked.chosen, given, capturer, none);
-}
-
-Tensor bracket_capture_(std::vector<Tensor> masks, std::vector<Tensor> grads,
-                        std::vector<Tensor> exp_avgs, Tensor hyper, Tensor group,
-                        std::optional<Tensor> inv_scale, std::optional<Tensor> clip, int64_t upper,
-                        int64_t lower, bool rank_inactive, int64_t draw, double width, bool approx) {
-  FpMode mode;
-  check_fractions(upper, lower);
-  const Ranking ranking(grads, exp_avgs, hyper, group, Factors(inv_scale, clip), rank_inactive, upper,
-                        lower, draw, width);
-  Capturer capturer(ranking.source, mask_bits(masks, ranking.segments));
-  UpdateCounts none;
-  return record_of(rank_and_use(ranking.segments, ranking.ranked, approx, capturer, none));
-}
-
-Tensor adamw_(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Tensor> exp_avgs,
-              std::vector<Tensor> exp_avg_sqs, std::vector<Tensor> steps,
-              std::vector<Tensor> first_masks, std::vector<Tensor> second_masks,
-              std::optional<Tensor> selection, Tensor lr, Tensor hyper, Tensor group, Tensor offsets,
-              std::optional<Tensor> inv_scale, std::optional<Tensor> clip,
-              std::optional<Tensor> found_inf, double gamma, bool rank_inactive, int64_t seed,
-              bool stochastic) {
-  FpMode mode;
-  ROSE_CHECK(!selection || second_masks.empty(),
-             "both selection and second_masks are given; expected one second-order mask");
-  Updater updater(
-      {params, grads, exp_avgs, exp_avg_sqs, steps, first_masks, second_masks}, lr, hyper, group,
-      offsets, Factors(inv_scale, clip),
-      {gamma, selection.has_value(), rank_inactive, static_cast<uint32_t>(seed), stochastic});
-  const Selection given = selection ? read_selection(*selection) : Selection();
-  UpdateCounts counts;
-  if (!is_set(found_inf)) {
-    updater.begin();
-    given_pass(updater.segments(), {}, given, updater, counts);
+  const Wanted wanted(ranking, record, false);
+  const RankedTensors of(grads, exp_avgs, hyper, group, Factors(inv_scale, clip), wanted);
+  if (masks.empty() && wanted.finds()) {
+    return record_of(select(of.ranked, wanted.mode == Mode::kApprox));
   }
-  Tensor result = torch::stable::empty({2}, ScalarType::Long);
-  auto* words = write_to<int64_t>(result);
-  words[0] = counts.updated;
-  words[1] = counts.nonfinite;
-  return result;
+  Capturer capturer(of.source, mask_bits(masks, of.segments, kCpu));
+  UpdateCounts none;
+  if (wanted.finds()) {
+    return record_of(rank_and_use(of.segments, of.ranked, wanted.mode, capturer, none));
+  }
+  const Selection given = selection_of(*record);
+  given_pass(of.segments, of.ranked.chosen, given, capturer, none);
+  return record_of(given);
 }
 
-Tensor bracket_adamw_(std::vector<Tensor> params, std::vector<Tensor> grads,
-                      std::vector<Tensor> exp_avgs, std::vector<Tensor> exp_avg_sqs,
-                      std::vector<Tensor> steps, std::vector<Tensor> first_masks, Tensor lr,
-                      Tensor hyper, Tensor group, Tensor offsets, std::optional<Tensor> inv_scale,
-                      std::optional<Tensor> clip, std::optional<Tensor> found_inf, double gamma,
-                      int64_t upper, int64_t lower, bool rank_inactive, int64_t seed, bool stochastic,
-                      int64_t draw, double width, bool approx) {
+Tensor Operators::step_(Tensors params, Tensors grads, Tensors exp_avgs, Tensors exp_avg_sqs,
+                        Tensors steps, Tensors first_masks, Tensors second_masks, MaybeTensor record,
+                        Tensor lr, Tensor hyper, Tensor group, Tensor offsets, MaybeTensor inv_scale,
+                        MaybeTensor clip, MaybeTensor found_inf, double gamma, Integers ranking,
+                        Integers rounding) {
   FpMode mode;
-  check_fractions(upper, lower);
+  const Wanted wanted(ranking, record, true);
+  const UpdatePlan plan({params, grads, exp_avgs, exp_avg_sqs, steps, first_masks, second_masks},
+                        {lr, hyper, group, offsets}, wanted, kCpu, kTile);
   const Factors factors(inv_scale, clip);
-  std::vector<Tensor> no_masks;
-  Updater updater({params, grads, exp_avgs, exp_avg_sqs, steps, first_masks, no_masks}, lr, hyper,
-                  group, offsets, factors,
-                  {gamma, true, rank_inactive, static_cast<uint32_t>(seed), stochastic});
-  if (is_set(found_inf)) return record_of(Selection(), {0, 0});
-
-  std::vector<size_t> chosen;
-  std::vector<Tensor> chosen_grads, chosen_exp_avgs;
-  for (size_t i = 0; i < grads.size(); ++i) {
-    if (updater.groups()[i].selective == 0) continue;
-    chosen.push_back(i);
-    chosen_grads.push_back(grads[i]);
-    chosen_exp_avgs.push_back(exp_avgs[i]);
-  }
-  Tensor chosen_group = torch::stable::empty({static_cast<int64_t>(chosen.size())}, ScalarType::Long);
-  auto* rows = write_to<int64_t>(chosen_group);
-  for (size_t i = 0; i < chosen.size(); ++i) rows[i] = updater.groups().row(chosen[i]);
-  Ranking ranking(chosen_grads, chosen_exp_avgs, hyper, chosen_group, factors, rank_inactive, upper,
-                  lower, draw, width);
-  ranking.ranked.chosen = std::move(chosen);
-  updater.begin();
+  Updater updater(plan, factors, gamma, wanted, Rounding(rounding));
+  Selection selection = record ? selection_of(*record) : Selection();
   UpdateCounts counts;
-  const Selection selection = rank_and_use(updater.segments(), ranking.ranked, approx, updater, counts);
+  if (is_set(found_inf)) return record_of(Selection(), {0, 0});
+  updater.begin();
+  if (!wanted.finds()) {
+    given_pass(plan.segments, {}, selection, updater, counts);
+  } else {
+    selection = rank_and_update(plan, grads, exp_avgs, hyper, factors, wanted, updater, counts);
+  }
   return record_of(selection, {counts.updated, counts.nonfinite});
 }
 
-Tensor sums_of_squares(std::vector<Tensor> tensors, std::optional<Tensor> inv_scale) {
+Tensor Operators::sums_of_squares(Tensors tensors, MaybeTensor inv_scale) {
   FpMode mode;
   const Segments segments({{"tensors", &tensors, false}}, kTile);
   const float factor = Factors(inv_scale, std::nullopt).inv_scale;
@@ -247,7 +197,7 @@ Tensor sums_of_squares(std::vector<Tensor> tensors, std::optional<Tensor> inv_sc
   return result;
 }
 
-Tensor clip_factors(Tensor sums, double max_norm) {
+Tensor Operators::clip_factors(Tensor sums, double max_norm) {
   FpMode mode;
   check_table(sums, ScalarType::Double, sums.numel(), "sums");
   const double* const from = read_from<double>(sums, "sums");
@@ -257,9 +207,9 @@ Tensor clip_factors(Tensor sums, double max_norm) {
   return result;
 }
 
-Tensor select_tensors_(Tensor mask, Tensor sums, std::optional<Tensor> exp_avg_sums, Tensor hyper,
-                       Tensor group, std::optional<Tensor> clip, int64_t upper, int64_t lower,
-                       bool rank_inactive) {
+Tensor Operators::select_tensors_(Tensor mask, Tensor sums, MaybeTensor exp_avg_sums, Tensor hyper,
+                                  Tensor group, MaybeTensor clip, int64_t upper, int64_t lower,
+                                  bool rank_inactive) {
   FpMode mode;
   check_tensors(mask, sums, exp_avg_sums, upper, lower);
   const size_t count = static_cast<size_t>(mask.numel());

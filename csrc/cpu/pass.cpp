@@ -5,8 +5,6 @@
 // miss are the same in every run.
 #include "pass.h"
 
-#include <cmath>
-
 #include "logs.h"
 
 namespace rose {
@@ -17,8 +15,6 @@ constexpr int64_t kFewest = int64_t{1} << 20;  // elements: below, the sample wo
 constexpr int64_t kFewestInTests = int64_t{1} << 16;
 constexpr int64_t kLogAll =
     1 << 17;  // elements: up to so many, every key is logged where only they are
-// Where a miss costs time only, three passes by radix.
-constexpr double kLogOfFailureIfCounted = 8.0;
 constexpr int64_t kPartOfLog = 1024;  // entries that are looked at together
 
 // The bracket's pass, by one ranking.
@@ -71,12 +67,11 @@ class Pass {
   }
 
  private:
-  // The log shrinks as 1 / sqrt(lines): n^(2/3) lines balance its cost and the sample's.
   static int64_t lines_for(int64_t n, bool counts_only) {
-    const double root = std::cbrt(static_cast<double>(n));
-    if (counts_only)
-      return static_cast<int64_t>(std::max(0.1 * root * root, std::min(4096.0, n / 256.0)));
-    return static_cast<int64_t>(std::max(0.4 * root * root, std::min(8192.0, n / 128.0)));
+    const auto all = static_cast<double>(n);
+    const double lines = counts_only ? std::max(balanced_lines(0.1, n), std::min(4096.0, all / 256))
+                                     : std::max(balanced_lines(0.4, n), std::min(8192.0, all / 128));
+    return static_cast<int64_t>(lines);
   }
 
   size_t phase_of(int64_t chunk) const { return static_cast<size_t>(chunk * kPhases / chunks_.count); }
@@ -92,11 +87,12 @@ class Pass {
     for (size_t t = 0; t < thresholds_.size(); ++t) thresholds_[t].set_sample(std::move(samples[t]));
   }
 
-  // Whether the log will be within 1 bit for each element and 14 MiB, with room to be wrong.
+  // Whether the log will be within its bytes, with room to be wrong.
   bool fits(Threshold& threshold) {
     // 24 bytes, and what blocks of the log leave free.
-    const double entry = counts_only_ ? 4 : 28, n = static_cast<double>(segments_.elements());
-    const double room = (n / 8 + (14 << 20)) / (1.25 * entry) / static_cast<double>(thresholds_.size());
+    const double entry = counts_only_ ? 4 : 28;
+    const auto bytes = static_cast<double>(bytes_of_log(segments_.elements()));
+    const double room = bytes / (1.25 * entry) / static_cast<double>(thresholds_.size());
     constexpr double kShrinks = 0.75;  // the bracket, during the pass
     if (kShrinks * threshold.inside() <= room || threshold.collapse()) return true;
     return counts_only_ && kShrinks * threshold.set_pivot() <= room;

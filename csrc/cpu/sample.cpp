@@ -23,9 +23,8 @@ Lines::Lines(const RiskSource& source, int64_t wanted, uint32_t draw) : source_(
     lines += (segments[i].n + kLine - 1) / kLine;
   }
   sources_.push_back({lines, {}, {}, true, 0});
-  key_ = random_key(draw, 0x5A3Bu);
-  stratum_ = std::max<int64_t>(1, lines / std::max<int64_t>(1, wanted));
-  count_ = (lines + stratum_ - 1) / stratum_;
+  key_ = random_key(draw, kSampleKey);
+  strata_ = strata_of(lines, wanted);
 }
 
 int64_t Lines::count(const Segments& segments) {
@@ -34,15 +33,8 @@ int64_t Lines::count(const Segments& segments) {
   return lines;
 }
 
-int64_t Lines::of_approx(int64_t lines) {
-  return std::min<int64_t>(std::max(lines / 128, std::min<int64_t>(lines / 8, 1 << 14)), 1 << 16);
-}
-
 Lines::Place Lines::place(int64_t line, size_t index) const {
-  const uint64_t random = random_bits(key_, static_cast<uint32_t>(static_cast<uint64_t>(line) >> 32),
-                                      static_cast<uint32_t>(line));
-  const int64_t at =
-      line * stratum_ + static_cast<int64_t>(random * static_cast<uint64_t>(stratum_) >> 32);
+  const int64_t at = drawn_line(key_, line, strata_.size);
   if (at >= sources_.back().first_line) {
     const size_t last = sources_.size() - 2;
     return {last, std::max<int64_t>(0, source_.segments[last].n - 1), 0};
@@ -96,12 +88,12 @@ void Lines::count(const Batch& batch, const std::vector<Window>& windows, LineCo
 }
 
 std::vector<uint32_t> Lines::some_keys(int64_t wanted) const {
-  const int64_t step = std::max<int64_t>(1, count_ / wanted);
+  const int64_t step = std::max<int64_t>(1, size() / wanted);
   std::vector<uint32_t> keys(
-      static_cast<size_t>((count_ / step + 1) * kLine + kBatch * kLine + kMostLanes));
+      static_cast<size_t>((size() / step + 1) * kLine + kBatch * kLine + kMostLanes));
   size_t found = 0;
   const std::vector<Window> everything = {{0, kInfinityBits, kInfinityBits}};
-  for_each_batch(0, count_, step, [&](int64_t, const Batch& batch) {
+  for_each_batch(0, size(), step, [&](int64_t, const Batch& batch) {
     LineCounts counts[kBatch];
     uint32_t* const room[1] = {keys.data() + found};
     count(batch, everything, counts, room);

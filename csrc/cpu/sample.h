@@ -51,12 +51,10 @@ class Lines {
   Lines(const RiskSource& source, int64_t wanted, uint32_t draw);
 
   static int64_t count(const Segments& segments);
-  // Lines of the sample that selection="approx" takes.
-  static int64_t of_approx(int64_t lines);
 
-  int64_t size() const { return count_; }
+  int64_t size() const { return strata_.count; }
   // Lines that a sampled one stands for.
-  double weight() const { return static_cast<double>(stratum_); }
+  double weight() const { return static_cast<double>(strata_.size); }
 
   // The sample, by each of `windows`. `phase_of`: of element `start` of segment `index`.
   template <typename PhaseOf>
@@ -112,7 +110,7 @@ class Lines {
   const RiskSource& source_;
   std::vector<Source> sources_;  // and one behind the last
   uint32_t key_;
-  int64_t stratum_, count_;
+  Strata strata_;
 };
 
 void add(PhaseSample& to, const PhaseSample& from);
@@ -123,13 +121,13 @@ std::vector<Sample> Lines::take(const std::vector<Window>& windows, PhaseOf phas
   const size_t targets = windows.size();
   std::vector<Sample> total(targets);
   std::mutex mutex;
-  share_out((count_ + kShare - 1) / kShare, [&](auto next) {
+  share_out((size() + kShare - 1) / kShare, [&](auto next) {
     std::vector<Sample> own(targets);
     std::vector<uint32_t> inside[2];
     for (auto& keys : inside) keys.resize(kBatch * kLine + kMostLanes);
     LineCounts counts[kBatch * 2];
     for (int64_t share = next(); share >= 0; share = next()) {
-      const int64_t end = std::min(count_, (share + 1) * kShare);
+      const int64_t end = std::min(size(), (share + 1) * kShare);
       LineCounts earlier[2] = {};
       for_each_batch(share * kShare, end, 1, [&](int64_t first, const Batch& batch) {
         uint32_t* const room[2] = {inside[0].data(), inside[1].data()};
@@ -149,7 +147,7 @@ std::vector<Sample> Lines::take(const std::vector<Window>& windows, PhaseOf phas
             keys += of_line.inside;
             // Of a last line without neighbour, the square itself is an upper bound.
             const int64_t line = first + i;
-            const bool alone = line % 2 == 0 && line + 1 == count_;
+            const bool alone = line % 2 == 0 && line + 1 == size();
             if (line % 2 == 1 || alone) {
               const int c = of_line.upto_middle - (alone ? 0 : earlier[t].upto_middle);
               const int r = of_line.ranked - (alone ? 0 : earlier[t].ranked);

@@ -7,8 +7,6 @@
 namespace rose {
 namespace cpu {
 
-constexpr int64_t kFewestOfApprox = int64_t{1} << 20;  // elements: below, it is exact
-
 // The thresholds of the sample of selection="approx"; the rest of the record is not filled in.
 Selection approx_thresholds(const Ranked& ranked);
 

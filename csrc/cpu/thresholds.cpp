@@ -1,7 +1,6 @@
 #include "thresholds.h"
 
 #include <algorithm>
-#include <cmath>
 
 namespace rose {
 namespace cpu {
@@ -23,7 +22,7 @@ Window Threshold::find_window(std::vector<uint32_t>& keys, double errors) {
       return keys.begin() + static_cast<int64_t>(std::clamp(position, 0.0, size - 1));
     };
     const double q = fraction_, position = q * size;
-    const double margin = errors * std::sqrt(2.0 * size * q * (1 - q)) + 2 * kLine;
+    const double margin = window_margin(errors, q, size);
     const auto low = place_of(position - margin), middle = place_of(position);
     const auto high = place_of(position + margin);
     std::nth_element(keys.begin(), middle, keys.end());
@@ -44,16 +43,16 @@ void Threshold::set_sample(Sample&& sample) {
 }
 
 double Threshold::margin(int phase) const {
-  double u = 0;
-  const double q = fraction_;
+  int64_t cc = 0, cr = 0, rr = 0;
   for (int j = phase; j < kPhases; ++j) {
     const PhaseSample& s = sample_[static_cast<size_t>(j)];
-    u += static_cast<double>(s.cc) - 2 * q * static_cast<double>(s.cr) +
-         q * q * static_cast<double>(s.rr);
+    cc += s.cc;
+    cr += s.cr;
+    rr += s.rr;
   }
-  const double l = log_of_failure_, r = kLine * std::sqrt(2 * l);
-  const double deviation = r / 2 + std::sqrt(r * r / 4 + std::max(u, 0.0));
-  return width_ * weight_ * (std::sqrt(2 * l) * deviation + 2.0 / 3.0 * kLine * l);
+  const double u = squared_differences(static_cast<double>(cc), static_cast<double>(cr),
+                                       static_cast<double>(rr), fraction_);
+  return width_ * weight_ * half_width(u, log_of_failure_);
 }
 
 double Threshold::start_of_window(int phase, int64_t ranked) const {
@@ -70,14 +69,14 @@ bool Threshold::narrow(int phase, int64_t ranked) {
   const double t = margin(phase);
   double d = start_of_window(phase, ranked);
   int first = -1, middle = -1, last = -1;
-  if (phase == 0 && low_ > 0 && d >= -1 - t) return false;
+  if (phase == 0 && low_ > 0 && !is_surely_before(d, t)) return false;
   for (int b = 0; b <= last_bin_ && last < 0; ++b) {
     d += static_cast<double>(bins_[static_cast<size_t>(b)]) +
          weight_ * static_cast<double>(to_come_[static_cast<size_t>(b)]);
     if (b < first_bin_) continue;
-    if (first < 0 && d >= -1 - t) first = b;
+    if (first < 0 && !is_surely_before(d, t)) first = b;
     if (middle < 0 && d >= 0) middle = b;
-    if (d > t) last = b;
+    if (is_surely_behind(d, t)) last = b;
   }
   if (last < 0) {
     if (phase == 0 && high_ < kMaxKey) return false;
@@ -126,7 +125,8 @@ bool Threshold::collapse() {
   for (size_t i = 0; i < keys.size();) {
     size_t end = i;
     while (end < keys.size() && keys[end] == keys[i]) ++end;
-    if (d + weight_ * static_cast<double>(i) < -1 - t && d + weight_ * static_cast<double>(end) > t) {
+    const double below = d + weight_ * static_cast<double>(i);
+    if (is_surely_between(below, d + weight_ * static_cast<double>(end), t)) {
       estimate_ = static_cast<int32_t>(keys[i]);
       bracket_ = {estimate_, estimate_, estimate_};
       first_bin_ = last_bin_ = pivot_bin();

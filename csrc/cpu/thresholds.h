@@ -1,5 +1,5 @@
 // One threshold on its way: what the sample says of it, what was counted so far, and the bracket that
-// follows from both. See bracket_adamw_ in rose_ops/reference.py for its width.
+// follows from both. See threshold.h for its width.
 #pragma once
 
 #include <array>

@@ -1,10 +1,7 @@
-// The masked update: what the operators that update have in common.
+// The masked update.
 #pragma once
 
-#include <optional>
-#include <vector>
-
-#include "../arguments.h"
+#include "../update_plan.h"
 #include "pass.h"
 
 namespace rose {
@@ -17,26 +14,11 @@ struct Factors {
   Factors(const std::optional<Tensor>& inv_scale, const std::optional<Tensor>& clip);
 };
 
-struct UpdateTensors {
-  std::vector<Tensor>&params, &grads, &exp_avgs, &exp_avg_sqs, &steps, &first_masks, &second_masks;
-};
-
-struct UpdateSettings {
-  double gamma;
-  bool from_risk;  // the second-order mask is found on the way
-  bool rank_inactive;
-  uint32_t seed;
-  bool stochastic;  // rounding of bfloat16 parameters
-};
-
 class Updater final : public Body {
  public:
-  // Checks everything, changes nothing.
-  Updater(const UpdateTensors& tensors, const Tensor& lr, const Tensor& hyper, const Tensor& group,
-          const Tensor& offsets, const Factors& factors, const UpdateSettings& settings);
-
-  const Segments& segments() const { return segments_; }
-  const Groups& groups() const { return groups_; }
+  // Changes nothing. `wanted`: if it ranks, the second-order mask is found on the way.
+  Updater(const UpdatePlan& plan, const Factors& factors, double gamma, const Wanted& wanted,
+          const Rounding& rounding);
 
   // Counts the step; before the first run.
   void begin();
@@ -47,21 +29,18 @@ class Updater final : public Body {
   Logs logs() const override { return Logs::kOld; }
 
  private:
-  // Masks of one tensor, of which `first` and `second` are bits or answers for all of it.
+  // Of one tensor. A mask that is alone is the second one, whatever its order.
   struct Masks {
     MaskOfRun first, second;
   };
 
   Step step_of(size_t index, int64_t start) const;
 
-  const Segments segments_;
-  const Groups groups_;
-  const double* lr_;
-  const int64_t* offsets_;
-  std::vector<float*> steps_;
-  Factors factors_;
-  UpdateSettings settings_;
-  bool fractional_;
+  const UpdatePlan& plan_;
+  const Factors factors_;
+  const double gamma_;
+  const bool from_risk_, rank_inactive_;
+  const Rounding rounding_;
   std::vector<Masks> masks_;
   std::vector<Update> updates_;
   std::vector<uint32_t> random_keys_;

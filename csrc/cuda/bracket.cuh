@@ -1,13 +1,13 @@
 // A selection in the pass that it is for: elements are treated by an estimate of the threshold, those
 // in a bracket around it are logged, and once the log has shown the threshold, those that were treated
-// wrongly are done again. See rose_ops/reference.py, bracket_adamw_.
+// wrongly are done again. See step_ in rose_ops/reference.py.
 //
 //   sample   the estimate and the bracket, or that there is none
 //   pass     treats, counts, logs           or counts and logs keys, as the first pass of a selection
 //   narrow   twice, of a selection: the threshold, by the log
 //   finish   what was treated wrongly       or treats all elements
 //
-// There is none (Mode::kExact) where the sample leaves more inside than the log has room for. Should
+// There is none (Course::kExact) where the sample leaves more inside than the log has room for. Should
 // the log overflow all the same, the estimate stays the threshold, and is reported as a miss.
 //
 // With `approx`, the sample and narrow come first, as in select.cuh, and the pass is the end.
@@ -136,8 +136,8 @@ ROSE_DEVICE void redo_updates(const StepArguments& step, Bounds bounds) {
     const float g = u.gradient(u.load(1, places[1]));
     float p = read<float>(log.old, 3 * i), m = read<float>(log.old, 3 * i + 1);
     float v = read<float>(log.old, 3 * i + 2);
-    const int rest = u.base_kind + ((u.mask_bits(0, place.element) & 1u) != 0 ? a.first_weight : 0);
-    const int kind = rest + (was_selected ? 0 : a.second_weight);
+    const int rest = u.base_kind + ((u.mask_bits(0, place.element) & 1u) != 0 ? a.weights.first : 0);
+    const int kind = rest + (was_selected ? 0 : a.weights.second);
     adamw_element<kFractional>(p, m, v, g, kind, u.update);
     u.store(0, place.element, places[0], p);
     u.store(2, place.element, places[2], m);
@@ -173,7 +173,7 @@ static __global__ void __launch_bounds__(kThreads, 3) step_sample_kernel(StepArg
   clear_state(*a.select.state);
   const int thread = (int)(blockIdx.x * kThreads + threadIdx.x);
   if (thread == 0) a.update.counts[0] = a.update.counts[1] = 0;
-  if (is_set(a.update.found_inf)) return;  // Mode::kNothing
+  if (is_set(a.update.found_inf)) return;  // Course::kNothing
   for (int i = thread; i < a.update.table.count; i += (int)gridDim.x * kThreads) prepare(a.update, i);
   sample(a.select);
 }
@@ -181,9 +181,9 @@ static __global__ void __launch_bounds__(kThreads, 3) step_sample_kernel(StepArg
 template <bool kFractional>
 static __global__ void __launch_bounds__(kThreads, kBlocks) step_pass_kernel(StepArguments a) {
   __shared__ Counts shared;
-  const Mode mode = a.select.state->mode;
-  if (mode == Mode::kExact) count(a.select, shared);
-  if (mode != Mode::kSpeculative) return;
+  const Course course = a.select.state->course;
+  if (course == Course::kExact) count(a.select, shared);
+  if (course != Course::kSpeculative) return;
   Logged<true> notes(a.select, shared);
   update_share<kFractional, true>(a.update, notes, shared.counts);
   notes.finish();
@@ -195,14 +195,14 @@ static __global__ void __launch_bounds__(kThreads, kBlocks) step_pass_kernel(Ste
 template <bool kFractional>
 static __global__ void __launch_bounds__(kThreads, kBlocks) step_finish_kernel(StepArguments a) {
   if (is_set(a.update.found_inf)) return;
-  const Mode mode = a.select.state == nullptr ? Mode::kExact : a.select.state->mode;
-  if (mode == Mode::kSpeculative) redo_updates<kFractional>(a, read_bounds(a.select.selection));
-  if (mode == Mode::kExact) update<kFractional, true>(a.update);
+  const Course course = a.select.state == nullptr ? Course::kExact : a.select.state->course;
+  if (course == Course::kSpeculative) redo_updates<kFractional>(a, read_bounds(a.select.selection));
+  if (course == Course::kExact) update<kFractional, true>(a.update);
 }
 
 static __global__ void __launch_bounds__(kThreads, 4) capture_pass_kernel(SelectArguments a) {
   __shared__ Counts shared;
-  if (a.state->mode == Mode::kExact) {
+  if (a.state->course == Course::kExact) {
     count(a, shared);
     return;
   }
@@ -214,7 +214,7 @@ static __global__ void __launch_bounds__(kThreads, 4) capture_pass_kernel(Select
 
 static __global__ void __launch_bounds__(kThreads, 4) capture_finish_kernel(SelectArguments a) {
   const Bounds bounds = read_bounds(a.selection);
-  if (a.state->mode == Mode::kSpeculative) {
+  if (a.state->course == Course::kSpeculative) {
     redo_bits(a, bounds);
     return;
   }

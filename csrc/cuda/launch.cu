@@ -83,7 +83,7 @@ const char* walk(Kernel kernel, Arguments& arguments, Stream stream, Table& tabl
 // A few lines for each warp; at least one block, which clears the workspace.
 int64_t blocks_of_sample(const SelectArguments& arguments) {
   constexpr int64_t kMostBlocks = 384, kLinesOfBlock = 16 * (kThreads / kWarp);
-  const int64_t blocks = (arguments.lines + kLinesOfBlock - 1) / kLinesOfBlock;
+  const int64_t blocks = (arguments.strata.count + kLinesOfBlock - 1) / kLinesOfBlock;
   return blocks < 1 ? 1 : blocks < kMostBlocks ? blocks : kMostBlocks;
 }
 
@@ -166,7 +166,7 @@ const char* update(UpdateArguments arguments, Stream stream) {
   ROSE_LAUNCH(prepare_kernel, blocks < 1 ? 1 : blocks, stream, arguments);
   if (const char* failed = text(cudaGetLastError())) return failed;
   const bool fractional = arguments.fractional;
-  if (arguments.from_risk) {
+  if (arguments.selection != nullptr) {
     StepArguments step = {};
     step.update = arguments;
     return walk(fractional ? step_finish_kernel<true> : step_finish_kernel<false>, step, stream,

@@ -86,9 +86,8 @@ ROSE_DEVICE void sampled_keys(const SelectArguments& a, Factors factors,
   for (int k = 0; k < kCount; ++k) {
     segments[k] = nullptr;
     const int64_t stratum = strata[k];
-    const uint64_t random = random_bits(a.draw, (uint32_t)(stratum >> 32), (uint32_t)stratum);
-    const int64_t line = stratum * a.stratum + (int64_t)(random * (uint64_t)a.stratum >> 32);
-    if (stratum >= a.lines || line >= table.lines) continue;
+    const int64_t line = drawn_line(a.draw, stratum, a.strata.size);
+    if (stratum >= a.strata.count || line >= table.lines) continue;
     const Segment& segment = table.segments[find_segment<&Segment::first_line>(table, line)];
     const int64_t i = (line - segment.first_line) * kLine + element;
     if (i >= segment.n) continue;
@@ -131,11 +130,10 @@ ROSE_DEVICE void sort(uint32_t* keys) {
   __syncthreads();
 }
 
-// From quantiles at 5 standard errors (if elements of a line are as alike as 2 in 3) on each side.
 // `keys`: sorted, of which `size` are ranked.
 ROSE_DEVICE View view_of(const uint32_t* keys, int size, int64_t fraction) {
   const double q = (double)fraction * 1e-9, position = q * size;
-  const double margin = 5.0 * sqrt(2.0 * size * q * (1.0 - q)) + 2.0 * kLine;
+  const double margin = window_margin(5.0, q, (double)size);
   const double from = position - margin, upto = position + margin;
   View view = {{0, kInfinityBits, 0, true}, kInfinityBits, kNoKey};
   if (size == 0) return view;
@@ -165,7 +163,8 @@ ROSE_DEVICE void read_pilot(const SelectArguments& a, Factors factors, View* vie
   __shared__ uint32_t keys[kPilot];
   __shared__ int size;
   if (threadIdx.x == 0) size = 0;
-  const int64_t apart = a.lines * kLine > kPilot ? a.lines / (kPilot / kLine) : 1;
+  const int64_t lines = a.strata.count;
+  const int64_t apart = lines * kLine > kPilot ? lines / (kPilot / kLine) : 1;
   const int first = (int)threadIdx.x, second = first + kThreads;
   uint32_t drawn[2];
   sampled_keys<2>(a, factors, {first / kLine * apart, second / kLine * apart}, first % kLine, drawn);
@@ -189,18 +188,8 @@ struct Plan {
   double logged;      // keys to log, at most; infinite if the window does not hold the bracket
 };
 
-// As many elements as there are where a sample has `sampled` of them, but for a probability of exp(-l):
-// the lower tail of a sum of independent terms between 0 and kLine, whose squares are at most kLine
-// times as large.
-ROSE_DEVICE double at_most(double sampled, int64_t stratum) {
-  if (stratum == 1) return sampled;
-  constexpr double half = kLine / 2 * kLogOfFailure;
-  const double root = sqrt(sampled + half) + sqrt(half);
-  return root * root * (double)stratum;
-}
-
-// A window is a few standard errors wide, and missing it costs time. A bracket must not be missed: see
-// bracket_adamw_ in rose_ops/reference.py. For a whole block.
+// A window is a few standard errors wide, and missing it costs time. A bracket must not be missed. For
+// a whole block.
 ROSE_DEVICE Plan plan_of(const SelectArguments& a, const View& view, int t, bool is_bracket) {
   const uint32_t* bins = a.sample->bins[t];
   const SampleSums& sums = a.sample->sums;
@@ -208,17 +197,14 @@ ROSE_DEVICE Plan plan_of(const SelectArguments& a, const View& view, int t, bool
   if (window.low == kNoKey) return {window, kNoKey, 0.0};
   const double q = (double)(t == 0 ? a.upper : a.lower) * 1e-9;
   const double ranked = (double)__ldcg(&sums.ranked);
-  const double u = (double)(int64_t)__ldcg(&sums.dc_dc[t]) -
-                   2.0 * q * (double)(int64_t)__ldcg(&sums.dc_dr[t]) +
-                   q * q * (double)__ldcg(&sums.dr_dr);
-  const double deviation = sqrt(u > 0.0 ? u : 0.0);
-  constexpr double l = kLogOfFailure;
-  const double margin = is_bracket ? a.width * (sqrt(2.0 * l) * deviation + 8.0 / 3.0 * kLine * l)
-                                   : 3.0 * deviation + kLine;
+  const double u =
+      squared_differences((double)(int64_t)__ldcg(&sums.dc_dc[t]),
+                          (double)(int64_t)__ldcg(&sums.dc_dr[t]), (double)__ldcg(&sums.dr_dr), q);
+  const double margin = is_bracket ? a.width * half_width(u, kLogOfFailure) : 3.0 * sqrt(u) + kLine;
   if (is_bracket && view.pivot != kNoKey) {  // is that surely the threshold?
     const double below = (double)__ldcg(&sums.below_pivot[t]) - q * ranked;
     const double upto = below + (double)__ldcg(&sums.at_pivot[t]);
-    if (below < -1.0 - margin && upto > margin) {
+    if (is_surely_between(below, upto, margin)) {
       return {{view.pivot, 0, 0, false}, view.pivot, 0.0};
     }
   }
@@ -242,21 +228,21 @@ ROSE_DEVICE Plan plan_of(const SelectArguments& a, const View& view, int t, bool
     const uint32_t width = ((bin.index + 1) << window.shift) - 1;
     return window.low + (width < window.width ? width : window.width);
   };
-  Plan plan = {{window.low + (found[0].index << window.shift), 0, 0, true},
-               end_of(found[1]),
-               is_open
-                   ? HUGE_VAL
-                   : at_most((double)(found[2].below + found[2].inside - found[0].below), a.stratum)};
+  Plan plan = {
+      {window.low + (found[0].index << window.shift), 0, 0, true},
+      end_of(found[1]),
+      is_open ? HUGE_VAL
+              : at_most((double)(found[2].below + found[2].inside - found[0].below), a.strata.size)};
   plan.window.width = end_of(found[2]) - plan.window.low;
 #pragma unroll 1
   while (plan.window.width >> plan.window.shift >= kBins) ++plan.window.shift;
   return plan;
 }
 
-// The windows of both thresholds, and the mode. For a whole block.
+// The windows of both thresholds, and the course. For a whole block.
 ROSE_DEVICE void make_plans(const SelectArguments& a, const View* views) {
   SelectState& state = *a.state;
-  bool speculates = a.speculative && a.lines > 0;
+  bool speculates = a.speculative && a.strata.count > 0;
 #pragma unroll 1
   for (int attempt = speculates ? 0 : 1; attempt < 2; ++attempt) {
     const bool is_bracket = attempt == 0;
@@ -274,7 +260,7 @@ ROSE_DEVICE void make_plans(const SelectArguments& a, const View* views) {
     speculates = is_bracket && logged <= room;
     if (speculates) break;
   }
-  if (threadIdx.x == 0) state.mode = speculates ? Mode::kSpeculative : Mode::kExact;
+  if (threadIdx.x == 0) state.course = speculates ? Course::kSpeculative : Course::kExact;
 }
 
 ROSE_DEVICE void clear_state(SelectState& state) {
@@ -297,7 +283,7 @@ ROSE_DEVICE void take_sample(const SelectArguments& a) {
   const int64_t warps = (int64_t)gridDim.x * (kThreads / kWarp);
   int sums[kSums] = {};  // the same for all lanes of a warp
 #pragma unroll 1
-  for (int64_t pair = (int64_t)blockIdx.x * (kThreads / kWarp) + warp(); 2 * pair < a.lines;
+  for (int64_t pair = (int64_t)blockIdx.x * (kThreads / kWarp) + warp(); 2 * pair < a.strata.count;
        pair += kAtOnce * warps) {
     int64_t strata[kAtOnce];
     uint32_t keys[kAtOnce];

@@ -151,7 +151,7 @@ ROSE_DEVICE void log_sample(const SelectArguments& a) {
   const Factors factors = factors_of(a.risk);
   clear<kBins>(bins);
   __syncthreads();
-  const int64_t size = a.lines * kLine, stride = (int64_t)gridDim.x * kThreads;
+  const int64_t size = a.strata.count * kLine, stride = (int64_t)gridDim.x * kThreads;
 #pragma unroll 1
   for (int64_t first = (int64_t)blockIdx.x * kThreads + threadIdx.x; first < size;
        first += kAtOnce * stride) {
@@ -162,7 +162,7 @@ ROSE_DEVICE void log_sample(const SelectArguments& a) {
     sampled_keys<kAtOnce>(a, factors, strata, lane() % kLine, keys);
 #pragma unroll
     for (int k = 0; k < kAtOnce; ++k) {
-      if (strata[k] < a.lines) write<uint32_t>(a.log.keys, first + k * stride, keys[k]);
+      if (strata[k] < a.strata.count) write<uint32_t>(a.log.keys, first + k * stride, keys[k]);
       if (keys[k] != kNoKey) atomicAdd(&bins[keys[k] >> kLeadingShift], 1u);
     }
   }
@@ -175,7 +175,7 @@ ROSE_DEVICE void log_sample(const SelectArguments& a) {
   if (threadIdx.x != 0) return;
   sample.ticket = 0;
   a.state->log_size = (Count)size;
-  a.state->mode = Mode::kSpeculative;
+  a.state->course = Course::kSpeculative;
 }
 
 ROSE_DEVICE void sample(const SelectArguments& a) {

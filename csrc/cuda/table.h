@@ -4,7 +4,7 @@
 
 #include <cstddef>
 
-#include "rose/element.h"
+#include "rose/threshold.h"
 
 namespace rose {
 namespace cuda {
@@ -12,7 +12,6 @@ namespace cuda {
 constexpr int kThreads = 256;
 constexpr int kWarp = 32;
 constexpr int kTile = 4096;
-constexpr int kLine = 16;  // elements that are sampled together: a cache line of float32
 constexpr int kOperands = 4;
 #ifdef ROSE_BLOCKS
 constexpr int kBlocks = ROSE_BLOCKS;
@@ -91,7 +90,7 @@ struct Window {
   bool logged;  // or else counted only
 };
 
-enum class Mode : int32_t {
+enum class Course : int32_t {
   kNothing,      // an infinity was found
   kExact,        // the threshold first, then what it is for
   kSpeculative,  // both at once: elements are treated by an estimate, and some of them again, if any
@@ -110,7 +109,7 @@ struct SelectState {
   Window windows[2];
   Target targets[2];
   uint32_t tickets[4];
-  Mode mode;
+  Course course;
   Bounds estimate;
   uint32_t overflowed;  // not 0: the log, and entries are missing
   bool unlucky;         // a threshold is outside of its window, and has to be looked for everywhere
@@ -162,8 +161,8 @@ struct Log {
 struct SelectArguments {
   Risk risk;
   Sample* sample;
-  int64_t lines, stratum;  // to sample: one line in each stratum of so many
-  uint32_t draw;           // which of them
+  Strata strata;  // to sample; of no lines: there is nothing to sample
+  uint32_t draw;  // which of them
   SelectState* state;
   Log log;
   int64_t elements;    // of the ranking
@@ -177,6 +176,7 @@ struct SelectArguments {
 struct CaptureArguments {
   Risk risk;
   const int64_t* selection;
+  int64_t* record;  // where it is copied to
 };
 
 // What all elements of a segment have in common in an update.
@@ -198,13 +198,13 @@ struct UpdateArguments {
   const float* inv_scale;    // or null
   const float* clip;         // or null: of selective segments, and of others
   const float* found_inf;    // or null
-  const int64_t* selection;  // if from_risk
-  bool from_risk;            // the second-order mask is found on the way
+  const int64_t* selection;  // that the second-order mask is found by; or null
   Prepared* prepared;        // workspace, one for each segment
+  int64_t* record;           // of that selection, or empty
   Count* counts;             // updated, nonfinite
   double gamma;
-  int32_t first_weight, second_weight;  // what a mask adds to an element's kind
-  bool fractional;                      // kinds 1 and 2 may occur
+  MaskWeights weights;
+  bool fractional;  // kinds 1 and 2 may occur
   bool rank_inactive;
   bool stochastic;  // rounding of bfloat16 parameters
   uint32_t seed;

@@ -35,7 +35,14 @@ struct Bits {
   }
 };
 
+// The record of the selection that is used, or an empty one. One thread.
+ROSE_DEVICE void copy_record(const int64_t* from, int64_t* to) {
+  if (from == to) return;
+  for (int i = 0; i < kFields; ++i) to[i] = from != nullptr ? from[i] : i < 2 ? -1 : 0;
+}
+
 static __global__ void __launch_bounds__(kThreads, 4) capture_kernel(CaptureArguments a) {
+  if (blockIdx.x == 0 && threadIdx.x == 0) copy_record(a.selection, a.record);
   NoNotes notes = {read_bounds(a.selection), nullptr};
   settle(a.risk, notes, Bits());
 }
@@ -61,16 +68,20 @@ ROSE_DEVICE void prepare(const UpdateArguments& a, int i) {
     const MaskKind kind = segment.mask_kinds[k];
     has_bits = has_bits || kind == MaskKind::kBits;
     if (kind == MaskKind::kAll || (kind == MaskKind::kWhole && *segment.masks[k] != 0)) {
-      prepared.base_kind += k == 0 ? a.first_weight : a.second_weight;
+      prepared.base_kind += k == 0 ? a.weights.first : a.weights.second;
     }
   }
-  prepared.ruled_out = prepared.base_kind == 0 && !has_bits && !a.from_risk;
+  prepared.ruled_out = prepared.base_kind == 0 && !has_bits && a.selection == nullptr;
 }
 
 static __global__ void __launch_bounds__(kThreads) prepare_kernel(UpdateArguments a) {
   const int i = (int)(blockIdx.x * kThreads + threadIdx.x);
-  if (i == 0) a.counts[0] = a.counts[1] = 0;
-  if (i < a.table.count && !is_set(a.found_inf)) prepare(a, i);
+  const bool is_finite = !is_set(a.found_inf);
+  if (i == 0) {
+    a.counts[0] = a.counts[1] = 0;
+    copy_record(is_finite ? a.selection : nullptr, a.record);
+  }
+  if (i < a.table.count && is_finite) prepare(a, i);
 }
 
 // What the elements of a segment need, in shared memory: registers are for the elements, and what is

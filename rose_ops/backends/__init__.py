@@ -66,7 +66,7 @@ def _why_not_cuda() -> str | None:
         return _ops.load_error
     if torch.version.hip is not None:
         return "its kernels are for NVIDIA's GPUs, and this PyTorch is for ROCm"
-    if not torch._C._dispatch_has_kernel_for_dispatch_key("rose_ops::select", "CUDA"):
+    if not torch._C._dispatch_has_kernel_for_dispatch_key("rose_ops::rank_", "CUDA"):
         return (
             "the library was built without CUDA kernels; reinstall it from the source tree where there "
             "is an nvcc, with `ROSE_CUDA=1 pip install --no-build-isolation .`"

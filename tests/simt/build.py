@@ -21,8 +21,9 @@ CSRC = HERE.parents[1] / "csrc"
 EXTRA = os.environ.get("ROSE_CXXFLAGS", "").split()  # such as sanitizers
 FOLDER = CSRC.parent / "build" / ("simt-flags" if EXTRA else "simt")
 BINDINGS = [
-    CSRC / "data.cpp", CSRC / "segments.cpp", CSRC / "arguments.cpp", CSRC / "cuda" / "upload.cpp",
-    CSRC / "cuda" / "ops_cuda.cpp", HERE / "simt.cpp", HERE / "module.cpp",
+    CSRC / "data.cpp", CSRC / "segments.cpp", CSRC / "arguments.cpp", CSRC / "update_plan.cpp",
+    CSRC / "cuda" / "upload.cpp", CSRC / "cuda" / "ops_cuda.cpp", HERE / "simt.cpp",
+    HERE / "module.cpp",
 ]  # fmt: skip
 # As setup.py has it: no path of this machine is to be in an error.
 HIDDEN = [CSRC.parent, *include_paths_of_torch()]
@@ -67,11 +68,10 @@ def module() -> ModuleType:
 @functools.cache
 def load() -> Any:
     """The operators of the simulated device."""
-    from rose_ops import _arguments, _ops
+    from rose_ops import _ops
 
     module()
-    _arguments.register_negation("rose_simt")
-    _ops.register_fakes("rose_simt")
+    _ops.register("rose_simt")
     return torch.ops.rose_simt
 
 

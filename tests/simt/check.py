@@ -29,6 +29,7 @@ from support import (
     assert_consistent,
     bits,
     compare_bracket,
+    compare_exact,
     compare_rounding,
     compare_update,
     hyper_table,
@@ -106,11 +107,14 @@ def check(ops, problem: Problem) -> None:
     compare_update(ops, problem.copy(), masks, nothing)
     compare_update(ops, problem, [place(mask, offset=9) for mask in masks], selection=record)
     compare_bracket(ops, problem.copy(), 600_000_000)  # too few elements for one
+    compare_exact(ops, problem.copy(), 600_000_000, 300_000_000, masks)
     problem.found_inf = torch.ones(())
     before = [bits(t) for t in problem.params]
-    problem.update(ops, masks)
-    problem.update(ops, (), (), record)
-    assert problem.bracket_update(ops, 600_000_000).tolist() == [-1, -1] + [0] * Field.SIZE
+    for result in (
+        problem.given_update(ops, masks), problem.given_update(ops, (), (), record),
+        problem.exact_update(ops, 600_000_000), problem.bracket_update(ops, 600_000_000),
+    ):  # fmt: skip
+        assert result.tolist() == [-1, -1] + [0] * Field.SIZE
     assert all(torch.equal(a, bits(b)) for a, b in zip(before, problem.params, strict=True))
 
 

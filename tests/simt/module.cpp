@@ -1,24 +1,15 @@
 // The CUDA operators over the simulated device, as torch.ops.rose_simt, and what tests set and read.
 #include <pybind11/pybind11.h>
-#include <torch/csrc/stable/library.h>
 
 #include "cuda/ops_cuda.h"
 #include "cuda/upload.h"
 #include "cuda_runtime.h"
-#include "schemas.h"
 
 STABLE_TORCH_LIBRARY(rose_simt, m) { rose::define_operators(m); }
 
-STABLE_TORCH_LIBRARY_IMPL(rose_simt, CPU, m) {
-  m.impl("select", TORCH_BOX(&rose::cuda::ops::select));
-  m.impl("capture_", TORCH_BOX(&rose::cuda::ops::capture_));
-  m.impl("adamw_", TORCH_BOX(&rose::cuda::ops::adamw_));
-  m.impl("bracket_adamw_", TORCH_BOX(&rose::cuda::ops::bracket_adamw_));
-  m.impl("bracket_capture_", TORCH_BOX(&rose::cuda::ops::bracket_capture_));
-  m.impl("sums_of_squares", TORCH_BOX(&rose::cuda::ops::sums_of_squares));
-  m.impl("clip_factors", TORCH_BOX(&rose::cuda::ops::clip_factors));
-  m.impl("select_tensors_", TORCH_BOX(&rose::cuda::ops::select_tensors_));
-}
+STABLE_TORCH_LIBRARY_IMPL(rose_simt, CompositeExplicitAutograd, m) { rose::implement_hooks(m); }
+
+STABLE_TORCH_LIBRARY_IMPL(rose_simt, CPU, m) { rose::implement_operators<rose::cuda::Operators>(m); }
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def(

@@ -64,9 +64,8 @@ void mislead(const SelectArguments& s, std::vector<std::vector<float>> (&data)[4
   for (int i = 0; i < kSegments; ++i) {
     const Segment& segment = s.risk.table.segments[i];
     for (int64_t e = 0; e < segment.n; ++e) {
-      const int64_t line = segment.first_line + e / kLine, stratum = line / s.stratum;
-      const uint64_t bits = random_bits(s.draw, 0, static_cast<uint32_t>(stratum));
-      const bool is_sampled = line % s.stratum == static_cast<int64_t>(bits * s.stratum >> 32);
+      const int64_t line = segment.first_line + e / kLine, stratum = line / s.strata.size;
+      const bool is_sampled = line == drawn_line(s.draw, stratum, s.strata.size);
       const float m = data[2][i][e];
       if (m == 0) continue;
       const float risk = is_sampled ? uniform(true) : 0.5995f + 0.001f * uniform(false);
@@ -136,8 +135,8 @@ uint64_t run(Way way, Loops loops) {
   s.lower = loops == Loops::kGeneral ? 300000000 : 0;
   s.width = 1.0;
   if (way != Way::kLogged) {
-    s.stratum = way == Way::kOverflow ? 3 : way == Way::kApprox ? 1 : 8;
-    s.lines = (lines + s.stratum - 1) / s.stratum;
+    const int64_t size = way == Way::kOverflow ? 3 : way == Way::kApprox ? 1 : 8;
+    s.strata = {size, (lines + size - 1) / size};
   }
   const bool is_one_pass = way != Way::kLogged && way != Way::kSampled;
   const int64_t unused = 3 * kThreads;                       // of three blocks
@@ -163,10 +162,10 @@ uint64_t run(Way way, Loops loops) {
       for (auto& values : operand) to_bf16(values);
     }
   }
-  const Mode mode = !is_one_pass || way == Way::kNoRoom ? Mode::kExact : Mode::kSpeculative;
-  const auto check_mode = [&] {
-    const bool overflows = mode == Mode::kSpeculative && state[0].overflowed != 0;
-    if (state[0].mode != mode || overflows != (way == Way::kOverflow)) {
+  const Course course = !is_one_pass || way == Way::kNoRoom ? Course::kExact : Course::kSpeculative;
+  const auto check_course = [&] {
+    const bool overflows = course == Course::kSpeculative && state[0].overflowed != 0;
+    if (state[0].course != course || overflows != (way == Way::kOverflow)) {
       check("thresholds were not found in the way meant");
     }
   };
@@ -176,9 +175,9 @@ uint64_t run(Way way, Loops loops) {
     check(bracket_capture(s, nullptr));
   } else {
     check(select(s, nullptr));
-    check(capture({risk, record.data()}, nullptr));
+    check(capture({risk, record.data(), record.data()}, nullptr));
   }
-  check_mode();
+  check_course();
   std::vector<double> partial(tiles);
   std::vector<double> sums(kSegments);
   check(sums_of_squares({table, nullptr, partial.data(), sums.data()}, nullptr));
@@ -200,13 +199,21 @@ uint64_t run(Way way, Loops loops) {
     segments[i].mask_kinds[0] = MaskKind::kBits;
     segments[i].masks[0] = masks[i].data();
   }
-  const UpdateArguments a = {
-      table,         &lr, nullptr, kClip, nullptr, record.data(), true, prepared.data(),
-      counts.data(), 0.3, 1,       2,     true,    false,         true, 5};
+  UpdateArguments a = {};
+  a.table = table;
+  a.lrs = &lr;
+  a.clip = kClip;
+  a.selection = a.record = record.data();
+  a.prepared = prepared.data();
+  a.counts = counts.data();
+  a.gamma = 0.3;
+  a.weights = kWeightsOfEnsemble;
+  a.fractional = a.stochastic = true;
+  a.seed = 5;
   if (is_one_pass) {
     if (way != Way::kOverflow) s.draw = 1;
     check(bracket_update({s, a}, nullptr));
-    check_mode();
+    check_course();
   } else {
     check(update(a, nullptr));
   }

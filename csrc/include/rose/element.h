@@ -129,23 +129,34 @@ ROSE_INLINE int32_t if_selected(uint32_t key, Bounds bounds, int32_t value) {
   return key == kInactiveKey ? value : inside;
 }
 
-// Of a bracketed selection: a bound does not hold with a probability of at most exp(-this). See
-// bracket_adamw_ in rose_ops/reference.py, where it is LOG_OF_FAILURE.
-constexpr double kLogOfFailure = 26.0;
-
-// A selection record: the fields of rose_ops/reference.py in the same order.
+// A selection record: the fields of rose_ops/reference.py in the same order. An empty one: nothing is
+// ranked.
 struct Selection {
   int64_t high = -1, low = -1, kept = 0, ranked = 0, inactive = 0, nonfinite = 0, misses = 0;
   int64_t unused = 0;
 
   Bounds bounds() const { return {static_cast<int32_t>(high), static_cast<int32_t>(low)}; }
 };
-static_assert(sizeof(Selection) == 8 * sizeof(int64_t), "a selection is an int64 tensor of 8");
+constexpr int kFields = 8;
+static_assert(sizeof(Selection) == kFields * sizeof(int64_t), "a record is an int64 tensor");
 
 // ------------------------------------------------------------------------------------- masked AdamW
 
-// A mask is bits, one answer for the whole tensor, or empty: all selected.
-enum class MaskKind : uint8_t { kNone, kBits, kWhole, kAll };
+// What a captured mask says of one tensor, and how.
+enum class MaskKind : uint8_t {
+  kNone,   // there is no mask: nothing is selected by it
+  kBits,   // one bit for each element, the first in the lowest bit of the first byte
+  kWhole,  // one bool for all elements
+  kAll,    // an empty mask, of a tensor that was not there at the capture: all are selected
+};
+
+// M of an element (Eq. 5) is one of four numbers, by its kind: 0, gamma, 1 - gamma, 1. A kind is the
+// sum of the weights of the masks that select the element: of an ensemble's first and second order, 1
+// and 2; of a mask that is alone, 3.
+struct MaskWeights {
+  int32_t first, second;
+};
+constexpr MaskWeights kWeightsOfEnsemble = {1, 2}, kWeightsOfOne = {3, 3};
 
 // A row of the hyperparameter table, as in rose_ops/reference.py.
 struct Hyper {
@@ -158,7 +169,7 @@ struct Update {
   float beta2, c2;
   float eps;
   float inv_root_bias2;  // 1 / sqrt(1 - beta2^t)
-  // By kind of mask, M = 0, gamma, 1 - gamma, 1: M, lr*M / (1 - beta1^t), 1 - lr*M*weight_decay
+  // By kind: M, lr*M / (1 - beta1^t), 1 - lr*M*weight_decay
   float m[4], step_size[4], decay[4];
 };
 

@@ -1,4 +1,4 @@
-"""Selection and its use in one pass, as Triton kernels; see :func:`rose_ops.reference.bracket_adamw_`.
+"""Selection and its use in one pass, as Triton kernels; see :func:`rose_ops.reference.step_`.
 
 Five launches, whatever the data: the device decides what each has to do.
 
@@ -60,8 +60,12 @@ from rose_ops.reference import LOG_OF_FAILURE
 
 LINE: tl.constexpr = tl.constexpr(reference.LINE)
 SAMPLE_WORD: tl.constexpr = tl.constexpr(reference.SAMPLE_KEY * 0x9E3779B9 % 2**32)
-LOG: tl.constexpr = tl.constexpr(LOG_OF_FAILURE)  # l in the derivation
-ROOT: tl.constexpr = tl.constexpr(math.sqrt(8.0 * LOG_OF_FAILURE))
+# The statistics of csrc/include/rose/threshold.h, with r of half_width().
+LOG: tl.constexpr = tl.constexpr(LOG_OF_FAILURE)
+ROOT: tl.constexpr = tl.constexpr(math.sqrt(8.0 * LOG_OF_FAILURE))  # of at_most()
+ERRORS: tl.constexpr = tl.constexpr(math.sqrt(2.0 * LOG_OF_FAILURE))
+HALF_R: tl.constexpr = tl.constexpr(reference.LINE * math.sqrt(2.0 * LOG_OF_FAILURE) / 2.0)
+OF_RANGE: tl.constexpr = tl.constexpr(2.0 / 3.0 * reference.LINE * LOG_OF_FAILURE)
 FEW: tl.constexpr = tl.constexpr(512)  # lines that give the window
 WINDOW_BINS: tl.constexpr = tl.constexpr(2048)
 SCANNED: tl.constexpr = tl.constexpr(512)  # bins at a time
@@ -246,7 +250,7 @@ def _decide(state, t, fraction, stratum, width):
     cr = tl.load(target + CR, cache_modifier=".cg").to(tl.float64)
     rr = tl.load(target + RR, cache_modifier=".cg").to(tl.float64)
     u = tl.maximum(cc - 2.0 * q * cr + q * q * rr, 0.0)
-    margin = weight * width * (tl.sqrt(u * (2.0 * LOG)) + 8.0 / 3.0 * LINE * LOG)
+    margin = weight * width * (ERRORS * (HALF_R + tl.sqrt(HALF_R * HALF_R + u)) + OF_RANGE)
     # Estimated numbers of elements less the fraction of all that are ranked: below the window, up to
     # each bin, up to the middle.
     all_ranked = q * weight * sampled.to(tl.float64)

@@ -333,13 +333,17 @@ def _capture_kernel(
 
 @kernel()
 def _prepare_kernel(
-    rows, count, hyper, lr, found_inf, prepared, keys, counts, gamma, seed, first_weight, second_weight,
-    rules_out,
+    rows, count, hyper, lr, found_inf, prepared, keys, record, selection, known, gamma, seed,
+    first_weight, second_weight, rules_out,
 ):  # fmt: skip
-    """A program for each segment."""
+    """A program for each segment. In ``record``: that of the ``selection``, if it is ``known`` and
+    something is updated, or an empty one; and counts of 0."""
     if tl.program_id(0) == 0:
-        tl.store(counts, 0)
-        tl.store(counts + 1, 0)
+        word = tl.arange(0, 16)
+        copied = (word < 8) & (known != 0) & (tl.load(found_inf) == 0)
+        value = tl.load(selection + word, mask=copied, other=0)
+        value = tl.where((word < 2) & (copied == 0), -1, value)
+        tl.store(record + word, value, mask=word < 10)
     _prepare(
         rows, count, hyper, lr, found_inf, prepared, keys, gamma, seed, first_weight, second_weight,
         rules_out,
