@@ -35,7 +35,7 @@ from support import (
 from rose_ops import reference
 from rose_ops.reference import Field
 
-LARGE = (1 << 18) + 1303  # no multiple of anything
+LARGE = (1 << 17) + 1303  # no multiple of anything; twice what brackets need
 DATA = {
     "normal": (("normal",), ("normal",)),
     "wide": (("wide",), ("wide",)),

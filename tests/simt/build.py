@@ -103,3 +103,11 @@ def build_races(
     sources = [HERE / "races.cpp", HERE / "kernels.cpp"]
     _compile(csrc, *sanitizers, *sources, device, "-o", binary, "-lpthread")
     return binary
+
+
+def link_races(folder: Path) -> Path:
+    """The same of the kernels that the extension has, without a sanitizer."""
+    binary = folder / "races"
+    objects = [FOLDER / "kernels.o", FOLDER / "simt.o"]
+    _compile(CSRC, *EXTRA, HERE / "races.cpp", *objects, "-o", binary, "-lpthread")
+    return binary
