@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
+from torch.optim import Optimizer
 
 from rose_ops import memory
 from rose_ops.checks import MOMENTS, STATE, has_memory
-from rose_ops.settings import ADAMW_ONLY, Settings, check_group, is_number, is_selective
+from rose_ops.groups import ADAMW_ONLY, check_group, is_selective
+from rose_ops.settings import Settings, is_number
 
 # Beside "state" and "param_groups", where torch.optim.AdamW ignores it.
 ROSE = "rose"
@@ -172,3 +176,97 @@ class Loader:
 
 def _without_adamw_only(group: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in group.items() if key not in ADAMW_ONLY}
+
+
+def unpacked(states: dict[Tensor, dict[str, Any]]) -> None:
+    """Take state tensors out of what carried them."""
+    for p, values in states.items():
+        states[p] = {
+            key: value.value if isinstance(value, Kept) else value for key, value in values.items()
+        }
+
+
+def completed(groups: list[dict[str, Any]], defaults: dict[str, Any]) -> None:
+    """Options that an older or an AdamW state lacks."""
+    for key, value in {"maximize": False, "capturable": False, **ADAMW_ONLY}.items():
+        defaults.setdefault(key, value)
+    for group in groups:
+        for key in defaults:
+            group.setdefault(key, defaults[key])
+        if is_selective(group):
+            group.pop("selective", None)
+
+
+def steps_of(states: dict[Tensor, dict[str, Any]]) -> int:
+    """How many steps the parameter with the most has taken."""
+    steps = [values["step"] for values in states.values() if "step" in values]
+    return max((int(step) for step in steps if has_memory(step)), default=0)
+
+
+class Checkpointed(Optimizer):
+    """What goes out of a ``RoseFusedAdamW``, and what comes in."""
+
+    settings: Settings
+    _steps_done: int
+
+    def _reset(self) -> None:
+        raise NotImplementedError
+
+    def state_dict(self) -> dict[str, Any]:
+        """As of ``torch.optim.AdamW``, whose keys it has, and beside them, under ``"rose"``, the
+        settings of the ranking. A captured mask is in its parameter's state. Groups have a key more,
+        ``selective``, where it is False.
+
+        (``torch.distributed.checkpoint`` keeps states and groups alone, so with it a difference of
+        settings is not noticed.)
+
+        As with PyTorch's optimizers, moments are not copied.
+        """
+        return saved(super().state_dict(), self.settings)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what :meth:`state_dict` of this class or of ``torch.optim.AdamW`` returned.
+
+        Moments keep their precision whatever the parameters' dtype (they are cast to
+        ``state_dtype`` only), so training resumes as if it had not stopped. Where the checkpoint was
+        trained with other settings, the optimizer's stay, and a warning says which differ.
+
+        They are copied, once: unlike with PyTorch's optimizers, the next steps do not write into the
+        state dict, nor those of another optimizer that it came from into this one.
+
+        Raises:
+            ValueError: the state does not fit the parameters, or needs what is not here (amsgrad);
+                nothing was changed.
+        """
+
+        # Registered now, it runs after the user's own hooks, on what they made of the dict.
+        loader = Loader(self.settings, self.param_groups, self.defaults)
+        handle = self.register_load_state_dict_pre_hook(lambda _, given: loader.checked(given))
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            handle.remove()
+        if loader.differences:
+            warnings.warn(
+                "the optimizer goes on with other settings than the checkpoint was trained with: "
+                + ", ".join(loader.differences),
+                stacklevel=2,
+            )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {
+            **super().__getstate__(),
+            "settings": asdict(self.settings),
+            "_steps_done": self._steps_done,
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        state = dict(state)
+        settings = state.pop("settings", None)
+        super().__setstate__(state)
+        if settings is not None or "settings" not in self.__dict__:
+            self.settings = Settings(**(settings or {}))
+        unpacked(self.state)
+        completed(self.param_groups, self.defaults)
+        self._reset()
+        self._steps_done = state.get("_steps_done", steps_of(self.state))

@@ -1,7 +1,9 @@
-"""Whether parameters, gradients and state can be used: when they are given, and when they are."""
+"""Whether parameters, gradients and state can be used: when they are given, and when they are. And
+whether what surrounds the optimizer lets it do what it should."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
 from typing import Any
 
@@ -10,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.parameter import is_lazy
+from torch.optim import Optimizer
 
 from rose_ops.flat import FlatParameter
 from rose_ops.layout import overlaps_itself, sharing_memory
@@ -188,4 +191,43 @@ def check_ready(
         raise RuntimeError(
             f"{what} has state of shape {tuple(moment.shape)} on {moment.device}: the parameter "
             "changed its shape or device after a step; make a new optimizer for it"
+        )
+
+
+_SHARDERS = ("ZeroRedundancyOptimizer", "OSS")  # of PyTorch, of fairscale
+
+
+def check_maker(settings: Settings) -> None:
+    """Some wrappers give the optimizer that they make a part of the parameters, as if that were all of
+    them: nothing but who is calling tells."""
+    frame = sys._getframe(2) if is_sharded(settings) else None
+    while frame is not None:
+        kinds = type(frame.f_locals.get("self")).__mro__
+        if name := next((kind.__name__ for kind in kinds if kind.__name__ in _SHARDERS), None):
+            raise RuntimeError(
+                f"{name} gives each rank's optimizer a part of the parameters, and a ranking and a "
+                "clipping norm are over all of them: something else would be trained without a word. "
+                "Use the optimizer itself, on every rank, or rank and clip each part by itself: "
+                "optimizer_class=functools.partial(RoseFusedAdamW, local_ranking=True)"
+            )
+        frame = frame.f_back
+
+
+def is_recording(device: torch.device) -> bool:
+    """Whether a CUDA graph is being recorded."""
+    on_gpu = device.type == "cuda" and torch.cuda.is_available()
+    return on_gpu and torch.cuda.is_current_stream_capturing()
+
+
+def check_graph(optimizer: Optimizer, device: torch.device, has_state: bool) -> None:
+    """Raise if a graph is being recorded that would not do what it should."""
+    # Where there are both names, the older one warns.
+    for name in ("_accelerator_graph_capture_health_check", "_cuda_graph_capture_health_check"):
+        if check := getattr(optimizer, name, None):
+            check()  # that capturable is set
+            break
+    if not has_state and is_recording(device):
+        raise RuntimeError(
+            "a CUDA graph is being recorded and some parameters have no state yet; every replay would "
+            "start from zero again: call step() once before recording"
         )

@@ -10,22 +10,29 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from rose_ops import backends
+from rose_ops import backends, engine
+from rose_ops.engine import Operands, Ranking, Rounding, Scaling, Tables
 from rose_ops.layout import empty_masks
 from rose_ops.results import Selection, UpdateCounts
 from rose_ops.settings import GRANULARITIES, INACTIVE, ROUNDINGS, SELECTIONS, check_fractions, choice
 
 
-def _one_group(tensors: Sequence[Tensor], *columns: float) -> tuple[Tensor, Tensor]:
-    # The tables are on the CPU, whatever torch.set_default_device() says.
+def _tables(tensors: Sequence[Tensor], *columns: float, lr: float | Tensor = 0.0) -> Tables:
+    """All tensors in one group. On the CPU, whatever torch.set_default_device() says."""
     hyper = torch.tensor([columns], dtype=torch.float64, device="cpu")
-    return hyper, torch.zeros(len(tensors), dtype=torch.int64, device="cpu")
-
-
-def _lr_table(lr: float | Tensor) -> Tensor:
+    sizes = torch.tensor([t.numel() for t in tensors], dtype=torch.int64, device="cpu")
     if isinstance(lr, Tensor):
-        return lr.detach().to(torch.float64).reshape(1)
-    return torch.tensor([lr], dtype=torch.float64, device="cpu")
+        rate = lr.detach().to(torch.float64).reshape(1)
+    else:
+        rate = torch.tensor([lr], dtype=torch.float64, device="cpu")
+    return Tables(hyper, torch.zeros_like(sizes), rate, sizes.cumsum(0) - sizes)
+
+
+def _ranking(upper: float, lower: float, inactive: str, selection: str, seed: int) -> Ranking:
+    choice("inactive", inactive, INACTIVE)
+    choice("selection", selection, SELECTIONS)
+    fractions = check_fractions(upper, lower)
+    return Ranking(*fractions, inactive == "rank", selection, seed & 0xFFFFFFFF)
 
 
 def _device(tensors: Sequence[Tensor]) -> torch.device:
@@ -66,23 +73,13 @@ def select_threshold(
     Raises:
         ValueError: a setting out of its range. RuntimeError: tensors that do not fit together.
     """
-    return Selection.from_record(
-        _select(grads, exp_avgs, upper, lower, beta1, inactive, selection, seed, inv_scale, backend)
-    )
-
-
-def _select(
-    grads, exp_avgs, upper, lower, beta1, inactive, selection, seed, inv_scale, backend
-) -> Tensor:
-    choice("inactive", inactive, INACTIVE)
-    choice("selection", selection, SELECTIONS)
-    high, low = check_fractions(upper, lower)
+    ranking = _ranking(upper, lower, inactive, selection, seed)
     ops = backends.resolve(backend, _device(grads)).ops
-    tables = _one_group(grads, beta1, 0.0, 0.0, 0.0, 1.0, 1.0)
-    return ops.select(
-        _detached(grads), _detached(exp_avgs), *tables, inv_scale, None, high, low,
-        inactive == "rank", selection == "approx", seed & 0xFFFFFFFF,
-    )  # fmt: skip
+    tables = _tables(grads, beta1, 0.0, 0.0, 0.0, 1.0, 1.0)
+    record = engine.rank(
+        ops, _detached(grads), _detached(exp_avgs), tables, Scaling(inv_scale), ranking
+    )
+    return Selection.from_record(record)
 
 
 def capture_mask(
@@ -110,35 +107,17 @@ def capture_mask(
         byte ``i // 8``; at granularity ``"tensor"`` a bool scalar.
     """
     choice("granularity", granularity, GRANULARITIES)
-    ops = backends.resolve(backend, _device(grads)).ops
+    ranking = _ranking(upper, lower, inactive, selection, seed)
+    device = _device(grads)
+    ops = backends.resolve(backend, device).ops
+    tensors = (_detached(grads), _detached(exp_avgs))
+    tables = _tables(grads, beta1, 0.0, 0.0, 0.0, 1.0, 1.0)
     if granularity == "tensor":
-        choice("inactive", inactive, INACTIVE)
-        mask = torch.empty(len(grads), dtype=torch.bool, device=_device(grads))
-        # An operator is found by its tensors; there is none to ask about an empty list.
-        sums = ops.sums_of_squares(_detached(grads), inv_scale) if grads else mask.double()
-        of_moments = ops.sums_of_squares(_detached(exp_avgs), None) if exp_avgs else None
-        tables = _one_group(grads, beta1, 0.0, 0.0, 0.0, 1.0, 1.0)
-        fractions = check_fractions(upper, lower)
-        record = ops.select_tensors_(
-            mask, sums, of_moments, *tables, None, *fractions, inactive == "rank"
-        )
+        mask = torch.empty(len(grads), dtype=torch.bool, device=device)
+        record = engine.rank_tensors(ops, mask, *tensors, tables, Scaling(inv_scale), ranking)
         return list(mask.unbind()), Selection.from_record(record)
-    masks = empty_masks([g.numel() for g in grads], _device(grads))
-    tensors = (masks, _detached(grads), _detached(exp_avgs))
-    tables = _one_group(grads, beta1, 0.0, 0.0, 0.0, 1.0, 1.0)
-    choice("selection", selection, SELECTIONS)
-    if selection != "exact":
-        choice("inactive", inactive, INACTIVE)
-        fractions = check_fractions(upper, lower)
-        record = ops.bracket_capture_(
-            *tensors, *tables, inv_scale, None, *fractions, inactive == "rank", seed & 0xFFFFFFFF, 1.0,
-            selection == "approx",
-        )  # fmt: skip
-    else:
-        record = _select(
-            grads, exp_avgs, upper, lower, beta1, inactive, selection, seed, inv_scale, backend
-        )
-        ops.capture_(*tensors, *tables, inv_scale, None, record, inactive == "rank")
+    masks = empty_masks([g.numel() for g in grads], device)
+    record = engine.rank(ops, *tensors, tables, Scaling(inv_scale), ranking, masks)
     return masks, Selection.from_record(record)
 
 
@@ -180,17 +159,17 @@ def rose_adamw_(
     """
     choice("param_rounding", param_rounding, ROUNDINGS)
     selective = first_masks is not None or second_masks is not None
-    hyper, group = _one_group(
-        params, *betas, eps, weight_decay, -1.0 if maximize else 1.0, float(selective)
+    tables = _tables(
+        params, *betas, eps, weight_decay, -1.0 if maximize else 1.0, float(selective), lr=lr
     )
-    sizes = torch.tensor([p.numel() for p in params], dtype=torch.int64, device="cpu")
+    operands = Operands(
+        _detached(params), _detached(grads), list(exp_avgs), list(exp_avg_sqs), list(steps)
+    )
+    ops = backends.resolve(backend, _device(params)).ops
     with torch.no_grad():
-        counts = backends.resolve(backend, _device(params)).ops.adamw_(
-            _detached(params), _detached(grads), list(exp_avgs), list(exp_avg_sqs), list(steps),
-            list(first_masks or ()), list(second_masks or ()), None,
-            _lr_table(lr), hyper, group,
-            sizes.cumsum(0) - sizes, inv_scale, None, None, gamma, False, seed,
-            param_rounding == "stochastic",
+        _, counts = engine.update(
+            ops, operands, (list(first_masks or ()), list(second_masks or ())), tables,
+            Scaling(inv_scale), gamma, None, Rounding(seed, param_rounding == "stochastic"),
         )  # fmt: skip
         # As after any in-place operation: a backward that still needs the old values is an error.
         torch.autograd.graph.increment_version(params)

@@ -1,19 +1,17 @@
-"""What a ranking is asked for, and the options of parameter groups: ranges, and what is said where one
-is left."""
+"""What a ranking is asked for: ranges, and what is said where one is left."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from fractions import Fraction
 from functools import cached_property
 from numbers import Integral, Rational, Real
-from typing import Any, SupportsFloat, TypeGuard, cast
+from typing import Any, TypeGuard
 
 import torch
-from torch import Tensor
 
 from rose_ops import backends
 from rose_ops.reference import FRACTION_UNIT
@@ -24,16 +22,6 @@ INACTIVE = ("update", "rank")
 GRANULARITIES = ("element", "tensor")
 ROUNDINGS = ("nearest", "stochastic")
 STATE_DTYPES = (torch.float32, torch.bfloat16)
-
-# Keys of torch.optim.AdamW's groups that mean nothing here, with the one value that can be honoured
-# (None: any). Groups have them, too, so that checkpoints have the same keys.
-ADAMW_ONLY: dict[str, Any] = {
-    "amsgrad": False,
-    "differentiable": False,
-    "decoupled_weight_decay": True,
-    "foreach": None,
-    "fused": None,
-}
 
 
 def shown(value: object) -> str:
@@ -225,82 +213,3 @@ class Settings:
             "state_dtype": str(self.moment_dtype),
             "seed": self.seed,
         }
-
-
-def plain(value: Any) -> Any:
-    """An option with Python's numbers in the place of NumPy's, which ``torch.load`` takes for code."""
-    if isinstance(value, (tuple, list)):
-        return type(value)(map(plain, value))
-    if type(value).__module__ == "numpy" and getattr(value, "ndim", 1) == 0:
-        return value.item()  # a scalar, or an array of none
-    if isinstance(value, Real) and type(value) not in (bool, int, float):
-        return int(value) if isinstance(value, Integral) else float(value)
-    return value
-
-
-_OPTIONS = ("lr", "betas", "eps", "weight_decay", "maximize", "capturable")
-
-
-def is_selective(group: Mapping[str, Any]) -> bool:
-    """Groups say so only where they are not: ``torch.distributed.checkpoint`` loads by their keys, and
-    ``torch.optim.AdamW``'s have no such key."""
-    return group.get("selective", True)
-
-
-def beta_values(betas: Sequence[object]) -> tuple[float, float]:
-    """The numbers, of Python, NumPy or in tensors of one element."""
-    first, second = (
-        beta.item() if isinstance(beta, Tensor) else float(cast(SupportsFloat, beta)) for beta in betas
-    )
-    return first, second
-
-
-def check_group(group: Mapping[str, Any], *, given: bool) -> None:
-    """Raise unless the options of a group (merged with the defaults) can work.
-
-    Args:
-        group: a parameter group.
-        given: whether a user gives it now. Else it is what a schedule, or a checkpoint of one, made of
-            it: a learning rate below 0, which cosines round to, does what it does in AdamW; a learning
-            rate in a tensor is not read.
-    """
-
-    def bad(name: str, expected: str) -> ValueError:
-        return ValueError(f"{name}={shown(group[name])}; expected {expected}")
-
-    for name in _OPTIONS:
-        if name not in group:
-            raise ValueError(f"a parameter group has no {name!r}; expected it, as in the others")
-    lr = group["lr"]
-    if isinstance(lr, Tensor):
-        if lr.numel() != 1 or lr.is_complex():
-            raise bad("lr", "a number or a tensor of one element")
-        lr = lr.item() if given and not lr.is_meta else 0.0
-    if not is_number(lr) or (given and lr < 0):
-        raise bad("lr", "a number >= 0" if given else "a finite number")
-    betas = group["betas"]
-    if not isinstance(betas, (tuple, list)) or len(betas) != 2:
-        raise bad("betas", "a pair of numbers")
-    if len({isinstance(beta, Tensor) for beta in betas}) > 1:
-        raise bad("betas", "two numbers or two tensors, as AdamW does")
-    for beta in betas:
-        if isinstance(beta, Tensor):
-            beta = beta.item() if beta.numel() == 1 and not beta.is_complex() else None
-        if not is_number(beta) or not 0 <= beta < 1:
-            raise bad("betas", "two numbers in [0, 1)")
-    for name in ("eps", "weight_decay"):
-        if not is_number(group[name]) or group[name] < 0:
-            raise bad(name, "a number >= 0")
-    for name in ("maximize", "capturable", "selective"):
-        if not isinstance(group.get(name, True), bool):
-            raise bad(name, "True or False")
-    for name in Settings.__dataclass_fields__.keys() & group.keys():
-        raise ValueError(
-            f"{name!r} in a parameter group: one ranking spans all groups, so it is an argument of "
-            "RoseFusedAdamW; groups may set lr, betas, eps, weight_decay, maximize and selective. (For "
-            "a wrapper that puts its own arguments into groups: "
-            f"functools.partial(RoseFusedAdamW, {name}=...))"
-        )
-    for name, only in ADAMW_ONLY.items():
-        if only is not None and group.get(name, only) != only:
-            raise ValueError(f"{name}={shown(group[name])} is not supported; expected {only}")

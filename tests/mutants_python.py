@@ -5,6 +5,9 @@ OPTIM, BATCH, CHECKPOINT = "rose_ops/optim.py", "rose_ops/batch.py", "rose_ops/c
 SETTINGS, FLAT, LOSSES = "rose_ops/settings.py", "rose_ops/flat.py", "rose_ops/losses.py"
 WRAPPERS, MEMORY, LAYOUT = "rose_ops/wrappers.py", "rose_ops/memory.py", "rose_ops/layout.py"
 CHECKS, RESULTS = "rose_ops/checks.py", "rose_ops/results.py"
+ACCUMULATE, DIVERGENCE = "rose_ops/accumulate.py", "rose_ops/divergence.py"
+TRAINER = "rose_ops/integrations/transformers.py"
+ENGINE, GROUPS, CAPTURES = "rose_ops/engine.py", "rose_ops/groups.py", "rose_ops/captures.py"
 
 CORNERS, KEPT = "tests/test_optimizer_corners.py", "tests/test_optimizer_kept.py"
 OF_OPTIMIZER = "tests/test_optimizer.py"
@@ -12,6 +15,7 @@ OF_FLAT, OF_STATE, OF_LOSSES = "tests/test_flat.py", "tests/test_state.py", "tes
 OF_CLIPPING, OF_GIVEN, OF_DDP = "tests/test_clipping.py", "tests/test_given.py", "tests/test_ddp.py"
 OF_CHECKPOINTS, OF_SHARDED = "tests/test_checkpoints.py", "tests/test_sharded.py"
 OF_LEAKS, OF_ERRORS = "tests/test_leaks.py", "tests/test_errors.py"
+MICRO, OF_TRAINER = "tests/test_accumulate.py::test_micro_batches", "tests/test_trainer.py"
 WARM_UP = f"{OF_OPTIMIZER}::test_warm_up_is_adamw_and_ignores_captures"
 OPTION = f"{KEPT}::test_an_option_that_changes_is_that_of_a_new_optimizer"
 DRAWS = f"{CORNERS}::test_every_step_has_a_draw_of_its_own"
@@ -33,76 +37,74 @@ MUTANTS = {
         f"{CORNERS}::test_unfreezing_does_not_begin_the_warm_up_anew",
     ),
     "warm-up after the state was cleared": (
-        OPTIM, "            self._steps_done = 0\n            self._captured.clear()",
-        "            self._captured.clear()",
+        OPTIM, "            self._steps_done = 0\n            self._captures.kinds.clear()",
+        "            self._captures.kinds.clear()",
         f"{CORNERS}::test_clearing_the_state_begins_the_warm_up_anew",
     ),
     "warm-up of selective groups": (
-        OPTIM, 'float(is_selective(group) and selecting)', 'float(is_selective(group))', WARM_UP,
+        GROUPS, 'float(is_selective(group) and selecting)', 'float(is_selective(group))', WARM_UP,
     ),
     "steps that are counted": (OPTIM, "        self._steps_done += 1\n", "", WARM_UP),
     "maximize": (
-        OPTIM, '-1.0 if group["maximize"] else 1.0', '1.0 if group["maximize"] else 1.0',
+        GROUPS, '-1.0 if group["maximize"] else 1.0', '1.0 if group["maximize"] else 1.0',
         f"{OF_OPTIMIZER}::test_maximize_is_the_step_on_the_negated_gradient",
     ),
     "learning rates that change": (
-        OPTIM, "if self._lrs is None or self._lrs[0] != lrs:", "if self._lrs is None:", OPTION,
+        GROUPS, "if self._lrs is None or self._lrs[0] != lrs:", "if self._lrs is None:", OPTION,
     ),
     "hyperparameters that change": (
-        OPTIM, "if self._hyper is None or self._hyper[0] != values:", "if self._hyper is None:", OPTION,
-    ),
-    "factors to clip to once": (
-        OPTIM, "clip_factors(sums, limit)[1:]", "clip_factors(sums, limit)[:2]", CLIPPED_MASKS,
+        GROUPS, "if self._hyper is None or self._hyper[0] != values:", "if self._hyper is None:",
+        OPTION,
     ),
     "factors of clipping": (
-        OPTIM, "return _Clip(factors[1:], sums)", "return _Clip(factors[:2], sums)",
-        f"{OF_CLIPPING}::test_as_clipping_before_the_step",
+        ENGINE, "Scaling(inv_scale, factors[1:], sums)", "Scaling(inv_scale, factors[:2], sums)",
+        f"{OF_CLIPPING}::test_as_clipping_before_the_step {CLIPPED_MASKS}",
     ),
     "norms of the tensors that are ranked": (
-        OPTIM, "if sums is None or len(sums) != len(batch.params):", "if sums is None:", TENSORS,
+        ENGINE, "if sums is None or len(sums) != len(grads):", "if sums is None:", TENSORS,
     ),
     "norms of moments": (
-        OPTIM, "sums_of_squares(moments, None)", "sums_of_squares(moments, inv_scale)", TENSORS,
+        ENGINE, "sums_of_squares(exp_avgs, None)", "sums_of_squares(exp_avgs, scaling.inv_scale)",
+        TENSORS,
     ),
     "masks that were used": (
-        OPTIM, "        for kind in tuple(self._captured):\n            self._drop_masks(kind)\n", "",
+        OPTIM, "drop(kind, self.state.values())\n        return loss\n",
+        "kinds\n        return loss\n",
         f"{OF_OPTIMIZER}::test_a_mask_serves_one_step",
     ),
     "masks of an earlier capture": (
-        OPTIM, "            self._drop_masks(kind)  # a second capture replaces the first\n", "",
+        OPTIM, "self._captures.drop(kind, self.state.values())  # a second capture replaces",
+        "pass  # a second capture replaces",
         f"{CORNERS}::test_a_second_capture_drops_masks_of_the_first",
     ),
     "masks of a pickle": (
-        OPTIM, "kind for kind, key in MASKS.items() for values in self.state.values() if key in values",
-        "kind for kind, key in MASKS.items() for values in () if key in values",
+        CAPTURES, "for state in states if key in state}", "for state in () if key in state}",
         f"{OF_STATE}::test_a_captured_mask_travels",
     ),
     "steps of a checkpoint": (
-        OPTIM, 'state.get("_steps_done", max(steps, default=0))', 'state.get("_steps_done", 0)',
+        CHECKPOINT, 'state.get("_steps_done", steps_of(self.state))', 'state.get("_steps_done", 0)',
         f"{CORNERS}::test_a_loaded_optimizer_is_past_its_warm_up "
         f"{OF_STATE}::test_a_resume_is_as_if_training_had_not_stopped",
     ),
     "draws of steps": (
-        OPTIM, "stochastic, self._draw, 1.0,", "stochastic, 0, 1.0,",
+        ENGINE, "*rounding, ranking.draw, 1.0,", "*rounding, 0, 1.0,",
         DRAWS,
     ),
     "draws of captures": (
-        OPTIM, "self._rank_inactive, self._draw, 1.0", "self._rank_inactive, 0, 1.0",
+        ENGINE, "*fractions, ranking.draw, 1.0", "*fractions, 0, 1.0",
         DRAWS,
     ),
     "draws of seeds": (
         OPTIM, "(self.settings.seed * 0x9E3779B1 + self._steps_done)", "self._steps_done", DRAWS,
     ),
     "approx, of updates": (
-        OPTIM, 'stochastic, self._draw, 1.0, settings.selection == "approx",',
-        "stochastic, self._draw, 1.0, False,", DRAWS,
+        ENGINE, 'ranking.draw, 1.0, ranking.selection == "approx",', "ranking.draw, 1.0, False,", DRAWS,
     ),
     "approx, of captures": (
-        OPTIM, 'self._draw, 1.0,\n                settings.selection == "approx",',
-        "self._draw, 1.0,\n                False,", DRAWS,
+        ENGINE, 'ranking.selection == "approx"\n    if masks', "False\n    if masks", DRAWS,
     ),
     "gradients of a step, used again": (
-        OPTIM, "        self._refuse_used(kind, batch)\n", "",
+        OPTIM, "        self._captures.refuse_used(kind, batch)\n", "",
         f"{OF_LEAKS}::test_gradients_of_the_latest_step_are_noticed",
     ),
     "norms that are not finite": (
@@ -110,7 +112,7 @@ MUTANTS = {
         f"{OF_CLIPPING}::test_error_if_nonfinite",
     ),
     "options that a schedule writes": (
-        OPTIM, "        if found != self._options:\n", "        if not self._options:\n",
+        GROUPS, "        if found != self._options:\n", "        if not self._options:\n",
         f"{OF_CHECKPOINTS}::test_what_is_written_into_a_group_is_refused_at_the_next_step",
     ),
     "threshold of a record": (
@@ -134,13 +136,11 @@ MUTANTS = {
         f"{OF_OPTIMIZER}::test_a_step_that_failed_under_grad_scaler_leaves_no_scale_behind",
     ),
     "decay of biases": (
-        OPTIM, "weight_decay if decays else 0.0", "weight_decay",
+        GROUPS, "weight_decay if decays else 0.0", "weight_decay",
         f"{OF_OPTIMIZER}::test_rose_param_groups",
     ),
     "clipping to the norm of selective parameters": (
-        OPTIM, "        clip = self._clip(batch, inv_scale)\n        batch = self._with_state(batch)",
-        "        clip = self._clip(self._selective(batch), inv_scale)\n        batch = "
-        "self._with_state(batch)",
+        OPTIM, "self._clip(batch, _reciprocal(", "self._clip(self._selective(batch), _reciprocal(",
         f"{OF_CLIPPING}::test_plain_groups_are_clipped_as_by_pytorch "
         f"{OF_CLIPPING}::test_as_the_reference",
     ),
@@ -270,7 +270,7 @@ MUTANTS = {
         f"{OF_OPTIMIZER}::test_of_a_pair_only_what_the_order_uses_counts",
     ),
     "betas of 1": (
-        SETTINGS, "not 0 <= beta < 1:", "not 0 <= beta <= 1:", f"{OF_ERRORS}::test_arguments",
+        GROUPS, "not 0 <= beta < 1:", "not 0 <= beta <= 1:", f"{OF_ERRORS}::test_arguments",
     ),
     "a norm is of all parameters": (
         SETTINGS, "return not self.is_adamw or self.max_grad_norm is not None",
@@ -298,6 +298,55 @@ MUTANTS = {
         f"{OF_FLAT}::test_gradients_put_there_by_hand "
         f"{OF_FLAT}::test_backward_moves_gradients_before_anyone_asks",
     ),
+    # ------------------------------------------------------------------ accumulate.py, integrations/
+    "weights of micro-batches": (
+        ACCUMULATE, "weight = size / sum(sizes)", "weight = 1 / len(sizes)", f"{MICRO}_are_one_batch",
+    ),
+    "kl kept apart": (
+        ACCUMULATE, "m.grad = grad\n        self._kl = []", "m.grad = None\n        self._kl = []",
+        f"{MICRO}_are_one_batch",
+    ),
+    "kl in the update": (
+        ACCUMULATE, "m.grad.add_(kl, alpha=self.r_drop)", "m.grad.add_(kl)", f"{MICRO}_are_one_batch",
+    ),
+    "gradients that are put back": (
+        ACCUMULATE, "grad.copy_(values)", "pass", "tests/test_accumulate.py::test_flat_parameters",
+    ),
+    "average of the kl's gradients": (
+        ACCUMULATE, "                    self._replicas.average_()\n", "",
+        "tests/test_ddp.py::test_micro_batches_are_one_batch",
+    ),
+    "gradients after an error": (
+        ACCUMULATE, "p.grad = None  # there was none", "pass  # there was none",
+        "tests/test_accumulate.py::test_an_error_on_the_way_leaves_no_gradients",
+    ),
+    "scale of captured gradients": (
+        ACCUMULATE, "scale = self._scaler.scale(", "scale = (",
+        "tests/test_accumulate.py::test_scaled_losses",
+    ),
+    "kl of tokens, its gradient": (
+        DIVERGENCE, "by_q = -prob_q * ratio - (prob_p - prob_q)", "by_q = -prob_q * ratio",
+        f"{OF_TRAINER}::test_kl_of_tokens_in_parts",
+    ),
+    "rows of next tokens": (
+        TRAINER, "counts[:, 1:], torch.zeros_like(counts[:, :1])",
+        "torch.zeros_like(counts[:, :1]), counts[:, 1:]", f"{OF_TRAINER}::test_rows_of_next_tokens",
+    ),
+    "clipping by the Trainer, too": (
+        TRAINER, "return None  # the step clips", "pass  # the step clips",
+        f"{OF_TRAINER}::test_as_a_plain_loop",
+    ),
+    "kl by items": (
+        TRAINER, "if num_items is None else num_items)", ")", f"{OF_TRAINER}::test_as_a_plain_loop",
+    ),
+    "masks of the last micro-batch": (
+        TRAINER, "            step.finish()\n            self._step = None\n",
+        "            step.finish()\n        self._step = None\n", f"{OF_TRAINER}::test_as_a_plain_loop",
+    ),
+    "what an error leaves": (
+        TRAINER, "            self._step = None\n            raise", "            raise",
+        f"{OF_TRAINER}::test_an_error_leaves_nothing_for_the_next_run",
+    ),
     # ------------------------------------------------------------------------------------- losses.py
     "leftovers of parameters that only the optimizer has": (
         LOSSES, "dict.fromkeys([*model.parameters(), *own])", "dict.fromkeys(model.parameters())",
@@ -316,7 +365,7 @@ MUTANTS = {
         f"{CORNERS}::test_the_norm_to_clip_to_is_of_unscaled_gradients",
     ),
     "weight of the kl": (
-        LOSSES, "backward(r_drop * kl)", "backward(kl)",
+        LOSSES, "backward(kl * r_drop)", "backward(kl)",
         f"{OF_LOSSES}::test_masks_come_from_their_losses_and_the_update_from_the_aggregate",
     ),
     "norm of a captured mask": (

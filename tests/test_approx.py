@@ -91,6 +91,14 @@ def test_selection(ops, generator, data):
     compare_selection(ops, problem, BETWEEN, draw=2**32 - 1)
 
 
+def test_the_most_lines_of_a_few_million_elements(real_ops, generator):
+    """There are 2^14 up to 32Mi elements, and here not an eighth of all lines any more."""
+    n = 5 * APPROX_FEWEST // 2
+    assert len(reference.sampled([n], 7)) // LINE < n // LINE // 8
+    problem = problem_of(generator, *torch.randn(2, n, generator=generator))
+    compare_selection(real_ops, problem, draw=7)
+
+
 def test_kept_fractions(ops, generator):
     """Also of less than one element of the sample: nothing is kept, or there is no lower threshold."""
     problem = problem_of(generator, *torch.randn(2, N, generator=generator))

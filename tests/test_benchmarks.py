@@ -437,7 +437,7 @@ def test_what_is_meant_to_be_busy_is_not_noise(monkeypatch):
     assert others.cores() == pytest.approx(9 - 2 - 5)
 
 
-@pytest.mark.parametrize("name", ["cpu", "cpu-avx512", "cpu-large", "cpu-1-thread", "nvidia-h200"])
+@pytest.mark.parametrize("name", ["cpu", "cpu-avx512", "cpu-large", "cpu-xeon", "nvidia-h200"])
 def test_committed_tables_are_read_as_beside_nobody(name, capsys):
     path = Path(run.__file__).parent / "results" / f"{name}.csv"
     frame = report.read(path)

@@ -120,7 +120,7 @@ class Snapshot:
                 "members": [list(map(id, group["params"])) for group in optimizer.param_groups],
                 "defaults": optimizer.defaults,
                 "settings": optimizer.settings,
-                "captured": optimizer._captured,
+                "captured": optimizer._captures.kinds,
                 "steps_done": optimizer._steps_done,
                 "attributes": sorted(vars(optimizer)),
             }

@@ -1,0 +1,135 @@
+"""Masks that are captured before a step: which there are, and that the gradients behind one are of one
+loss alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
+from typing import Any
+from weakref import ref
+
+import torch
+from torch import Tensor
+from torch._compile import _disable_dynamo
+
+from rose_ops.batch import Batch
+from rose_ops.checkpoint import MASKS
+from rose_ops.checks import has_memory
+from rose_ops.flat import members
+
+
+class Captures:
+    """Of an optimizer, for its coming step.
+
+    Attributes:
+        kinds: of the masks that were captured; they are in the parameters' states.
+    """
+
+    def __init__(self, states: Iterable[dict[str, Any]] = ()) -> None:
+        states = list(states)
+        self.kinds = {kind for kind, key in MASKS.items() for state in states if key in state}
+        self._used: list[ref[Tensor]] = []  # gradients of the latest step
+
+    def put(self, kind: str, batch: Batch, masks: Iterable[Tensor]) -> None:
+        for state, mask in zip(batch.states, masks, strict=True):
+            state[MASKS[kind]] = mask
+        self.kinds.add(kind)
+
+    def drop(self, kind: str, states: Iterable[dict[str, Any]]) -> None:
+        for state in states:
+            state.pop(MASKS[kind], None)
+        self.kinds.discard(kind)
+
+    def forget_used(self) -> None:
+        """The gradients were cleared."""
+        self._used = []
+
+    def note_used(self, params: Iterable[Tensor]) -> None:
+        """A step has used the gradients of ``params``."""
+        self._used = [
+            ref(grad)
+            for p in params
+            for m in members(p)
+            # DistributedDataParallel gives out the same view of a bucket in every backward.
+            if (grad := m.grad) is not None and (m is not p or _has_own_storage(grad))
+        ]
+
+    def refuse_used(self, kind: str, batch: Batch) -> None:
+        """Gradients of the latest step's loss, into which another backward has been adding, are no
+        gradients of one loss.
+
+        Raises:
+            RuntimeError: there are some.
+        """
+        used = {id(grad) for one in self._used if (grad := one()) is not None}
+        if used and (count := sum(id(m.grad) in used for m in batch.members)):
+            raise RuntimeError(
+                f"capture({kind!r}): {count} gradients were there at the latest step already and have "
+                "not been cleared since, so the mask would be of both losses together; call "
+                "optimizer.zero_grad() between step() and this backward, or use "
+                f"optimizer.capturing({kind!r}, set_aside=True)"
+            )
+
+
+class Capturing(AbstractContextManager[None]):
+    """What ``RoseFusedAdamW.capturing`` returns. (A class, whose methods torch.compile can leave out of
+    graphs.)
+
+    Args:
+        params: the optimizer's.
+        captures: its captures.
+        capture: what is called at the end.
+        set_aside: whether gradients that are there are put aside, and back afterwards; else refused.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Tensor],
+        captures: Captures,
+        capture: Callable[[], None],
+        set_aside: bool,
+    ) -> None:
+        self._members = [m for p in params for m in members(p)]
+        self._captures, self._capture, self._set_aside = captures, capture, set_aside
+        self._before: list[tuple[Tensor | None, Tensor | None]] = []
+
+    @_disable_dynamo
+    def __enter__(self) -> None:
+        before = [m.grad for m in self._members]
+        count = sum(grad is not None for grad in before)
+        if count and not self._set_aside:
+            raise RuntimeError(
+                f"capturing(): {count} of {len(before)} parameters have a gradient already (zeros "
+                "count), which would be in the mask; call zero_grad() before, or pass set_aside=True "
+                "to have it put aside and back"
+            )
+        # Views of a buffer (of flat parameters, of DistributedDataParallel) are written to again by the
+        # next backward: of these, the values are put aside, too.
+        self._before = [(grad, copy_of_view(grad)) for grad in before]
+        for m in self._members:
+            m.grad = None
+        self._captures.forget_used()
+
+    @_disable_dynamo
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            if kind is None:
+                self._capture()
+        finally:
+            for m, (grad, values) in zip(self._members, self._before, strict=True):
+                if grad is not None and values is not None:
+                    with torch.no_grad():
+                        grad.copy_(values)
+                m.grad = grad
+            self._before = []
+
+
+def copy_of_view(grad: Tensor | None) -> Tensor | None:
+    """Of a gradient that the next backward would write into, its values."""
+    if grad is None or grad.layout != torch.strided or not has_memory(grad):
+        return None
+    return None if _has_own_storage(grad) else grad.detach().clone()
+
+
+def _has_own_storage(tensor: Tensor) -> bool:
+    return tensor.untyped_storage().nbytes() == tensor.nbytes
