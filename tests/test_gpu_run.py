@@ -335,6 +335,12 @@ def test_a_share_of_the_tests(monkeypatch):
     assert chosen[2] == every
 
 
+def test_every_file_has_a_topic():
+    files = {path.stem for path in Path(__file__).parent.glob("test_*.py")}
+    assert files == conftest.TOPIC_OF.keys()
+    assert len(conftest.TOPIC_OF) == sum(len(names.split()) for names in conftest.TOPICS.values())
+
+
 def test_failures_are_explained_at_once(monkeypatch):
     lines: list[str] = []
     plugins: list[Any] = []
