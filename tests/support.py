@@ -128,6 +128,16 @@ def place(data: Tensor, layout: str = "contiguous", offset: int = 0) -> Tensor:
     return view
 
 
+def cut(data: Tensor, ends: Sequence[int] | Tensor, operand: int = 0) -> list[Tensor]:
+    """``data`` as tensors: two of three are views that are not contiguous, for each operand others. One
+    alone is contiguous."""
+    layouts, parts = ("contiguous", "offset", "strided"), data.tensor_split(ends)
+    return [
+        place(t, layouts[(i + operand) % 3 if len(parts) > 1 else 0], offset=i % 2)
+        for i, t in enumerate(parts)
+    ]
+
+
 def expand(data: Tensor) -> Tensor:
     """Its first row (or element) for all: a view whose elements share memory."""
     if data.dim() == 0 or data.numel() == 0:
@@ -268,12 +278,9 @@ class Truth:
         rest = (keys == key for key in (reference.INACTIVE_KEY, reference.NONFINITE_KEY))
         self._rest = [int(at.sum()) for at in rest]
 
-    def threshold(self, fraction: int) -> int:
-        k = reference.rank_of(fraction, len(self._ranked))
-        return int(self._ranked[k - 1]) if k else -1
-
-    def select(self, upper: int, lower: int) -> list[int]:
-        high, low = self.threshold(upper), self.threshold(lower)
+    def select(self, *fractions: int) -> list[int]:
+        ranks = (reference.rank_of(fraction, len(self._ranked)) for fraction in fractions)
+        high, low = (int(self._ranked[k - 1]) if k else -1 for k in ranks)
         kept = torch.searchsorted(self._ranked, torch.tensor([low, high]), right=True).diff()
         return [high, low, max(int(kept), 0), len(self._ranked), *self._rest, 0, 0]
 

@@ -9,15 +9,7 @@ from itertools import chain
 
 import pytest
 import torch
-from gpu_support import (
-    WAYS,
-    generator_on,
-    gradients,
-    optimizer_of,
-    parameters,
-    passes_of,
-    step,
-)
+from gpu_support import WAYS, generator_on, gradients, optimizer_of, parameters, passes_of, step
 from support import BF16, FLOAT
 from torch.autograd import DeviceType
 

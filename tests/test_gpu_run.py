@@ -199,15 +199,8 @@ def test_results_without_a_results_file(run, workers):
     """As they are where pytest was killed."""
     made = of_tests(run, MIXED)
     if workers == "xdist":
-        log = "\n".join(
-            f"[gw0] [ 25%] {word} test_sample.py::test_{name} "
-            for word, name in (
-                ("PASSED", "a"),
-                ("SKIPPED", "b"),
-                ("FAILED", "wrong"),
-                ("ERROR", "error"),
-            )
-        )
+        ends = (("PASSED", "a"), ("SKIPPED", "b"), ("FAILED", "wrong"), ("ERROR", "error"))
+        log = "\n".join(f"[gw0] [ 25%] {word} test_sample.py::test_{name} " for word, name in ends)
     else:
         log = subprocess.run(
             made.commands[0], cwd=run.output.parent, capture_output=True, text=True

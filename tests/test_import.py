@@ -90,6 +90,12 @@ def test_nothing_heavy_is_imported(python):
     assert others <= sys.stdlib_module_names
 
 
+def test_the_command_line_brings_nothing_heavy(python):
+    """But tqdm, as torch does."""
+    loaded = python("import rose_ops, rose_ops.cli; print(*sys.modules)").split()
+    assert not ({"rich", *HEAVY} - {"tqdm"}) & {name.split(".")[0] for name in loaded}
+
+
 def test_cuda_is_not_initialised(python):
     # Nor by a step: a process forked after it must still be able to use CUDA.
     code = """
@@ -198,45 +204,30 @@ def package(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def missing(library: Path) -> None:
-    pass
+DAMAGES = {
+    "missing": lambda library: None,
+    "empty": Path.touch,
+    "text": lambda library: library.write_text("not a library\n"),
+    # One that loads and has none of the operators, as one left over from another version may.
+    "another": lambda library: shutil.copy(
+        Path(torch.__file__).parent / "lib" / "libtorch_global_deps.so", library
+    ),
+}
 
 
-def empty(library: Path) -> None:
-    library.touch()
-
-
-def text(library: Path) -> None:
-    library.write_text("not a library\n")
-
-
-def another(library: Path) -> None:
-    """One that loads and has none of the operators, as one left over from another version may."""
-    shutil.copy(Path(torch.__file__).parent / "lib" / "libtorch_global_deps.so", library)
-
-
-@pytest.mark.parametrize(
-    ("damage", "hint"),
-    [
-        pytest.param(missing, "it was not built", id="missing"),
-        pytest.param(empty, "it was built against another PyTorch than", id="empty"),
-        pytest.param(text, "it was built against another PyTorch than", id="text"),
-        pytest.param(another, "it was built against another PyTorch than", id="another"),
-    ],
-)
-def test_without_a_library_the_reference_is_used_and_said_once(damage, hint, package, python):
-    damage(package / "rose_ops" / LIBRARY.name)
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_without_a_library_the_reference_is_used_and_said_once(damage, package, python):
+    DAMAGES[damage](package / "rose_ops" / LIBRARY.name)
     count, warning, auto, error = python(STEP, package).strip().splitlines()
     assert count == "1"
-    assert warning.startswith(
-        "UserWarning rose_ops uses the slow backend 'reference': 'cpu': the compiled"
-    )
+    says = "UserWarning rose_ops uses the slow backend 'reference': 'cpu': the compiled"
+    assert warning.startswith(says)
     assert auto == "reference True"
-    assert error.startswith(
-        "RuntimeError backend='cpu' cannot be used: the compiled operators could not be"
-    )
+    says = "RuntimeError backend='cpu' cannot be used: the compiled operators could not be"
+    assert error.startswith(says)
     for message in (warning, error):
-        assert hint in message
+        built = "not built" if damage == "missing" else "built against another PyTorch than"
+        assert f"it was {built}" in message
         assert "pip install --no-build-isolation ." in message
 
 

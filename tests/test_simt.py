@@ -25,7 +25,7 @@ from support import (
     bits,
     compare_bracket,
     compare_update,
-    place,
+    cut,
     tensor_norms,
     values,
 )
@@ -50,19 +50,10 @@ def ops(simt):
 
 
 def problem_of(generator, n: int, mix=("normal",), pieces: int = 1, moment=FLOAT) -> Problem:
-    """``pieces`` tensors of n elements together, every third of them a view that is not contiguous."""
+    """``pieces`` tensors of n elements together."""
     cuts = torch.randint(0, n, (pieces - 1,), generator=generator).sort().values
-    layouts = ("contiguous", "offset", "strided")
-
-    def tensors(dtype, sign=1):
-        split = values(n, mix, dtype, generator).tensor_split(cuts)
-        split = [t.abs() if sign == 0 else t for t in split]
-        return [
-            place(t, layouts[i % 3 if pieces > 1 else 0], offset=i % 2) for i, t in enumerate(split)
-        ]
-
-    p, g, m, v = tensors(FLOAT), tensors(FLOAT), tensors(moment), tensors(moment, 0)
-    return Problem.of(g, m, params=p, exp_avg_sqs=v)
+    p, g, m, v = (cut(values(n, mix, d, generator), cuts) for d in (FLOAT, FLOAT, moment, moment))
+    return Problem.of(g, m, params=p, exp_avg_sqs=[x.abs_() for x in v])
 
 
 # ------------------------------------------------------------------------------------------- order
@@ -1120,9 +1111,12 @@ def mutate(csrc: Path, mutant: tuple[str, ...]) -> None:
 
 def test_mutants_are_of_these_sources(tmp_path):
     """So that the table is known to be old where mutants, which take long, are not tried."""
-    for name, mutant in {**MUTANTS, "short runs": SHORT_RUNS}.items():
-        csrc = build.copy_sources(tmp_path / name.replace(" ", "-"))
+    csrc = build.copy_sources(tmp_path)
+    for mutant in (*MUTANTS.values(), SHORT_RUNS):
+        before = {path: path.read_text() for path in (csrc / "cuda" / file for file in mutant[::3])}
         mutate(csrc, mutant)
+        for path, text in before.items():
+            path.write_text(text)
 
 
 # All of them take more than an hour. Continuous integration takes these: seen to be caught, in minutes.
