@@ -910,6 +910,7 @@ def fake(monkeypatch) -> _Cuda:
         if not name.startswith("__") and name != "slept":
             assert hasattr(torch.cuda, name), name
     monkeypatch.setattr(torch, "cuda", fake)
+    monkeypatch.setattr(run, "_LONGEST_HEAD_START", 1e-3)  # that a device would sleep, beside its host
     return fake
 
 
