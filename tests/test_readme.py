@@ -1,4 +1,4 @@
-"""The examples of the README and of docs/in-your-stack.md run as they stand."""
+"""The examples of the README and of the pages of docs/ run as they stand."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ import rose_ops
 from rose_ops import RoseFusedAdamW
 
 ROOT = Path(__file__).parents[1]
-PAGES = ("README.md", "docs/in-your-stack.md")
+PAGES = ("README.md", *sorted(f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md")))
 OTHERS = ("accelerate", "lightning", "peft", "transformers")
 
 
