@@ -60,7 +60,10 @@ def test_example_runs(source: str, monkeypatch, tmp_path, request) -> None:
     )
     monkeypatch.chdir(tmp_path)
     exec(compile(source, "example", "exec"), {"__name__": "example"})
-    (optimizer,) = made
+    if not made:
+        assert "\nassert " in source, "an example without an optimizer has to say what it shows"
+        return
+    optimizer = made[-1]  # of those that a resumed run makes
     assert optimizer.state
     assert all(state["step"].item() >= 10 for state in optimizer.state.values())
     assert 0 < optimizer.selection["second"].kept < optimizer.selection["second"].ranked
