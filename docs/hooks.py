@@ -1,4 +1,5 @@
-"""Links out of docs/ are for readers of the repository: the site shows their text, as it has no such page."""
+"""Links out of docs/ are for readers of the repository: the site, which has no such pages, shows their
+text."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What surrounds the code agrees with it: workflows, hooks, citation, changelog, documentation, package."""
+"""What surrounds the code agrees with it: workflows, hooks, citation, changelog, pages, package."""
 
 from __future__ import annotations
 
