@@ -133,13 +133,16 @@ def test_scaled_losses(model, data, order, r_drop):
     other = copy.deepcopy(model)
     optimizer, reference = made(model, order=order), made(other, order=order)
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
-    rose_accumulate(model, micro(data), optimizer, r_drop=r_drop, scaler=scaler)
-    scaler.step(optimizer)
-    scaler.update()
-    rose_accumulate(other, micro(data), reference, r_drop=r_drop)
-    reference.step()
-    for p, q in zip(model.parameters(), other.parameters(), strict=True):
-        assert torch.equal(p, q)
+    for _ in range(3):
+        rose_accumulate(model, micro(data), optimizer, r_drop=r_drop, scaler=scaler)
+        scaler.step(optimizer)
+        scaler.update()
+        rose_accumulate(other, micro(data), reference, r_drop=r_drop)
+        reference.step()
+        for p, q in zip(model.parameters(), other.parameters(), strict=True):
+            assert torch.equal(p, q)
+        optimizer.zero_grad()
+        reference.zero_grad()
 
 
 def test_a_baseline(model, data):
@@ -184,3 +187,56 @@ def test_passes_without_dropout(model, data):
     with pytest.raises(ValueError, match="identical outputs"):
         rose_accumulate(model, micro(data), made(model, order="first"))
     assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("accumulation", [1, len(SIZES)])
+def test_with_accelerate(model, data, accumulation):
+    """Which may be told that gradients are accumulated: here this function does it."""
+    accelerate = pytest.importorskip("accelerate")
+    other = copy.deepcopy(model)
+    reference = made(other, order="ensemble")
+    accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=accumulation)
+    model, optimizer = accelerator.prepare(model, made(model, order="ensemble"))
+    for _ in range(2):
+        rose_accumulate(model, micro(data), optimizer, r_drop=0.3)
+        optimizer.step()
+        optimizer.zero_grad()
+        rose_accumulate(other, micro(data), reference, r_drop=0.3)
+        reference.step()
+        reference.zero_grad()
+    for p, q in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
+def test_with_lightning(model, data, tmp_path):
+    lightning = pytest.importorskip("lightning")
+    other = copy.deepcopy(model)
+    reference = made(other, order="ensemble")
+
+    class Module(lightning.LightningModule):
+        automatic_optimization = False
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def training_step(self, _: Any, __: int) -> None:
+            optimizer = self.optimizers()
+            rose_accumulate(self.model, micro(data), optimizer, r_drop=0.3)
+            optimizer.step()
+            optimizer.zero_grad()
+
+        def configure_optimizers(self) -> RoseFusedAdamW:
+            return made(self.model, order="ensemble")
+
+    trainer = lightning.Trainer(
+        accelerator="cpu", max_steps=2, logger=False, enable_checkpointing=False, devices=1,
+        enable_progress_bar=False, enable_model_summary=False, default_root_dir=tmp_path,
+    )  # fmt: skip
+    trainer.fit(Module(), torch.utils.data.DataLoader(range(8)))
+    for _ in range(2):
+        rose_accumulate(other, micro(data), reference, r_drop=0.3)
+        reference.step()
+        reference.zero_grad()
+    for p, q in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(p, q)

@@ -30,7 +30,7 @@ def classifier() -> nn.Module:
     return transformers.BertForSequenceClassification(transformers.BertConfig(**SIZE, num_labels=3))
 
 
-def sentences(n: int = 24) -> list[dict[str, Tensor]]:
+def sentences(n: int = 22) -> list[dict[str, Tensor]]:
     g = torch.Generator().manual_seed(2)
     return [
         {
@@ -356,6 +356,7 @@ def test_an_error_leaves_nothing_for_the_next_run(tmp_path):
     )  # fmt: skip
     with pytest.raises(RuntimeError, match="broken"):
         trainer.train()
+    assert trainer._step is None
     trainer.train()
     assert trainer.state.global_step == STEPS
 
@@ -363,7 +364,11 @@ def test_an_error_leaves_nothing_for_the_next_run(tmp_path):
 def test_without_dropout(tmp_path):
     torch.manual_seed(0)
     config = transformers.BertConfig(
-        **SIZE, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, classifier_dropout=0.0
+        **SIZE,
+        num_labels=3,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+        classifier_dropout=0.0,
     )
     with pytest.raises(ValueError, match="identical outputs"):
         trained(
