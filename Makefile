@@ -129,8 +129,9 @@ wheel: $(VENV)/ready  ## a wheel, in dist/, and whether it trains in an environm
 		venv/bin/python ../../examples/$$example.py || exit 1; done
 	rm -rf $(WHEEL)
 
+# Not --quiet: what is not said is not an error, either.
 docs: $(VENV)/ready-docs  ## the documentation, as a site in build/site
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet $(ARGS)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict $(ARGS)
 
 clean:  ## remove what the build and the tests made
 	rm -rf build dist *.egg-info rose_ops/*.so $(VENV)
