@@ -149,7 +149,7 @@ $(VENV)/ready: pyproject.toml Makefile $(SOURCES)
 # The site needs no PyTorch.
 $(VENV)/ready-docs: pyproject.toml
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
-	$(PIP) install "mkdocs-material>=9"
+	$(PIP) install "mkdocs-material>=9" "mkdocstrings[python]>=0.29"
 	touch $@
 
 $(VENV)/ready-bench: $(VENV)/ready

@@ -18,3 +18,9 @@ def on_page_markdown(markdown: str, **given: Any) -> str:
         return text
 
     return re.sub(r"\[([^\]]+)\]\(\.\./([^)\s]+)\)", text_of, markdown)
+
+
+def on_page_content(html: str, **_: Any) -> str:
+    """Docstrings have roles and ``::`` of reStructuredText, which Python's help() shows well."""
+    html = re.sub(r":(?:class|func|meth|mod|attr):<code>~?([^<]+)</code>", r"<code>\1</code>", html)
+    return html.replace("::</p>", ":</p>")
