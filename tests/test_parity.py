@@ -67,7 +67,7 @@ def compare_selections(ops, problem: Problem, fractions, *, first) -> None:
             assert_all_same_bits(masks, truth.capture(record), "masks")
 
 
-@examples(150)
+@examples(250)
 @given(spec=specs(), kept=fractions(), first=st.booleans(), approx=st.booleans())
 def test_selection_of_any_mixture(ops, spec: Spec, kept, first, approx):
     compare_selection(ops, spec.problem(), *kept, first=first, approx=approx)
@@ -76,7 +76,7 @@ def test_selection_of_any_mixture(ops, spec: Spec, kept, first, approx):
 MODES = ("none", "first", "second", "selection", "first+second", "first+selection")
 
 
-@examples(250)
+@examples(400)
 @given(
     spec=specs(), kept=fractions(), kept_first=fractions(), mode=st.sampled_from(MODES),
     data=st.data(),
