@@ -6,6 +6,9 @@ PIP := $(BIN)/pip --disable-pip-version-check -q
 # The release of PyTorch that this checkout is tested with (any from 2.10 on works).
 TORCH ?= torch==2.13.0
 ARGS ?=
+# Processes that share the tests, with two threads each: one for each core, but no more than use them well.
+# WORKERS=0 is none but pytest's own, as a debugger needs it.
+WORKERS ?= logical --maxprocesses=8
 # Parts of verify-gpu, minutes each, the longest first.
 VERIFY := sanitize verify-triton verify-mutants verify-binaries
 SOURCES := setup.py $(shell find csrc -type f)
@@ -23,7 +26,8 @@ demo: $(VENV)/ready  ## fine-tune a real model with AdamW and ROSE, and compare 
 	$(BIN)/python -m rose_ops finetune $(ARGS)
 
 test: $(VENV)/ready  ## all tests but the slow ones of verify-gpu
-	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2} $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal \
+		--durations=20 -m "not slow" $(ARGS)
 
 # With the Python that is there: a machine with a GPU may have no registry.
 gpu:  ## on a GPU: build, check, measure, in 8 minutes; ARGS="parity bench" for some, --rehearse without one
@@ -34,7 +38,8 @@ verify-gpu: $(VENV)/ready  ## the CUDA kernels without a GPU: sanitizers, mutant
 
 verify-binaries: $(VENV)/ready
 	$(BIN)/python -m pytest -p no:cacheprovider -m slow tests/test_gpu_binaries.py tests/test_instructions.py \
-		tests/test_roofline.py tests/test_triton.py $(ARGS)
+		tests/test_roofline.py tests/test_triton.py \
+		tests/test_arm.py::test_every_function_has_digests tests/test_arm.py::test_x86 $(ARGS)
 
 # What another release of Triton makes of the kernels: from 3.6 on, which PyTorch 2.10 brings.
 OTHER_TRITON ?= 3.6.0
