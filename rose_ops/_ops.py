@@ -92,7 +92,7 @@ def bracket_width(ops: Any, width: float) -> Iterator[None]:
 try:
     torch.ops.load_library(_LIBRARY)
     register("rose_ops")  # fails if the library is of another version, and lacks an operator
-except (OSError, RuntimeError) as error:
+except (OSError, RuntimeError, AttributeError) as error:
     reason = (
         f"it was built against another PyTorch than {torch.__version__} or from other sources"
         if _LIBRARY.exists()

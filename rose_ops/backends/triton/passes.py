@@ -353,7 +353,12 @@ def update(u: Update, selection: Tensor | None) -> Tensor:
 
 
 def ranked_update(
-    u: Update, wanted: Ranking, grads: list[Tensor], exp_avgs: list[Tensor], hyper: Tensor, group: Tensor
+    u: Update,
+    wanted: Ranking,
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    hyper: Tensor,
+    group: Tensor,
 ) -> Tensor:
     """With the ranking of the selective tensors; likewise."""
     if wanted.mode == Mode.EXACT:

@@ -1,0 +1,58 @@
+"""The scripts of examples/ run as they stand, in a process of their own, in another folder."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from stacks_support import package
+
+import rose_ops
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+# The arguments, and what is printed.
+RUNS = [
+    ("plain_loop.py", [], r"kept 60% of \d+"),
+    ("plain_loop.py", ["--upper", "0.3"], r"kept 30% of \d+"),
+    ("ensemble.py", [], r"kept: first \d+%, second \d+%"),
+    ("ensemble.py", ["--order", "first", "--r-drop", "0.5"], r"kept: first \d+%$"),
+    ("accumulate.py", [], r"loss 0\.\d+, kl \d"),
+    ("accumulate.py", ["--bf16", "--micro-batches", "2"], r"loss 0\.\d+, kl \d"),
+    ("resume.py", [], "same = True"),
+    ("trainer.py", ["--accumulate", "2"], "rose_first_kept.*rose_second_kept.*rose_kl"),
+    ("trainer.py", ["--plain"], "rose_second_kept"),
+]
+
+
+def test_every_example_is_run():
+    assert {path.name for path in EXAMPLES.glob("*.py")} == {name for name, _, _ in RUNS}
+
+
+def test_examples_are_short():
+    assert all(len(path.read_text("utf-8").splitlines()) < 100 for path in EXAMPLES.glob("*.py"))
+
+
+@pytest.mark.parametrize(("name", "options", "said"), RUNS)
+def test_example(name: str, options: list[str], said: str, tmp_path: Path) -> None:
+    if name == "trainer.py":
+        package("transformers")
+        package("accelerate")
+    done = subprocess.run(
+        [sys.executable, str(EXAMPLES / name), *options],
+        cwd=tmp_path,
+        env={
+            **os.environ,
+            "PYTHONPATH": str(Path(rose_ops.__file__).parents[1]),
+            "OMP_NUM_THREADS": "1",
+        },
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert re.search(said, done.stdout, re.M), done.stdout
+    assert not list(tmp_path.iterdir()), "an example left something behind"
