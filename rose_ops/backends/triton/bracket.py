@@ -250,7 +250,8 @@ def _decide(state, t, fraction, stratum, width):
     cr = tl.load(target + CR, cache_modifier=".cg").to(tl.float64)
     rr = tl.load(target + RR, cache_modifier=".cg").to(tl.float64)
     u = tl.maximum(cc - 2.0 * q * cr + q * q * rr, 0.0)
-    margin = weight * width * (ERRORS * (HALF_R + tl.sqrt(HALF_R * HALF_R + u)) + OF_RANGE)
+    deviation = tl.sqrt(u + HALF_R * HALF_R) + HALF_R
+    margin = weight * width * (deviation * ERRORS + OF_RANGE)
     # Estimated numbers of elements less the fraction of all that are ranked: below the window, up to
     # each bin, up to the middle.
     all_ranked = q * weight * sampled.to(tl.float64)

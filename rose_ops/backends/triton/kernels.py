@@ -340,10 +340,9 @@ def _prepare_kernel(
     something is updated, or an empty one; and counts of 0."""
     if tl.program_id(0) == 0:
         word = tl.arange(0, 16)
-        copied = (word < 8) & (known != 0) & (tl.load(found_inf) == 0)
+        copied = word < tl.where(tl.load(found_inf) == 0, 8 * known, 0)
         value = tl.load(selection + word, mask=copied, other=0)
-        value = tl.where((word < 2) & (copied == 0), -1, value)
-        tl.store(record + word, value, mask=word < 10)
+        tl.store(record + word, tl.where(copied | (word >= 2), value, -1), mask=word < 10)
     _prepare(
         rows, count, hyper, lr, found_inf, prepared, keys, gamma, seed, first_weight, second_weight,
         rules_out,
