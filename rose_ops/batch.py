@@ -26,6 +26,7 @@ from rose_ops.checks import (
 from rose_ops.flat import members
 from rose_ops.layout import address, memory_order
 from rose_ops.settings import Settings
+from rose_ops.shards import Shard, is_spread, local, spread_like
 
 
 class Layout:
@@ -35,11 +36,12 @@ class Layout:
     Attributes:
         rows: of the group table, for each parameter.
         offsets: of each parameter's first element in the index space.
+        shards: where the parts of parameters lie that are here, if any is spread over processes.
         masks: buffers by kind, to be written again.
     """
 
-    def __init__(self, rows: list[int], offsets: list[int]) -> None:
-        self.rows, self.offsets = rows, offsets
+    def __init__(self, rows: list[int], offsets: list[int], shards: list[Shard] | None = None) -> None:
+        self.rows, self.offsets, self.shards = rows, offsets, shards
         self.masks: dict[str, list[Tensor]] = {}
         self._subset: tuple[list[bool], Layout] | None = None
 
@@ -54,7 +56,8 @@ class Layout:
 
     def subset(self, keep: list[bool]) -> Layout:
         if self._subset is None or self._subset[0] != keep:
-            part = Layout(list(compress(self.rows, keep)), list(compress(self.offsets, keep)))
+            shards = None if self.shards is None else list(compress(self.shards, keep))
+            part = Layout(list(compress(self.rows, keep)), list(compress(self.offsets, keep)), shards)
             self._subset = keep, part
         return self._subset[1]
 
@@ -63,12 +66,15 @@ class Batch(NamedTuple):
     """One step's tensors; views and gradients in memory order.
 
     Attributes:
+        params: the user's.
+        parts: what is here of them.
         states: of the parameters; empty until there is one for each.
         scattered: indices of parameters that are not contiguous.
     """
 
     layout: Layout
     params: list[Tensor]
+    parts: list[Tensor]
     views: list[Tensor]
     grads: list[Tensor]
     states: list[dict[str, Any]]
@@ -78,16 +84,19 @@ class Batch(NamedTuple):
     def of(
         cls, layout: Layout, params: list[Tensor], grads: list[Tensor], states: list[dict[str, Any]]
     ) -> Batch:
-        scattered = [i for i, p in enumerate(params) if not p.is_contiguous()]
-        batch = cls(layout, params, [], [], states, scattered)
-        return batch._replace(views=batch.ordered(params), grads=batch.ordered(grads))
+        parts = params
+        if layout.shards is not None:
+            parts, grads = list(map(local, params)), list(map(local, grads))
+        scattered = [i for i, p in enumerate(parts) if not p.is_contiguous()]
+        batch = cls(layout, params, parts, [], [], states, scattered)
+        return batch._replace(views=batch.ordered(parts), grads=batch.ordered(grads))
 
     def ordered(self, tensors: list[Tensor]) -> list[Tensor]:
         """What belongs to the parameters, in the order of their memory."""
         if self.scattered:
             tensors = list(tensors)
             for i in self.scattered:
-                (tensors[i],) = memory_order(self.params[i], (tensors[i],))
+                (tensors[i],) = memory_order(self.parts[i], (tensors[i],))
         return tensors
 
     @property
@@ -101,16 +110,19 @@ class Batch(NamedTuple):
 
     def state(self, key: str) -> list[Tensor]:
         values = [state[key] for state in self.states]
+        if self.layout.shards is not None:
+            values = list(map(local, values))
         return self.ordered(values) if key in MOMENTS else values
 
     def subset(self, keep: list[bool]) -> Batch:
         if all(keep):
             return self
-        params = list(compress(self.params, keep))
-        views, grads = (list(compress(x, keep)) for x in (self.views, self.grads))
+        params, parts, views, grads = (
+            list(compress(x, keep)) for x in (self.params, self.parts, self.views, self.grads)
+        )
         states = list(compress(self.states, keep))
-        scattered = [i for i, p in enumerate(params) if not p.is_contiguous()]
-        return Batch(self.layout.subset(keep), params, views, grads, states, scattered)
+        scattered = [i for i, p in enumerate(parts) if not p.is_contiguous()]
+        return Batch(self.layout.subset(keep), params, parts, views, grads, states, scattered)
 
 
 class _Known(NamedTuple):
@@ -137,6 +149,7 @@ class Collector:
         self.given: tuple[set[int], int] = set(), 0  # and the number of elements
         self.add(given)
         self._apart: set[tuple[int, int]] = set()  # identities and places that share no memory
+        self.begin = 0  # of this process's elements in the index space
 
     def add(self, params: Iterable[Tensor]) -> None:
         params = list(params)
@@ -181,19 +194,23 @@ class Collector:
             and lengths == seen.groups
             and [p.dtype for p in params] == seen.dtypes
             and list(map(id, all_states)) == seen.states
-            and (seen.places is None or list(map(Tensor.data_ptr, params)) == seen.places)
+            and (seen.places is None or _places(params, seen.layout.shards is not None) == seen.places)
         ):
             mine = [all_states[i] for i in seen.order]
             if all(map(is_complete, mine)):
                 return Batch.of(seen.layout, params, grads, mine)
         self._known = None
         rows = [row for row, count in enumerate(lengths) for _ in range(count)]
-        offsets = list(accumulate(numels, initial=0))[:-1]
-        layout = Layout(list(compress(rows, present)), list(compress(offsets, present)))
+        offsets = list(compress(accumulate(numels, initial=self.begin), present))
+        shards = None
+        if any(map(is_spread, every)):
+            shards = list(map(Shard.of, params))
+            offsets = [offset + shard.start for offset, shard in zip(offsets, shards, strict=True)]
+        layout = Layout(list(compress(rows, present)), offsets, shards)
         self._check_identities(every, sum(numels))
         for p, grad, offset in zip(params, grads, layout.offsets, strict=True):
             check_ready(p, grad, states.get(p) or {}, offset, self._settings)
-        places = {(id(p), address(p)) for p in params}
+        places = {(id(p), address(local(p))) for p in params}
         if not places <= self._apart:  # as in almost every step: which have gradients may vary
             check_together(params)
             self._apart = places
@@ -227,8 +244,12 @@ class Collector:
         self._known = _Known(
             layout, [*map(id, every)], lengths, numels, present, [p.dtype for p in params], ids,
             [at[id(states[p])] for p in params],
-            [*map(address, params)] if all(map(has_memory, params)) else None,
+            _places(params, layout.shards is not None) if all(map(has_memory, params)) else None,
         )  # fmt: skip
+
+
+def _places(params: list[Tensor], spread: bool) -> list[int]:
+    return list(map(Tensor.data_ptr, map(local, params) if spread else params))
 
 
 def init_state(batch: Batch, states: dict[Tensor, dict[str, Any]], dtype: torch.dtype) -> Batch:
@@ -240,8 +261,9 @@ def init_state(batch: Batch, states: dict[Tensor, dict[str, Any]], dtype: torch.
     if batch.states or not batch.params:
         return batch
     new = [p for p in batch.params if p not in states or not is_complete(states[p])]
-    steps = [p.detach().new_zeros((), dtype=torch.float32) for p in new]
-    moments = [memory.zeros_like(new, dtype) for _ in MOMENTS]
+    parts = list(map(local, new))
+    steps = [p.detach().new_zeros((), dtype=torch.float32) for p in parts]
+    moments = [list(map(spread_like, memory.zeros_like(parts, dtype), new)) for _ in MOMENTS]
     for p, *values in zip(new, steps, *moments, strict=True):
         states[p].update(zip(STATE, values, strict=True))  # what others keep there stays
     return batch._replace(states=[states[p] for p in batch.params])

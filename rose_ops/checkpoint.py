@@ -16,6 +16,7 @@ from rose_ops import memory
 from rose_ops.checks import MOMENTS, STATE, has_memory
 from rose_ops.groups import ADAMW_ONLY, check_group, is_selective
 from rose_ops.settings import Settings, is_number, shown
+from rose_ops.shards import is_spread, local, part_of, spread_like
 
 # Beside "state" and "param_groups", where torch.optim.AdamW ignores it.
 ROSE = "rose"
@@ -39,6 +40,13 @@ def saved(state_dict: dict[str, Any], settings: Settings) -> dict[str, Any]:
     keys) and ``selective`` where it is False; the settings are beside them. Masks are copies: the next
     capture writes where they are.
     """
+    if any(is_spread(v) for state in state_dict["state"].values() for v in state.values()) and any(
+        key in state for key in MASKS.values() for state in state_dict["state"].values()
+    ):
+        raise RuntimeError(
+            "a mask was captured and its step not taken, and parameters are DTensors: a mask of a part "
+            "cannot be saved so that it can be resharded; call step() first"
+        )
     state_dict["state"] = {
         i: {k: v.clone() if k in MASKS.values() else v for k, v in state.items()}
         for i, state in state_dict["state"].items()
@@ -105,9 +113,10 @@ class Loader:
         # All is checked: now the copies, where new moments would be, and none besides.
         of_moments = {i: values for i, values in kept.items() if values}
         for moment in MOMENTS:
-            places = memory.empties([params[i] for i in of_moments], self._settings.moment_dtype)
-            for values, place in zip(of_moments.values(), places, strict=True):
-                values[moment] = Kept(place.copy_(values[moment]))
+            owners = [params[i] for i in of_moments]
+            places = memory.empties(list(map(local, owners)), self._settings.moment_dtype)
+            for p, values, place in zip(owners, of_moments.values(), places, strict=True):
+                values[moment] = Kept(spread_like(place.copy_(part_of(values[moment], p)), p))
         return {
             **state_dict,
             "state": kept,
@@ -167,13 +176,17 @@ class Loader:
                 raise fail(f"{key!r} is not a floating-point tensor")
             if value.shape != p.shape:
                 raise fail(f"{key!r} has shape {tuple(value.shape)}; expected the parameter's")
+            try:
+                part_of(value, p)
+            except ValueError as error:
+                raise fail(f"{key!r}: {error}") from None
         for key in MASKS.values():
             if key not in state:
                 continue
             mask = state[key]
             if not isinstance(mask, Tensor) or (mask.dtype, mask.numel()) not in (
                 (torch.bool, 1),
-                (torch.uint8, (p.numel() + 7) // 8),
+                (torch.uint8, (local(p).numel() + 7) // 8),
             ):
                 raise fail(f"{key!r} is not a mask of this parameter")
             kept[key] = Kept(mask.to(p.device, copy=True))
@@ -260,6 +273,11 @@ class Checkpointed(Optimizer):
             )
 
     def __getstate__(self) -> dict[str, Any]:
+        if self.settings.process_group is not None:
+            raise TypeError(
+                "an optimizer with a process_group cannot be copied or pickled, as the group belongs to "
+                "this process; expected its state_dict() instead"
+            )
         return {
             **super().__getstate__(),
             "settings": asdict(self.settings),

@@ -17,14 +17,16 @@ from torch.optim import Optimizer
 from rose_ops.flat import FlatParameter
 from rose_ops.layout import overlaps_itself, sharing_memory
 from rose_ops.settings import Settings
+from rose_ops.shards import has_placement_of, is_spread, local, unplaceable
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 STATE = ("step", *MOMENTS)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LOCAL = (
     "A ranking and a clipping norm are over all parameters, and from a part of them something else "
-    "would be trained without a word. Use DistributedDataParallel, or pass local_ranking=True to rank "
-    "and clip each rank's part by itself"
+    "would be trained without a word. Use DistributedDataParallel or FSDP2 (fully_shard), pass "
+    "process_group= (the ranks that have the other parts) for one ranking over all of them, or "
+    "local_ranking=True to rank and clip each rank's part by itself"
 )
 
 
@@ -33,6 +35,7 @@ def is_sharded(settings: Settings) -> bool:
     return (
         settings.is_global
         and not settings.local_ranking
+        and settings.process_group is None
         and dist.is_available()
         and dist.is_initialized()
         and dist.get_world_size() > 1
@@ -44,6 +47,7 @@ def is_complete(state: dict[str, Any]) -> bool:
 
 
 def has_memory(tensor: Tensor) -> bool:
+    tensor = local(tensor)
     return not (tensor.is_meta or isinstance(tensor, FakeTensor))
 
 
@@ -79,7 +83,7 @@ def check_together(params: Iterable[Tensor]) -> None:
                 f"a parameter is on {param.device} and others are on {params[0].device}; expected all "
                 "on one device: use one optimizer for each (each with its own ranking)"
             )
-    if pair := sharing_memory(params):
+    if pair := sharing_memory(list(map(local, params))):
         i, j = pair
         raise ValueError(
             f"two parameters, of shapes {tuple(params[i].shape)} and {tuple(params[j].shape)}, share "
@@ -117,9 +121,11 @@ def is_plain(tensor: Tensor) -> bool:
 
 
 def check_param(p: Tensor) -> None:
+    if is_spread(p):
+        if problem := unplaceable(p):
+            raise ValueError(f"a DTensor of shape {tuple(p.shape)} cannot be a parameter: {problem}")
+        p = local(p)
     if not is_plain(p):
-        if hasattr(p, "to_local"):
-            raise NotImplementedError("DTensor parameters (FSDP2) are not there yet")
         raise TypeError(
             f"a parameter of shape {tuple(p.shape)} is a {type(p).__name__}, a tensor subclass whose "
             "elements are not simply in memory; expected plain parameters (freeze it, or leave it out)"
@@ -165,6 +171,11 @@ def check_ready(
             f"the gradient of {what} is {kind}; RoseFusedAdamW ranks dense real gradients "
             "(for an embedding, use sparse=False)"
         )
+    if is_spread(grad) or is_spread(p):
+        _check_placement(grad, p, "the gradient of " + what)
+        grad = local(grad)
+        if moment is not None:
+            _check_placement(moment, p, "the state of " + what)
     if not is_plain(grad):
         raise TypeError(
             f"the gradient of {what} is a {type(grad).__name__}; expected a plain tensor, whose "
@@ -172,7 +183,7 @@ def check_ready(
         )
     if grad.device != p.device:
         raise RuntimeError(f"the gradient of {what} is on {grad.device}, expected {p.device}")
-    if grad.shape != p.shape:
+    if grad.shape != local(p).shape:
         raise RuntimeError(
             f"the gradient of {what} has shape {tuple(grad.shape)}; expected the parameter's"
         )
@@ -191,6 +202,22 @@ def check_ready(
         raise RuntimeError(
             f"{what} has state of shape {tuple(moment.shape)} on {moment.device}: the parameter "
             "changed its shape or device after a step; make a new optimizer for it"
+        )
+
+
+def _check_placement(tensor: Tensor, p: Tensor, what: str) -> None:
+    """Raise unless both are plain tensors, or DTensors that are placed alike."""
+    if not (is_spread(tensor) and is_spread(p)):
+        kinds = [type(x).__name__ if is_spread(x) else "plain tensor" for x in (tensor, p)]
+        if kinds[0] != kinds[1]:
+            raise RuntimeError(
+                f"{what} is a {kinds[0]}, and the parameter a {kinds[1]}; expected both alike"
+            )
+    elif not has_placement_of(tensor, p):
+        here: tuple[Any, Any] = (tensor, p)
+        raise RuntimeError(
+            f"{what} is placed as {here[0].placements}, and the parameter as {here[1].placements}; "
+            "expected the same (redistribute() it)"
         )
 
 

@@ -6,20 +6,24 @@ of :mod:`rose_ops.functional`. ``ops`` is a backend's namespace of operators.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from rose_ops import backends
+from rose_ops import backends, reference
 from rose_ops.batch import Batch
 from rose_ops.checks import MOMENTS, is_recording
+from rose_ops.distributed import Part, Ranks
 from rose_ops.layout import empty_masks
 from rose_ops.memory import with_own_storage
-from rose_ops.reference import Field, Mode
+from rose_ops.reference import Field, Hyper, Mode
 from rose_ops.settings import Settings
+from rose_ops.shards import Shard
 
 
 class Tables(NamedTuple):
@@ -68,9 +72,13 @@ class Ranking(NamedTuple):
     selection: str = "exact"
     draw: int = 0
 
-    def numbers(self) -> list[int]:
-        """As operators take it."""
-        mode = int(Mode[self.selection.upper()])
+    def numbers(self, given: bool = False) -> list[int]:
+        """As operators take it.
+
+        Args:
+            given: whether its thresholds are known already.
+        """
+        mode = int(Mode.GIVEN if given else Mode[self.selection.upper()])
         return [mode, self.upper, self.lower, int(self.rank_inactive), self.draw]
 
 
@@ -110,45 +118,51 @@ def rank(
     scaling: Scaling,
     ranking: Ranking,
     masks: list[Tensor] | None = None,
+    record: Tensor | None = None,
 ) -> Tensor:
     """Rank all elements, and write which are selected into ``masks`` (None: the threshold alone).
 
     Args:
         exp_avgs: empty: first order.
+        record: whose thresholds are known; None: they are found.
 
     Returns:
         The record of the selection (:class:`rose_ops.reference.Field`).
     """
     return ops.rank_(
-        masks or [], grads, exp_avgs, tables.hyper, tables.group, scaling.inv_scale, scaling.clip, None,
-        ranking.numbers(),
+        masks or [], grads, exp_avgs, tables.hyper, tables.group, scaling.inv_scale, scaling.clip,
+        record, ranking.numbers(given=record is not None),
     )  # fmt: skip
 
 
-def rank_tensors(
-    ops: Any,
-    mask: Tensor,
-    grads: list[Tensor],
-    exp_avgs: list[Tensor],
-    tables: Tables,
-    scaling: Scaling,
-    ranking: Ranking,
-) -> Tensor:
-    """Rank whole tensors by their norms, and write which are selected into ``mask``, bool ``[N]``.
+class Sums(NamedTuple):
+    """Sums of squares of whole tensors, float64 ``[N]`` each; first order has no moments."""
 
-    Args:
-        exp_avgs: empty: first order.
+    grads: Tensor
+    exp_avgs: Tensor | None = None
 
-    Returns:
-        The record of the selection.
-    """
+
+def sums_of(
+    ops: Any, mask: Tensor, grads: list[Tensor], exp_avgs: list[Tensor], scaling: Scaling
+) -> Sums:
+    """For :func:`rank_tensors`, whose ``mask`` is like one of them; ``exp_avgs`` empty: first order."""
     sums = scaling.sums
     if sums is None or len(sums) != len(grads):  # those of clipping are of all parameters
         # An operator is found by its tensors; there is none to ask about an empty list.
         sums = ops.sums_of_squares(grads, scaling.inv_scale) if grads else mask.double()
-    of_moments = ops.sums_of_squares(exp_avgs, None) if exp_avgs else None
+    return Sums(sums, ops.sums_of_squares(exp_avgs, None) if exp_avgs else None)
+
+
+def rank_tensors(
+    ops: Any, mask: Tensor, sums: Sums, tables: Tables, clip: Tensor | None, ranking: Ranking
+) -> Tensor:
+    """Rank whole tensors by their norms, and write which are selected into ``mask``, bool ``[N]``.
+
+    Returns:
+        The record of the selection.
+    """
     return ops.select_tensors_(
-        mask, sums, of_moments, tables.hyper, tables.group, scaling.clip, ranking.upper, ranking.lower,
+        mask, *sums, tables.hyper, tables.group, clip, ranking.upper, ranking.lower,
         ranking.rank_inactive,
     )  # fmt: skip
 
@@ -163,6 +177,7 @@ def update(
     ranking: Ranking | None,
     rounding: Rounding,
     *,
+    record: Tensor | None = None,
     found_inf: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor]:
     """The masked update, in place.
@@ -170,6 +185,7 @@ def update(
     Args:
         masks: of the first order and of the second one; empty lists: none.
         ranking: finds the second-order mask on the way; None: it is given, or there is none.
+        record: of the ranking, where its thresholds are known already.
         found_inf: not 0: nothing is updated.
 
     Returns:
@@ -178,12 +194,13 @@ def update(
     """
     first, second = masks
     result = ops.step_(
-        *operands, first, second, None, tables.lr, tables.hyper, tables.group, tables.offsets,
+        *operands, first, second, record, tables.lr, tables.hyper, tables.group, tables.offsets,
         scaling.inv_scale, scaling.clip, found_inf, gamma,
-        [] if ranking is None else ranking.numbers(), [rounding.seed, int(rounding.stochastic)],
+        [] if ranking is None else ranking.numbers(given=record is not None),
+        [rounding.seed, int(rounding.stochastic)],
     )  # fmt: skip
-    record, counts = result.split([Field.SIZE, 2])
-    return None if ranking is None else record, counts
+    found, counts = result.split([Field.SIZE, 2])
+    return None if ranking is None else found, counts
 
 
 class Engine:
@@ -191,12 +208,15 @@ class Engine:
 
     Attributes:
         records: of the latest selection of each kind, and ``"update"``: int64 ``[2]``.
+        ranks: the processes that share rankings and norms; None: this one has everything. All of them
+            make the same calls of the methods below, whatever gradients they have.
     """
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._loaded: tuple[torch.device, backends.Backend] | None = None
         self.records: dict[str, Tensor] = {}
+        self.ranks: Ranks | None = None
 
     def resolve(self, p: Tensor) -> backends.Backend:
         """The backend for a parameter; raises where there is none."""
@@ -212,19 +232,67 @@ class Engine:
 
     def _ops(self, batch: Batch) -> Any:
         if self._loaded is None or self._loaded[0] != batch.device:
-            self._loaded = batch.device, self.resolve(batch.params[0])
+            self._loaded = batch.device, self.resolve(batch.parts[0])
         return self._loaded[1].ops
 
     def clip(
         self, batch: Batch, inv_scale: Tensor | None, max_norm: float | None
     ) -> tuple[Tensor | None, Scaling]:
         """See :func:`clip`."""
-        return clip(self._ops(batch), batch.grads, inv_scale, max_norm)
+        if self.ranks is None or max_norm is None:
+            return clip(self._ops(batch) if batch.params else None, batch.grads, inv_scale, max_norm)
+        sums = self._shared_sums(self.ranks, batch, [batch.grads], inv_scale)
+        # An operator is found by its tensors: without any, the reference.
+        clipper = self._ops(batch) if batch.params else reference
+        factors = clipper.clip_factors(sums, max_norm)
+        return factors[0], Scaling(inv_scale, factors[1:], None if self.ranks.is_of_parts else sums)
+
+    def _shared_sums(
+        self, ranks: Ranks, batch: Batch, lists: list[list[Tensor]], inv_scale: Tensor | None
+    ) -> Tensor:
+        """Sums of squares over all processes, of which the first list's are scaled: one for each tensor
+        of each list, or, of parts, one for all.
+        """
+        count = len(batch.params)
+        own = torch.zeros(len(lists), count, dtype=torch.float64, device=ranks.device)
+        if count:
+            here = torch.tensor([ranks.counts(p) for p in batch.params]).to(own.device)
+            for row, tensors in zip(own, lists, strict=True):
+                sums = self._ops(batch).sums_of_squares(tensors, inv_scale)
+                row.copy_(sums.where(here, 0.0))
+                inv_scale = None
+        if ranks.is_of_parts:
+            own = own.sum(1)
+        return ranks.rows(own.flatten()).sum(0)
 
     def _ranking(self, kind: str, draw: int) -> Ranking:
         settings = self._settings
         rank_inactive = settings.inactive == "rank"
         return Ranking(*settings.fractions(kind), rank_inactive, settings.selection, draw)
+
+    def _shared_record(
+        self, batch: Batch, exp_avgs: list[Tensor], hyper: Tensor, scaling: Scaling, ranking: Ranking
+    ) -> Tensor | None:
+        """The record of a ranking over all processes; None: this one has everything."""
+        ranks = self.ranks
+        if ranks is None:
+            return None
+        layout = batch.layout
+        shards = layout.shards or list(map(Shard.of, batch.parts))
+        sizes, begins = ranks.sizes, layout.offsets
+        if not ranks.is_of_parts:
+            sizes = [math.prod(shard.shape) for shard in shards]
+            begins = list(accumulate(sizes, initial=0))[:-1]
+        alphas = (1.0 - hyper[:, Hyper.BETA1]).tolist()
+        nothing: list[Tensor | None] = [None] * len(batch.params)
+        parts = [
+            Part(grad, exp_avg, alphas[row], shard, begin, ranks.counts(p))
+            for p, grad, exp_avg, row, shard, begin in zip(
+                batch.params, batch.grads, exp_avgs or nothing, layout.rows, shards,
+                begins, strict=True,
+            )
+        ]  # fmt: skip
+        return ranks.thresholds(parts, sizes, scaling.inv_scale, scaling.clip, ranking.numbers())
 
     def capture(
         self, kind: str, batch: Batch, hyper: Tensor, scaling: Scaling, draw: int
@@ -233,15 +301,39 @@ class Engine:
         ranking, tables = self._ranking(kind, draw), Tables(hyper, batch.layout.group)
         exp_avgs = batch.state("exp_avg") if kind == "second" else []
         if self._settings.granularity == "tensor":
-            mask, *masks = _reused(f"{kind} of tensors", batch, _empty_masks_of_tensors)
-            self.records[kind] = rank_tensors(
-                self._ops(batch), mask, batch.grads, exp_avgs, tables, scaling, ranking
-            )
-            return masks
+            return self._capture_tensors(kind, batch, exp_avgs, tables, scaling, ranking)
+        record = self._shared_record(batch, exp_avgs, hyper, scaling, ranking)
+        if record is not None:
+            self.records[kind] = record
+        if not batch.params:
+            return []
         masks = _reused(kind, batch, _empty_masks)
         self.records[kind] = rank(
-            self._ops(batch), batch.grads, exp_avgs, tables, scaling, ranking, masks
+            self._ops(batch), batch.grads, exp_avgs, tables, scaling, ranking, masks, record
         )
+        return masks
+
+    def _capture_tensors(
+        self,
+        kind: str,
+        batch: Batch,
+        exp_avgs: list[Tensor],
+        tables: Tables,
+        scaling: Scaling,
+        ranking: Ranking,
+    ) -> list[Tensor]:
+        shared = None
+        if self.ranks is not None:
+            lists = [batch.grads, exp_avgs] if exp_avgs else [batch.grads]
+            shared = self._shared_sums(self.ranks, batch, lists, scaling.inv_scale)
+        if not batch.params:
+            return []
+        mask, *masks = _reused(f"{kind} of tensors", batch, _empty_masks_of_tensors)
+        if shared is None:
+            sums = sums_of(self._ops(batch), mask, batch.grads, exp_avgs, scaling)
+        else:
+            sums = Sums(*shared.split(len(batch.params)))
+        self.records[kind] = rank_tensors(self._ops(batch), mask, sums, tables, scaling.clip, ranking)
         return masks
 
     def step(
@@ -261,25 +353,32 @@ class Engine:
             captured: masks by kind; None of a parameter that had no gradient then.
         """
         settings, masks = self._settings, dict(captured)
-        ranking = None
+        ranking = record = None
         if selective is not None:
             for kind in settings.kinds:
                 if kind in captured:
                     continue
                 if settings.granularity == "element":
                     ranking = self._ranking(kind, draw)
+                    record = self._shared_record(
+                        selective, selective.state("exp_avg"), tables.hyper, scaling, ranking
+                    )
                     continue
                 bools = self.capture(kind, selective, tables.hyper, scaling, draw)
                 # Hashing a tensor takes a call in Python.
                 by_id = dict(zip(map(id, selective.params), bools, strict=True))
                 masks[kind] = [by_id.get(id(p)) for p in batch.params]
+        if record is not None:
+            self.records["second"] = record
+        if not batch.params:
+            return
         # A parameter that had no gradient at the capture is outside that ranking: selected.
         none = torch.empty(0, dtype=torch.uint8, device=batch.device)
         first, second = (
             [none if mask is None else mask for mask in masks.get(kind, ())]
             for kind in ("first", "second")
         )
-        record, counts = update(
+        found, counts = update(
             self._ops(batch),
             Operands(batch.views, batch.grads, *(batch.state(key) for key in (*MOMENTS, "step"))),
             (first, second),
@@ -288,10 +387,11 @@ class Engine:
             settings.gamma,
             ranking,
             Rounding(settings.seed, settings.param_rounding == "stochastic"),
+            record=record,
             found_inf=found_inf,
         )
-        if record is not None:
-            self.records["second"] = record
+        if found is not None and record is None:  # else its counts are of what is here
+            self.records["second"] = found
         self.records["update"] = counts
 
 

@@ -114,7 +114,8 @@ def capture_mask(
     tables = _tables(grads, beta1, 0.0, 0.0, 0.0, 1.0, 1.0)
     if granularity == "tensor":
         mask = torch.empty(len(grads), dtype=torch.bool, device=device)
-        record = engine.rank_tensors(ops, mask, *tensors, tables, Scaling(inv_scale), ranking)
+        sums = engine.sums_of(ops, mask, *tensors, Scaling(inv_scale))
+        record = engine.rank_tensors(ops, mask, sums, tables, None, ranking)
         return list(mask.unbind()), Selection.from_record(record)
     masks = empty_masks([g.numel() for g in grads], device)
     record = engine.rank(ops, *tensors, tables, Scaling(inv_scale), ranking, masks)

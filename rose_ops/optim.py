@@ -16,15 +16,18 @@ import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.parameter import is_lazy
 
 from rose_ops.batch import Batch, Collector, init_state, inside_backward_of
 from rose_ops.captures import Captures, Capturing
 from rose_ops.checkpoint import MASKS, Checkpointed
 from rose_ops.checks import check_given, check_graph, check_maker, check_together, is_complete
+from rose_ops.distributed import Ranks, ranks_of
 from rose_ops.engine import Engine, Scaling, Tables
 from rose_ops.groups import ADAMW_ONLY, GroupTables, check_group, is_selective, plain
 from rose_ops.results import Selection, UpdateCounts
 from rose_ops.settings import Settings, check_limit
+from rose_ops.shards import local
 
 # All there are, for those who are given a wrapper and do not find what it wraps.
 _live: WeakSet[RoseFusedAdamW] = WeakSet()
@@ -108,7 +111,11 @@ class RoseFusedAdamW(Checkpointed):
             that a run can be repeated and resumed bit for bit.
         backend: ``"auto"``, ``"cuda"``, ``"triton"``, ``"cpu"`` or ``"reference"`` (plain PyTorch on
             the CPU, slow). ``"auto"`` is ``"cuda"`` or else ``"triton"`` on a GPU.
-        process_group: not there yet.
+        process_group: ranks of ``torch.distributed`` that share one ranking, and one clipping norm,
+            where parameters are plain tensors and each rank has a part of them (ZeRO-1, pipeline
+            stages, shards of one's own). None: this process has all of them, or they are DTensors
+            (FSDP2, tensor parallelism), of which each element counts once, wherever its copies are.
+            All ranks make the same calls; see :mod:`rose_ops.distributed`.
         local_ranking: rank, and clip, what this process has by itself, where it is a part of the
             parameters (FSDP1, ZeRO and the like) or a part of the gradients (inside the backward). Such
             use is refused otherwise: a part is not what the whole would be.
@@ -195,6 +202,7 @@ class RoseFusedAdamW(Checkpointed):
             self._collector.given = before.given
         self._tables = GroupTables()
         self._engine = Engine(self.settings)
+        self._met = False  # whether it is known who shares the ranking
         self.grad_norm: Tensor | None = None
 
     @property
@@ -230,6 +238,7 @@ class RoseFusedAdamW(Checkpointed):
             self._check_params([p for p in tensors if isinstance(p, Tensor)], merged["capturable"])
         super().add_param_group(param_group)
         self._collector.add(self.param_groups[-1]["params"])
+        self._met = False
 
     def _check_params(self, params: list[Tensor], capturable: bool) -> None:
         check_given(params, self.settings)
@@ -255,6 +264,27 @@ class RoseFusedAdamW(Checkpointed):
         self._captures.forget_used()
 
     # --------------------------------------------------------------------------------------- step
+
+    def _meet(self) -> Ranks | None:
+        """Who shares the ranking, after a look whether they were made alike; once."""
+        ranks = self._engine.ranks
+        if not self._met:
+            params = self._parameters()
+            ranks = ranks_of([p for p in params if not is_lazy(p)], self.settings)
+            if ranks is not None:
+                known = {**self.settings.to_saved(), "steps taken": self._steps_done}
+                if not ranks.is_of_parts:
+                    known["parameters"] = [(str(p.dtype), *p.shape) for p in params]
+                    known["groups"] = self._tables.hyper(self.param_groups).tolist()
+                ranks.agree(known, sum(p.numel() for p in params))
+                self._collector.begin = ranks.begin
+            self._engine.ranks, self._met = ranks, True
+        return ranks
+
+    def _at(self, ranks: Ranks, what: str, batch: Batch) -> None:
+        """Of a call that all ranks make: with what it has to be the same."""
+        sizes = () if ranks.is_of_parts else tuple(p.numel() for p in batch.params)
+        ranks.at(what, self._steps_done, self._tables.hyper(self.param_groups).tolist(), sizes)
 
     def _collect(self, known: bool = True) -> Batch:
         """All parameters that have a gradient. Raises before anything is changed."""
@@ -353,8 +383,11 @@ class RoseFusedAdamW(Checkpointed):
             )
         self._check_kind(kind)
         check_limit(max_grad_norm, self.settings.max_grad_norm)
+        ranks = self._meet()
         batch = self._collect()
-        if not batch.params:
+        if ranks is not None:
+            self._at(ranks, kind, batch)
+        elif not batch.params:
             raise RuntimeError(f"capture({kind!r}): no parameter has a gradient; call backward() first")
         self._captures.refuse_used(kind, batch)
         if self._is_selecting():
@@ -368,7 +401,7 @@ class RoseFusedAdamW(Checkpointed):
                         _, scaling = self._engine.clip(batch, scaling.inv_scale, max_grad_norm)
                 batch = self._selective(self._with_state(batch))
                 masks: list[Tensor] = []
-                if batch.params:
+                if batch.params or ranks is not None:
                     hyper = self._tables.hyper(self.param_groups)
                     masks = self._engine.capture(kind, batch, hyper, scaling, self._draw)
             self._captures.drop(kind, self.state.values())  # a second capture replaces the first
@@ -444,9 +477,13 @@ class RoseFusedAdamW(Checkpointed):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        ranks = self._meet()
         batch = self._collect()
+        if ranks is not None:
+            self._at(ranks, "step", batch)
         captured = self._captures.kinds
-        selects = self._is_selecting() and bool(self._selective(batch).params)
+        # With others it does not depend on what is here: all of them add up what they have.
+        selects = self._is_selecting() and (ranks is not None or bool(self._selective(batch).params))
         if selects and "first" in self.settings.kinds and "first" not in captured:
             if not self._only_makes_state(batch):
                 raise RuntimeError(
@@ -454,7 +491,7 @@ class RoseFusedAdamW(Checkpointed):
                     'optimizer.capture("first") before step() (rose_ops.rose_backward does both)'
                 )
             selects = False
-        if batch.params:
+        if batch.params or ranks is not None:
             with self._explained():
                 self._update(batch, selects)
         once = "first" in self.settings.kinds or captured  # gradients that captures must not see again
@@ -480,6 +517,8 @@ class RoseFusedAdamW(Checkpointed):
 
     def _update(self, batch: Batch, selects: bool) -> None:
         found_inf = getattr(self, "found_inf", None)
+        if found_inf is not None and self._engine.ranks is not None:
+            found_inf = self._engine.ranks.any(local(found_inf))
         if found_inf is not None and found_inf.device.type == "cpu" and found_inf.item() != 0:
             return  # nothing to read back here; on a GPU the kernels look
         scaling = self._clip(batch, _reciprocal(getattr(self, "grad_scale", None)))

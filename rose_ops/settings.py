@@ -12,6 +12,7 @@ from numbers import Integral, Rational, Real
 from typing import Any, TypeGuard
 
 import torch
+import torch.distributed as dist
 
 from rose_ops import backends
 from rose_ops.reference import FRACTION_UNIT
@@ -149,9 +150,20 @@ class Settings:
             value = getattr(self, name)
             if not isinstance(value, bool):
                 raise ValueError(f"{name}={shown(value)}; expected True or False")
-        if self.process_group is not None:
-            raise NotImplementedError(
-                "process_group is not there yet: rankings over several processes are not there"
+        self._check_group()
+
+    def _check_group(self) -> None:
+        if self.process_group is None:
+            return
+        if not dist.is_available() or not isinstance(self.process_group, dist.ProcessGroup):
+            raise TypeError(
+                f"process_group={shown(self.process_group)}; expected None or a group of "
+                "torch.distributed, as torch.distributed.group.WORLD after init_process_group()"
+            )
+        if self.local_ranking:
+            raise ValueError(
+                "process_group= is for one ranking over several processes, and local_ranking=True for "
+                "one on each; expected one of them"
             )
 
     @cached_property

@@ -154,7 +154,7 @@ ARGUMENTS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ),
     # What is not there yet says what to do instead.
     ({"max_grad_norm": 0}, ValueError, r"^max_grad_norm=0 \(int\); expected None .* or a number > 0"),
-    ({"process_group": object()}, NotImplementedError, r"^process_group is not there yet"),
+    ({"process_group": object()}, TypeError, r"^process_group=.*; expected None or a group of torch"),
     ({"backend": "cuda"}, ValueError, r"^backend='cuda' runs on cuda, and the parameters are on cpu"),
     ({"amsgrad": True}, ValueError, r"^amsgrad=True \(bool\) is not supported; expected False$"),
     ({"differentiable": True}, ValueError, r"^differentiable=True \(bool\) is not supported; expected"),

@@ -1,0 +1,370 @@
+"""One ranking over several processes: who takes part, what they add up, and what follows from it.
+
+Every process has a part of the elements. What a ranking needs to know of them is one tensor of
+integers, its *state*, and the sum of the parts' states is the state of the whole: thresholds, and with
+them every mask, are the same whatever the parts are. Nothing is written before the last sum of a step
+is there, so when a process dies, or hangs until the group's timeout, the others raise and are as they
+were.
+
+Sums of one step (:attr:`Ranks.sums` counts them), and their bytes, which do not depend on the number of
+elements:
+
+====================================  ====  =======================================================
+a ranking, exact or bracket              2  512 KiB, and 256 KiB for each bound
+a ranking, approx                        1  4 bytes for each element of the sample, at most 4 MiB
+a ranking of whole tensors               1  8 bytes for each tensor and process
+``max_grad_norm``                        1  the same, for both together
+``GradScaler``                           1  8 bytes
+====================================  ====  =======================================================
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from rose_ops.reference import (
+    APPROX_FEWEST,
+    INACTIVE_KEY,
+    NONFINITE_KEY,
+    Field,
+    Mode,
+    float32,
+    keeps_denormals,
+    rank_of,
+    risk_key,
+    sampled,
+    scaled,
+)
+from rose_ops.settings import Settings
+from rose_ops.shards import Shard, is_spread
+
+_HIGH, _LOW = 1 << 16, 1 << 15  # how many values the upper 16 and the lower 15 bits of a key have
+_CHUNK = 1 << 20  # elements whose keys are there at a time
+_UNRANKED = torch.iinfo(torch.int32).max  # in a sample: larger than the key of any risk
+
+
+class Part(NamedTuple):
+    """What this process knows of one ranked tensor.
+
+    Attributes:
+        grad, exp_avg: what is here of them; of first order, without ``exp_avg``.
+        alpha: ``1 - beta1``.
+        shard: where it lies in the whole.
+        begin: where the whole begins in the index space of the ranking.
+        counts: whether it is this process that adds it to the state, where others have the same part.
+    """
+
+    grad: Tensor
+    exp_avg: Tensor | None
+    alpha: float
+    shard: Shard
+    begin: int
+    counts: bool
+
+
+class Ranks:
+    """The processes that share one ranking.
+
+    Args:
+        group: of ``torch.distributed``.
+        device: of the parameters.
+        first: the rank, of all, that adds what is the same on every process; None: nothing is, as
+            parameters are plain tensors and parts of a whole, one after the other as the ranks are.
+
+    Attributes:
+        rank, size: of this process in the group, and of the group.
+        sizes: of the parts, in elements, where they are plain tensors; see :meth:`agree`.
+        sums, bytes: how many states were added up, and what they took.
+    """
+
+    def __init__(self, group: Any, device: torch.device, first: int | None) -> None:
+        self._group, self.device, self._first = group, device, first
+        self.size, self.rank = dist.get_world_size(group), dist.get_rank(group)
+        self.sizes: list[int] = []
+        self.sums = self.bytes = 0
+        self._tag = 0
+
+    @property
+    def is_of_parts(self) -> bool:
+        """Whether parameters are plain tensors, and parts of what is ranked."""
+        return self._first is None
+
+    @property
+    def begin(self) -> int:
+        """Where the plain parameters of this process begin in the index space."""
+        return sum(self.sizes[: self.rank])
+
+    def counts(self, param: Any) -> bool:
+        """Whether it is this process that adds a parameter's elements to a state: the first of those
+        that have the same part of it.
+
+        A DTensor on a part of the largest mesh is taken to have copies on the rest of it, as with FSDP2
+        and tensor parallelism together; a plain parameter beside DTensors to have one on every process.
+        """
+        if self._first is None:
+            return True
+        if not is_spread(param):
+            return dist.get_rank() == self._first
+        mesh = param.device_mesh.mesh
+        return Shard.of(param).is_first and bool((mesh == self._first).any())
+
+    def at(self, *place: object) -> None:
+        """Say where in its training this process is: processes at different places do not add up."""
+        self._tag = zlib.crc32(repr(place).encode()) & 0x7FFF
+
+    def add_(self, state: Tensor) -> None:
+        """Add up a state, in place.
+
+        Raises:
+            RuntimeError: the processes are at different places of their training (on a GPU this is not
+                looked at, as it would wait for the device), or one did not come in time.
+        """
+        self.sums += 1
+        self.bytes += state.nbytes
+        if state.device.type != "cpu":
+            dist.all_reduce(state, group=self._group)
+            return
+        # All tags are the same where the sum of their squares is that of equal ones.
+        tags = torch.tensor([self._tag, self._tag**2], dtype=state.dtype, device="cpu")
+        whole = torch.cat([state.reshape(-1), tags])
+        dist.all_reduce(whole, group=self._group)
+        one, two = (int(x) for x in whole[-2:])
+        if (self.size * two - one * one) % 2**32:
+            raise RuntimeError(
+                "the processes that share a ranking are not at the same place: they have taken other "
+                "numbers of steps, captures in another order, or have other hyperparameters in their "
+                "groups; expected the same calls, in the same order, on every one; nothing was changed"
+            )
+        state.copy_(whole[:-2].view_as(state))
+
+    def rows(self, own: Tensor) -> Tensor:
+        """``[size, k]``: float64 ``[k]`` of every process, so that all add them in the same order."""
+        state = torch.zeros(self.size, own.numel(), dtype=torch.float64, device=own.device)
+        state[self.rank] = own
+        self.add_(state)
+        return state
+
+    def any(self, flag: Tensor) -> Tensor:
+        """Float32, like ``flag``: not 0 where it is so for any process."""
+        state = (flag != 0).to(torch.int64).reshape(1)
+        self.add_(state)
+        return state.to(torch.float32).reshape(flag.shape)
+
+    def agree(self, known: dict[str, Any], numel: int) -> None:
+        """Compare what has to be the same on every process, and learn how large the parts are.
+
+        Args:
+            known: by name.
+            numel: of this process's parameters.
+
+        Raises:
+            RuntimeError: something is not the same, with both values; on every process.
+        """
+        found: list[Any] = [None] * self.size
+        dist.all_gather_object(found, (known, numel), group=self._group)
+        every = [known for known, _ in found]
+        differences = [
+            f"{name} is {other.get(name)!r} on rank {rank} and {every[0].get(name)!r} on rank 0"
+            for rank, other in enumerate(every)
+            for name in sorted(every[0].keys() | other.keys())
+            if other.get(name) != every[0].get(name)
+        ]
+        if differences:
+            raise RuntimeError(
+                "the processes that share a ranking were not made alike: "
+                + "; ".join(differences[:5])
+                + "; expected the same everywhere; nothing was changed"
+            )
+        self.sizes = [numel for _, numel in found] if self.is_of_parts else []
+
+    @keeps_denormals
+    def thresholds(
+        self,
+        parts: Sequence[Part],
+        sizes: Sequence[int],
+        inv_scale: Tensor | None,
+        clip: Tensor | None,
+        ranking: Sequence[int],
+    ) -> Tensor:
+        """The record of a ranking over all processes (:class:`rose_ops.reference.Field`).
+
+        Of ``Mode.APPROX`` its counts are those of the sample.
+
+        Args:
+            parts: of the ranked tensors, what is here.
+            sizes: of the wholes that make up the index space, the same on every process.
+            inv_scale, clip, ranking: as operators have them; see :mod:`rose_ops.reference`.
+        """
+        mode, upper, lower, rank_inactive, draw = ranking
+
+        def keys(part: Part, elements: slice | Tensor) -> Tensor:
+            """Int64; classes as :func:`rose_ops.reference.risk_key` has them."""
+            g = scaled(part.grad.reshape(-1)[elements], inv_scale, clip)
+            m = None if part.exp_avg is None else part.exp_avg.reshape(-1)[elements]
+            return risk_key(g, m, float32(part.alpha), bool(rank_inactive))
+
+        if mode == Mode.APPROX and sum(sizes) >= APPROX_FEWEST:
+            with torch.device("cpu"):
+                sample = sampled(sizes, draw)
+            return self._of_sample(parts, keys, sample, (upper, lower))
+
+        def chunks() -> Iterator[Tensor]:
+            for part in parts:
+                for begin in range(0, part.grad.numel() if part.counts else 0, _CHUNK):
+                    yield keys(part, slice(begin, begin + _CHUNK))
+
+        return self._by_digits(chunks, (upper, lower))
+
+    def _by_digits(self, chunks: Callable[[], Iterator[Tensor]], fractions: tuple[int, int]) -> Tensor:
+        """Radix select by two digits, of all bounds together. (Without reading anything back: the
+        shapes of what is computed are known.)"""
+        state = self._zeros(_HIGH + 2)
+        for keys in chunks():
+            unranked = _HIGH + (keys == NONFINITE_KEY).long()
+            _count_(state, torch.where(keys < INACTIVE_KEY, keys >> 15, unranked))
+        self.add_(state)
+        leading, classes = state.split([_HIGH, 2])
+        ranked, upto = leading.sum(), leading.cumsum(0)
+        k = torch.stack([_rank_of(fraction, ranked) for fraction in fractions if fraction])
+        digit = torch.searchsorted(upto, k).clamp(max=_HIGH - 1)
+        before = upto[digit] - leading[digit]
+
+        rest = self._zeros(len(k) * (_LOW + 1))
+        for keys in chunks():
+            for i in range(len(k)):
+                inside = (keys < INACTIVE_KEY) & (keys >> 15 == digit[i])
+                _count_(rest, i * (_LOW + 1) + torch.where(inside, keys & (_LOW - 1), _LOW))
+        inner = rest.view(len(k), -1)[:, :_LOW].contiguous()
+        self.add_(inner)
+        upto = inner.cumsum(1)
+        low = torch.searchsorted(upto, (k - before)[:, None]).clamp(max=_LOW - 1)
+        found = torch.where(k > 0, digit << 15 | low[:, 0], -1)
+        at_or_below = torch.where(k > 0, before + upto.gather(1, low)[:, 0], 0)
+        return _record(found, at_or_below, ranked, *classes)
+
+    def _of_sample(
+        self,
+        parts: Sequence[Part],
+        keys: Callable[[Part, slice | Tensor], Tensor],
+        sample: Tensor,
+        fractions: tuple[int, int],
+    ) -> Tensor:
+        """By a sample of all elements, every process filling in what it has of it."""
+        # A key and 1, so that 0 is nothing: elements that have no gradient.
+        state = torch.zeros(len(sample), dtype=torch.int32, device=self.device)
+        for part in parts:
+            ends = torch.tensor([part.begin, part.begin + math.prod(part.shard.shape)], device="cpu")
+            first, last = torch.searchsorted(sample, ends).tolist()
+            if part.counts and first < last and part.grad.numel():
+                at, here = part.shard.places(sample[first:last] - part.begin)
+                found = keys(part, here.to(self.device))
+                unranked = torch.where(found == INACTIVE_KEY, -1, -2)
+                found = torch.where(found < INACTIVE_KEY, found + 1, unranked)
+                state[(first + at).to(self.device)] = found.to(torch.int32)
+        self.add_(state)
+        ranked = (state > 0).sum()
+        values = torch.where(state > 0, state - 1, _UNRANKED).sort().values
+        k = torch.stack([_rank_of(fraction, ranked) for fraction in fractions if fraction])
+        found = torch.where(k > 0, values[(k - 1).clamp(min=0)].long(), -1)
+        at_or_below = torch.searchsorted(values, found.to(torch.int32), right=True)
+        return _record(found, at_or_below, ranked, (state == -1).sum(), (state == -2).sum())
+
+    def _zeros(self, size: int) -> Tensor:
+        return torch.zeros(size, dtype=torch.int64, device=self.device)
+
+
+def _count_(counts: Tensor, indices: Tensor) -> None:
+    counts.scatter_add_(0, indices, torch.ones_like(indices))
+
+
+def _rank_of(fraction: int, n: Tensor) -> Tensor:
+    """:func:`rose_ops.reference.rank_of` of a number that is on the device."""
+    return rank_of(fraction, n)  # type: ignore[arg-type, return-value]
+
+
+def _record(
+    keys: Tensor, at_or_below: Tensor, ranked: Tensor, inactive: Tensor, nonfinite: Tensor
+) -> Tensor:
+    """Of the upper bound, and of the lower one, if there is one."""
+    record = torch.zeros(Field.SIZE, dtype=torch.int64, device=keys.device)
+    record[Field.HIGH] = keys[0]
+    record[Field.LOW] = keys[1] if len(keys) > 1 else -1
+    below = at_or_below[1] if len(keys) > 1 else 0
+    record[Field.KEPT] = (at_or_below[0] - below).clamp(min=0)
+    record[Field.RANKED], record[Field.INACTIVE], record[Field.NONFINITE] = ranked, inactive, nonfinite
+    return record
+
+
+# ------------------------------------------------------------------------------------------ who shares
+
+
+def ranks_of(params: Sequence[Tensor], settings: Settings) -> Ranks | None:
+    """The processes that share the ranking, and the clipping norm, of an optimizer's parameters; None:
+    this one has all of them.
+
+    They are those of ``process_group``; else those of the largest mesh of a DTensor.
+
+    Raises:
+        RuntimeError, ValueError: it is not clear who shares it.
+    """
+    spread = [p for p in params if is_spread(p)]
+    if settings.local_ranking or not params or (settings.process_group is None and not spread):
+        return None
+    if settings.process_group is not None:
+        if spread and len(spread) < len(params):
+            raise ValueError(
+                "process_group= is given, and some parameters are DTensors and others plain tensors, "
+                "which may be copies or parts; expected DTensors only (distribute_tensor), or none"
+            )
+        if settings.granularity == "tensor":
+            raise NotImplementedError(
+                "granularity='tensor' with process_group=: from parts alone the norms of whole tensors "
+                "cannot be told; expected DTensors (FSDP2, distribute_tensor), without process_group="
+            )
+        group = settings.process_group
+        if dist.get_rank(group) < 0:
+            raise ValueError("this process is not in process_group; expected a group that it is in")
+        outside = {
+            int(rank)
+            for p in spread
+            for rank in p.device_mesh.mesh.flatten()  # type: ignore[attr-defined]
+        } - set(dist.get_process_group_ranks(group))
+        if outside:
+            raise ValueError(
+                f"process_group has not the ranks {sorted(outside)}, which have parts of the "
+                "parameters; expected a group of all of them"
+            )
+    else:
+        group = _group_of([p.device_mesh for p in spread])  # type: ignore[attr-defined]
+    first = None
+    if spread:
+        largest = max((p.device_mesh for p in spread), key=lambda mesh: mesh.size())  # type: ignore[attr-defined]
+        first = int(largest.mesh.min())
+    ranks = Ranks(group, params[0].device, first)
+    return ranks if ranks.size > 1 else None
+
+
+def _group_of(meshes: Sequence[Any]) -> Any:
+    largest = max(meshes, key=lambda mesh: mesh.size())
+    members = set(largest.mesh.flatten().tolist())
+    for mesh in meshes:
+        if not set(mesh.mesh.flatten().tolist()) <= members:
+            raise ValueError(
+                f"parameters are on {mesh} and on {largest}, neither of which has all the other's "
+                "ranks; expected process_group=, a group of all ranks that have a part of them"
+            )
+    if len(members) < dist.get_world_size():
+        raise RuntimeError(
+            f"parameters are on {largest}, of {len(members)} of the {dist.get_world_size()} processes. "
+            "If the others have more of the same model (pipeline stages), its ranking is over all: "
+            "expected process_group=torch.distributed.group.WORLD. If they have none, or copies: "
+            "process_group= with the ranks of the mesh"
+        )
+    return dist.group.WORLD
