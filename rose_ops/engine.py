@@ -21,7 +21,7 @@ from rose_ops.checks import MOMENTS, is_recording
 from rose_ops.distributed import Part, Ranks
 from rose_ops.layout import empty_masks
 from rose_ops.memory import with_own_storage
-from rose_ops.reference import Field, Hyper, Mode
+from rose_ops.reference import APPROX_FEWEST, Field, Hyper, Mode
 from rose_ops.settings import Settings
 from rose_ops.shards import Shard
 
@@ -277,22 +277,37 @@ class Engine:
         ranks = self.ranks
         if ranks is None:
             return None
-        layout = batch.layout
+        layout, counts = batch.layout, [ranks.counts(p) for p in batch.params]
         shards = layout.shards or list(map(Shard.of, batch.parts))
         sizes, begins = ranks.sizes, layout.offsets
         if not ranks.is_of_parts:
             sizes = [math.prod(shard.shape) for shard in shards]
             begins = list(accumulate(sizes, initial=0))[:-1]
-        alphas = (1.0 - hyper[:, Hyper.BETA1]).tolist()
-        nothing: list[Tensor | None] = [None] * len(batch.params)
-        parts = [
-            Part(grad, exp_avg, alphas[row], shard, begin, ranks.counts(p))
-            for p, grad, exp_avg, row, shard, begin in zip(
-                batch.params, batch.grads, exp_avgs or nothing, layout.rows, shards,
-                begins, strict=True,
+        if ranking.selection == "approx" and sum(sizes) >= APPROX_FEWEST:
+            alphas = (1.0 - hyper[:, Hyper.BETA1]).tolist()
+            moments: list[Tensor | None] = [*exp_avgs] or [None] * len(counts)
+            parts = [
+                Part(grad, moment, alphas[row], shard, begin, count)
+                for grad, moment, row, shard, begin, count in zip(
+                    batch.grads, moments, layout.rows, shards, begins, counts, strict=True
+                )
+            ]
+            return ranks.thresholds_of_sample(
+                parts, sizes, scaling.inv_scale, scaling.clip, ranking.numbers()
             )
-        ]  # fmt: skip
-        return ranks.thresholds(parts, sizes, scaling.inv_scale, scaling.clip, ranking.numbers())
+        mine = batch.subset(counts)
+        grads, exp_avgs = mine.grads, mine.state("exp_avg") if exp_avgs else []
+        # An operator is found by its tensors: without any, the reference.
+        count_keys = self._ops(batch).count_keys if grads else reference.count_keys
+
+        def count(digits: Tensor | None) -> Tensor:
+            counted = count_keys(
+                grads, exp_avgs, hyper, mine.layout.group, scaling.inv_scale, scaling.clip,
+                ranking.rank_inactive, digits,
+            )  # fmt: skip
+            return counted.to(ranks.device)
+
+        return ranks.thresholds(count, ranking.upper, ranking.lower)
 
     def capture(
         self, kind: str, batch: Batch, hyper: Tensor, scaling: Scaling, draw: int
