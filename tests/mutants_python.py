@@ -32,8 +32,8 @@ MUTANTS = {
         OPTIM, "self._steps_done >= settings", "self._steps_done > settings", WARM_UP,
     ),
     "warm-up after unfreezing": (
-        OPTIM, "if not batch.states and not any(map(is_complete, self.state.values())):\n            #",
-        "if not batch.states:\n            #",
+        OPTIM, "has_state = bool(batch.states) or any(map(is_complete, self.state.values()))",
+        "has_state = bool(batch.states)",
         f"{CORNERS}::test_unfreezing_does_not_begin_the_warm_up_anew",
     ),
     "warm-up after the state was cleared": (
