@@ -42,7 +42,8 @@ def saved(state_dict: dict[str, Any], settings: Settings) -> dict[str, Any]:
     """
     state_dict["state"] = {
         i: {
-            k: saved_mask(v, state.get("exp_avg")) if k in MASKS.values() else v for k, v in state.items()
+            k: saved_mask(v, state.get("exp_avg")) if k in MASKS.values() else v
+            for k, v in state.items()
         }
         for i, state in state_dict["state"].items()
     }

@@ -23,7 +23,7 @@ from reshard_ranks import Run, make_state
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-HALVES = 9  # the last of them captures
+HALVES = 7  # the last of them captures
 OPTIONS = {
     "order": "ensemble",
     "dtype": torch.bfloat16,
@@ -74,7 +74,8 @@ class Training:
         for name, p in self.run.model.named_parameters():
             found[name] = p.detach()
         return {
-            name: (x.full_tensor() if isinstance(x, DTensor) else x).clone() for name, x in found.items()
+            name: (x.full_tensor() if isinstance(x, DTensor) else x).clone()
+            for name, x in found.items()
         }
 
 

@@ -69,7 +69,7 @@ class Run:
             nn.Linear(*sizes[:2]), nn.Tanh(), nn.Linear(*sizes[1:]), nn.Linear(1, 1)
         ).to(options.pop("dtype", torch.float32))
         if sharded:
-            by_columns = (lambda p: Shard(1) if p.dim() == 2 and p.shape[1] > 1 else None)
+            by_columns = lambda p: Shard(1) if p.dim() == 2 and p.shape[1] > 1 else None
             fully_shard(
                 self.model,
                 mesh=init_device_mesh("cpu", (dist.get_world_size(),)),
@@ -118,7 +118,9 @@ class Run:
             state = self.optimizer.state[p]
             for key in ("", "step", "exp_avg", "exp_avg_sq"):
                 value = state[key] if key else p.detach()
-                found[name + key] = (value.full_tensor() if isinstance(value, DTensor) else value).clone()
+                found[name + key] = (
+                    value.full_tensor() if isinstance(value, DTensor) else value
+                ).clone()
         return found
 
 

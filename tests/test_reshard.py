@@ -10,11 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+from forked import context
 from training import assert_same
 from training import one_thread as one_thread
 
 pytestmark = pytest.mark.skipif(
-    not torch.distributed.is_available(), reason="this PyTorch has no torch.distributed"
+    not torch.distributed.is_available() or "forkserver" not in multiprocessing.get_all_start_methods(),
+    reason="this PyTorch has no torch.distributed, or this system no fork",
 )
 if torch.distributed.is_available():
     from reshard_ranks import RANKS, SECONDS, Run, serve
@@ -22,12 +24,11 @@ if torch.distributed.is_available():
 
 @pytest.fixture(scope="module")
 def processes():
-    """Started once, as most of a short run is the import of torch."""
-    context = multiprocessing.get_context("spawn")
+    """Started once."""
     started = []
     for rank in range(RANKS):
-        here, there = context.Pipe()
-        process = context.Process(target=serve, args=(rank, there), daemon=True)
+        here, there = context().Pipe()
+        process = context().Process(target=serve, args=(rank, there), daemon=True)
         process.start()
         started.append((process, here))
     yield started
