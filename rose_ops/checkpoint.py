@@ -268,8 +268,8 @@ class Checkpointed(Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         if self.settings.process_group is not None:
             raise TypeError(
-                "an optimizer with a process_group cannot be copied or pickled, as the group belongs to "
-                "this process; expected its state_dict() instead"
+                "an optimizer with a process_group cannot be copied or pickled, as the group belongs "
+                "to this process; expected its state_dict() instead"
             )
         return {
             **super().__getstate__(),

@@ -61,8 +61,8 @@ def part_of(whole: Tensor, like: Any) -> Tensor:
 
 
 def saved_mask(mask: Tensor, like: Any) -> Tensor:
-    """A copy of a parameter's mask, as a checkpoint has it: as it is, packed; but of a part of a DTensor,
-    as a DTensor of bools, which can be resharded.
+    """A copy of a parameter's mask, as a checkpoint has it: as it is, packed; but of a part of a
+    DTensor, as a DTensor of bools, which can be resharded.
 
     Args:
         mask: uint8 ``[ceil(n / 8)]`` of the n elements that are here, or bool of one element, of all.

@@ -1,5 +1,5 @@
-"""The runs that ``test_kill.py`` kills: they save after every half of a step, and begin where the latest
-complete checkpoint ends.
+"""The runs that ``test_kill.py`` kills: they save after every half of a step, and begin where the
+latest complete checkpoint ends.
 
 A step has two halves, so that checkpoints are taken with a captured mask, too: the first one captures,
 the second one updates.
@@ -19,9 +19,8 @@ import torch._dynamo  # FSDP2 imports it, which takes seconds: now, before proce
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
-from reshard_ranks import Run, make_state
+from reshard_ranks import Run, make_state, whole
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 HALVES = 7  # the last of them captures
 OPTIONS = {
@@ -73,10 +72,7 @@ class Training:
             found |= {f"{i}.{key}": value for key, value in state.items()}
         for name, p in self.run.model.named_parameters():
             found[name] = p.detach()
-        return {
-            name: (x.full_tensor() if isinstance(x, DTensor) else x).clone()
-            for name, x in found.items()
-        }
+        return {name: whole(tensor) for name, tensor in found.items()}
 
 
 class Store(Protocol):

@@ -49,6 +49,10 @@ def serve(rank: int, connection: Any) -> None:
             connection.send((False, traceback.format_exc()))
 
 
+def columns(param: Tensor) -> Shard | None:
+    return Shard(1) if param.dim() == 2 and param.shape[1] > 1 else None
+
+
 class Run:
     """A model and its optimizer.
 
@@ -69,11 +73,10 @@ class Run:
             nn.Linear(*sizes[:2]), nn.Tanh(), nn.Linear(*sizes[1:]), nn.Linear(1, 1)
         ).to(options.pop("dtype", torch.float32))
         if sharded:
-            by_columns = lambda p: Shard(1) if p.dim() == 2 and p.shape[1] > 1 else None
             fully_shard(
                 self.model,
                 mesh=init_device_mesh("cpu", (dist.get_world_size(),)),
-                shard_placement_fn=by_columns if kind == "columns" else None,
+                shard_placement_fn=columns if kind == "columns" else None,
             )
         params = [*self.model.parameters()]
         groups: list[dict[str, Any]] = [
@@ -118,13 +121,16 @@ class Run:
             state = self.optimizer.state[p]
             for key in ("", "step", "exp_avg", "exp_avg_sq"):
                 value = state[key] if key else p.detach()
-                found[name + key] = (
-                    value.full_tensor() if isinstance(value, DTensor) else value
-                ).clone()
+                found[name + key] = whole(value)
         return found
 
 
-# --------------------------------------------------------------------------------- ways to save and load
+def whole(tensor: Tensor) -> Tensor:
+    """A copy, of the parts of all processes."""
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).clone()
+
+
+# -------------------------------------------------------------------------------- ways to save and load
 
 
 def options_of(way: str) -> StateDictOptions:
