@@ -23,6 +23,8 @@ ROSE = "rose"
 # Of what is under that key, and of masks. It is counted up when an older rose_ops would take a
 # checkpoint for something else than it is; all up to this one can be read. See docs/checkpoints.md.
 FORMAT = 1
+# Settings that came later, and what an older rose_ops did.
+ADDED = {"first_order_every": 1}
 MASKS = {kind: f"{kind}_mask" for kind in ("first", "second")}
 
 
@@ -133,7 +135,7 @@ class Loader:
                 f"is of format {number}, which a newer rose_ops made, and this one reads formats up to "
                 f"{FORMAT}: load it with that one, or update this one"
             )
-        here, there = self._settings.to_saved(), ours["settings"]
+        here, there = self._settings.to_saved(), {**ADDED, **ours["settings"]}
         self.differences = [
             f"{name}={here.get(name)!r} (the checkpoint has {there.get(name)!r})"
             for name in sorted(here.keys() | there.keys(), key=str)

@@ -82,7 +82,7 @@ def is_torn(folder: Path) -> bool:
 
 @pytest.mark.parametrize("size", [1, 2])
 @pytest.mark.parametrize("times", [10, pytest.param(100, marks=pytest.mark.slow)])
-def test_killed_at_random_moments(size, times, tmp_path, generator):
+def test_killed_at_random_moments(size, times, tmp_path, generator, record_property):
     """During saves, too, all processes or one of them: parameters, moments, masks and random numbers at
     the end are, bit for bit and every time, those of a run that was not killed. (100 times in the slow
     suite.)"""
@@ -108,5 +108,9 @@ def test_killed_at_random_moments(size, times, tmp_path, generator):
         if kills == times:
             break
     assert kills == times
+    record_property(
+        "table",
+        f"{size} processes killed {kills} times, {torn} of them within a save, {halfway} resumed",
+    )
     assert halfway > 0
     assert torn > 0
