@@ -199,7 +199,9 @@ class RoseFusedAdamW(Checkpointed):
         _live.add(self)
         self._is_made = True
         self._steps_done = 0
-        self._captures = Captures(self.__dict__.get("state", {}).values())
+        states = self.__dict__.get("state", {}).values()
+        self._captures = Captures(states)
+        self._had_state = any(map(is_complete, states))
         self._averaged = False  # whether rose_backward averages gradients over processes by itself
         groups = self.__dict__.get("param_groups", [])
         before = self.__dict__.get("_collector")
@@ -305,10 +307,12 @@ class RoseFusedAdamW(Checkpointed):
                 )
         known = known and self._engine.checks_shapes
         batch = self._collector.collect(self.param_groups, self.state, known=known)
-        if not batch.states and not any(map(is_complete, self.state.values())):
+        has_state = bool(batch.states) or any(map(is_complete, self.state.values()))
+        if self._had_state and not has_state:
             # Somebody cleared the state: the moments begin anew, so the warm-up does.
             self._steps_done = 0
             self._captures.kinds.clear()
+        self._had_state = has_state
         if batch.params and not batch.params[0].is_cpu:
             check_graph(self, batch.device, has_state=bool(batch.states))
         return batch

@@ -87,7 +87,8 @@ TOPICS = {
     "optimizer": "checkpoints clipping determinism errors flat given kill leaks memory optimizer "
     "optimizer_corners optimizer_kept reuse state steps surroundings tensor_granularity "
     "torch_optim_table",
-    "stacks": "accumulate ddp losses reshard sharded stacks stacks_amp stacks_torch trainer wrappers",
+    "stacks": "accumulate ddp distributed losses reshard sharded stacks stacks_amp stacks_torch "
+    "trainer wrappers",
     "package": "cli doctor examples habits hub import readme setup",
     "bench": "benchmarks profile_gpu",
     "device": "gpu gpu_binaries gpu_graphs gpu_large gpu_profile gpu_run gpu_sync",

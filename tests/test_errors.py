@@ -6,7 +6,6 @@ import copy
 import re
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -331,30 +330,6 @@ def test_a_backend_that_cannot_be_loaded(monkeypatch, generator):
         train(optimizer, params, 2, generator)
         RoseFusedAdamW([one()])
     assert optimizer.state[params[0]]["step"] == 2
-
-
-@contextmanager
-def fake_process_group() -> Iterator[None]:
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-
-    torch.distributed.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
-    try:
-        yield
-    finally:
-        torch.distributed.destroy_process_group()
-
-
-def test_dtensor_parameters_are_not_there_yet():
-    pytest.importorskip("torch.distributed.tensor")
-    from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
-
-    with fake_process_group():
-        mesh = init_device_mesh("cpu", (2,))
-        sharded = nn.Parameter(distribute_tensor(torch.ones(4, 4), mesh, [Shard(0)]))
-        with pytest.raises(
-            NotImplementedError, match=r"DTensor parameters \(FSDP2\) are not there yet"
-        ):
-            RoseFusedAdamW([sharded])
 
 
 # ----------------------------------------------------------------- gradients and changed parameters

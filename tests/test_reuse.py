@@ -129,6 +129,40 @@ def test_a_mask_that_was_lost_is_made_anew(generator):
     assert needed == [True, False, True, False, False]  # the next one when it is due anyway
 
 
+def test_two_captures_before_a_step(generator):
+    """As in every order: the second one replaces the first."""
+    params = parameters(generator)
+    optimizer = RoseFusedAdamW(params, order="first", first_order_every=3)
+    step(optimizer, params, gradients(params, generator), gradients(params, generator))
+    for _ in range(2):
+        step(optimizer, params, gradients(params, generator), None)
+    for _ in range(2):
+        assert optimizer.needs_first_mask
+        give(params, gradients(params, generator))
+        optimizer.capture("first")
+
+
+def test_a_second_order_mask_is_used_once(generator):
+    """It is of the gradient that updates."""
+    params = parameters(generator)
+    others = clones(params)
+    optimizer = RoseFusedAdamW(params, order="ensemble", lr=0.1, first_order_every=3)
+    other = RoseFusedAdamW(others, order="ensemble", lr=0.1)
+    kl_grads = gradients(params, generator)
+    for number in range(3):
+        grads, of_second = gradients(params, generator), gradients(params, generator)
+        for own, one in ((params, optimizer), (others, other)):
+            if one is other or number == 0:
+                give(own, kl_grads)
+                one.capture("first")
+            if number == 0:
+                give(own, of_second)
+                one.capture("second")
+            give(own, grads)
+            one.step()
+        assert all(map(torch.equal, params, others)), number
+
+
 def test_a_capture_in_between_counts_from_then_on(generator):
     params = parameters(generator)
     others = clones(params)
@@ -241,9 +275,7 @@ def test_bad_values(value):
 
 
 def test_second_order_has_no_such_mask():
-    with pytest.raises(
-        ValueError, match=r"^first_order_every=2 \(int\) with order='second', which"
-    ):
+    with pytest.raises(ValueError, match=r"^first_order_every=2 \(int\) with order='second', which"):
         RoseFusedAdamW([nn.Parameter(torch.ones(2))], first_order_every=2)
     optimizer = RoseFusedAdamW([nn.Parameter(torch.ones(2))], first_order_every=1)
     assert not optimizer.needs_first_mask

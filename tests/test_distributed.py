@@ -1,0 +1,310 @@
+"""One ranking over several processes is that of one process, bit for bit: real processes over gloo."""
+
+from __future__ import annotations
+
+import itertools
+import multiprocessing.connection
+import re
+import tempfile
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+import torch
+from distributed_ranks import SHAPES, scale, serve, stagger, train
+
+SECONDS = 90  # for one task; they take one or two
+
+pytestmark = pytest.mark.skipif(
+    not torch.distributed.is_available(), reason="this PyTorch has no torch.distributed"
+)
+
+
+class Processes:
+    """Of one process group. Started once, as most of a short run is the import of torch."""
+
+    def __init__(self, size, folder):
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["distributed_ranks"])
+        self.started = []
+        for rank in range(size):
+            here, there = context.Pipe()
+            arguments = (rank, size, str(folder / f"store{size}"), there)
+            process = context.Process(target=serve, args=arguments, daemon=True)
+            process.start()
+            there.close()
+            self.started.append((process, here))
+
+    def run(self, name, *, lost=(), **arguments):
+        """What a function returns on each rank; of those that are lost, None."""
+        for _, connection in self.started:
+            connection.send((name, arguments))
+        results: list = [None] * len(self.started)
+        left = {there: rank for rank, (_, there) in enumerate(self.started) if rank not in lost}
+        while left:
+            ready = multiprocessing.connection.wait(left, SECONDS)
+            assert ready, f"{name} hangs on ranks {[*left.values()]} of {len(self.started)}"
+            for connection in ready:
+                fine, value = connection.recv()
+                assert fine, value
+                results[left.pop(connection)] = value
+        return results
+
+    def stop(self):
+        for process, connection in self.started:
+            with suppress(OSError):
+                connection.send(None)
+            process.kill()
+
+
+@pytest.fixture(scope="module")
+def processes(tmp_path_factory):
+    """run(name, size, ...): what a function of ``distributed_ranks`` returns on each rank."""
+    folder, groups = tmp_path_factory.mktemp("ranks"), {}
+
+    def run(name, size, **arguments):
+        if size not in groups:
+            groups[size] = Processes(size, Path(tempfile.mkdtemp(dir=folder)))
+        try:
+            return groups[size].run(name, **arguments)
+        except BaseException:  # some of its ranks may wait for others
+            groups.pop(size).stop()
+            raise
+
+    yield run
+    for group in groups.values():
+        group.stop()
+
+
+@pytest.fixture
+def seed(generator):
+    return int(torch.randint(2**31, (), generator=generator))
+
+
+def bits(tensor):
+    return tensor.contiguous().view(torch.int16 if tensor.dtype == torch.bfloat16 else torch.int32)
+
+
+def assert_as_one(results, one, layout, counts=True):
+    """Every rank has what one process has."""
+    for rank, result in enumerate(results):
+        if counts:
+            assert result["selection"] == one["selection"], rank
+        assert result.get("norm") == one["norm"]
+    for key, wholes in one["tensors"].items():
+        if layout == "cut":
+            for i, whole in zip(one["mine"], wholes, strict=True):
+                parts = [r["tensors"][key][r["mine"].index(i)] for r in results if i in r["mine"]]
+                parts = parts or [whole.reshape(-1)[:0]]
+                assert torch.equal(bits(torch.cat(parts)), bits(whole.reshape(-1))), (key, i)
+            continue
+        for rank, result in enumerate(results):
+            for i, found in zip(result["mine"], result["tensors"][key], strict=True):
+                whole = wholes[one["mine"].index(i)]
+                assert torch.equal(bits(found), bits(whole)), (key, i, rank)
+
+
+LAYOUTS = [
+    *itertools.product(("rows", "cut", "dealt", "beside"), (2, 3, 4)),
+    *itertools.product(("columns", "copies"), (3,)),
+    *itertools.product(("hybrid", "grid", "nested", "meshes"), (4,)),
+]
+OPTIONS = {
+    "second": {},
+    "lower": {"selection": "exact", "lower": 0.2},
+    "first": {"order": "first", "upper": 0.3},
+    "ensemble": {"order": "ensemble", "upper": (0.7, 0.4)},
+    "clipped": {"max_grad_norm": 0.5, "hostile": False},
+    "literal": {"inactive": "rank"},
+    "plain": {"plain": (1, 4), "without": (0, 5)},
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize(("layout", "size"), LAYOUTS)
+def test_masks_are_those_of_one_process(processes, seed, layout, size, options):
+    arguments = {"layout": layout, "data_seed": seed, **options}
+    results = processes("train", size, **arguments)
+    assert_as_one(results, train(0, 1, **{**arguments, "layout": "whole"}), layout)
+
+
+@pytest.mark.parametrize("order", ["first", "second", "ensemble"])
+@pytest.mark.parametrize(
+    ("layout", "size"), [x for x in LAYOUTS if x[0] not in ("cut", "dealt") and x[1] > 2]
+)
+def test_whole_tensors(processes, seed, layout, size, order):
+    """Norms are of the whole, whose order of summation is another: with a NaN they are the same."""
+    arguments = {"layout": layout, "data_seed": seed, "granularity": "tensor", "order": order}
+    for extra in ({"hostile": False}, {"hostile": False, "max_grad_norm": 0.3}, {}):
+        results = processes("train", size, **arguments, **extra)
+        one = train(0, 1, **{**arguments, **extra, "layout": "whole"})
+        assert_as_one(results, one, layout)
+
+
+@pytest.mark.parametrize(("layout", "size"), [("rows", 2), ("rows", 3), ("hybrid", 4), ("nested", 4)])
+def test_rounding_is_that_of_one_process(processes, seed, layout, size):
+    """Parameters that are cut into consecutive elements: keyed on their places in the whole."""
+    arguments = {
+        "layout": layout, "data_seed": seed, "dtype": torch.bfloat16, "state_dtype": torch.bfloat16,
+        "param_rounding": "stochastic",
+    }  # fmt: skip
+    results = processes("train", size, **arguments)
+    assert_as_one(results, train(0, 1, **{**arguments, "layout": "whole"}), layout)
+
+
+@pytest.mark.parametrize("layout", ["columns", "grid", "meshes"])
+def test_copies_are_rounded_alike(processes, seed, layout):
+    """Where the bits are others, copies have the same, and masks are those of the values there are."""
+    arguments = {"layout": layout, "data_seed": seed, "state_dtype": torch.bfloat16}
+    results = processes("train", 4, **arguments)
+    assert_as_one(results[1:], results[0], layout)
+    one = train(0, 1, **{**arguments, "layout": "whole"})
+    for found, expected in zip(
+        results[0]["tensors"]["exp_avg_sq"], one["tensors"]["exp_avg_sq"], strict=True
+    ):
+        torch.testing.assert_close(found, expected, rtol=2**-5, atol=1e-30, equal_nan=True)
+
+
+LARGE = ((1100, 1000), (37, 33))
+
+
+@pytest.mark.parametrize(
+    ("layout", "size"), [("rows", 2), ("rows", 3), ("grid", 4), ("nested", 4), ("meshes", 4)]
+)
+@pytest.mark.parametrize("order", ["second", "ensemble"])
+def test_a_sample_is_that_of_one_process(processes, seed, layout, size, order):
+    arguments = {
+        "layout": layout, "data_seed": seed, "shapes": LARGE, "selection": "approx", "order": order,
+        "lower": 0.1, "steps": 2,
+    }  # fmt: skip
+    results = processes("train", size, **arguments)
+    one = train(0, 1, **{**arguments, "layout": "whole"})
+    for result in [one, *results]:
+        result["counts"] = result.pop("selection")
+        result["selection"] = {kind: found[0] for kind, found in result["counts"].items()}
+    assert_as_one(results, one, layout)
+    for result in results:  # of the sample
+        for kind, (_, kept, ranked, inactive, nonfinite, _) in result["counts"].items():
+            of_all = one["counts"][kind]
+            assert abs(kept / ranked - of_all[1] / of_all[2]) < 0.01
+            assert 16 * 2**13 * 0.98 < ranked + inactive + nonfinite <= 16 * 2**14
+
+
+@pytest.mark.parametrize("layout", ["cut", "dealt"])
+def test_a_sample_of_parts(processes, seed, layout):
+    """The index space is that of the ranks' parts, one after the other: another one, with thresholds as
+    near."""
+    arguments = {
+        "layout": layout, "data_seed": seed, "shapes": ((700, 1000), (600, 1000)), "steps": 2,
+        "hostile": False,
+    }  # fmt: skip
+    results = processes("train", 2, selection="approx", **arguments)
+    exact = train(0, 1, **{**arguments, "layout": "whole"})
+    assert results[0]["selection"] == results[1]["selection"]
+    found, expected = results[0]["selection"]["second"][0], exact["selection"]["second"][0]
+    assert found != expected
+    assert abs(found - expected) < 0.02
+
+
+# ----------------------------------------------------------------------------------------- sums
+
+
+@pytest.mark.parametrize(
+    ("options", "most", "nbytes"),
+    [
+        ({"selection": "bracket"}, 2, 800_000),
+        ({"selection": "exact", "lower": 0.1}, 2, 1_100_000),
+        ({"selection": "approx"}, 1, 4_200_000),
+        ({"granularity": "tensor"}, 1, 100),
+        ({"selection": "bracket", "max_grad_norm": 1.0}, 3, 800_000),
+        ({"order": "ensemble"}, 4, 1_600_000),
+        ({"upper": 1.0}, 0, 0),
+    ],
+    ids=str,
+)
+def test_sums_of_a_step(processes, options, most, nbytes):
+    """How many, and that their bytes do not grow with the number of elements."""
+    sizes = (1 << 20, 1 << 21) if options.get("selection") == "approx" else (1 << 14, 1 << 21)
+    few, many = (processes("count", 2, layout="rows", data_seed=1, n=n, **options) for n in sizes)
+    assert few[0] == few[1]
+    assert many[0] == many[1]
+    assert len(few[0]) == len(many[0]) == most
+    assert sum(many[0]) <= nbytes
+    if options.get("selection") != "approx":
+        assert few == many
+
+
+def test_masks_stay_equal_whoever_is_late(processes, seed):
+    """200 steps of 4 processes that wait at random."""
+    shapes = ((9, 16), (30,), (5, 5))
+    arguments = {"data_seed": seed, "steps": 200, "shapes": shapes, "hostile": False}
+    results = processes("stagger", 4, layout="rows", **arguments)
+    one = stagger(0, 1, layout="whole", **arguments)
+    assert results == [one] * 4
+    assert len(set(one)) == 200
+
+
+def test_an_overflow_that_one_rank_has_seen(processes, seed):
+    arguments = {"data_seed": seed, "overflow_on": 0}
+    results = processes("scale", 3, layout="rows", **{**arguments, "overflow_on": 2})
+    assert_as_one(results, scale(0, 1, layout="whole", **arguments), "rows")
+
+
+@pytest.mark.parametrize("order", ["second", "ensemble"])
+def test_a_rank_without_gradients(processes, seed, order):
+    """The others rank what there is, and it takes part."""
+    results = processes("nothing_here", 3, layout="dealt", data_seed=seed, order=order)
+    fewer = [i for i in range(len(SHAPES)) if i % 3 != 2]
+    one = train(0, 1, layout="whole", data_seed=seed, order=order, hostile=False, kept=fewer)
+    assert_as_one(results, one, "dealt")
+
+
+# ---------------------------------------------------------------------------------------- faults
+
+
+@pytest.mark.parametrize(
+    ("of_rank", "said"),
+    [
+        ({"upper": 0.3}, "upper"),
+        ({"order": "first"}, "order"),
+        ({"seed": 5}, "seed"),
+        ({"upper": 1.0}, "upper"),
+        ({"max_grad_norm": 1.0}, "max_grad_norm"),
+        ({"plain": (1,)}, "groups|parameters"),
+        ({"shapes": SHAPES[:-1]}, "parameters"),
+        ({"dtype": torch.bfloat16}, "parameters"),
+    ],
+    ids=str,
+)
+def test_ranks_that_were_made_differently(processes, seed, of_rank, said):
+    results = processes(
+        "made_differently", 3, layout="rows", data_seed=seed, of_rank=of_rank, hostile=False
+    )
+    for text in results:
+        assert "were not made alike" in text
+        assert re.search(said, text), text
+        assert "on rank 2" in text
+
+
+@pytest.mark.parametrize("what", ["hyperparameters", "steps", "order"])
+@pytest.mark.parametrize("layout", ["rows", "cut"])
+def test_ranks_at_different_places(processes, seed, what, layout):
+    order = {"order": "ensemble"} if what == "order" else {}
+    results = processes("at_another_place", 3, layout=layout, data_seed=seed, what=what, **order)
+    for text in results:
+        assert "not at the same place" in text
+
+
+@pytest.mark.parametrize("how", ["exits", "hangs"])
+def test_a_rank_that_does_not_come(tmp_path, seed, how):
+    group = Processes(3, tmp_path)
+    lost = (2,) if how == "exits" else ()
+    results = group.run("dies", layout="rows", data_seed=seed, how=how, lost=lost)
+    group.stop()
+    for text, seconds in results[:2]:
+        assert text != "no error"
+        assert seconds < 7
+
+
+def test_what_is_not_clear_is_refused(processes):
+    assert processes("refused", 3) == [None] * 3
