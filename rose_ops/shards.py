@@ -85,16 +85,16 @@ def loaded_mask(mask: object, param: Any) -> Tensor:
     """
     if not isinstance(mask, Tensor):
         raise ValueError("is not a mask of this parameter")
-    if (mask.dtype, mask.numel()) == (torch.bool, 1) and not is_spread(mask):
-        return mask.to(param.device, copy=True)
-    if (mask.dtype, mask.shape) == (torch.bool, param.shape):  # of elements
+    is_of_tensor = (mask.dtype, mask.numel()) == (torch.bool, 1) and not is_spread(mask)
+    if (mask.dtype, mask.shape) == (torch.bool, param.shape) and not is_of_tensor:
         part = part_of(mask, param)
         bools = torch.empty_like(local(param), dtype=torch.bool).copy_(part)
         with torch.device("cpu"):
             return pack(_in_memory_order(bools).cpu()).to(bools.device)
-    if (mask.dtype, mask.numel()) != (torch.uint8, (param.numel() + 7) // 8):
+    is_packed = (mask.dtype, mask.numel()) == (torch.uint8, (param.numel() + 7) // 8)
+    if not is_of_tensor and not is_packed:
         raise ValueError("is not a mask of this parameter")
-    if not is_spread(param):
+    if is_of_tensor or not is_spread(param):
         return mask.to(param.device, copy=True)
     whole = torch.empty_strided(param.shape, param.stride(), dtype=torch.bool, device=mask.device)
     _in_memory_order(whole).copy_(_unpacked(mask, param.numel()))

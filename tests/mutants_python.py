@@ -232,15 +232,16 @@ MUTANTS = {
         f"{OF_STATE}::test_adamw_s_state_dict_leaves_selective_as_it_is",
     ),
     "saved masks": (
-        CHECKPOINT, "v.clone() if k in MASKS.values() else v", "v",
+        SHARDS, "return mask.clone()", "return mask",
         f"{OF_CHECKPOINTS}::test_a_saved_mask_is_a_copy",
     ),
     "loaded masks": (
-        CHECKPOINT, "Kept(mask.to(p.device, copy=True))", "Kept(mask)",
+        SHARDS, "return mask.to(param.device, copy=True)", "return mask",
         f"{CORNERS}::test_a_loaded_mask_is_a_copy",
     ),
     "loaded moments": (
-        CHECKPOINT, "Kept(place.copy_(values[moment]))", "Kept(values[moment])",
+        CHECKPOINT, "Kept(spread_like(place.copy_(part_of(values[moment], p)), p))",
+        "Kept(values[moment])",
         f"{OF_STATE}::test_training_moves_from_adamw_to_rose",
     ),
     "dtype of loaded moments": (

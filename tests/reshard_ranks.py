@@ -107,8 +107,8 @@ class Run:
     def train(self, begin: int, end: int, captured: bool = False) -> None:
         """Steps, of which the first has its masks already if ``captured``."""
         for step in range(begin, end):
-            settings = getattr(self.optimizer, "settings", None)
-            if settings and "first" in settings.kinds and not (captured and step == begin):
+            needed = getattr(self.optimizer, "needs_first_mask", False)
+            if needed and not (captured and step == begin):
                 self.capture(step, ["first"])
             self.give(step)
             self.optimizer.step()

@@ -137,6 +137,11 @@ def test_masks_of_the_step_to_come(run, tmp_path, way, options):
     assert_unstopped(run, tmp_path, way, journey, masks=True, **options)
 
 
+def test_masks_that_are_used_again(run, tmp_path):
+    """Each for three steps, and checkpoints after two."""
+    assert_unstopped(run, tmp_path, "full", order="ensemble", first_order_every=3)
+
+
 @pytest.mark.parametrize("way", ["by name", "flattened", "full"])
 def test_to_adamw_and_back(run, tmp_path, way):
     """With upper=1 both train the same, and what comes back from AdamW is selective as it was."""
