@@ -365,7 +365,8 @@ class RoseFusedAdamW(Checkpointed):
         grad_scale: Tensor | None = None,
         max_grad_norm: float | None = None,
     ) -> None:
-        """Make a mask from what ``.grad`` holds now, for the next :meth:`step` to use.
+        """Make a mask from what ``.grad`` holds now, for the next :meth:`step` to use (for several of
+        them, where ``first_order_every`` says so).
 
         ``.grad`` has to be of this one loss; :meth:`capturing` makes sure of that. Nothing is captured
         where the next step does not select (warm-up, ``upper=1``).

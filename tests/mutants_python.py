@@ -348,10 +348,6 @@ MUTANTS = {
         TRAINER, "rose is not None and rose.needs_first_mask)", "rose is not None)",
         f"{OF_TRAINER}::test_first_order_masks_that_are_used_again",
     ),
-    "a later micro-batch of two passes": (
-        TRAINER, "if self._step is None and not needs_kl:", "if not self.r_drop and not needs_kl:",
-        f"{OF_TRAINER}::test_first_order_masks_that_are_used_again {OF_TRAINER}::test_as_a_plain_loop",
-    ),
     "what an error leaves": (
         TRAINER, "            self._step = None\n            raise", "            raise",
         f"{OF_TRAINER}::test_an_error_leaves_nothing_for_the_next_run",

@@ -129,7 +129,7 @@ class RoseTrainer(Trainer):
         """Forwards and backwards of a micro-batch; with the last one, the masks."""
         rose = unwrap(self.optimizer)
         needs_kl = self.r_drop > 0.0 or (rose is not None and rose.needs_first_mask)
-        if self._step is None and not needs_kl:
+        if not needs_kl:
             return super().training_step(model, inputs, num_items_in_batch)
         model.train()
         try:
