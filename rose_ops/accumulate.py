@@ -62,7 +62,7 @@ class Accumulation:
         self.r_drop = check_r_drop(r_drop)
         self._rose = unwrap(optimizer)
         kinds = self._rose.settings.kinds if self._rose else ()
-        self._first = "first" in kinds
+        self._first = self._rose is not None and self._rose.needs_first_mask
         # Without R-Drop the update's gradient is that of the loss, and step() takes the mask from it.
         self._second = "second" in kinds and self.r_drop > 0.0
         self._own = [p for group in (self._rose or optimizer).param_groups for p in group["params"]]

@@ -16,13 +16,15 @@ from rose_ops import memory
 from rose_ops.checks import MOMENTS, STATE, has_memory
 from rose_ops.groups import ADAMW_ONLY, check_group, is_selective
 from rose_ops.settings import Settings, is_number, shown
-from rose_ops.shards import is_spread, local, part_of, spread_like
+from rose_ops.shards import loaded_mask, local, part_of, saved_mask, spread_like
 
 # Beside "state" and "param_groups", where torch.optim.AdamW ignores it.
 ROSE = "rose"
 # Of what is under that key, and of masks. It is counted up when an older rose_ops would take a
 # checkpoint for something else than it is; all up to this one can be read. See docs/checkpoints.md.
 FORMAT = 1
+# Settings that came later, and what an older rose_ops did.
+ADDED = {"first_order_every": 1}
 MASKS = {kind: f"{kind}_mask" for kind in ("first", "second")}
 
 
@@ -40,15 +42,11 @@ def saved(state_dict: dict[str, Any], settings: Settings) -> dict[str, Any]:
     keys) and ``selective`` where it is False; the settings are beside them. Masks are copies: the next
     capture writes where they are.
     """
-    if any(is_spread(v) for state in state_dict["state"].values() for v in state.values()) and any(
-        key in state for key in MASKS.values() for state in state_dict["state"].values()
-    ):
-        raise RuntimeError(
-            "a mask was captured and its step not taken, and parameters are DTensors: a mask of a part "
-            "cannot be saved so that it can be resharded; call step() first"
-        )
     state_dict["state"] = {
-        i: {k: v.clone() if k in MASKS.values() else v for k, v in state.items()}
+        i: {
+            k: saved_mask(v, state.get("exp_avg")) if k in MASKS.values() else v
+            for k, v in state.items()
+        }
         for i, state in state_dict["state"].items()
     }
     state_dict[ROSE] = {"format": FORMAT, "settings": settings.to_saved()}
@@ -137,7 +135,7 @@ class Loader:
                 f"is of format {number}, which a newer rose_ops made, and this one reads formats up to "
                 f"{FORMAT}: load it with that one, or update this one"
             )
-        here, there = self._settings.to_saved(), ours["settings"]
+        here, there = self._settings.to_saved(), {**ADDED, **ours["settings"]}
         self.differences = [
             f"{name}={here.get(name)!r} (the checkpoint has {there.get(name)!r})"
             for name in sorted(here.keys() | there.keys(), key=str)
@@ -183,13 +181,10 @@ class Loader:
         for key in MASKS.values():
             if key not in state:
                 continue
-            mask = state[key]
-            if not isinstance(mask, Tensor) or (mask.dtype, mask.numel()) not in (
-                (torch.bool, 1),
-                (torch.uint8, (local(p).numel() + 7) // 8),
-            ):
-                raise fail(f"{key!r} is not a mask of this parameter")
-            kept[key] = Kept(mask.to(p.device, copy=True))
+            try:
+                kept[key] = Kept(loaded_mask(state[key], p))
+            except ValueError as error:
+                raise fail(f"{key!r} {error}") from None
         return kept
 
 
@@ -275,8 +270,8 @@ class Checkpointed(Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         if self.settings.process_group is not None:
             raise TypeError(
-                "an optimizer with a process_group cannot be copied or pickled, as the group is this "
-                "process's; expected its state_dict() instead"
+                "an optimizer with a process_group cannot be copied or pickled, as the group belongs "
+                "to this process; expected its state_dict() instead"
             )
         return {
             **super().__getstate__(),

@@ -142,7 +142,7 @@ def rose_backward(
     rose = unwrap(optimizer)
     check_limit(max_grad_norm, rose.settings.max_grad_norm if rose else None)
     kinds = rose.settings.kinds if rose else ()
-    first = "first" in kinds
+    first = rose is not None and rose.needs_first_mask
     # Without R-Drop the update's gradient is that of ce, and step() takes the mask from it.
     second = "second" in kinds and r_drop > 0.0
     own = [p for group in (rose or optimizer).param_groups for p in group["params"]]
@@ -150,7 +150,7 @@ def rose_backward(
     precision = Precision.of(optimizer, scaler)
     if gradient_accumulation_steps != 1:
         precision = precision.accumulating(gradient_accumulation_steps)
-    if first or second:
+    if "first" in kinds or second:
         precision.check_captures()
         check_no_gradients(model, parameters)
     clips = max_grad_norm is not None and precision.steps

@@ -91,6 +91,11 @@ class RoseFusedAdamW(Checkpointed):
         inactive: what happens to elements without evidence to rank by (no gradient history in
             second order, zero gradient in first). ``"update"``: they are selected and stay out of the
             ranking; ``"rank"``: the formulas are taken literally.
+        first_order_every: a first-order mask is used in so many steps, then captured anew: in between,
+            a step takes one pass and one backward. It is due at the first step that selects and
+            ``first_order_every`` steps after that, again and again, and whenever there is none; see
+            :attr:`needs_first_mask`. It is part of the state, so a resumed run goes on with it. (In a
+            CUDA graph only calls count, not replays.)
         selection_warmup_steps: so many first steps are plain AdamW. (On a GPU a step that
             ``GradScaler`` skips counts, too: whether it does is not read back.)
         max_grad_norm: clip the gradients to this norm, over all parameters of the optimizer, as
@@ -161,12 +166,13 @@ class RoseFusedAdamW(Checkpointed):
         process_group: Any = None,
         local_ranking: bool = False,
         amp_scaling: bool = True,
+        first_order_every: int = 1,
         seed: int = 0,
     ) -> None:
         self.settings = Settings(
             order, upper, lower, gamma, granularity, selection, inactive, selection_warmup_steps,
             max_grad_norm, error_if_nonfinite, state_dtype, param_rounding, backend, process_group,
-            seed, local_ranking, amp_scaling,
+            seed, local_ranking, amp_scaling, first_order_every,
         )  # fmt: skip
         check_maker(self.settings)
         self._reset()
@@ -359,7 +365,8 @@ class RoseFusedAdamW(Checkpointed):
         grad_scale: Tensor | None = None,
         max_grad_norm: float | None = None,
     ) -> None:
-        """Make a mask from what ``.grad`` holds now, for the next :meth:`step` to use.
+        """Make a mask from what ``.grad`` holds now, for the next :meth:`step` to use (for several of
+        them, where ``first_order_every`` says so).
 
         ``.grad`` has to be of this one loss; :meth:`capturing` makes sure of that. Nothing is captured
         where the next step does not select (warm-up, ``upper=1``).
@@ -454,7 +461,7 @@ class RoseFusedAdamW(Checkpointed):
     @_disable_dynamo
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Select and update; captured masks are consumed.
+        """Select and update; captured masks are consumed, unless ``first_order_every`` keeps them.
 
         Args:
             closure: reevaluates the model and returns the loss. With a first-order mask to capture,
@@ -501,8 +508,31 @@ class RoseFusedAdamW(Checkpointed):
         once = "first" in self.settings.kinds or captured  # gradients that captures must not see again
         self._captures.note_used(batch.params if once else ())
         for kind in tuple(captured):
-            self._captures.drop(kind, self.state.values())
+            if kind == "second" or not self._reuses_first:
+                self._captures.drop(kind, self.state.values())
         return loss
+
+    @property
+    def _reuses_first(self) -> bool:
+        """Whether the coming step is to use the first-order mask of the one before."""
+        settings = self.settings
+        return (self._steps_done - settings.selection_warmup_steps) % settings.first_order_every != 0
+
+    @property
+    @_disable_dynamo
+    def needs_first_mask(self) -> bool:
+        """Whether a first-order mask is to be captured for the coming step: the order has one, and
+        ``first_order_every`` has none to use again. In a loop by hand::
+
+            if optimizer.needs_first_mask:
+                with optimizer.capturing("first"):
+                    kl_of(model, batch).backward()
+
+        (:func:`rose_backward`, :func:`rose_accumulate` and the Trainer leave the pass and the backward
+        out by themselves.)
+        """
+        there = "first" in self._captures.kinds and self._reuses_first
+        return "first" in self.settings.kinds and not there
 
     def _only_makes_state(self, batch: Batch) -> bool:
         """Whether a step is that of ``torch.distributed.checkpoint``, which makes state to load into by

@@ -120,6 +120,7 @@ class Settings:
     seed: int = 0
     local_ranking: bool = False
     amp_scaling: bool = True
+    first_order_every: int = 1
 
     def __post_init__(self) -> None:
         choice("order", self.order, tuple(ORDERS))
@@ -140,6 +141,7 @@ class Settings:
                 below = "" if limit == math.inf else f" and < {limit}"
                 raise ValueError(f"{name}={shown(value)}; expected an integer >= 0{below}")
             object.__setattr__(self, name, int(value))  # NumPy's, too
+        self._check_reuse()
         if self.state_dtype not in (None, *STATE_DTYPES):
             raise ValueError(
                 f"state_dtype={shown(self.state_dtype)}; expected None (float32), torch.float32 or "
@@ -151,6 +153,17 @@ class Settings:
             if not isinstance(value, bool):
                 raise ValueError(f"{name}={shown(value)}; expected True or False")
         self._check_group()
+
+    def _check_reuse(self) -> None:
+        every = self.first_order_every
+        if not _is_count(every) or every < 1:
+            raise ValueError(f"first_order_every={shown(every)}; expected an integer >= 1")
+        if every > 1 and "first" not in self.kinds:
+            raise ValueError(
+                f"first_order_every={shown(every)} with order={self.order!r}, which has no first-order "
+                "mask to use again; expected 1, or order='first' or 'ensemble'"
+            )
+        object.__setattr__(self, "first_order_every", int(every))  # NumPy's, too
 
     def _check_group(self) -> None:
         if self.process_group is None:
@@ -216,6 +229,7 @@ class Settings:
             "upper": {kind: high for kind, (high, _) in fractions.items()},
             "lower": {kind: low for kind, (_, low) in fractions.items()},
             **({"gamma": float(self.gamma)} if self.order == "ensemble" else {}),
+            "first_order_every": self.first_order_every,
             "granularity": self.granularity,
             "selection": self.selection,
             "inactive": self.inactive,

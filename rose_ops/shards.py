@@ -10,6 +10,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from rose_ops.layout import memory_order
+from rose_ops.reference import pack, unpack
+
 _MODULE = "torch.distributed.tensor"  # who has a DTensor has imported it; it takes half a second
 
 
@@ -55,6 +58,57 @@ def part_of(whole: Tensor, like: Any) -> Tensor:
     for dim, (begin, size) in enumerate(zip(shard.begin, shard.size, strict=True)):
         whole = whole.narrow(dim, begin if size else 0, size)
     return whole
+
+
+def saved_mask(mask: Tensor, like: Any) -> Tensor:
+    """A copy of a parameter's mask, as a checkpoint has it: as it is, packed; but of a part of a
+    DTensor, as a DTensor of bools, which can be resharded.
+
+    Args:
+        mask: uint8 ``[ceil(n / 8)]`` of the n elements that are here, or bool of one element, of all.
+        like: a tensor of the parameter's shape and placement.
+    """
+    if mask.dtype == torch.bool or not is_spread(like):
+        return mask.clone()
+    part = local(like)
+    bools = torch.empty_like(part, dtype=torch.bool)
+    _in_memory_order(bools).copy_(_unpacked(mask, part.numel()))
+    return spread_like(bools, like)
+
+
+def loaded_mask(mask: object, param: Any) -> Tensor:
+    """A mask for a parameter, or for the part of it that is here, of one that :func:`saved_mask` made,
+    of this parameter or of one that was spread over other processes, or over none.
+
+    Raises:
+        ValueError: it is no mask of this parameter, or a DTensor that is not placed as it is.
+    """
+    if not isinstance(mask, Tensor):
+        raise ValueError("is not a mask of this parameter")
+    is_of_tensor = (mask.dtype, mask.numel()) == (torch.bool, 1) and not is_spread(mask)
+    if (mask.dtype, mask.shape) == (torch.bool, param.shape) and not is_of_tensor:
+        part = part_of(mask, param)
+        bools = torch.empty_like(local(param), dtype=torch.bool).copy_(part)
+        with torch.device("cpu"):
+            return pack(_in_memory_order(bools).cpu()).to(bools.device)
+    is_packed = (mask.dtype, mask.numel()) == (torch.uint8, (param.numel() + 7) // 8)
+    if not is_of_tensor and not is_packed:
+        raise ValueError("is not a mask of this parameter")
+    if is_of_tensor or not is_spread(param):
+        return mask.to(param.device, copy=True)
+    whole = torch.empty_strided(param.shape, param.stride(), dtype=torch.bool, device=mask.device)
+    _in_memory_order(whole).copy_(_unpacked(mask, param.numel()))
+    return loaded_mask(whole, param)
+
+
+def _unpacked(mask: Tensor, n: int) -> Tensor:
+    with torch.device("cpu"):
+        return unpack(mask.cpu(), n)
+
+
+def _in_memory_order(tensor: Tensor) -> Tensor:
+    """A view of one dimension, in which elements are as in memory, and so in a packed mask."""
+    return memory_order(tensor, [tensor])[0].view(-1)
 
 
 def has_placement_of(tensor: Any, like: Any) -> bool:

@@ -84,10 +84,11 @@ def pytest_configure(config: pytest.Config) -> None:
 TOPICS = {
     "kernels": "approx arguments arm bracket failure_bound huge instructions mutants one_pass "
     "one_pass_ties ops parity properties roofline simt threshold triton",
-    "optimizer": "checkpoints clipping determinism errors flat given leaks memory optimizer "
-    "optimizer_corners optimizer_kept state steps surroundings tensor_granularity torch_optim_table",
-    "stacks": "accumulate ddp distributed losses sharded stacks stacks_amp stacks_torch trainer "
-    "wrappers",
+    "optimizer": "checkpoints clipping determinism errors flat given kill leaks memory optimizer "
+    "optimizer_corners optimizer_kept reuse state steps surroundings tensor_granularity "
+    "torch_optim_table",
+    "stacks": "accumulate ddp distributed losses reshard sharded stacks stacks_amp stacks_torch "
+    "trainer wrappers",
     "package": "cli doctor examples habits hub import readme setup",
     "bench": "benchmarks profile_gpu",
     "device": "gpu gpu_binaries gpu_graphs gpu_large gpu_profile gpu_run gpu_sync",

@@ -150,11 +150,13 @@ def train(
     twin: bool = False,
     scaled: bool = False,
     micro: tuple[int, ...] = (),
+    every: int = 1,
     **options: Any,
 ) -> dict[str, Any]:
     """Several steps; all that must be alike on both ranks. With ``twin`` also how many elements
     differ from one process with the whole batch for no reason of rounding, in each step."""
-    wrapped, optimizer = replicas(rank, seed, {"order": order}, model, **ddp)
+    settings = {"order": order, "first_order_every": every}
+    wrapped, optimizer = replicas(rank, seed, settings, model, **ddp)
     module = wrapped.module
     called = torch.compile(wrapped, backend="eager") if compiled else wrapped
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8) if scaled else None

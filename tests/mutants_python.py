@@ -4,7 +4,7 @@ fail)."""
 OPTIM, BATCH, CHECKPOINT = "rose_ops/optim.py", "rose_ops/batch.py", "rose_ops/checkpoint.py"
 SETTINGS, FLAT, LOSSES = "rose_ops/settings.py", "rose_ops/flat.py", "rose_ops/losses.py"
 WRAPPERS, MEMORY, LAYOUT = "rose_ops/wrappers.py", "rose_ops/memory.py", "rose_ops/layout.py"
-CHECKS, RESULTS = "rose_ops/checks.py", "rose_ops/results.py"
+CHECKS, RESULTS, SHARDS = "rose_ops/checks.py", "rose_ops/results.py", "rose_ops/shards.py"
 ACCUMULATE, DIVERGENCE = "rose_ops/accumulate.py", "rose_ops/divergence.py"
 TRAINER = "rose_ops/integrations/transformers.py"
 ENGINE, GROUPS, CAPTURES = "rose_ops/engine.py", "rose_ops/groups.py", "rose_ops/captures.py"
@@ -14,6 +14,11 @@ OF_OPTIMIZER = "tests/test_optimizer.py"
 OF_FLAT, OF_STATE, OF_LOSSES = "tests/test_flat.py", "tests/test_state.py", "tests/test_losses.py"
 OF_CLIPPING, OF_GIVEN, OF_DDP = "tests/test_clipping.py", "tests/test_given.py", "tests/test_ddp.py"
 OF_CHECKPOINTS, OF_SHARDED = "tests/test_checkpoints.py", "tests/test_sharded.py"
+OF_REUSE, OF_RESHARD = "tests/test_reuse.py", "tests/test_reshard.py"
+REUSED, MASKS_OF_PARTS = (
+    f"{OF_REUSE}::test_a_mask_of_several_steps",
+    f"{OF_RESHARD}::test_masks_of_the_step_to_come",
+)
 OF_LEAKS, OF_ERRORS = "tests/test_leaks.py", "tests/test_errors.py"
 MICRO, OF_TRAINER = "tests/test_accumulate.py::test_micro_batches", "tests/test_trainer.py"
 WARM_UP = f"{OF_OPTIMIZER}::test_warm_up_is_adamw_and_ignores_captures"
@@ -87,16 +92,16 @@ MUTANTS = {
         f"{OF_STATE}::test_a_resume_is_as_if_training_had_not_stopped",
     ),
     "draws of steps": (
-        ENGINE, "else ranking.numbers(), [", "else ranking._replace(draw=0).numbers(), [", DRAWS,
+        ENGINE, "[] if ranking is None else ranking.numbers(", "[] if ranking is None else ranking._replace(draw=0).numbers(", DRAWS,
     ),
     "draws of captures": (
-        ENGINE, "        ranking.numbers(),\n", "        ranking._replace(draw=0).numbers(),\n", DRAWS,
+        ENGINE, "        record, ranking.numbers(", "        record, ranking._replace(draw=0).numbers(", DRAWS,
     ),
     "draws of seeds": (
         OPTIM, "(self.settings.seed * 0x9E3779B1 + self._steps_done)", "self._steps_done", DRAWS,
     ),
     "mode of a ranking": (
-        ENGINE, "int(Mode[self.selection.upper()])", "int(Mode.BRACKET)", DRAWS,
+        ENGINE, "else Mode[self.selection.upper()])", "else Mode.BRACKET)", DRAWS,
     ),
     "gradients of a step, used again": (
         OPTIM, "        self._captures.refuse_used(kind, batch)\n", "",
@@ -141,7 +146,8 @@ MUTANTS = {
     ),
     # -------------------------------------------------------------------------------------- batch.py
     "places of parameters that have a gradient": (
-        BATCH, "list(compress(offsets, present)))", "offsets[: sum(present)])",
+        BATCH, "list(compress(accumulate(numels, initial=self.begin), present))",
+        "list(accumulate(numels, initial=self.begin))[: sum(present)]",
         f"{OF_OPTIMIZER}::test_rounding_depends_on_the_place_in_the_optimizer_alone",
     ),
     "groups of parameters that have a gradient": (
@@ -149,12 +155,12 @@ MUTANTS = {
         f"{KEPT}::test_groups_of_parameters_without_gradients",
     ),
     "memory order of gradients": (
-        BATCH, "memory_order(self.params[i], (tensors[i],))", "memory_order(tensors[i], (tensors[i],))",
+        BATCH, "memory_order(self.parts[i], (tensors[i],))", "memory_order(tensors[i], (tensors[i],))",
         LAYOUTS,
     ),
     "memory order of a part": (
-        BATCH, "return Batch(self.layout.subset(keep), params, views, grads, states, scattered)",
-        "return Batch(self.layout.subset(keep), params, views, grads, states, self.scattered)",
+        BATCH, "return Batch(self.layout.subset(keep), params, parts, views, grads, states, scattered)",
+        "return Batch(self.layout.subset(keep), params, parts, views, grads, states, self.scattered)",
         f"{KEPT}::test_scattered_parameters_behind_plain_ones",
     ),
     "memory order of moments": (
@@ -180,7 +186,7 @@ MUTANTS = {
         f"{KEPT}::test_a_size_that_changes",
     ),
     "places that are known": (
-        BATCH, "list(map(Tensor.data_ptr, params)) == seen.places", "True", SHARED,
+        BATCH, "_places(params, seen.layout.shards is not None) == seen.places", "True", SHARED,
     ),
     "places that share nothing": (
         BATCH, "if not places <= self._apart:", "if not self._apart:", SHARED,
@@ -227,15 +233,16 @@ MUTANTS = {
         f"{OF_STATE}::test_adamw_s_state_dict_leaves_selective_as_it_is",
     ),
     "saved masks": (
-        CHECKPOINT, "v.clone() if k in MASKS.values() else v", "v",
+        SHARDS, "return mask.clone()", "return mask",
         f"{OF_CHECKPOINTS}::test_a_saved_mask_is_a_copy",
     ),
     "loaded masks": (
-        CHECKPOINT, "Kept(mask.to(p.device, copy=True))", "Kept(mask)",
+        SHARDS, "return mask.to(param.device, copy=True)", "return mask",
         f"{CORNERS}::test_a_loaded_mask_is_a_copy",
     ),
     "loaded moments": (
-        CHECKPOINT, "Kept(place.copy_(values[moment]))", "Kept(values[moment])",
+        CHECKPOINT, "Kept(spread_like(place.copy_(part_of(values[moment], p)), p))",
+        "Kept(values[moment])",
         f"{OF_STATE}::test_training_moves_from_adamw_to_rose",
     ),
     "dtype of loaded moments": (
@@ -338,9 +345,66 @@ MUTANTS = {
         TRAINER, "            step.finish()\n            self._step = None\n",
         "            step.finish()\n        self._step = None\n", f"{OF_TRAINER}::test_as_a_plain_loop",
     ),
+    "passes between two masks": (
+        TRAINER, "rose is not None and rose.needs_first_mask)", "rose is not None)",
+        f"{OF_TRAINER}::test_first_order_masks_that_are_used_again",
+    ),
     "what an error leaves": (
         TRAINER, "            self._step = None\n            raise", "            raise",
         f"{OF_TRAINER}::test_an_error_leaves_nothing_for_the_next_run",
+    ),
+    # ----------------------------------------------------------------------- masks that are used again
+    "a mask's last step": (
+        OPTIM, "if kind == \"second\" or not self._reuses_first:", "if kind == \"second\":", REUSED,
+    ),
+    "a second-order mask is used once": (
+        OPTIM, "if kind == \"second\" or not self._reuses_first:", "if not self._reuses_first:",
+        f"{OF_REUSE}::test_a_second_order_mask_is_used_once",
+    ),
+    "masks from the end of the warm-up on": (
+        OPTIM, "(self._steps_done - settings.selection_warmup_steps) % settings.first",
+        "self._steps_done % settings.first", REUSED,
+    ),
+    "a mask that was lost": (
+        OPTIM, "there = \"first\" in self._captures.kinds and self._reuses_first",
+        "there = self._reuses_first", f"{OF_REUSE}::test_a_mask_that_was_lost_is_made_anew",
+    ),
+    "needed where a mask is due": (
+        OPTIM, "there = \"first\" in self._captures.kinds and self._reuses_first",
+        "there = \"first\" in self._captures.kinds",
+        f"{OF_REUSE}::test_two_captures_before_a_step",
+    ),
+    "no second pass": (
+        LOSSES, "first = rose is not None and rose.needs_first_mask", "first = \"first\" in kinds",
+        f"{OF_REUSE}::test_no_second_pass_where_one_does",
+    ),
+    "no second pass over micro-batches": (
+        ACCUMULATE, "self._first = self._rose is not None and self._rose.needs_first_mask",
+        "self._first = \"first\" in kinds", f"{OF_REUSE}::test_no_second_pass_where_one_does",
+    ),
+    "micro-batches between two masks": (
+        LOSSES, "    if \"first\" in kinds or second:\n", "    if first or second:\n",
+        f"{OF_REUSE}::test_micro_batches_one_at_a_time_are_refused_in_every_step",
+    ),
+    "settings that came later": (
+        CHECKPOINT, "{**ADDED, **ours", "{**ours",
+        f"{OF_REUSE}::test_another_number_in_a_checkpoint_is_said",
+    ),
+    # ------------------------------------------------------------------------ masks of parts, shards.py
+    "a saved mask of a part": (
+        SHARDS, "if mask.dtype == torch.bool or not is_spread(like):", "if True:", MASKS_OF_PARTS,
+    ),
+    "a loaded mask of a part": (
+        SHARDS, "        part = part_of(mask, param)\n", "        part = local(mask)\n",
+        f"{OF_RESHARD}::test_a_state_of_one_process_is_loaded_by_several",
+    ),
+    "the whole mask of a parameter": (
+        SHARDS, "    return loaded_mask(whole, param)\n", "    return mask\n",
+        f"{OF_RESHARD}::test_a_state_of_one_process_is_loaded_by_several",
+    ),
+    "the size of a mask": (
+        SHARDS, "(param.numel() + 7) // 8", "mask.numel()",
+        f"{OF_RESHARD}::test_other_placements_are_refused",
     ),
     # ------------------------------------------------------------------------------------- losses.py
     "leftovers of parameters that only the optimizer has": (

@@ -89,6 +89,17 @@ def test_replicas_stay_alike_and_are_as_one_process(run, order, r_drop):
     assert list(one["steps"][-1]["masks"]) == captured
 
 
+UNUSED = {"find_unused_parameters": True}
+
+
+@pytest.mark.parametrize("r_drop", [0.0, 2.0])
+def test_masks_that_are_used_again(run, r_drop):
+    one, other = run("train", order="ensemble", r_drop=r_drop, twin=True, ddp=UNUSED, every=3)
+    assert_alike(one["steps"], other["steps"])
+    assert_as_alone(one)
+    assert ["first" in step["masks"] for step in one["steps"]] == [True, False, False, True]
+
+
 @pytest.mark.parametrize(
     "options",
     [

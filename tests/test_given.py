@@ -275,6 +275,7 @@ NUMBERS = [
     {"betas": (torch.tensor(0.9), torch.tensor(0.99))},
     {"upper": np.float32(0.5), "gamma": np.float32(0.5), "order": "second"},
     {"selection_warmup_steps": np.int64(3), "seed": np.uint32(5)},
+    {"order": "first", "first_order_every": np.int64(3)},
     {"max_grad_norm": np.float32(1.0)},
     {"amsgrad": False, "foreach": True, "fused": None, "differentiable": False},
     {"fused": True, "foreach": False, "maximize": True},

@@ -190,6 +190,61 @@ def test_an_estimator_of_memory():
 # -------------------------------------------------------------------------------- torch.compile
 
 
+@pytest.mark.parametrize(("order", "lr"), [("second", "0.1"), ("ensemble", "torch.tensor(0.1)")])
+def test_nothing_is_compiled_again(order, lr):
+    """When learning rates or other options change, the warm-up ends, or a mask is used again: the
+    optimizer is outside of the graphs. Statistics and counters are those of eager training."""
+    program = f"""
+import torch
+from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch._dynamo.utils import counters
+from rose_ops import RoseFusedAdamW, rose_backward
+counter = CompileCounterWithBackend("aot_eager")
+found = []
+for compiled in (False, True):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 9), nn.Dropout(0.3), nn.Linear(9, 3))
+    every = {{"first_order_every": 2}} if {order!r} == "ensemble" else {{}}
+    optimizer = RoseFusedAdamW(
+        model.parameters(), lr={lr}, order={order!r}, selection_warmup_steps=2, **every
+    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
+    x, y = torch.randn(8, 6), torch.randint(3, (8,))
+    forward = torch.compile(model, backend=counter) if compiled else model
+    def train_step(x, y):
+        if optimizer.needs_first_mask:
+            with optimizer.capturing("first"):
+                (forward(x) - forward(x)).square().sum().backward()
+        loss = nn.functional.cross_entropy(forward(x), y)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss
+    if compiled:
+        train_step = torch.compile(train_step, backend=counter)
+    kept = []
+    for step in range(8):
+        if compiled and step == 4:
+            graphs = counter.frame_count, counters["stats"]["unique_graphs"]
+            torch._dynamo.config.error_on_recompile = True
+        train_step(x, y)
+        schedule.step()
+        optimizer.param_groups[0]["weight_decay"] = 0.1 * step
+        records = optimizer.selection
+        kept.append([records[kind].kept.item() for kind in optimizer.settings.kinds if kind in records])
+    rates = [float(group["lr"]) for group in optimizer.param_groups]
+    found.append((kept, optimizer._steps_done, rates, [p.detach() for p in model.parameters()]))
+assert graphs == (counter.frame_count, counters["stats"]["unique_graphs"]) and graphs[0] > 0, graphs
+(kept, *counts, eager), (kept_, *counts_, compiled) = found
+assert counts == counts_ and counts[0] == 8 and counts[1][0] < 0.1 / 7, counts
+assert kept == kept_ and all(kept[-1]), kept
+for p, q in zip(eager, compiled):
+    torch.testing.assert_close(p, q)
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=300)
+
+
 @pytest.mark.parametrize(("order", "what"), [("second", "step"), ("ensemble", "loop")])
 def test_compiled_training_is_eager_training(order, what):
     """Counters included: the warm-up ends. In a process of its own, as the compiler changes a lot."""

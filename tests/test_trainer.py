@@ -340,6 +340,79 @@ def test_resumed_in_the_middle_of_an_epoch(tmp_path):
     assert logs[0] == logs[1]
 
 
+class Passes(Recorder):
+    """Notes how many passes each of its micro-batches took."""
+
+    def training_step(self, *args: Any) -> Tensor:
+        if not hasattr(self, "passes"):
+            self.passes = []
+        self.passes.append(0)
+        return super().training_step(*args)
+
+    def compute_loss(self, *args: Any, **options: Any) -> Any:
+        self.passes[-1] += self.model.training
+        return super().compute_loss(*args, **options)
+
+
+@pytest.mark.parametrize("r_drop", [0.0, 0.5])
+def test_first_order_masks_that_are_used_again(tmp_path, r_drop):
+    """As a plain loop, within rounding, with one pass where one does."""
+    rose = {"order": "ensemble", "upper": 0.7, "granularity": "tensor", "first_order_every": 2}
+    model = classifier()
+    other = copy.deepcopy(model)
+    trainer = trained(
+        tmp_path, model, kind=Passes, rose=rose, r_drop=r_drop, gradient_accumulation_steps=2,
+        compute_loss_func=loss_by_items, lr_scheduler_type="constant", max_grad_norm=0,
+    )  # fmt: skip
+    assert trainer.passes == ([2, 2, 1, 1, 2, 2] if r_drop == 0 else [2] * 6)
+    names = set(trainer.get_decay_parameter_names(other))
+    optimizer = RoseFusedAdamW(
+        [
+            {"params": [p for n, p in other.named_parameters() if (n in names) == decays]}
+            for decays in (True, False)
+        ],
+        lr=1e-2, weight_decay=0.0, **rose,
+    )  # fmt: skip
+    other.train()
+    torch.set_rng_state(trainer.random)
+    batches = [
+        ({k: v for k, v in batch.items() if k != "labels"}, batch["labels"])
+        for batch in trainer.batches
+    ]
+    for step in range(STEPS):
+        rose_accumulate(other, batches[2 * step : 2 * step + 2], optimizer, r_drop=r_drop)
+        optimizer.step()
+        optimizer.zero_grad()
+    assert_alike(model, other)
+    one, again, last = (log for log in trainer.state.log_history if "loss" in log)
+    assert one["rose_first_threshold"] == again["rose_first_threshold"] != last["rose_first_threshold"]
+    assert (one["rose_kl"] == again["rose_kl"]) == (r_drop == 0)
+    assert again["rose_kl"] != last["rose_kl"]
+
+
+@pytest.mark.parametrize("at", [1, 2, 3])
+def test_resumed_between_two_first_order_masks(tmp_path, at):
+    """Bit for bit: a mask that is used again is in the checkpoint."""
+    options: dict[str, Any] = {
+        "max_steps": 5, "save_strategy": "steps", "save_steps": at, "gradient_accumulation_steps": 2,
+    }  # fmt: skip
+
+    def run(path: Path, resume: str | None = None) -> Any:
+        trainer = Passes(
+            classifier(), arguments(path, **options), train_dataset=sentences(),
+            rose={"order": "ensemble", "first_order_every": 3},
+        )  # fmt: skip
+        trainer.train(resume_from_checkpoint=resume)
+        return trainer
+
+    whole = run(tmp_path / "whole")
+    resumed = run(tmp_path / "resumed", str(tmp_path / "whole" / f"checkpoint-{at}"))
+    for p, q in zip(whole.model.parameters(), resumed.model.parameters(), strict=True):
+        assert torch.equal(p, q)
+    assert whole.passes == [2, 2, 1, 1, 1, 1, 2, 2, 1, 1]
+    assert resumed.passes == whole.passes[2 * at :]
+
+
 def test_an_error_leaves_nothing_for_the_next_run(tmp_path):
     """Here, between two micro-batches."""
     calls = []

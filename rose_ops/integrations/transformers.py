@@ -48,7 +48,10 @@ class RoseTrainer(Trainer):
 
     Args:
         rose: settings of ``RoseFusedAdamW`` (``order``, ``upper``, ``gamma``, ...), and ``selective``:
-            which parameters are ranked, as in :func:`rose_ops.rose_param_groups`.
+            which parameters are ranked, as in :func:`rose_ops.rose_param_groups`. With
+            ``first_order_every=K`` the two passes are taken in every K-th step only, and those in
+            between use its first-order mask again; ``rose_kl`` and ``rose_first_...`` in the logs are
+            those of the latest such step.
         r_drop: weight of the kl in the update's loss: R-Drop + ROSE.
         others: as in ``Trainer``. With ``optimizers=``, that optimizer is taken as it is, and ``rose``
             has to be left out.
@@ -125,7 +128,8 @@ class RoseTrainer(Trainer):
     ) -> Tensor:
         """Forwards and backwards of a micro-batch; with the last one, the masks."""
         rose = unwrap(self.optimizer)
-        if "first" not in (rose.settings.kinds if rose else ()) and self.r_drop == 0.0:
+        needs_kl = self.r_drop > 0.0 or (rose is not None and rose.needs_first_mask)
+        if not needs_kl:
             return super().training_step(model, inputs, num_items_in_batch)
         model.train()
         try:
