@@ -92,10 +92,12 @@ MUTANTS = {
         f"{OF_STATE}::test_a_resume_is_as_if_training_had_not_stopped",
     ),
     "draws of steps": (
-        ENGINE, "[] if ranking is None else ranking.numbers(", "[] if ranking is None else ranking._replace(draw=0).numbers(", DRAWS,
+        ENGINE, "[] if ranking is None else ranking.numbers(",
+        "[] if ranking is None else ranking._replace(draw=0).numbers(", DRAWS,
     ),
     "draws of captures": (
-        ENGINE, "        record, ranking.numbers(", "        record, ranking._replace(draw=0).numbers(", DRAWS,
+        ENGINE, "        record, ranking.numbers(",
+        "        record, ranking._replace(draw=0).numbers(", DRAWS,
     ),
     "draws of seeds": (
         OPTIM, "(self.settings.seed * 0x9E3779B1 + self._steps_done)", "self._steps_done", DRAWS,
