@@ -26,7 +26,7 @@ _KEY = ("method", "task", "model", "granularity", "seed")
 _SCORES = tuple(x.name for x in fields(Scores))
 CURVES = ("run", *_KEY, "step", "split", *_SCORES)
 _MACHINE = (
-    "machine", "device", "cores", "isa", "cpu_flags", "python", "torch", "transformers", "rose_ops",
+    "machine", "gpu", "cores", "isa", "cpu_flags", "python", "torch", "transformers", "rose_ops",
     "threads", "date", "revision",
 )  # fmt: skip
 RUNS = (
@@ -73,7 +73,7 @@ class Results:
             "train_loss": sum(x["ce"] for x in tail) / len(tail),
             "seconds": round(seconds, 1),
             "train_seconds": round(trained.seconds, 1),
-            **{name: machine[name] for name in (*_MACHINE, "used_precision")},
+            **{name: machine.get(name, "") for name in (*_MACHINE, "used_precision")},
         }
         with self._locked():
             if run.id not in {row["run"] for row in _read(self.runs)}:
