@@ -84,7 +84,7 @@ def pytest_configure(config: pytest.Config) -> None:
 TOPICS = {
     "kernels": "approx arguments arm bracket failure_bound huge instructions mutants one_pass "
     "one_pass_ties ops parity properties roofline simt threshold triton",
-    "optimizer": "checkpoints clipping determinism errors flat given leaks memory optimizer "
+    "optimizer": "checkpoints clipping determinism errors flat given leaks masks memory optimizer "
     "optimizer_corners optimizer_kept state steps surroundings tensor_granularity torch_optim_table",
     "stacks": "accumulate ddp losses sharded stacks stacks_amp stacks_torch trainer wrappers",
     "package": "cli doctor examples habits hub import readme setup",
