@@ -34,6 +34,13 @@ def drawn(params, generator) -> dict[Tensor, Tensor]:
     return {p: torch.rand(p.shape, generator=generator) < 0.4 for p in params}
 
 
+def values(optimizer, p) -> tuple[Tensor, Tensor, Tensor]:
+    """A parameter and its moments."""
+    moments = (optimizer.state.get(p, {}).get(key) for key in ("exp_avg", "exp_avg_sq"))
+    zero = torch.zeros_like(p.detach())
+    return (p.detach().clone(), *(zero if m is None else m.clone() for m in moments))
+
+
 def by_hand(p, g, m, v, mask, step) -> tuple[Tensor, Tensor, Tensor]:
     """Algorithm 1, lines 8-13, with weights ``mask`` of each element, in float64."""
     p, g, m, v, mask = (x.double() for x in (p, g, m, v, mask))
@@ -57,21 +64,16 @@ def test_a_given_mask_says_what_is_updated(granularity, generator):
     optimizer = RoseFusedAdamW(params, granularity=granularity, **OPTIONS)
     for step in range(1, 4):
         masks, grads = drawn(params, generator), gradients(params, generator)
-        before = [
-            (p.detach().clone(), *(s[k].clone() if s else torch.zeros_like(p) for k in ("exp_avg", "exp_avg_sq")))
-            for p in params
-            for s in (optimizer.state.get(p),)
-        ]  # fmt: skip
+        before = [values(optimizer, p) for p in params]
         optimizer.set_masks(masks)
         give(params, grads)
         optimizer.step()
         for p, g, (old, m, v) in zip(params, grads, before, strict=True):
-            state, mask = optimizer.state[p], masks[p]
-            found = (p.detach(), state["exp_avg"], state["exp_avg_sq"])
+            mask, found = masks[p], values(optimizer, p)
             for mine, expected in zip(found, by_hand(old, g, m, v, mask, step), strict=True):
                 torch.testing.assert_close(mine, expected.float(), rtol=1e-5, atol=1e-7)
-            assert_same_bits(p.detach()[~mask], old[~mask], "left alone")
-            assert_same_bits(state["exp_avg"][~mask], m[~mask], "first moment")
+            assert_same_bits(found[0][~mask], old[~mask], "left alone")
+            assert_same_bits(found[1][~mask], m[~mask], "first moment")
 
 
 def test_the_ensemble_weighs_given_masks(generator):
