@@ -65,7 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--results", type=Path, default=RESULTS)
     group.add_argument("--resume", action="store_true", help="leave out what is finished")
     group.add_argument("--minutes", type=float, help="start no run after so many")
-    group.add_argument("--device", default=os.environ.get("DEVICE") or "cpu")
+    group.add_argument("--device", default="cpu")
     group.add_argument("--threads", type=int, help="default: what torch chooses")
     group.add_argument("--jobs", type=int, default=1, help="processes side by side")
     group.add_argument("--list", action="store_true", help="print the runs and stop")

@@ -111,7 +111,7 @@ PUBLISHED = {
         "sst2": ((5e-5, 0.40), (1e-5, 0.70)),
     },
 }
-GRID_LR = tuple(i * 1e-5 for i in range(1, 11))
+GRID_LR = tuple(float(f"{i}e-5") for i in range(1, 11))
 GRID_UPPER = tuple(i / 10 for i in range(1, 10))
 # R-Drop's own code adds 0.7 of the KL summed over the batch and halved, and symmetric_kl is a mean.
 R_DROP_PER_EXAMPLE = 0.35
