@@ -247,10 +247,8 @@ def test_nothing_matched():
     assert matched.summarise(pairs).empty
 
 
-@pytest.mark.parametrize(
-    ("first", "second"), itertools.permutations([[0.1, 0.2, 0.3], [0.5, 0.1, 0.2]])
-)
-def test_the_interval_is_two_sided_whatever_the_direction(first, second):
-    result = stats.compare(pd.Series(first), pd.Series(second))
+@pytest.mark.parametrize("sign", [1, -1])
+def test_the_interval_is_two_sided_whatever_the_direction(sign):
+    result = stats.compare(sign * pd.Series([0.1, 0.2, 0.3]), sign * pd.Series([0.5, 0.1, 0.2]))
     assert result.low < result.difference < result.high
     assert result.difference - result.low == pytest.approx(result.high - result.difference)
