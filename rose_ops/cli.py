@@ -82,6 +82,14 @@ def _add_finetune(commands: Any) -> None:
     group.add_argument("--max-length", type=_positive(int), default=128, help="in tokens")
     group.add_argument("--lr", type=_positive(float), default=1e-4)
     group.add_argument("--weight-decay", type=float, default=0.01)
+    group.add_argument("--betas", type=float, nargs=2, metavar=("BETA1", "BETA2"), default=(0.9, 0.999))
+    group.add_argument("--eps", type=_positive(float), default=1e-8)
+    group.add_argument(
+        "--eps-placement",
+        choices=("after", "before"),
+        default="after",
+        help="of the bias correction: after it as in torch, or before it as in the paper's code",
+    )
     group.add_argument("--warmup", type=_fraction, default=0.1, help="share of the steps")
     group.add_argument("--max-grad-norm", type=_positive(float), default=1.0)
     group = parser.add_argument_group("ROSE (see RoseFusedAdamW)")

@@ -6,7 +6,7 @@ of :mod:`rose_ops.functional`. ``ops`` is a backend's namespace of operators.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from rose_ops import backends
 from rose_ops.batch import Batch
 from rose_ops.checks import MOMENTS, is_recording
-from rose_ops.layout import empty_masks
+from rose_ops.layout import empty_masks, memory_order
 from rose_ops.memory import with_own_storage
 from rose_ops.reference import Field, Mode
 from rose_ops.settings import Settings
@@ -227,9 +227,21 @@ class Engine:
         return Ranking(*settings.fractions(kind), rank_inactive, settings.selection, draw)
 
     def capture(
-        self, kind: str, batch: Batch, hyper: Tensor, scaling: Scaling, draw: int
+        self,
+        kind: str,
+        batch: Batch,
+        hyper: Tensor,
+        scaling: Scaling,
+        draw: int,
+        limit: Mapping[Tensor, Tensor] | None = None,
     ) -> list[Tensor]:
-        """The mask of the elements, or tensors, of ``batch``: one for each of its parameters."""
+        """The mask of the elements, or tensors, of ``batch``: one for each of its parameters.
+
+        Args:
+            limit: bool masks of what is ranked, by parameter.
+        """
+        if limit is not None:
+            batch, scaling = _within(limit, batch), scaling._replace(sums=None)
         ranking, tables = self._ranking(kind, draw), Tables(hyper, batch.layout.group)
         exp_avgs = batch.state("exp_avg") if kind == "second" else []
         if self._settings.granularity == "tensor":
@@ -253,12 +265,14 @@ class Engine:
         scaling: Scaling,
         draw: int,
         found_inf: Tensor | None,
+        limits: Mapping[str, Mapping[Tensor, Tensor]],
     ) -> None:
         """Update ``batch``, by masks that were captured and by those that are found now.
 
         Args:
             selective: of that what is ranked; None: this step selects nothing.
             captured: masks by kind; None of a parameter that had no gradient then.
+            limits: to what is ranked now, by kind and parameter.
         """
         settings, masks = self._settings, dict(captured)
         ranking = None
@@ -266,10 +280,11 @@ class Engine:
             for kind in settings.kinds:
                 if kind in captured:
                     continue
-                if settings.granularity == "element":
+                limit = limits.get(kind)
+                if settings.granularity == "element" and limit is None:
                     ranking = self._ranking(kind, draw)
                     continue
-                bools = self.capture(kind, selective, tables.hyper, scaling, draw)
+                bools = self.capture(kind, selective, tables.hyper, scaling, draw, limit)
                 # Hashing a tensor takes a call in Python.
                 by_id = dict(zip(map(id, selective.params), bools, strict=True))
                 masks[kind] = [by_id.get(id(p)) for p in batch.params]
@@ -293,6 +308,16 @@ class Engine:
         if record is not None:
             self.records["second"] = record
         self.records["update"] = counts
+
+
+def _within(limit: Mapping[Tensor, Tensor], batch: Batch) -> Batch:
+    """The batch with gradients that are NaN outside of ``limit``: no ranking counts or selects them."""
+    grads = list(batch.grads)
+    for i, p in enumerate(batch.params):
+        if (mask := limit.get(p)) is not None:
+            (mask,) = memory_order(p, (mask.expand(p.shape),))
+            grads[i] = grads[i].masked_fill(~mask, torch.nan)
+    return batch._replace(grads=grads)
 
 
 def _reused(kind: str, batch: Batch, make: Callable[[Batch], list[Tensor]]) -> list[Tensor]:

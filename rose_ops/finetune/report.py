@@ -19,8 +19,18 @@ Outcomes = Mapping[str, Mapping[int, Mapping[str, Sequence[bool]]]]
 
 _CONFIDENCE = 0.95
 _RESAMPLES = 2000
-# Okabe and Ito's colours, which the colour-blind can tell apart
-_COLOURS = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7", "#F0E442")
+# Okabe and Ito's colours, which the colour-blind can tell apart, and grey
+_COLOURS = (
+    "#000000",
+    "#E69F00",
+    "#56B4E9",
+    "#009E73",
+    "#0072B2",
+    "#D55E00",
+    "#CC79A7",
+    "#F0E442",
+    "#999999",
+)
 _SMOOTHING = 10
 
 

@@ -18,11 +18,11 @@ import torch
 from rose_ops.finetune import UserError, report, require
 from rose_ops.finetune.data import Examples, Task, load_task
 from rose_ops.finetune.perturb import PERTURBATIONS, perturb
+from rose_ops.finetune.recipes import Settings
 from rose_ops.finetune.train import (
     METHODS,
     Encoder,
     Runtime,
-    Settings,
     bundled_model,
     check_settings,
     choose_runtime,
