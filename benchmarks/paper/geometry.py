@@ -10,10 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rose_ops.finetune.train import Encoded, Runtime
+from rose_ops.finetune.train import Encoded, Runtime, predict
 
 Weights = Mapping[str, Tensor]
-_BATCH = 64
 
 
 def weights(model: nn.Module) -> dict[str, Tensor]:
@@ -69,19 +68,11 @@ def move(model: nn.Module, to: Weights, steps: Iterable[tuple[float, Weights]] =
             p.add_(direction[name], alpha=size)
 
 
-@torch.inference_mode()
 def mean_loss(model: nn.Module, data: Encoded, runtime: Runtime) -> tuple[float, float]:
     """Mean cross-entropy (nats) and accuracy, without dropout. NaN or inf losses are passed on."""
-    model.eval()
-    order = sorted(range(len(data.rows)), key=data.lengths.__getitem__)
-    loss = right = 0.0
-    for i in range(0, len(order), _BATCH):
-        inputs, labels = data.batch(order[i : i + _BATCH])
-        with runtime.autocast():
-            logits = model(**inputs).logits
-        loss += F.cross_entropy(logits.float(), labels, reduction="sum").item()
-        right += (logits.argmax(dim=-1) == labels).sum().item()
-    return loss / len(order), right / len(order)
+    logits = predict(model, data, runtime)
+    right = logits.argmax(dim=-1) == data.labels
+    return F.cross_entropy(logits, data.labels).item(), right.float().mean().item()
 
 
 def surface(
