@@ -9,13 +9,20 @@ from scipy import stats as scipy_stats
 
 from benchmarks.paper import matched, stats
 
-SETTING = {"model": "tiny", "granularity": "element", "task": "sst2"}
+SETTING = {"preset": "small", "model": "tiny", "granularity": "element", "task": "sst2"}
 
 
 def runs_of(method, clean, adv, **setting):
     """Rows of runs of seeds 0, 1, ..."""
     return pd.DataFrame(
-        {**SETTING, **setting, "method": method, "seed": seed, "clean_accuracy": x, "adv_accuracy": y}
+        {
+            **SETTING,
+            **setting,
+            "method": method,
+            "seed": seed,
+            "clean_accuracy": x,
+            "adversarial_accuracy": y,
+        }
         for seed, (x, y) in enumerate(zip(clean, adv, strict=True))
     )
 
@@ -29,7 +36,7 @@ def curve_of(points, method="adamw", seed=0, first_step=0):
             "seed": seed,
             "step": first_step + 10 * i,
             "clean_accuracy": x,
-            "adv_accuracy": y,
+            "adversarial_accuracy": y,
         }
         for i, (x, y) in enumerate(points)
     )
@@ -107,7 +114,7 @@ def test_methods_are_compared_within_their_settings():
             runs_of("second", [0.9, 0.9], [0.2, 0.1], granularity="tensor"),
         ]
     )
-    table = stats.compare_methods(runs, ["first", "second"], ["adamw", "first"], "adv_accuracy")
+    table = stats.compare_methods(runs, ["first", "second"], ["adamw", "first"], "adversarial_accuracy")
     assert table[["task", "method", "baseline"]].to_numpy().tolist() == [["sst2", "first", "adamw"]]
     assert table.loc[0, "difference"] == pytest.approx(0.25)
     assert table.loc[0, "q"] == table.loc[0, "p"]
@@ -122,7 +129,7 @@ def test_adjusted_p_values_are_those_of_benjamini_and_hochberg():
             runs_of("second", [0] * 3, [0.1, 0.2, 0.3]),  # no test against AdamW: ties
         ]
     )
-    table = stats.compare_methods(runs, ["first", "second"], ["adamw", "rdrop"], "adv_accuracy")
+    table = stats.compare_methods(runs, ["first", "second"], ["adamw", "rdrop"], "adversarial_accuracy")
     assert len(table) == 4
     tested = table.dropna(subset="p").sort_values("p")
     assert len(tested) == 3
@@ -133,8 +140,8 @@ def test_adjusted_p_values_are_those_of_benjamini_and_hochberg():
 
 
 def test_nothing_to_compare():
-    runs = pd.DataFrame(columns=[*stats.SETTING, "method", "seed", "adv_accuracy"])
-    table = stats.compare_methods(runs, ["first"], ["adamw"], "adv_accuracy")
+    runs = pd.DataFrame(columns=[*stats.SETTING, "method", "seed", "adversarial_accuracy"])
+    table = stats.compare_methods(runs, ["first"], ["adamw"], "adversarial_accuracy")
     assert table.empty
     assert "q" in table
 
@@ -144,10 +151,10 @@ def test_nothing_to_compare():
 
 def test_means_over_seeds():
     runs = pd.concat([runs_of("b", [0.5, 0.7], [0.1, np.nan]), runs_of("a", [0.4], [0.3])])
-    table = stats.over_seeds(runs, ["clean_accuracy", "adv_accuracy"], ["method"])
+    table = stats.over_seeds(runs, ["clean_accuracy", "adversarial_accuracy"], ["method"])
     assert table.index.tolist() == ["b", "a"]
     assert table.loc["b", "clean_accuracy"].tolist() == pytest.approx([0.6, math.sqrt(0.02), 2])
-    assert table.loc["b", ("adv_accuracy", "n")] == 1
+    assert table.loc["b", ("adversarial_accuracy", "n")] == 1
     assert math.isnan(table.loc["a", ("clean_accuracy", "sd")])
 
 
@@ -223,7 +230,7 @@ def test_the_same_training_at_another_pace_gains_nothing():
     slow = runs_of("slow", *zip(*path[5:7], strict=True))
     fast = runs_of("adamw", *zip(*path[9:], strict=True))
     curves = pd.concat(curve_of(path, seed=seed) for seed in range(2))
-    ends = stats.compare_methods(pd.concat([slow, fast]), ["slow"], ["adamw"], "adv_accuracy")
+    ends = stats.compare_methods(pd.concat([slow, fast]), ["slow"], ["adamw"], "adversarial_accuracy")
     assert ends.loc[0, "difference"] == pytest.approx(0.12)
     gains = matched.summarise(matched.matched(slow, curves, ["slow"], ["adamw"]))
     assert gains.loc[0, "difference"] == pytest.approx(0, abs=1e-12)
@@ -241,7 +248,7 @@ def test_curves_over_seeds():
 
 def test_nothing_matched():
     runs = runs_of("second", [0.5], [0.5])
-    empty = pd.DataFrame(columns=[*matched.RUN, "step", "clean_accuracy", "adv_accuracy"])
+    empty = pd.DataFrame(columns=[*matched.RUN, "step", "clean_accuracy", "adversarial_accuracy"])
     pairs = matched.matched(runs, empty, ["second"], ["adamw"])
     assert pairs.empty
     assert matched.summarise(pairs).empty

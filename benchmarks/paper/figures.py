@@ -55,7 +55,7 @@ def _legend(figure: Any, axes: Any) -> None:
 
 
 def robust_against_clean(
-    curves: pd.DataFrame, methods: Sequence[str], robust: str = "adv_accuracy"
+    curves: pd.DataFrame, methods: Sequence[str], robust: str = "adversarial_accuracy"
 ) -> bytes:
     """Robust against clean accuracy along the way, one panel for each task.
 
@@ -115,8 +115,9 @@ def surfaces(points: pd.DataFrame) -> bytes:
         layout="constrained",
     )
     finite = points["loss"][np.isfinite(points["loss"])]
-    scale = colors.Normalize(finite.min(), finite.max())
-    levels = np.linspace(finite.min(), finite.max(), 25)
+    low, high = (finite.min(), finite.max()) if len(finite) else (0.0, 0.0)
+    high = max(high, low + 1e-6)  # a flat surface has one colour, too
+    scale, levels = colors.Normalize(low, high), np.linspace(low, high, 25)
     shown = None
     for (task, method), axis in zip(((t, m) for t in tasks for m in methods), axes.flat, strict=True):
         of_panel = points[(points["task"] == task) & (points["method"] == method)]

@@ -42,7 +42,7 @@ class Reading(NamedTuple):
     how: str
 
 
-def read_at(curve: pd.DataFrame, clean: float, robust: str = "adv_accuracy") -> Reading:
+def read_at(curve: pd.DataFrame, clean: float, robust: str = "adversarial_accuracy") -> Reading:
     """Robust accuracy of one run where it first reaches a clean accuracy (see the module).
 
     Args:
@@ -68,7 +68,7 @@ def matched(
     curves: pd.DataFrame,
     methods: Sequence[str],
     baselines: Sequence[str],
-    robust: str = "adv_accuracy",
+    robust: str = "adversarial_accuracy",
 ) -> pd.DataFrame:
     """Each finished run against the baselines' runs of its seed, stopped at its clean accuracy.
 
@@ -125,7 +125,7 @@ def summarise(pairs: pd.DataFrame) -> pd.DataFrame:
 
 
 def curve_over_seeds(
-    curves: pd.DataFrame, levels: Sequence[float], robust: str = "adv_accuracy"
+    curves: pd.DataFrame, levels: Sequence[float], robust: str = "adversarial_accuracy"
 ) -> pd.DataFrame:
     """Robust accuracy at given clean accuracies: what is plotted.
 

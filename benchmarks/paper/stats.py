@@ -11,7 +11,7 @@ import pandas as pd
 from scipy import stats
 
 # What a comparison holds fixed besides the method, and what a mean is taken over.
-SETTING = ["model", "granularity", "task"]
+SETTING = ["preset", "model", "granularity", "task"]
 CONFIDENCE = 0.95
 # Differences that agree to this many accuracies' worth are the same but for rounding.
 _ROUNDING = 1e-12
@@ -142,10 +142,10 @@ def macro_average(runs: pd.DataFrame, keys: Sequence[str] = ("method",)) -> pd.D
     over other tasks could not be compared.
 
     Args:
-        runs: with ``task``, ``clean_accuracy`` and ``adv_accuracy``, of those tasks that count.
+        runs: with ``task``, ``clean_accuracy`` and ``adversarial_accuracy``, of those tasks that count.
         keys: what tells rows of the result apart.
     """
-    scores = ["clean_accuracy", "adv_accuracy"]
+    scores = ["clean_accuracy", "adversarial_accuracy"]
     means = runs.groupby([*keys, "task"], sort=False)[scores].mean().dropna()
     by_task = means.groupby(list(keys), sort=False)
     mean = by_task.mean().reindex(runs.groupby(list(keys), sort=False).size().index)
@@ -153,6 +153,6 @@ def macro_average(runs: pd.DataFrame, keys: Sequence[str] = ("method",)) -> pd.D
     return pd.DataFrame(
         {
             "average": mean.mean(axis=1).where(complete),
-            "drop": (mean["clean_accuracy"] - mean["adv_accuracy"]).where(complete),
+            "drop": (mean["clean_accuracy"] - mean["adversarial_accuracy"]).where(complete),
         }
     )

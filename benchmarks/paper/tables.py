@@ -68,7 +68,7 @@ def accuracies(
     """
     tasks = list(dict.fromkeys(runs["task"]))
     runs = runs[runs["method"].isin(methods)]
-    means = stats.over_seeds(runs, ["clean_accuracy", "adv_accuracy"], ["task", "method"])
+    means = stats.over_seeds(runs, ["clean_accuracy", "adversarial_accuracy"], ["task", "method"])
     macro = stats.macro_average(runs)
     beaten = _beats_all(runs, claims, baselines)
     table = Table(
@@ -81,7 +81,7 @@ def accuracies(
     for method in (x for x in methods if x in macro.index):
         cells, counts = [], set()
         for task in tasks:
-            for score in ("clean_accuracy", "adv_accuracy"):
+            for score in ("clean_accuracy", "adversarial_accuracy"):
                 if (task, method) not in means.index:
                     cells.append(Cell(NOTHING))
                     continue
@@ -101,7 +101,7 @@ def _beats_all(
 ) -> set[tuple[str, str, str]]:
     """(task, method, score) where a method is significantly better than every baseline there is."""
     found = set()
-    for score in ("clean_accuracy", "adv_accuracy"):
+    for score in ("clean_accuracy", "adversarial_accuracy"):
         tests = stats.compare_methods(runs, claims, baselines, score)
         # A baseline without a test (NaN) is one that was not beaten.
         better = (tests["p"] < SIGNIFICANT).groupby([tests["task"], tests["method"]]).all()
@@ -137,7 +137,8 @@ def _comparison(row: dict[str, float]) -> list[Cell]:
 
 def uncertainty(runs: pd.DataFrame, methods: Sequence[str]) -> Table:
     """Cross-entropy and calibration, clean and adversarial."""
-    scores = [f"{s}_{x}" for s in ("clean", "adv") for x in ("loss", "ece")]
+    shown = {"cross_entropy": number, "calibration_error": percent}
+    scores = [f"{split}_{score}" for split in ("clean", "adversarial") for score in shown]
     means = stats.over_seeds(runs, scores, ["task", "method"])
     table = Table(
         "Cross-entropy in nats, and expected calibration error (ECE) in points: mean ± standard "
@@ -148,8 +149,7 @@ def uncertainty(runs: pd.DataFrame, methods: Sequence[str]) -> Table:
         for method in (x for x in methods if (task, x) in means.index):
             of_row = means.loc[(task, method)]
             texts = [
-                (percent if score.endswith("ece") else number)(*of_row[score][["mean", "sd"]])
-                for score in scores
+                shown[score.partition("_")[2]](*of_row[score][["mean", "sd"]]) for score in scores
             ]
             table.rows.append([Cell(task), Cell(method), *map(Cell, texts)])
     return table
@@ -211,14 +211,41 @@ def inconsistent(rows: pd.DataFrame) -> Table:
 
 
 def settings(runs: pd.DataFrame, columns: Sequence[str]) -> Table:
-    """What the runs were made with: one row for each setting that differs."""
-    columns = [x for x in columns if x in runs]
-    table = Table("Settings of the runs above, with the seeds that have finished.", [*columns, "seeds"])
-    for key, group in runs.fillna(dict.fromkeys(columns, NOTHING)).groupby(columns, sort=False):
+    """What the runs were made with: one row for each setting that differs.
+
+    Args:
+        runs: finished runs, with ``seed``.
+        columns: names and settings; those that are the same in all runs are left out.
+    """
+    columns = [x for x in columns if x in ("method", "task") or runs[x].nunique(dropna=False) > 1]
+    table = Table("Settings that differ between runs, and the seeds.", [*columns, "seeds"])
+    for key, group in runs.groupby(columns, sort=False, dropna=False):
         seeds = " ".join(str(x) for x in sorted(group["seed"].unique()))
         table.rows.append([*(Cell(_plain(x)) for x in key), Cell(seeds)])
     return table
 
 
+def sweep(runs: pd.DataFrame) -> Table:
+    """Accuracies of the runs of a grid, the best average first within a method and task."""
+    keys = ["model", "granularity", "task", "method", "lr", "upper", "gamma"]
+    scores = ["clean_accuracy", "adversarial_accuracy"]
+    means = stats.over_seeds(runs, scores, keys)
+    average = sum(means[(score, "mean")] for score in scores) / 2
+    table = Table(
+        "Accuracy in percent, mean ± standard deviation over seeds. The best of many settings on the "
+        "examples that they are compared on looks better than it is.",
+        [*keys, "GLUE", "AdvGLUE", "seeds"],
+    )
+    order = average.reset_index(name="average").sort_values([*keys[:4], "average"], ascending=False)
+    for key in order[keys].itertuples(index=False, name=None):
+        of_row = means.loc[key]
+        texts = [percent(*of_row[score][["mean", "sd"]]) for score in scores]
+        seeds = str(int(of_row[("clean_accuracy", "n")]))
+        table.rows.append([Cell(_plain(x)) for x in (*key, *texts, seeds)])
+    return table
+
+
 def _plain(value: object) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    if isinstance(value, float):
+        return NOTHING if pd.isna(value) else f"{value:g}"
+    return str(value)

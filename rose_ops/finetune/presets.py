@@ -1,50 +1,34 @@
-"""The published settings of ROSE: learning rate and upper threshold of each task, order and size.
+"""The published settings of ROSE: learning rate and upper threshold for each order, task and size.
 
-From the authors' repository (https://github.com/jiangllan/ROSE), for RoBERTa-base and -large. They go
-with tensor granularity, betas (0.9, 0.98), lower 0, gamma 0.5 and ten epochs.
+They go with RoBERTa, tensor granularity, betas (0.9, 0.98), lower 0 and ten epochs. Source: the authors'
+appendix and scripts (https://github.com/jiangllan/ROSE).
 """
 
-from typing import NamedTuple
-
-
-class Preset(NamedTuple):
-    """Learning rate, and the fraction of the ranking that is kept (in the ensemble, of both)."""
-
-    lr: float
-    upper: float
-
-
-PUBLISHED_GAMMA = 0.5
+# order -> task -> (lr, upper) for RoBERTa-base and -large
 PUBLISHED = {
-    ("first", "qnli", "base"): Preset(2e-5, 0.7),
-    ("first", "qnli", "large"): Preset(3e-5, 0.5),
-    ("first", "qqp", "base"): Preset(2e-5, 0.7),
-    ("first", "qqp", "large"): Preset(2e-5, 0.7),
-    ("first", "rte", "base"): Preset(4e-5, 0.8),
-    ("first", "rte", "large"): Preset(1e-5, 0.8),
-    ("first", "sst2", "base"): Preset(2e-5, 0.6),
-    ("first", "sst2", "large"): Preset(4e-5, 0.7),
-    ("second", "qnli", "base"): Preset(1e-5, 0.4),
-    ("second", "qnli", "large"): Preset(1e-5, 0.5),
-    ("second", "qqp", "base"): Preset(1e-4, 0.6),
-    ("second", "qqp", "large"): Preset(1e-5, 0.6),
-    ("second", "rte", "base"): Preset(4e-5, 0.6),
-    ("second", "rte", "large"): Preset(2e-5, 0.5),
-    ("second", "sst2", "base"): Preset(1e-4, 0.3),
-    ("second", "sst2", "large"): Preset(1e-5, 0.5),
-    ("ensemble", "qnli", "base"): Preset(1e-5, 0.9),
-    ("ensemble", "qnli", "large"): Preset(1e-5, 0.3),
-    ("ensemble", "qqp", "base"): Preset(5e-5, 0.75),
-    ("ensemble", "qqp", "large"): Preset(1e-5, 0.8),
-    ("ensemble", "rte", "base"): Preset(4e-5, 0.8),
-    ("ensemble", "rte", "large"): Preset(1e-5, 0.85),
-    ("ensemble", "sst2", "base"): Preset(5e-5, 0.4),
-    ("ensemble", "sst2", "large"): Preset(1e-5, 0.7),
+    "first": {
+        "qnli": ((2e-5, 0.70), (3e-5, 0.50)),
+        "qqp": ((2e-5, 0.70), (2e-5, 0.70)),
+        "rte": ((4e-5, 0.80), (1e-5, 0.80)),
+        "sst2": ((2e-5, 0.60), (4e-5, 0.70)),
+    },
+    "second": {
+        "qnli": ((1e-5, 0.40), (1e-5, 0.50)),
+        "qqp": ((1e-4, 0.60), (1e-5, 0.60)),
+        "rte": ((4e-5, 0.60), (2e-5, 0.50)),
+        "sst2": ((1e-4, 0.30), (1e-5, 0.50)),
+    },
+    "ensemble": {
+        "qnli": ((1e-5, 0.90), (1e-5, 0.30)),
+        "qqp": ((5e-5, 0.75), (1e-5, 0.80)),
+        "rte": ((4e-5, 0.80), (1e-5, 0.85)),
+        "sst2": ((5e-5, 0.40), (1e-5, 0.70)),
+    },
 }
-"""Preset by (order, task, size)."""
+PUBLISHED_GAMMA = 0.5
 
 
-def candidates(order: str, task: str) -> list[Preset]:
-    """The distinct presets of an order, those of the task first: what to try without a search."""
-    keys = sorted((x for x in PUBLISHED if x[0] == order), key=lambda x: x[1] != task)
-    return list(dict.fromkeys(PUBLISHED[x] for x in keys))
+def candidates(order: str, task: str) -> list[tuple[float, float]]:
+    """The distinct (lr, upper) of an order, those of the task first: what to try without a search."""
+    tasks = sorted(PUBLISHED[order], key=lambda x: x != task)
+    return list(dict.fromkeys(preset for x in tasks for preset in PUBLISHED[order][x]))

@@ -151,8 +151,8 @@ def _try_presets(
     """Published presets in full, those of the task first, within the budget; one in any case."""
     order = trainer.method.order
     assert order is not None  # `tune` has seen to it
-    for preset in candidates(order, args.task):
-        choice: Choice = preset._asdict()
+    for lr, upper in candidates(order, args.task):
+        choice: Choice = {"lr": lr, "upper": upper}
         if choice in search.finished:
             continue
         if search.finished and search.spent + args.steps > budget:
