@@ -1,1 +1,1 @@
-"""The paper's study."""
+"""The paper's comparison, with controls: `python -m benchmarks.paper`."""

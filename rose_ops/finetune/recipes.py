@@ -105,9 +105,9 @@ class Recipe:
         self.optimizer.zero_grad()
 
     def selective(self) -> list[Tensor]:
-        """The parameters that are ranked, or masked."""
-        groups = self.optimizer.param_groups
-        return [p for group in groups if group.get("selective", True) for p in group["params"]]
+        """The parameters that ROSE would rank."""
+        groups = rose_param_groups(self.model, selective=self.settings.selective)
+        return [p for group in groups if group["selective"] for p in group["params"]]
 
 
 class RandomMask(Recipe):
