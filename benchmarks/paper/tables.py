@@ -148,9 +148,7 @@ def uncertainty(runs: pd.DataFrame, methods: Sequence[str]) -> Table:
     for task in dict.fromkeys(runs["task"]):
         for method in (x for x in methods if (task, x) in means.index):
             of_row = means.loc[(task, method)]
-            texts = [
-                shown[score.partition("_")[2]](*of_row[score][["mean", "sd"]]) for score in scores
-            ]
+            texts = [shown[score.partition("_")[2]](*of_row[score][["mean", "sd"]]) for score in scores]
             table.rows.append([Cell(task), Cell(method), *map(Cell, texts)])
     return table
 
