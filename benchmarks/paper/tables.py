@@ -208,6 +208,22 @@ def inconsistent(rows: pd.DataFrame) -> Table:
     return table
 
 
+def probing(rows: pd.DataFrame) -> Table:
+    """Figure 3 of the paper as numbers."""
+    keys = ["model", "task", "granularity", "method", "inoculated"]
+    means = stats.over_seeds(rows, ["matthews", "training_accuracy"], keys)
+    table = Table(
+        "Matthews correlation on disambiguating sentences, and accuracy in percent on sentences that "
+        "were trained on: mean ± standard deviation over seeds.",
+        [*keys, "Matthews", "training accuracy", "seeds"],
+    )
+    for key, row in means.iterrows():
+        texts = [number(*row["matthews"][["mean", "sd"]])]
+        texts += [percent(*row["training_accuracy"][["mean", "sd"]]), str(int(row["matthews"]["n"]))]
+        table.rows.append([Cell(_plain(x)) for x in (*key, *texts)])
+    return table
+
+
 def settings(runs: pd.DataFrame, columns: Sequence[str]) -> Table:
     """What the runs were made with: one row for each setting that differs.
 

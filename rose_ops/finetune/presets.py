@@ -1,6 +1,6 @@
 """The published settings of ROSE: learning rate and upper threshold for each order, task and size.
 
-They go with RoBERTa, tensor granularity, betas (0.9, 0.98), lower 0 and ten epochs. Source: the authors'
+They go with RoBERTa, tensor granularity, betas (0.9, 0.98), lower 0, ten epochs. Source: the authors'
 appendix and scripts (https://github.com/jiangllan/ROSE).
 """
 
