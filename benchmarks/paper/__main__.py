@@ -4,7 +4,7 @@ import argparse
 import sys
 
 try:
-    from benchmarks.paper import landscape, probing, report, runner
+    from benchmarks.paper import landscape, probing, report, runner, upper
     from rose_ops.finetune import UserError
 except ModuleNotFoundError as error:
     sys.exit(f"error: {error}; `make paper` installs what is needed: pip install -e '.[paper]'")
@@ -23,6 +23,10 @@ COMMANDS = {
         "linguistic or superficial features, on MSGS: Figure 3",
     ),
     "dropout": (probing.add_dropout, probing.dropout, "two passes that disagree: Table 4"),
+    "upper": (
+        *(upper.add_arguments_of_upper, upper.upper),
+        "is there a rule for upper that needs no search?",
+    ),
 }
 
 
