@@ -8,6 +8,7 @@ is left out.
 from __future__ import annotations
 
 import argparse
+import gc
 import hashlib
 import json
 import os
@@ -159,6 +160,7 @@ class Place:
             shown = [{"analysis": analysis, **{x: _short(y) for x, y in row.items()}} for row in rows]
             append(self.results.folder / f"{command}.csv", ("analysis", *columns), shown)
             append(self.results.folder / "analyses.csv", ANALYSES, [entry])
+        gc.collect()  # models are in cycles with their optimizers' schedules
 
 
 def _id(command: str, run: Run, options: Mapping[str, Any]) -> str:

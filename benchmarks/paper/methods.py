@@ -109,12 +109,11 @@ def perturbed(model: nn.Module, delta: Tensor) -> Iterator[None]:
         handle.remove()
 
 
-def uniform_like(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
-    """Uniform on (-1, 1), of the embeddings' shape, 0 where there is padding."""
-    width = model.get_input_embeddings().weight.shape[1]
+def embedded(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
+    """An empty tensor of the shape of the inputs' word embeddings."""
     mask = inputs["attention_mask"]
-    noise = torch.empty(*mask.shape, width, device=mask.device).uniform_(-1, 1)
-    return noise * mask.unsqueeze(-1)
+    width = model.get_input_embeddings().weight.shape[1]
+    return torch.empty(*mask.shape, width, device=mask.device)
 
 
 class Smart(Recipe):
@@ -152,7 +151,7 @@ class Smart(Recipe):
         self, inputs: Mapping[str, Tensor], logits: Tensor, options: Mapping[str, Any]
     ) -> Tensor:
         mask = inputs["attention_mask"].unsqueeze(-1)
-        delta = torch.randn_like(uniform_like(self.model, inputs)) * options["noise"] * mask
+        delta = embedded(self.model, inputs).normal_() * options["noise"] * mask
         delta.requires_grad_()
         with perturbed(self.model, delta):
             kl = symmetric_kl(logits, self.model(**inputs).logits)
@@ -192,9 +191,9 @@ class FreeLB(Recipe):
     def backward(self, inputs: Mapping[str, Tensor], labels: Tensor) -> RoseLosses:
         options = self.context.method.options
         count = options["ascent_steps"]
-        lengths = inputs["attention_mask"].sum(1).view(-1, 1, 1)
-        delta = uniform_like(self.model, inputs)
-        delta = delta * options["magnitude"] / (lengths * delta.shape[2]).sqrt()
+        mask = inputs["attention_mask"].unsqueeze(-1)
+        delta = embedded(self.model, inputs).uniform_(-1, 1) * mask
+        delta *= options["magnitude"] / (mask.sum(1, keepdim=True) * delta.shape[2]).sqrt()
         mean = torch.zeros((), device=delta.device)
         devices = [delta.device] if delta.device.type == "cuda" else []
         for i in range(count):

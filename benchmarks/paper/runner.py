@@ -7,6 +7,7 @@ progress at most, and `--resume` goes on with what is missing.
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import subprocess
 import sys
@@ -185,6 +186,8 @@ def _do(one: Run, results: Results, args: argparse.Namespace) -> None:
     trained = train_run(one, task, runtime, folder, splits(task, one.perturbed))
     used = {**machine(args.device), "used_precision": runtime.precision}
     results.add(one, trained, time.perf_counter() - start, used)
+    del trained
+    gc.collect()  # models are in cycles with their optimizers' schedules
 
 
 def prepare(threads: int | None = None) -> None:

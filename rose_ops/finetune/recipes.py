@@ -105,9 +105,10 @@ class Recipe:
         self.optimizer.zero_grad()
 
     def selective(self) -> list[Tensor]:
-        """The parameters that ROSE would rank."""
+        """The parameters that ROSE would rank, in the model's order."""
         groups = rose_param_groups(self.model, selective=self.settings.selective)
-        return [p for group in groups if group["selective"] for p in group["params"]]
+        chosen = {id(p) for group in groups if group["selective"] for p in group["params"]}
+        return [p for p in self.model.parameters() if id(p) in chosen]
 
 
 class RandomMask(Recipe):
