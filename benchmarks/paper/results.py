@@ -22,16 +22,16 @@ from benchmarks.paper.train import Scores, Trained
 from rose_ops.finetune import UserError
 
 SPLITS = ("clean", "adversarial", "characters", "words")
-_KEY = ("method", "task", "model", "granularity", "seed")
+KEY = ("method", "task", "model", "granularity", "seed")
 _SCORES = tuple(x.name for x in fields(Scores))
-CURVES = ("run", *_KEY, "step", "split", *_SCORES)
-_MACHINE = (
+CURVES = ("run", *KEY, "step", "split", *_SCORES)
+MACHINE = (
     "machine", "gpu", "cores", "isa", "cpu_flags", "python", "torch", "transformers", "rose_ops",
     "threads", "date", "revision",
 )  # fmt: skip
 RUNS = (
     "run", *(x.name for x in fields(Run)), *(f"{split}_{x}" for split in SPLITS for x in _SCORES),
-    "train_loss", "seconds", "train_seconds", "used_precision", *_MACHINE,
+    "train_loss", "seconds", "train_seconds", "used_precision", *MACHINE,
 )  # fmt: skip
 
 
@@ -49,12 +49,12 @@ class Results:
 
     def finished(self) -> set[str]:
         """The ids of finished runs."""
-        with self._locked():
-            return {row["run"] for row in _read(self.runs)}
+        with self.locked():
+            return {row["run"] for row in read(self.runs)}
 
     def add(self, run: Run, trained: Trained, seconds: float, machine: Mapping[str, Any]) -> None:
         """Append a finished run. A second row for the same run is not written."""
-        key = {"run": run.id, **{name: getattr(run, name) for name in _KEY}}
+        key = {"run": run.id, **{name: getattr(run, name) for name in KEY}}
         curve = [
             {**key, "step": evaluation.step, "split": split, **asdict(scores)}
             for evaluation in trained.curve
@@ -73,23 +73,23 @@ class Results:
             "train_loss": sum(x["ce"] for x in tail) / len(tail),
             "seconds": round(seconds, 1),
             "train_seconds": round(trained.seconds, 1),
-            **{name: machine.get(name, "") for name in (*_MACHINE, "used_precision")},
+            **{name: machine.get(name, "") for name in (*MACHINE, "used_precision")},
         }
-        with self._locked():
-            if run.id not in {row["run"] for row in _read(self.runs)}:
-                _append(self.curves, CURVES, curve)
-                _append(self.runs, RUNS, [row])
+        with self.locked():
+            if run.id not in {row["run"] for row in read(self.runs)}:
+                append(self.curves, CURVES, curve)
+                append(self.runs, RUNS, [row])
 
     def drop_orphans(self) -> int:
         """Take rows of unfinished runs out of the curves; returns how many there were."""
-        with self._locked():
-            known = {row["run"] for row in _read(self.runs)}
-            rows = _read(self.curves)
+        with self.locked():
+            known = {row["run"] for row in read(self.runs)}
+            rows = read(self.curves)
             kept = [row for row in rows if row["run"] in known]
             if len(kept) < len(rows):
                 replacement = self.curves.with_suffix(".part")
                 replacement.unlink(missing_ok=True)
-                _append(replacement, CURVES, kept)
+                append(replacement, CURVES, kept)
                 replacement.replace(self.curves)
             return len(rows) - len(kept)
 
@@ -106,13 +106,14 @@ class Results:
                 yield True
 
     @contextmanager
-    def _locked(self) -> Iterator[None]:
+    def locked(self) -> Iterator[None]:
+        """Nobody else reads or writes the files of the folder."""
         with (self.folder / "locks" / "files").open("w") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
 
 
-def _read(path: Path) -> list[dict[str, str]]:
+def read(path: Path) -> list[dict[str, str]]:
     """The rows of a file; a last line that was cut off is none."""
     if not path.exists():
         return []
@@ -120,7 +121,7 @@ def _read(path: Path) -> list[dict[str, str]]:
     return list(csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1])))
 
 
-def _append(path: Path, columns: Iterable[str], rows: Iterable[Mapping[str, Any]]) -> None:
+def append(path: Path, columns: Iterable[str], rows: Iterable[Mapping[str, Any]]) -> None:
     """Append all rows in one write, after what a write that was cut off has left is gone.
 
     Raises:

@@ -102,7 +102,7 @@ def chosen(args: argparse.Namespace) -> list[Run]:
     ]
     if args.preset != "small":
         size = args.preset.removeprefix("published-")
-        sizes = {task: len(_task(task, args.data_dir).train) for task in args.tasks}
+        sizes = {task: len(task_of(task, args.data_dir).train) for task in args.tasks}
         found = [published(one, size, sizes[one.task]) for one in found]  # type: ignore[arg-type]
     found = [replace(one, **_replacements(args.set)) for one in found]
     if args.sweep is not None:
@@ -181,11 +181,11 @@ def _one_after_the_other(runs: Sequence[Run], results: Results, args: argparse.N
 def _do(one: Run, results: Results, args: argparse.Namespace) -> None:
     start = time.perf_counter()
     runtime = choose_runtime(args.device, one.precision)
-    task = _task(one.task, args.data_dir)
+    task = task_of(one.task, args.data_dir)
     folder = model_folder(one.model, args.cache_dir)
     trained = train_run(one, task, runtime, folder, splits(task, one.perturbed))
-    machine = {**_machine(args.device), "used_precision": runtime.precision}
-    results.add(one, trained, time.perf_counter() - start, machine)
+    used = {**machine(args.device), "used_precision": runtime.precision}
+    results.add(one, trained, time.perf_counter() - start, used)
     del trained
     gc.collect()  # models are in cycles with their optimizers' schedules
 
@@ -208,12 +208,14 @@ def _cost(one: Run) -> float:
 
 
 @cache
-def _task(name: str, data_dir: Path | None) -> Task:
+def task_of(name: str, data_dir: Path | None) -> Task:
+    """A task, read once."""
     return load_task(name, data_dir)
 
 
 @cache
-def _machine(device: str) -> dict[str, Any]:
+def machine(device: str) -> dict[str, Any]:
+    """Where and with what a row was measured, see `benchmarks.machine.describe`."""
     on = Cpu() if device == "cpu" else Cuda()
     return {**describe(on), "transformers": version("transformers"),
             "threads": torch.get_num_threads()}  # fmt: skip

@@ -11,6 +11,7 @@ from typing import Literal
 from benchmarks.paper.methods import METHODS, has_granularity
 from benchmarks.paper.models import MODELS
 from rose_ops.finetune import UserError
+from rose_ops.finetune.presets import PUBLISHED
 from rose_ops.finetune.recipes import Settings
 
 
@@ -90,27 +91,6 @@ class Run:
         )
 
 
-# (lr, upper) for RoBERTa-base and -large, from the authors' appendix and scripts.
-PUBLISHED = {
-    "first": {
-        "qnli": ((2e-5, 0.70), (3e-5, 0.50)),
-        "qqp": ((2e-5, 0.70), (2e-5, 0.70)),
-        "rte": ((4e-5, 0.80), (1e-5, 0.80)),
-        "sst2": ((2e-5, 0.60), (4e-5, 0.70)),
-    },
-    "second": {
-        "qnli": ((1e-5, 0.40), (1e-5, 0.50)),
-        "qqp": ((1e-4, 0.60), (1e-5, 0.60)),
-        "rte": ((4e-5, 0.60), (2e-5, 0.50)),
-        "sst2": ((1e-4, 0.30), (1e-5, 0.50)),
-    },
-    "ensemble": {
-        "qnli": ((1e-5, 0.90), (1e-5, 0.30)),
-        "qqp": ((5e-5, 0.75), (1e-5, 0.80)),
-        "rte": ((4e-5, 0.80), (1e-5, 0.85)),
-        "sst2": ((5e-5, 0.40), (1e-5, 0.70)),
-    },
-}
 GRID_LR = tuple(float(f"{i}e-5") for i in range(1, 11))
 GRID_UPPER = tuple(i / 10 for i in range(1, 10))
 # R-Drop's own code adds 0.7 of the KL summed over the batch and halved, and symmetric_kl is a mean.

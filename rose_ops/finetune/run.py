@@ -37,14 +37,14 @@ _RECORD = "run.json"
 def finetune(args: argparse.Namespace) -> None:
     """Train with each method and seed, measure, and write the run's folder."""
     start = time.perf_counter()
-    runtime = _prepare(args)
+    runtime = prepare(args)
     settings = Settings(**{x.name: getattr(args, x.name) for x in fields(Settings)})
     check_settings(settings, [METHODS[x] for x in args.methods], runtime)
     output = args.output or Path("runs") / f"{args.task}-{datetime.now():%Y%m%d-%H%M%S}"
     if (output / _RECORD).exists():
         raise UserError(f"{output} already holds a run; choose another --output")
     task = load_task(args.task, args.data_dir, args.cache_dir)
-    tests = _test_sets(task, args.evaluate_on)
+    tests = measured_sets(task, args.evaluate_on)
     model_name = args.model or bundled_model()
     print(
         f"{task.name}: {len(task.train)} training, {len(task.validation)} validation and "
@@ -62,7 +62,7 @@ def finetune(args: argparse.Namespace) -> None:
         for name in args.methods:
             # Loaded anew with the same seed: the same initial weights for every method.
             model, encoder = load_model(model_name, task, args.max_length, seed, runtime)
-            with _progress(f"{name}, seed {seed}", settings.steps) as show:
+            with progress(f"{name}, seed {seed}", settings.steps) as show:
                 history = train(
                     model, encoder(task.train), METHODS[name], settings, runtime, seed, show
                 )
@@ -74,7 +74,7 @@ def finetune(args: argparse.Namespace) -> None:
                 _save(model, encoder, _model_folder(output, name, seed))
     summary = report.summarise(outcomes)
     record = {
-        "arguments": {x: _plain(y) for x, y in vars(args).items() if x != "run"},
+        "arguments": {x: plain(y) for x, y in vars(args).items() if x != "run"},
         "settings": asdict(settings),
         "precision": runtime.precision,
         **report.environment(),
@@ -106,11 +106,11 @@ def evaluate(args: argparse.Namespace) -> None:
         raise UserError(
             f"could not read {path} ({error}); expected the output folder of a finetune run"
         ) from error
-    runtime = _prepare(args)
+    runtime = prepare(args)
     trained = record["arguments"]
     data_dir = args.data_dir or (Path(trained["data_dir"]) if trained["data_dir"] else None)
     task = load_task(trained["task"], data_dir, args.cache_dir)
-    tests = _test_sets(task, trained["evaluate_on"], args.perturbation_seed)
+    tests = measured_sets(task, trained["evaluate_on"], args.perturbation_seed)
     outcomes: dict[str, dict[int, dict[str, list[bool]]]] = {}
     for run in record["runs"]:
         folder = _model_folder(args.folder, run["method"], run["seed"])
@@ -120,7 +120,7 @@ def evaluate(args: argparse.Namespace) -> None:
         right = {x: correct(model, encoder(test), runtime) for x, test in tests.items()}
         outcomes.setdefault(run["method"], {})[run["seed"]] = right
     summary = report.summarise(outcomes)
-    arguments = {x: _plain(y) for x, y in vars(args).items() if x != "run"}
+    arguments = {x: plain(y) for x, y in vars(args).items() if x != "run"}
     report.write_json(
         {"arguments": arguments, **report.environment(), "summary": summary},
         args.folder / "evaluation.json",
@@ -129,7 +129,7 @@ def evaluate(args: argparse.Namespace) -> None:
     print(textwrap.fill(report.reading(summary), 100))
 
 
-def _prepare(args: argparse.Namespace) -> Runtime:
+def prepare(args: argparse.Namespace) -> Runtime:
     """Threads, numerics and quiet libraries; fails early where an extra is missing."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads would compete with ours
     for module in ("tqdm", "rich", "matplotlib", "scipy"):
@@ -145,7 +145,7 @@ def _prepare(args: argparse.Namespace) -> Runtime:
     return choose_runtime(args.device, args.precision)
 
 
-def _test_sets(task: Task, split: str, seed: int = 0) -> dict[str, Examples]:
+def measured_sets(task: Task, split: str, seed: int = 0) -> dict[str, Examples]:
     """The clean examples, their perturbed copies, and AdvGLUE."""
     clean = getattr(task, split)
     sets = {"clean": clean}
@@ -157,7 +157,7 @@ def _test_sets(task: Task, split: str, seed: int = 0) -> dict[str, Examples]:
 
 
 @contextmanager
-def _progress(name: str, steps: int) -> Iterator[Callable[[dict[str, Any]], None]]:
+def progress(name: str, steps: int) -> Iterator[Callable[[dict[str, Any]], None]]:
     """A progress bar, and the function that shows the record of a step in it."""
     # A log gets a line now and then, a terminal a live bar.
     interval = 0.1 if sys.stderr.isatty() else 10.0
@@ -190,5 +190,5 @@ def _title(args: argparse.Namespace, task: Task) -> str:
     return f"{model} on {task.name}: {args.steps} steps of {args.batch_size}, upper={args.upper}"
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
