@@ -24,13 +24,13 @@ sys.path.append(str(ROOT))
 for module in ("transformers", "tqdm", "psutil", "cpuinfo"):
     pytest.importorskip(module, reason="needs the paper extra")
 
-from benchmarks.paper import models, runner  # noqa: E402
+from benchmarks.paper import runner  # noqa: E402
 from benchmarks.paper.methods import CONTROLS, METHODS, NEIGHBOURS  # noqa: E402
 from benchmarks.paper.results import CURVES, RUNS, Results  # noqa: E402
 from benchmarks.paper.runs import PUBLISHED, Run, published, small, study  # noqa: E402
 from benchmarks.paper.train import Evaluation, Trained, score, splits, train_run  # noqa: E402
 from benchmarks.paper.vocabulary import prune  # noqa: E402
-from rose_ops.finetune import UserError  # noqa: E402
+from rose_ops.finetune import UserError, models  # noqa: E402
 from rose_ops.finetune.data import load_task  # noqa: E402
 from rose_ops.finetune.train import Runtime, load_model, predict  # noqa: E402
 

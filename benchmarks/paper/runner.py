@@ -24,12 +24,12 @@ from tqdm import tqdm
 from benchmarks.device import Cpu, Cuda, version
 from benchmarks.machine import describe
 from benchmarks.paper.methods import METHODS
-from benchmarks.paper.models import MODELS, model_folder
 from benchmarks.paper.results import Results
 from benchmarks.paper.runs import GRID_LR, GRID_UPPER, Run, published, study
 from benchmarks.paper.train import splits, train_run
 from rose_ops.finetune import UserError, require
 from rose_ops.finetune.data import GLUE, Task, load_task
+from rose_ops.finetune.models import MODELS, model_folder
 from rose_ops.finetune.train import choose_runtime
 
 RESULTS = Path(__file__).parent / "results"

@@ -9,8 +9,8 @@ from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
 from benchmarks.paper.methods import METHODS, has_granularity
-from benchmarks.paper.models import MODELS
 from rose_ops.finetune import UserError
+from rose_ops.finetune.models import MODELS
 from rose_ops.finetune.presets import PUBLISHED
 from rose_ops.finetune.recipes import Settings
 
