@@ -261,7 +261,6 @@ def sweep(runs: pd.DataFrame) -> Table:
 def uppers(chosen: pd.DataFrame, name: str) -> Table:
     """What rules, a search and controls took for upper, and what came of it (see `upper.choices`)."""
     chosen = chosen.assign(average=(chosen["clean"] + chosen["adversarial"]) / 2)
-    compared = ["minus search", "95% interval", "seeds"]
     by_source = {x: rows.set_index("seed") for x, rows in chosen.groupby("source", sort=False)}
     table = Table(
         f"{name}. "
