@@ -16,7 +16,7 @@ FIND_CXX := find csrc tests/loops tests/simt -type f ! -name '*.py*' ! -name '*.
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test gpu verify-gpu $(VERIFY) verify-triton-release verify-arm verify-abi lint format \
-	bench bench-all bench-compare docs wheel clean
+	bench bench-all bench-compare paper docs wheel clean
 .DELETE_ON_ERROR:
 
 help:  ## this list
@@ -87,6 +87,10 @@ bench-all: $(VENV)/ready-bench  ## the same with every work and size, with 2 thr
 
 bench-compare: $(VENV)/ready  ## has anything become slower? OLD=a.csv NEW=b.csv, and ARGS="--tolerance 0.05"
 	$(BIN)/python -m benchmarks.compare $(OLD) $(NEW) $(ARGS)
+
+# Folders instead of a network: --data-dir, --cache-dir.
+paper: $(VENV)/ready  ## the paper's comparison, with controls: ten hours, resumed when stopped; DEVICE=cuda
+	$(BIN)/python -m benchmarks.paper run --resume --device $(or $(DEVICE),cpu) $(ARGS)
 
 # The operators' tests over the CPU's kernels and CUDA's on the simulated device, built with
 # AddressSanitizer and UndefinedBehaviorSanitizer. Their runtimes have to be loaded before Python (which

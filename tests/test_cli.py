@@ -16,11 +16,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny_tasks import save_tiny_bert, sentences, write_tsv
 
 from rose_ops.cli import main
 from rose_ops.finetune import UserError, data, report, require
 from rose_ops.finetune.data import GLUE, load_task
 from rose_ops.finetune.perturb import PERTURBATIONS, perturb
+from rose_ops.finetune.recipes import Recipe
 from rose_ops.finetune.train import METHODS, batches, bundled_model
 
 ROOT = Path(__file__).parents[1]
@@ -98,21 +100,6 @@ def test_missing_extra_is_named(monkeypatch):
 
 
 # --------------------------------------------------------------------------------------------- data
-
-POSITIVE = ("a warm and funny film", "clever , moving and bright", "the best thing in years")
-NEGATIVE = ("a cold and boring film", "stupid , slow and dull", "the worst thing in years")
-
-
-def sentences(n, start=0):
-    """`n` different labelled sentences."""
-    for i in range(start, start + n):
-        yield i % 2, f"{(NEGATIVE, POSITIVE)[i % 2][i % 3]} take number {i}"
-
-
-def write_tsv(path, header, rows):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lines = ["\t".join(map(str, row)) for row in (header, *rows)]
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 @pytest.fixture
@@ -408,24 +395,6 @@ def test_methods_cover_all_orders():
 # --------------------------------------------------------------------------------------- end to end
 
 
-def save_tiny_bert(folder):
-    """A randomly initialised BERT with a word-level vocabulary of the sentences above."""
-    transformers = pytest.importorskip("transformers", reason="needs the demo extra")
-    words = sorted({w for text in (*POSITIVE, *NEGATIVE) for w in text.split()} | {"take", "number"})
-    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    folder.mkdir()
-    (folder / "vocab.txt").write_text("\n".join([*special, *words]) + "\n")
-    config = transformers.BertConfig(
-        vocab_size=len(special) + len(words),
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=64,
-    )
-    transformers.BertTokenizerFast(str(folder / "vocab.txt")).save_pretrained(folder)
-    transformers.BertModel(config).save_pretrained(folder)
-
-
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """All methods on a tiny model, some of them again with two seeds, and the first evaluated."""
@@ -473,7 +442,8 @@ def test_run_is_recorded(run):
         method, history = METHODS[trained["method"]], trained["history"]
         assert [x["step"] for x in history] == [1, 2, 3, 4, 5]
         kinds = {None: [], "first": ["first"], "second": ["second"], "ensemble": ["first", "second"]}
-        assert sorted(history[-1]["masks"]) == kinds[method.order]
+        ranked = kinds[method.order] if method.recipe is Recipe else []
+        assert sorted(history[-1]["masks"]) == ranked
         assert (history[-1]["kl"] is None) == (method.order in (None, "second") and not method.r_drop)
         for mask in history[-1]["masks"].values():
             assert 0.55 < mask["kept"] < 0.75

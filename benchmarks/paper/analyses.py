@@ -22,13 +22,13 @@ from typing import Any
 from tqdm import tqdm
 
 from benchmarks.paper.methods import METHODS
-from benchmarks.paper.models import model_folder
 from benchmarks.paper.results import KEY, MACHINE, Results, append, read
 from benchmarks.paper.runner import RESULTS, chosen, machine, prepare, task_of
 from benchmarks.paper.runs import Run
 from benchmarks.paper.train import Trained, train_run
 from rose_ops.finetune import UserError
 from rose_ops.finetune.data import GLUE, Examples, Task
+from rose_ops.finetune.models import model_folder
 from rose_ops.finetune.train import Runtime, choose_runtime
 
 ANALYSES = (

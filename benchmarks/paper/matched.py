@@ -1,45 +1,23 @@
-"""Robust accuracy at the same clean accuracy.
+"""Robust accuracy at the same clean accuracy, over runs and seeds.
 
-A method that learns more slowly looks more robust for as long as it has learnt less: accuracy under
-attack often falls while clean accuracy still rises. So a method is compared with its baseline *stopped
-where it was as accurate on clean examples*.
-
-Definition. A run is evaluated at some steps on the way, which gives a curve of points (clean, robust)
-in the order of the steps. The robust accuracy of the run at clean accuracy c is read where the curve
-first reaches c: at the first evaluation i whose clean accuracy is c or more, on the straight line from
-evaluation i - 1, whose clean accuracy is below c. What the curve does later (clean accuracy is not
-monotone) does not matter: someone who stops at c stops there. If the first evaluation of all is at c or
-above, its robust accuracy is taken as it is; such runs are counted (``at_once``), as they may have had
-another one at c itself. A run that never reaches c has none, and is counted (``never``).
+How it is read from a curve, and why, is in `rose_ops.finetune.curves`. Runs that are as accurate at
+their first evaluation already are counted (``at_once``), as they may have had another robust accuracy
+at just that clean accuracy; so are runs that never are (``never``).
 """
 
 from __future__ import annotations
 
-import math
+import itertools
 from collections.abc import Sequence
-from typing import NamedTuple
 
-import numpy as np
 import pandas as pd
 
 from benchmarks.paper.stats import SETTING, Comparison, compare
+from rose_ops.finetune import curves as of_runs
+from rose_ops.finetune.curves import Reading
 
 RUN = [*SETTING, "method", "seed"]
 _POINT = ["step", "clean_accuracy"]
-
-
-class Reading(NamedTuple):
-    """Where a curve first reaches a clean accuracy.
-
-    Attributes:
-        robust: the robust accuracy there; NaN if it never does.
-        step: the step, interpolated like it.
-        how: `"between"` two evaluations, `"at once"` (the first one is there), or `"never"`.
-    """
-
-    robust: float
-    step: float
-    how: str
 
 
 def read_at(curve: pd.DataFrame, clean: float, robust: str = "adversarial_accuracy") -> Reading:
@@ -50,17 +28,8 @@ def read_at(curve: pd.DataFrame, clean: float, robust: str = "adversarial_accura
         clean: the clean accuracy, as a fraction.
         robust: the column that is read.
     """
-    points = curve[[*_POINT, robust]].dropna().sort_values("step").to_numpy(dtype=float)
-    reached = np.flatnonzero(points[:, 1] >= clean)
-    if not len(reached):
-        return Reading(math.nan, math.nan, "never")
-    after = points[reached[0]]
-    if reached[0] == 0:
-        return Reading(after[2], after[0], "at once")
-    before = points[reached[0] - 1]
-    share = (clean - before[1]) / (after[1] - before[1])
-    step, _, value = before + share * (after - before)
-    return Reading(value, step, "between")
+    points = curve[[*_POINT, robust]].dropna().itertuples(index=False, name=None)
+    return of_runs.read_at(itertools.starmap(of_runs.Point, points), clean)
 
 
 def matched(

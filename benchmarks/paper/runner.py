@@ -24,12 +24,12 @@ from tqdm import tqdm
 from benchmarks.device import Cpu, Cuda, version
 from benchmarks.machine import describe
 from benchmarks.paper.methods import METHODS
-from benchmarks.paper.models import MODELS, model_folder
 from benchmarks.paper.results import Results
 from benchmarks.paper.runs import GRID_LR, GRID_UPPER, Run, published, study
 from benchmarks.paper.train import splits, train_run
 from rose_ops.finetune import UserError, require
 from rose_ops.finetune.data import GLUE, Task, load_task
+from rose_ops.finetune.models import MODELS, model_folder
 from rose_ops.finetune.train import choose_runtime
 
 RESULTS = Path(__file__).parent / "results"
@@ -65,7 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--results", type=Path, default=RESULTS)
     group.add_argument("--resume", action="store_true", help="leave out what is finished")
     group.add_argument("--minutes", type=float, help="start no run after so many")
-    group.add_argument("--device", default=os.environ.get("DEVICE") or "cpu")
+    group.add_argument("--device", default="cpu")
     group.add_argument("--threads", type=int, help="default: what torch chooses")
     group.add_argument("--jobs", type=int, default=1, help="processes side by side")
     group.add_argument("--list", action="store_true", help="print the runs and stop")

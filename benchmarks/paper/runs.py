@@ -9,8 +9,8 @@ from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
 from benchmarks.paper.methods import METHODS, has_granularity
-from benchmarks.paper.models import MODELS
 from rose_ops.finetune import UserError
+from rose_ops.finetune.models import MODELS
 from rose_ops.finetune.presets import PUBLISHED
 from rose_ops.finetune.recipes import Settings
 
@@ -91,7 +91,7 @@ class Run:
         )
 
 
-GRID_LR = tuple(i * 1e-5 for i in range(1, 11))
+GRID_LR = tuple(float(f"{i}e-5") for i in range(1, 11))
 GRID_UPPER = tuple(i / 10 for i in range(1, 10))
 # R-Drop's own code adds 0.7 of the KL summed over the batch and halved, and symmetric_kl is a mean.
 R_DROP_PER_EXAMPLE = 0.35

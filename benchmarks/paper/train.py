@@ -105,7 +105,7 @@ def train_run(
         run: Method and settings.
         task: Its data; models are trained on `task.train`.
         runtime: Device and precision.
-        model_name: Folder or hub name of the checkpoint, see `models.model_folder`.
+        model_name: Folder or hub name of the checkpoint, see `rose_ops.finetune.models.model_folder`.
         tests: What to evaluate on; None is `splits(task, run.perturbed)`.
         on_evaluation: Called after each evaluation with it and the model, in evaluation mode.
         on_step: Called after each step with its record.

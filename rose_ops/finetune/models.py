@@ -1,4 +1,4 @@
-"""The models of the study, from PyPI: MiniLM (22.7M), and MPNet-base (109M) in five parts."""
+"""Encoders from PyPI: MiniLM (22.7M parameters), and MPNet-base (109M) in five parts."""
 
 from __future__ import annotations
 
