@@ -14,6 +14,8 @@ from rose_ops.finetune.run import evaluate, finetune
 from rose_ops.finetune.train import METHODS
 from rose_ops.finetune.tune import tune
 
+_MODEL = "minilm, or mpnet (109M, eight times as slow), both from PyPI; or a folder or hub name"
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return the exit status: 0, 1 for an error, 2 for a wrong call."""
@@ -50,10 +52,11 @@ def _add_finetune(commands: Any) -> None:
     parser = commands.add_parser(
         "finetune",
         help="fine-tune an encoder with AdamW and ROSE, and compare them",
-        description="Fine-tunes the same encoder on the same batches with each method, then "
-        "measures accuracy on the clean test set, on copies with typing errors and with misspelt, "
-        "swapped or missing words, and on AdvGLUE where the task has it. Writes run.json, run.png "
-        "and the models.",
+        description="Fine-tunes the same encoder on the same batches with each method, with accuracy "
+        "on validation examples, clean and perturbed, along the way; then measures accuracy on the "
+        "clean test set, on copies with typing errors and with swapped, doubled or missing words, and "
+        "on AdvGLUE where the task has it. Robust accuracy is compared at the same clean accuracy, "
+        "too. Writes run.json, run.png and the models.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.set_defaults(run=finetune)
@@ -64,11 +67,11 @@ def _add_finetune(commands: Any) -> None:
         default="movies",
         help="movies: review snippets from a PyPI package; the others: GLUE",
     )
-    group.add_argument("--model", help="folder or hub name; default: the MiniLM from PyPI")
+    group.add_argument("--model", default="minilm", help=_MODEL)
     group.add_argument(
         "--methods",
         type=_methods,
-        default="adamw,second,ensemble",
+        default="adamw,random,second,ensemble",
         help=f"comma-separated, from: {', '.join(METHODS)}",
     )
     group.add_argument("--seeds", type=int, nargs="+", default=[0], help="one run for each")
@@ -78,6 +81,15 @@ def _add_finetune(commands: Any) -> None:
         default="test",
         help="use validation when choosing hyperparameters",
     )
+    group.add_argument(
+        "--evaluations",
+        type=int,
+        choices=range(101),
+        default=10,
+        metavar="N",
+        help="how often validation accuracy is measured along the way; 0: never",
+    )
+    group.add_argument("--epochs", type=_positive(float), help="instead of --steps")
     group = parser.add_argument_group("what `tune` searches")
     group.add_argument("--lr", type=_positive(float), default=1e-4)
     group.add_argument("--upper", type=_pair, default=0.6, help="c_h; a pair first,second too")
@@ -150,7 +162,7 @@ def _add_tune(commands: Any) -> None:
     parser.set_defaults(run=tune)
     group = parser.add_argument_group("what to tune")
     group.add_argument("--task", choices=TASKS, default="movies")
-    group.add_argument("--model", help="folder or hub name; default: the MiniLM from PyPI")
+    group.add_argument("--model", default="minilm", help=_MODEL)
     group.add_argument("--method", choices=list(METHODS), default="second")
     group = parser.add_argument_group("search")
     group.add_argument(

@@ -388,6 +388,28 @@ def test_difference_is_paired():
     assert report.difference(base, base) == {"difference": 0.0, "low": 0.0, "high": 0.0}
 
 
+def run_of(method, seed, *points):
+    curve = [{"step": s, "clean": c, "characters": r - 0.1, "words": r + 0.1} for s, c, r in points]
+    return {"method": method, "seed": seed, "curve": curve}
+
+
+def test_methods_are_compared_at_the_same_clean_accuracy():
+    runs = [
+        run_of("adamw", 0, (10, 0.6, 0.5), (20, 0.8, 0.7), (30, 0.9, 0.6)),
+        run_of("second", 0, (10, 0.5, 0.5), (30, 0.7, 0.65)),  # adamw: halfway between 10 and 20
+        run_of("first", 0, (30, 0.55, 0.4)),  # adamw was there at once
+        run_of("random", 0, (30, 0.95, 0.7)),  # adamw never
+        run_of("none", 0),
+    ]
+    found = {x["method"]: x for x in report.matched(runs, "adamw")}
+    assert found.keys() == {"second", "first", "random"}
+    second = found["second"]
+    assert (second["how"], second["step"]) == ("between", pytest.approx(15))
+    assert (second["baseline"], second["robust"]) == (pytest.approx(0.6), pytest.approx(0.65))
+    assert (found["first"]["how"], found["first"]["baseline"]) == ("at once", pytest.approx(0.5))
+    assert (found["random"]["how"], found["random"]["baseline"]) == ("never", None)
+
+
 def test_methods_cover_all_orders():
     assert {x.order for x in METHODS.values()} == {None, "first", "second", "ensemble"}
 
@@ -414,6 +436,18 @@ def run(tmp_path_factory):
     calls = [
         [*arguments, "--methods", ",".join(METHODS), "--output", str(folder / "first")],
         [*arguments, "--seeds", "0", "1", "--no-models", "--output", str(folder / "again")],
+        [
+            *arguments,
+            "--methods",
+            "adamw",
+            "--no-models",
+            "--evaluations",
+            "0",
+            "--epochs",
+            "0.5",
+            "--output",
+            str(folder / "epochs"),
+        ],
         ["evaluate", str(folder / "first"), "--threads", "1"],
     ]
     result = subprocess.run(
@@ -447,6 +481,10 @@ def test_run_is_recorded(run):
         assert (history[-1]["kl"] is None) == (method.order in (None, "second") and not method.r_drop)
         for mask in history[-1]["masks"].values():
             assert 0.55 < mask["kept"] < 0.75
+    for trained in record["runs"]:
+        assert [x["step"] for x in trained["curve"]] == [1, 2, 3, 4, 5]  # at most once a step
+        assert trained["curve"][0].keys() == {"step", "clean", "characters", "words"}
+    assert {x["method"] for x in record["matched"]} == METHODS.keys() - {"adamw"}
     for sets in record["summary"]["accuracy"].values():
         assert list(sets) == ["clean", "characters", "words"]
         assert all(x["n"] == 24 for entries in sets.values() for x in entries)
@@ -465,6 +503,7 @@ def test_run_is_printed(run):
         assert f"{method}, seed 0" in result.stderr  # the progress bar
         assert f"│ {method} " in result.stdout
     assert "kept=" in result.stderr
+    assert "at the same clean accuracy" in result.stdout
     assert "Accuracy above adamw" in result.stdout
     assert " ± " in result.stdout  # of the two seeds
 
@@ -473,10 +512,18 @@ def test_run_is_repeatable(run):
     folder, _ = run
     runs = [strict_json(folder / x / "run.json")["runs"] for x in ("first", "again")]
     first, again = ({(x["method"], x["seed"]): x["history"] for x in y} for y in runs)
-    assert len(again) == 6
+    assert len(again) == 8
     for key in first.keys() & again.keys():
         assert [x["loss"] for x in first[key]] == [x["loss"] for x in again[key]]
     assert again["adamw", 0][0]["loss"] != again["adamw", 1][0]["loss"]
+
+
+def test_epochs_in_the_place_of_steps_and_no_evaluations(run):
+    folder, _ = run
+    record = strict_json(folder / "epochs" / "run.json")
+    assert record["settings"]["steps"] == len(record["runs"][0]["history"]) == 4  # 58 // 8 / 2
+    assert record["runs"][0]["curve"] == []
+    assert record["matched"] == []
 
 
 def test_evaluate_measures_the_same(run):

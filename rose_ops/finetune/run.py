@@ -8,7 +8,7 @@ import textwrap
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, fields
+from dataclasses import asdict, dataclass, fields, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -17,13 +17,13 @@ import torch
 
 from rose_ops.finetune import UserError, report, require
 from rose_ops.finetune.data import Examples, Task, load_task
+from rose_ops.finetune.models import model_folder
 from rose_ops.finetune.perturb import PERTURBATIONS, perturb
 from rose_ops.finetune.recipes import Settings
 from rose_ops.finetune.train import (
     METHODS,
     Encoder,
     Runtime,
-    bundled_model,
     check_settings,
     choose_runtime,
     correct,
@@ -32,6 +32,8 @@ from rose_ops.finetune.train import (
 )
 
 _RECORD = "run.json"
+# Of the validation split, for each evaluation along the way and each of its copies.
+_ALONG = 400
 
 
 def finetune(args: argparse.Namespace) -> None:
@@ -44,35 +46,38 @@ def finetune(args: argparse.Namespace) -> None:
     if (output / _RECORD).exists():
         raise UserError(f"{output} already holds a run; choose another --output")
     task = load_task(args.task, args.data_dir, args.cache_dir)
-    tests = measured_sets(task, args.evaluate_on)
-    model_name = args.model or bundled_model()
+    if args.epochs is not None:
+        steps = max(1, round(args.epochs * (len(task.train) // args.batch_size)))
+        settings = replace(settings, steps=steps)
+    model_name = model_folder(args.model, args.cache_dir)
+    measured = _Measured(
+        final=measured_sets(task, args.evaluate_on),
+        along=measured_sets(replace(task, validation=task.validation[:_ALONG]), "validation"),
+        every=max(1, settings.steps // args.evaluations) if args.evaluations else None,
+    )
     print(
         f"{task.name}: {len(task.train)} training, {len(task.validation)} validation and "
         f"{len(task.test)} test examples; {runtime.precision} on {runtime.device}, "
         f"{torch.get_num_threads()} threads"
     )
-    for name, examples in tests.items():
+    for name, examples in measured.final.items():
         print(f"  {name}: {' | '.join(examples.texts[0])}")
 
     outcomes: dict[str, dict[int, dict[str, list[bool]]]] = {x: {} for x in args.methods}
-    histories: dict[str, list[list[dict[str, Any]]]] = {x: [] for x in args.methods}
-    runs = []
+    runs: list[dict[str, Any]] = []
     output.mkdir(parents=True, exist_ok=True)
     for seed in dict.fromkeys(args.seeds):
         for name in args.methods:
             # Loaded anew with the same seed: the same initial weights for every method.
             model, encoder = load_model(model_name, task, args.max_length, seed, runtime)
-            with progress(f"{name}, seed {seed}", settings.steps) as show:
-                history = train(
-                    model, encoder(task.train), METHODS[name], settings, runtime, seed, show
-                )
-            right = {x: correct(model, encoder(test), runtime) for x, test in tests.items()}
-            outcomes[name][seed] = right
-            histories[name].append(history)
-            runs.append({"method": name, "seed": seed, "history": history})
+            history, curve = _trained(name, model, encoder, task, settings, measured, runtime, seed)
+            outcomes[name][seed] = {
+                x: correct(model, encoder(test), runtime) for x, test in measured.final.items()
+            }
+            runs.append({"method": name, "seed": seed, "curve": curve, "history": history})
             if not args.no_models:
                 _save(model, encoder, _model_folder(output, name, seed))
-    summary = report.summarise(outcomes)
+    summary, matched = report.summarise(outcomes), report.matched(runs, args.methods[0])
     record = {
         "arguments": {x: plain(y) for x, y in vars(args).items() if x != "run"},
         "settings": asdict(settings),
@@ -84,17 +89,53 @@ def finetune(args: argparse.Namespace) -> None:
             "source": task.source,
         },
         "summary": summary,
+        "matched": matched,
         "seconds": time.perf_counter() - start,
         "runs": runs,
     }
     report.write_json(record, output / _RECORD)
-    report.plot(summary, histories, _title(args, task), output / "run.png")
-    report.print_tables(summary)
-    for name, of_seeds in histories.items():
-        times = sorted(x["seconds"] for history in of_seeds for x in history)
+    report.plot(summary, runs, _title(args, task, settings), output / "run.png")
+    report.print_tables(summary, matched)
+    for name in args.methods:
+        times = sorted(x["seconds"] for run in runs if run["method"] == name for x in run["history"])
         print(f"{name}: {1000 * times[len(times) // 2]:.0f} ms per step (median)")
     print(textwrap.fill(report.reading(summary), 100))
     print(f"{record['seconds']:.0f} s in all; see {output / 'run.png'} and {output / _RECORD}")
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """What models are measured on: after training, and along the way after every so many steps."""
+
+    final: dict[str, Examples]
+    along: dict[str, Examples]
+    every: int | None
+
+
+def _trained(
+    name: str,
+    model: Any,
+    encoder: Encoder,
+    task: Task,
+    settings: Settings,
+    measured: _Measured,
+    runtime: Runtime,
+    seed: int,
+) -> tuple[list[dict[str, Any]], list[dict[str, float]]]:
+    """Train a model; the record of each step, and accuracies by set along the way."""
+    along = {x: encoder(examples) for x, examples in measured.along.items()}
+    curve: list[dict[str, float]] = []
+
+    def evaluate(step: int) -> None:
+        right = {x: correct(model, data, runtime) for x, data in along.items()}
+        curve.append({"step": step, **{x: sum(y) / len(y) for x, y in right.items()}})
+
+    with progress(f"{name}, seed {seed}", settings.steps) as show:
+        history = train(
+            model, encoder(task.train), METHODS[name], settings, runtime, seed, show,
+            *((evaluate, measured.every) if measured.every else ()),
+        )  # fmt: skip
+    return history, curve
 
 
 def evaluate(args: argparse.Namespace) -> None:
@@ -185,9 +226,9 @@ def _model_folder(output: Path, method: str, seed: int) -> Path:
     return output / f"{method}-seed{seed}"
 
 
-def _title(args: argparse.Namespace, task: Task) -> str:
-    model = Path(args.model).name if args.model else "MiniLM-L6"
-    return f"{model} on {task.name}: {args.steps} steps of {args.batch_size}, upper={args.upper}"
+def _title(args: argparse.Namespace, task: Task, settings: Settings) -> str:
+    model = {"minilm": "MiniLM-L6", "mpnet": "MPNet-base"}.get(args.model, Path(args.model).name)
+    return f"{model} on {task.name}: {settings.steps} steps of {args.batch_size}, upper={args.upper}"
 
 
 def plain(value: Any) -> Any:

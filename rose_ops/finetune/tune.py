@@ -18,11 +18,12 @@ from typing import Any
 
 from rose_ops.finetune import UserError, report, require
 from rose_ops.finetune.data import Examples, load_task
+from rose_ops.finetune.models import model_folder
 from rose_ops.finetune.presets import PUBLISHED_GAMMA, candidates
 from rose_ops.finetune.recipes import Settings
 from rose_ops.finetune.run import measured_sets, plain, prepare
 from rose_ops.finetune.search import Choice, Scores, Search, Trainer, rungs
-from rose_ops.finetune.train import METHODS, Runtime, bundled_model, check_settings
+from rose_ops.finetune.train import METHODS, Runtime, check_settings
 
 _RECORD = "tune.json"
 _JOURNAL = "study.log"
@@ -45,7 +46,7 @@ def tune(args: argparse.Namespace) -> None:
     tests = measured_sets(task, "test")
     output = args.output or Path("runs") / f"tune-{args.task}-{args.method}"
     output.mkdir(parents=True, exist_ok=True)
-    model = args.model or bundled_model()
+    model = model_folder(args.model, args.cache_dir)
     trainer = Trainer(task, model, method, settings, args.max_length, runtime)
     searches = _open_searches(args, settings, output / _JOURNAL)
     budget = round(args.budget * args.steps)
