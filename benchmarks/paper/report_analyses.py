@@ -35,12 +35,13 @@ def sections(folder: Path) -> list[Section]:
 def _ran(frame: pd.DataFrame, known: pd.DataFrame) -> str:
     """`ran` of measurements, with their options."""
     entries = known[known["analysis"].isin(frame["analysis"])]
-    options = ", ".join(
-        f"{name} {value}"
-        for name, value in json.loads(entries["options"].iloc[0]).items()
-        if not name.startswith("second")
-    )
-    return f"{ran(entries)} Measured with {options}."
+    options: dict[str, list[str]] = {}
+    for entry in entries["options"]:
+        for name, value in json.loads(entry).items():
+            if str(value) not in options.setdefault(name, []):
+                options[name].append(str(value))
+    shown = [f"{x} {', '.join(y)}" for x, y in options.items() if not x.startswith("second")]
+    return f"{ran(entries)} Measured with {'; '.join(shown)}."
 
 
 def _dropout(frame: pd.DataFrame, known: pd.DataFrame) -> Section:

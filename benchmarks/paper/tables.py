@@ -188,7 +188,7 @@ def by_gamma(runs: pd.DataFrame) -> Table:
 
 def inconsistent(rows: pd.DataFrame) -> Table:
     """Table 4 of the paper: two dropout passes that disagree, by task and step."""
-    keys = ["model", "task", "method"]
+    keys = ["model", "task", "granularity", "method"]
     steps = sorted(rows["step"].unique())
     means = stats.over_seeds(rows, ["inconsistent"], [*keys, "step"])["inconsistent"]
     table = Table(
