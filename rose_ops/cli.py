@@ -85,7 +85,7 @@ def _add_finetune(commands: Any) -> None:
         "--evaluations",
         type=int,
         choices=range(101),
-        default=10,
+        default=8,
         metavar="N",
         help="how often validation accuracy is measured along the way; 0: never",
     )
@@ -104,7 +104,7 @@ def _add_finetune(commands: Any) -> None:
 def _add_training(parser: Any) -> None:
     """Hyperparameters: the fields of `Settings`."""
     group = parser.add_argument_group("training")
-    group.add_argument("--steps", type=_positive(int), default=100)
+    group.add_argument("--steps", type=_positive(int), default=80)
     group.add_argument("--batch-size", type=_positive(int), default=32)
     group.add_argument("--max-length", type=_positive(int), default=128, help="in tokens")
     group.add_argument("--weight-decay", type=float, default=0.01)

@@ -8,6 +8,7 @@ CHECKS, RESULTS = "rose_ops/checks.py", "rose_ops/results.py"
 ACCUMULATE, DIVERGENCE = "rose_ops/accumulate.py", "rose_ops/divergence.py"
 TRAINER = "rose_ops/integrations/transformers.py"
 ENGINE, GROUPS, CAPTURES = "rose_ops/engine.py", "rose_ops/groups.py", "rose_ops/captures.py"
+MASKS, OF_MASKS = "rose_ops/masks.py", "tests/test_masks.py"
 
 CORNERS, KEPT = "tests/test_optimizer_corners.py", "tests/test_optimizer_kept.py"
 OF_OPTIMIZER = "tests/test_optimizer.py"
@@ -138,6 +139,27 @@ MUTANTS = {
         OPTIM, "self._clip(batch, _reciprocal(", "self._clip(self._selective(batch), _reciprocal(",
         f"{OF_CLIPPING}::test_plain_groups_are_clipped_as_by_pytorch "
         f"{OF_CLIPPING}::test_as_the_reference",
+    ),
+    "masks of one's own that stay": (
+        OPTIM, "for kind, one in self._given.items() if one.keep}", "for kind, one in self._given.items()}",
+        f"{OF_MASKS}::test_a_mask_is_for_one_step_or_until_it_is_taken_away",
+    ),
+    "masks of one's own with nothing to rank": (
+        OPTIM, "selects = bool(self._given) or not settings.is_adamw", "selects = not settings.is_adamw",
+        f"{OF_MASKS}::test_parameters_without_a_mask_are_updated_and_those_without_upper_too",
+    ),
+    "masks of one's own in place of a limit": (
+        OPTIM, "limit = None if given is None else given.masks", "limit = None",
+        f"{OF_MASKS}::test_a_limit_ranks_what_is_in_it_and_leaves_the_rest",
+    ),
+    # -------------------------------------------------------------------------------------- masks.py
+    "memory order of masks": (
+        MASKS, "(ordered,) = memory_order(p, (mask,))", "ordered = mask",
+        f"{OF_MASKS}::test_a_given_mask_says_what_is_updated",
+    ),
+    "masks that are copies": (
+        MASKS, "mask.detach().clone() for p, mask", "mask for p, mask",
+        f"{OF_MASKS}::test_masks_are_copies_and_replace_each_other",
     ),
     # -------------------------------------------------------------------------------------- batch.py
     "places of parameters that have a gradient": (

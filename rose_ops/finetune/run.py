@@ -33,7 +33,7 @@ from rose_ops.finetune.train import (
 
 _RECORD = "run.json"
 # Of the validation split, for each evaluation along the way and each of its copies.
-_ALONG = 400
+_ALONG = 300
 
 
 def finetune(args: argparse.Namespace) -> None:
