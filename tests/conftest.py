@@ -87,8 +87,9 @@ TOPICS = {
     "optimizer": "checkpoints clipping determinism errors flat given leaks masks memory optimizer "
     "optimizer_corners optimizer_kept state steps surroundings tensor_granularity torch_optim_table",
     "stacks": "accumulate ddp losses sharded stacks stacks_amp stacks_torch trainer wrappers",
-    "package": "cli doctor examples habits hub import readme setup",
-    "bench": "benchmarks paper paper_geometry paper_methods paper_report paper_stats profile_gpu",
+    "package": "cli doctor examples habits hub import readme setup tune",
+    "bench": "benchmarks paper paper_analyses paper_geometry paper_methods paper_report paper_stats "
+    "profile_gpu",
     "device": "gpu gpu_binaries gpu_graphs gpu_large gpu_profile gpu_run gpu_sync",
 }
 TOPIC_OF = {f"test_{name}": topic for topic, names in TOPICS.items() for name in names.split()}

@@ -32,7 +32,7 @@ PNG = b"\x89PNG\r\n"
 # --------------------------------------------------------------------------------------- arguments
 
 
-@pytest.mark.parametrize("command", ["finetune", "evaluate"])
+@pytest.mark.parametrize("command", ["finetune", "evaluate", "tune"])
 def test_help(command, capsys):
     with pytest.raises(SystemExit) as stop:
         main([command, "--help"])

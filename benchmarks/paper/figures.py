@@ -174,10 +174,13 @@ def probing(rows: pd.DataFrame) -> bytes:
     """Matthews correlation of each run, by method, one panel for each share of inoculating data.
 
     Args:
-        rows: of one model and granularity: ``method``, ``seed``, ``inoculated``, ``matthews``.
+        rows: of one model and task: ``method``, ``granularity``, ``inoculated``, ``matthews``.
     """
     pyplot = _pyplot()
     shares = sorted(rows["inoculated"].unique())
+    # Both granularities of a method side by side.
+    at = rows["granularity"].map({"element": ", element", "tensor": ", tensor"}).fillna("")
+    rows = rows.assign(method=rows["method"] + at)
     methods = list(dict.fromkeys(rows["method"]))
     figure, axes = pyplot.subplots(
         1,

@@ -105,8 +105,8 @@ def inoculated(training: Examples, extra: Examples, share: float, seed: int) -> 
     drawn = generator.sample(range(len(extra)), count)
     kept = generator.sample(range(len(training)), len(training) - count)
     return Examples(
-        [extra.texts[i] for i in drawn] + [training.texts[i] for i in kept],
-        [extra.labels[i] for i in drawn] + [training.labels[i] for i in kept],
+        [training.texts[i] for i in kept] + [extra.texts[i] for i in drawn],
+        [training.labels[i] for i in kept] + [extra.labels[i] for i in drawn],
     )
 
 

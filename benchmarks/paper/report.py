@@ -7,52 +7,21 @@ says what is missing. Nothing in it is loaded from elsewhere.
 from __future__ import annotations
 
 import argparse
-import base64
-import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 
 import jinja2
 import pandas as pd
 
-from benchmarks.paper import figures, landscape, matched, probing, rows, tables
-from benchmarks.paper.analyses import ANALYSES
+from benchmarks.paper import figures, matched, report_analyses, rows, tables
 from benchmarks.paper.methods import CONTROLS, METHODS
 from benchmarks.paper.rows import PAPER_BASELINES, ROSE, WITH_R_DROP
 from benchmarks.paper.runner import RESULTS
-from benchmarks.paper.tables import Table
+from benchmarks.paper.section import Section, ran
 
 TEMPLATE = Path(__file__).with_name("report.html.j2")
 _CURVES = ("adamw", "random-mask", "r-drop", "smart", "freelb", *ROSE)
-
-
-@dataclass
-class Section:
-    """One result.
-
-    Attributes:
-        title: Of the table or figure.
-        question: What it shows, and how to read it.
-        ran: What was run for it; empty where nothing was.
-        missing: What is not there, or how to make it.
-        tables: Shown at once.
-        figures: PNGs as data URLs, each with a caption.
-        details: Tables that are folded.
-    """
-
-    title: str
-    question: str
-    ran: str = ""
-    missing: str = ""
-    tables: list[Table] = field(default_factory=list)
-    figures: list[tuple[str, str]] = field(default_factory=list)
-    details: list[tuple[str, Table]] = field(default_factory=list)
-
-    def draw(self, png: bytes, caption: str) -> None:
-        """Add a figure."""
-        self.figures.append((f"data:image/png;base64,{base64.b64encode(png).decode()}", caption))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -74,7 +43,7 @@ def render(folder: Path) -> str:
     runs = rows.read_runs(folder)
     curves = rows.read_curves(folder, runs)
     main = rows.main_settings(runs)
-    sections = []
+    sections: list[Section] = []
     for name, group in rows.comparisons(main):
         sections += _comparison(name, group, curves)
     if not sections:
@@ -85,36 +54,15 @@ def render(folder: Path) -> str:
                 missing="No run has finished: python -m benchmarks.paper run",
             )
         )
-    sections += [_gamma(runs), *_sweeps(runs), *_analyses(folder)]
+    sections += [_gamma(runs), *_sweeps(runs), *report_analyses.sections(folder)]
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATE.parent),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
     )
-    now = datetime.now(timezone.utc).isoformat(" ", timespec="minutes")
+    now = f"{datetime.now(timezone.utc):%Y-%m-%d %H:%M}"
     return environment.get_template(TEMPLATE.name).render(
         sections=sections, ran=ran(runs), made=now, other=len(runs) - len(main)
-    )
-
-
-def ran(frame: pd.DataFrame) -> str:
-    """What was run, in sentences: methods, tasks, steps, seeds, machine and commit."""
-    if frame.empty:
-        return ""
-
-    def listed(column: str) -> str:
-        values = frame[column].dropna().unique()
-        return ", ".join(str(x) for x in values)
-
-    seconds = frame["seconds"].sum()
-    where = " and ".join(x for x in (listed("machine"), listed("gpu")) if x)
-    return (
-        f"{len(frame)} runs, {seconds / 3600:.1f} hours in all. Methods: {listed('method')}. Tasks: "
-        f"{listed('task')}. Model: {listed('model')}. Settings: {listed('preset')}; steps: "
-        f"{listed('steps')}; seeds: {listed('seed')}. Granularity: {listed('granularity')}. Machine: "
-        f"{where}, {listed('threads')} threads; {listed('used_precision')}; torch "
-        f"{listed('torch')}; commit {listed('revision')}; {min(frame['date'])[:10]} to "
-        f"{max(frame['date'])[:10]}."
     )
 
 
@@ -133,9 +81,8 @@ def _comparison(name: tuple[str, str, str], runs: pd.DataFrame, curves: pd.DataF
         _missing(runs, [x for x in METHODS if x not in WITH_R_DROP]),
         [tables.accuracies(runs, [x for x in METHODS if x not in WITH_R_DROP], others, ROSE)],
     )
-    score = "adversarial_accuracy"
     first.details += [
-        ("t-tests of AdvGLUE accuracy", tables.tests(runs, ROSE, others, score)),
+        ("t-tests of AdvGLUE accuracy", tables.tests(runs, ROSE, others)),
         ("Cross-entropy and calibration", tables.uncertainty(runs, list(METHODS))),
         ("Settings", tables.settings(runs, ["method", "task", *rows.SETTINGS])),
     ]
@@ -151,7 +98,7 @@ def _comparison(name: tuple[str, str, str], runs: pd.DataFrame, curves: pd.DataF
             [tables.accuracies(members, shown, ["r-drop"], WITH_R_DROP)],
         )
         second.details.append(
-            ("t-tests of AdvGLUE accuracy", tables.tests(members, WITH_R_DROP, ["r-drop"], score))
+            ("t-tests of AdvGLUE accuracy", tables.tests(members, WITH_R_DROP, ["r-drop"]))
         )
         sections.append(second)
     return sections
@@ -228,102 +175,3 @@ def _sweeps(runs: pd.DataFrame) -> list[Section]:
         return []
     question = "Every combination of settings that was asked for with --sweep."
     return [Section("Sweeps", question, ran(swept), tables=[tables.sweep(swept)])]
-
-
-# ----------------------------------------------------------------------------- other measurements
-
-
-def _analyses(folder: Path) -> list[Section]:
-    known = rows.read(folder / "analyses.csv", ANALYSES)
-
-    def of(command: str, columns: Sequence[str]) -> pd.DataFrame:
-        """The numbers of a command, with what they are of."""
-        numbers = rows.read(folder / f"{command}.csv", ["analysis", *columns])
-        entries = known[known["command"] == command].drop(columns="steps")
-        joined = numbers.merge(entries, on="analysis")
-        options = [json.loads(x) for x in joined["options"]]
-        return joined.assign(options_of=options)
-
-    return [
-        _dropout(of(probing.DROPOUT, probing.DROPOUT_COLUMNS), known),
-        _surfaces(of(landscape.SURFACES, landscape.SURFACE_COLUMNS), known),
-        _probing(of(probing.PROBING, probing.PROBING_COLUMNS), known),
-        _interpolation(of(landscape.INTERPOLATION, landscape.LINE_COLUMNS), known),
-    ]
-
-
-def _ran(frame: pd.DataFrame, known: pd.DataFrame) -> str:
-    """`ran` of measurements, with their options."""
-    entries = known[known["analysis"].isin(frame["analysis"])]
-    options = ", ".join(
-        f"{name} {value}"
-        for name, value in json.loads(entries["options"].iloc[0]).items()
-        if not name.startswith("second")
-    )
-    return f"{ran(entries)} Measured with {options}."
-
-
-def _dropout(frame: pd.DataFrame, known: pd.DataFrame) -> Section:
-    section = Section(
-        "Table 4: predictions of two dropout passes",
-        "How many training examples get another label in a second pass with dropout: how strong the "
-        "perturbation is that first-order ROSE ranks by.",
-    )
-    if frame.empty:
-        section.missing = "Not measured: python -m benchmarks.paper dropout"
-        return section
-    section.ran = _ran(frame, known)
-    section.tables.append(tables.inconsistent(frame))
-    return section
-
-
-def _surfaces(frame: pd.DataFrame, known: pd.DataFrame) -> Section:
-    section = Section(
-        "Figures 1 and 2: loss surfaces",
-        "Cross-entropy around each model, in two random directions whose filters have the norms of "
-        "the model's (Li et al., 2018), without dropout; the same directions for all, but for those "
-        "norms. One colour scale in each figure. The red cross is the model. One seed and one pair of "
-        "directions show what a surface can look like, and are no test of a difference.",
-    )
-    if frame.empty:
-        section.missing = "Not measured: python -m benchmarks.paper surfaces"
-        return section
-    section.ran = _ran(frame, known)
-    for (model, options), group in frame.groupby(["model", "options"], sort=False):
-        for granularity in [x for x in group["granularity"].unique() if x != "none"] or ["none"]:
-            members = group[group["granularity"].isin([granularity, "none"])]
-            section.draw(figures.surfaces(members), f"{model}, {granularity} granularity; {options}")
-    return section
-
-
-def _probing(frame: pd.DataFrame, known: pd.DataFrame) -> Section:
-    section = Section(
-        "Figure 3: linguistic or superficial features",
-        "Trained on MSGS sentences where a linguistic and a superficial feature agree, tested where "
-        "they disagree: a Matthews correlation of 1 is reliance on the linguistic feature, -1 on the "
-        "superficial one. One point for each seed, a line for their mean. A model that has not learnt "
-        "its training sentences (see their accuracy) is near 0 without preferring either.",
-    )
-    if frame.empty:
-        section.missing = "Not measured: python -m benchmarks.paper probe"
-        return section
-    section.ran = _ran(frame, known)
-    section.tables.append(tables.probing(frame))
-    for (model, task), group in frame.groupby(["model", "task"], sort=False):
-        section.draw(figures.probing(group), f"{model}, {task}")
-    return section
-
-
-def _interpolation(frame: pd.DataFrame, known: pd.DataFrame) -> Section:
-    section = Section(
-        "Figure 4: between two models",
-        "Cross-entropy (solid, left) and accuracy (dashed, right) on the line between two fine-tuned "
-        "models, (1 - α) θ + α θ', without dropout; one line for each seed.",
-    )
-    if frame.empty:
-        section.missing = "Not measured: python -m benchmarks.paper interpolate"
-        return section
-    section.ran = _ran(frame, known)
-    ends = frame.assign(first=frame["method"], second=[x["second"] for x in frame["options_of"]])
-    section.draw(figures.interpolations(ends), "One panel for each task and pair of methods.")
-    return section

@@ -36,8 +36,9 @@ def read(path: Path, needed: Sequence[str]) -> pd.DataFrame:
     text = path.read_text(encoding="utf-8")
     complete = io.StringIO(text[: text.rfind("\n") + 1])
     try:
-        # "none" and "nan" are names here: only an empty cell is missing.
-        frame = pd.read_csv(complete, keep_default_na=False, na_values=[""])
+        # Only an empty cell is missing: "none" is a name here. Ids may consist of digits, and are none.
+        ids = {"run": str, "analysis": str, "revision": str}
+        frame = pd.read_csv(complete, keep_default_na=False, na_values=[""], dtype=ids)
     except pd.errors.EmptyDataError:
         return pd.DataFrame(columns=list(needed))
     if missing := [x for x in needed if x not in frame]:

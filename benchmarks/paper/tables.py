@@ -109,20 +109,19 @@ def _beats_all(
     return found
 
 
-def tests(runs: pd.DataFrame, methods: Sequence[str], baselines: Sequence[str], score: str) -> Table:
+def tests(runs: pd.DataFrame, methods: Sequence[str], baselines: Sequence[str]) -> Table:
     """The t-tests behind the bold print, one row for each pair."""
     table = Table(
-        f"{score}, method minus baseline, in points, with its two-sided 95% interval over seeds. p: "
-        "one-tailed t-test, paired over common seeds or else Welch's; q: the same, adjusted for the "
-        "number of tests in this table (Benjamini and Hochberg). Every run is measured on the same "
-        "examples, so the interval does not say what other examples would give.",
+        "AdvGLUE accuracy, method minus baseline, in points, with its two-sided 95% interval over "
+        "seeds. p: one-tailed t-test, paired over common seeds or else Welch's; q: the same, adjusted "
+        "for the number of tests in this table (Benjamini and Hochberg). Every run is measured on the "
+        "same examples, so the interval does not say what other examples would give.",
         ["task", "method", "baseline", "difference", "95% interval", "p", "q", "test", "n"],
     )
-    for row in stats.compare_methods(runs, methods, baselines, score).to_dict("records"):
-        names = [row["task"], row["method"], row["baseline"]]
-        table.rows.append(
-            [*map(Cell, names), *_comparison(row), Cell(row["kind"]), Cell(str(row["n"]))]
-        )
+    found = stats.compare_methods(runs, methods, baselines, "adversarial_accuracy")
+    for row in found.to_dict("records"):
+        names, kind = [row["task"], row["method"], row["baseline"]], [row["kind"], str(row["n"])]
+        table.rows.append([*map(Cell, names), *_comparison(row), *map(Cell, kind)])
     return table
 
 
@@ -189,7 +188,7 @@ def by_gamma(runs: pd.DataFrame) -> Table:
 
 def inconsistent(rows: pd.DataFrame) -> Table:
     """Table 4 of the paper: two dropout passes that disagree, by task and step."""
-    keys = ["model", "task", "method"]
+    keys = ["model", "task", "granularity", "method"]
     steps = sorted(rows["step"].unique())
     means = stats.over_seeds(rows, ["inconsistent"], [*keys, "step"])["inconsistent"]
     table = Table(
@@ -257,6 +256,44 @@ def sweep(runs: pd.DataFrame) -> Table:
         seeds = str(int(of_row[("clean_accuracy", "n")]))
         table.rows.append([Cell(_plain(x)) for x in (*key, *texts, seeds)])
     return table
+
+
+def uppers(chosen: pd.DataFrame, name: str) -> Table:
+    """What rules, a search and controls took for upper, and what came of it (see `upper.choices`)."""
+    chosen = chosen.assign(average=(chosen["clean"] + chosen["adversarial"]) / 2)
+    by_source = {x: rows.set_index("seed") for x, rows in chosen.groupby("source", sort=False)}
+    table = Table(
+        f"{name}. "
+        "Said: what the rule says, before it is rounded to a multiple of 0.05. Trainings: what it "
+        "costs. Validation: mean of clean and perturbed accuracy, which the search maximises. Mean ± "
+        "standard deviation over seeds, accuracies in percent. The last columns: mean of GLUE and "
+        "AdvGLUE minus the search's, with a two-sided 95% interval over seeds (paired).",
+        [
+            "source",
+            "said",
+            "upper",
+            "trainings",
+            "validation",
+            "GLUE",
+            "AdvGLUE",
+            "minus",
+            "interval",
+            "seeds",
+        ],
+    )
+    for source, rows in by_source.items():
+        texts = [source, *(_mean(rows[x], ".2f") for x in ("said", "upper", "trainings"))]
+        texts += [
+            percent(rows[x].mean(), rows[x].std()) for x in ("validation", "clean", "adversarial")
+        ]
+        gain = stats.compare(rows["average"], by_source["search"]["average"])
+        difference, interval, _ = (cell.text for cell in _comparison(gain._asdict()))
+        table.rows.append([Cell(x) for x in (*texts, difference, interval, str(len(rows)))])
+    return table
+
+
+def _mean(values: pd.Series, how: str) -> str:
+    return NOTHING if values.isna().all() else format(values.mean(), how)
 
 
 def _plain(value: object) -> str:

@@ -16,6 +16,7 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor, nn
 
@@ -208,3 +209,43 @@ def _validation(task: Task, examples: int) -> dict[str, Examples]:
         for kind in PERTURBATIONS
     }
     return {VALIDATION: clean, **perturbed}
+
+
+def choices(risks: pd.DataFrame, trials: pd.DataFrame) -> pd.DataFrame:
+    """What each rule, the search and the controls took, and what came of it.
+
+    Args:
+        risks: rows of `RISKS` with their entries in `analyses.csv`: what the rules said.
+        trials: rows of `TRIALS` with their entries: what was trained.
+
+    Returns:
+        One row for each model, granularity, task, seed and ``source`` whose training is there:
+        ``said`` (the rule's upper before it is rounded), ``upper``, ``trainings`` (how many it takes,
+        in full trainings, to use it), ``validation`` (what the search maximises) and the accuracies of
+        the test splits.
+    """
+    keys = ["model", "granularity", "task", "seed"]
+    columns = [*keys, "source", "said", "upper", "trainings", "validation", "clean", "adversarial"]
+    if trials.empty:
+        return pd.DataFrame(columns=columns)
+    scores = trials.pivot_table(index=[*keys, "upper"], columns="split", values="accuracy")
+    perturbed = [f"{VALIDATION}-{kind}" for kind in PERTURBATIONS]
+    scores["validation"] = (scores[VALIDATION] + scores[perturbed].mean(axis=1)) / 2
+    found = []
+    for key, group in scores.groupby(keys, sort=False):
+        by_upper = group.droplevel(keys)
+        mine = risks[(risks[keys] == list(key)).all(axis=1)]
+        said = mine.groupby("rule", sort=False)["upper"].mean()
+        look = mine["step"].max() / mine["steps"].max()
+        sources = [(rule, x, rounded(x), 1 + look) for rule, x in said.items()]
+        sources += [
+            ("search", math.nan, by_upper["validation"].idxmax(), len(by_upper)),
+            (f"always {FIXED:g}", math.nan, FIXED, 1),
+            ("AdamW", math.nan, 1.0, 1),
+        ]
+        for source, value, taken, cost in sources:
+            if taken in by_upper.index:
+                row = dict(zip(keys, key, strict=True))
+                row |= {"source": source, "said": value, "upper": taken, "trainings": cost}
+                found.append(row | by_upper.loc[taken].to_dict())
+    return pd.DataFrame(found)
