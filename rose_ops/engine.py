@@ -7,7 +7,7 @@ of :mod:`rose_ops.functional`. ``ops`` is a backend's namespace of operators.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -19,11 +19,11 @@ from rose_ops import backends, reference
 from rose_ops.batch import Batch
 from rose_ops.checks import MOMENTS, is_recording
 from rose_ops.distributed import Part, Ranks
-from rose_ops.layout import empty_masks
+from rose_ops.layout import empty_masks, memory_order
 from rose_ops.memory import with_own_storage
 from rose_ops.reference import APPROX_FEWEST, Field, Hyper, Mode
 from rose_ops.settings import Settings
-from rose_ops.shards import Shard
+from rose_ops.shards import Shard, is_spread, part_of
 
 
 class Tables(NamedTuple):
@@ -310,9 +310,21 @@ class Engine:
         return ranks.thresholds(count, ranking.upper, ranking.lower)
 
     def capture(
-        self, kind: str, batch: Batch, hyper: Tensor, scaling: Scaling, draw: int
+        self,
+        kind: str,
+        batch: Batch,
+        hyper: Tensor,
+        scaling: Scaling,
+        draw: int,
+        limit: Mapping[Tensor, Tensor] | None = None,
     ) -> list[Tensor]:
-        """The mask of the elements, or tensors, of ``batch``: one for each of its parameters."""
+        """The mask of the elements, or tensors, of ``batch``: one for each of its parameters.
+
+        Args:
+            limit: bool masks of what is ranked, by parameter.
+        """
+        if limit is not None:
+            batch, scaling = _within(limit, batch), scaling._replace(sums=None)
         ranking, tables = self._ranking(kind, draw), Tables(hyper, batch.layout.group)
         exp_avgs = batch.state("exp_avg") if kind == "second" else []
         if self._settings.granularity == "tensor":
@@ -360,12 +372,14 @@ class Engine:
         scaling: Scaling,
         draw: int,
         found_inf: Tensor | None,
+        limits: Mapping[str, Mapping[Tensor, Tensor]],
     ) -> None:
         """Update ``batch``, by masks that were captured and by those that are found now.
 
         Args:
             selective: of that what is ranked; None: this step selects nothing.
             captured: masks by kind; None of a parameter that had no gradient then.
+            limits: to what is ranked now, by kind and parameter.
         """
         settings, masks = self._settings, dict(captured)
         ranking = record = None
@@ -373,13 +387,14 @@ class Engine:
             for kind in settings.kinds:
                 if kind in captured:
                     continue
-                if settings.granularity == "element":
+                limit = limits.get(kind)
+                if settings.granularity == "element" and limit is None:
                     ranking = self._ranking(kind, draw)
                     record = self._shared_record(
                         selective, selective.state("exp_avg"), tables.hyper, scaling, ranking
                     )
                     continue
-                bools = self.capture(kind, selective, tables.hyper, scaling, draw)
+                bools = self.capture(kind, selective, tables.hyper, scaling, draw, limit)
                 # Hashing a tensor takes a call in Python.
                 by_id = dict(zip(map(id, selective.params), bools, strict=True))
                 masks[kind] = [by_id.get(id(p)) for p in batch.params]
@@ -408,6 +423,17 @@ class Engine:
         if found is not None and record is None:  # else its counts are of what is here
             self.records["second"] = found
         self.records["update"] = counts
+
+
+def _within(limit: Mapping[Tensor, Tensor], batch: Batch) -> Batch:
+    """The batch with gradients that are NaN outside of ``limit``: no ranking counts or selects them."""
+    grads = list(batch.grads)
+    for i, p in enumerate(batch.params):
+        if (mask := limit.get(p)) is not None:
+            mask = part_of(mask if is_spread(mask) else mask.expand(p.shape), p)
+            (mask,) = memory_order(batch.parts[i], (mask,))
+            grads[i] = grads[i].masked_fill(~mask, torch.nan)
+    return batch._replace(grads=grads)
 
 
 def _reused(kind: str, batch: Batch, make: Callable[[Batch], list[Tensor]]) -> list[Tensor]:

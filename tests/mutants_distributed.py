@@ -88,10 +88,12 @@ MUTANTS = {
         DISTRIBUTED, "if (self.size * two - one * one) % 2**32:",
         "if False:", PLACES,
     ),
-    "steps in the place": (OPTIM, "ranks.at(what, self._steps_done,", "ranks.at(what,", PLACES),
+    "steps in the place": (OPTIM, "what, self._steps_done, hyper,", "what, hyper,", PLACES),
     "hyperparameters in the place": (
-        OPTIM, "self._steps_done, self._tables.hyper(self.param_groups).tolist(), sizes)",
-        "self._steps_done, sizes)", PLACES,
+        OPTIM, "what, self._steps_done, hyper,", "what, self._steps_done,", PLACES,
+    ),
+    "captures in the place": (
+        OPTIM, "sizes, sorted(self._captures.kinds), masks)", "sizes, masks)", PLACES,
     ),
     "settings that differ": (DISTRIBUTED, "        if differences:\n", "        if False:\n", MADE),
     "an overflow elsewhere": (

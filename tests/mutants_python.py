@@ -8,6 +8,7 @@ CHECKS, RESULTS, SHARDS = "rose_ops/checks.py", "rose_ops/results.py", "rose_ops
 ACCUMULATE, DIVERGENCE = "rose_ops/accumulate.py", "rose_ops/divergence.py"
 TRAINER = "rose_ops/integrations/transformers.py"
 ENGINE, GROUPS, CAPTURES = "rose_ops/engine.py", "rose_ops/groups.py", "rose_ops/captures.py"
+MASKS, OF_MASKS = "rose_ops/masks.py", "tests/test_masks.py"
 
 CORNERS, KEPT = "tests/test_optimizer_corners.py", "tests/test_optimizer_kept.py"
 OF_OPTIMIZER = "tests/test_optimizer.py"
@@ -73,8 +74,8 @@ MUTANTS = {
         TENSORS,
     ),
     "masks that were used": (
-        OPTIM, "drop(kind, self.state.values())\n        return loss\n",
-        "kinds\n        return loss\n",
+        OPTIM, "drop(kind, self.state.values())\n        self._given = {kind",
+        "kinds\n        self._given = {kind",
         f"{OF_OPTIMIZER}::test_a_mask_serves_one_step",
     ),
     "masks of an earlier capture": (
@@ -145,6 +146,29 @@ MUTANTS = {
         OPTIM, "self._clip(batch, _reciprocal(", "self._clip(self._selective(batch), _reciprocal(",
         f"{OF_CLIPPING}::test_plain_groups_are_clipped_as_by_pytorch "
         f"{OF_CLIPPING}::test_as_the_reference",
+    ),
+    "masks of one's own that stay": (
+        OPTIM, "for kind, one in self._given.items() if one.keep}",
+        "for kind, one in self._given.items()}",
+        f"{OF_MASKS}::test_a_mask_is_for_one_step_or_until_it_is_taken_away",
+    ),
+    "masks of one's own with nothing to rank": (
+        OPTIM, "selects = bool(self._given) or not settings.is_adamw",
+        "selects = not settings.is_adamw",
+        f"{OF_MASKS}::test_parameters_without_a_mask_are_updated_and_those_without_upper_too",
+    ),
+    "masks of one's own in place of a limit": (
+        OPTIM, "limit = None if given is None else given.masks", "limit = None",
+        f"{OF_MASKS}::test_a_limit_ranks_what_is_in_it_and_leaves_the_rest",
+    ),
+    # -------------------------------------------------------------------------------------- masks.py
+    "memory order of masks": (
+        MASKS, "(ordered,) = memory_order(local(p), (part_of(mask, p),))", "ordered = mask",
+        f"{OF_MASKS}::test_a_given_mask_says_what_is_updated",
+    ),
+    "masks that are copies": (
+        MASKS, "mask.detach().clone() for p, mask", "mask for p, mask",
+        f"{OF_MASKS}::test_masks_are_copies_and_replace_each_other",
     ),
     # -------------------------------------------------------------------------------------- batch.py
     "places of parameters that have a gradient": (
