@@ -362,10 +362,13 @@ def engine(rank: int, size: int, *, kind: str, data_seed: int, **options: Any) -
     model, twin = classifier(), DistributedDataParallel(classifier())
     params: Any = model.parameters()
     optimizers = []
-    if kind == "fsdp2":
+    if kind.startswith("fsdp2"):
+        late = RoseFusedAdamW(params, lr=1e-2, **options) if kind == "fsdp2-late" else None
         for layer in (model[0], model[3], model):
             fully_shard(layer, mesh=mesh_of(size))
-        optimizers.append(RoseFusedAdamW(params, lr=1e-2, **options))
+        if late is not None:  # as accelerate does: the optimizer is made before, and gets the shards
+            late.param_groups[0]["params"] = [*model.parameters()]
+        optimizers.append(late or RoseFusedAdamW(model.parameters(), lr=1e-2, **options))
     elif kind == "zero":
         model = DistributedDataParallel(model)
         maker = partial(RoseFusedAdamW, process_group=dist.group.WORLD, **options)

@@ -277,7 +277,7 @@ def test_a_rank_without_gradients(processes, seed, order):
 
 
 @pytest.mark.parametrize("order", ["first", "second", "ensemble"])
-@pytest.mark.parametrize("kind", ["fsdp2", "zero", "fsdp1-flat", "fsdp1-original"])
+@pytest.mark.parametrize("kind", ["fsdp2", "fsdp2-late", "zero", "fsdp1-flat", "fsdp1-original"])
 def test_engines_train_what_replicas_train(processes, seed, kind, order):
     """By rose_backward, which runs several backwards of one forward. Engines may add gradients up in
     another order: then masks differ in elements whose risk is within rounding of the threshold."""
