@@ -354,7 +354,8 @@ MUTANTS = {
     ),
     # ----------------------------------------------------------------------- masks that are used again
     "a mask's last step": (
-        OPTIM, "if kind == \"second\" or not self._reuses_first:", "if kind == \"second\":", REUSED,
+        OPTIM, "if kind == \"second\" or not self._reuses_first:", "if kind == \"second\":",
+        f"{OF_REUSE}::test_a_mask_is_not_used_longer",
     ),
     "a second-order mask is used once": (
         OPTIM, "if kind == \"second\" or not self._reuses_first:", "if not self._reuses_first:",

@@ -129,6 +129,17 @@ def test_a_mask_that_was_lost_is_made_anew(generator):
     assert needed == [True, False, True, False, False]  # the next one when it is due anyway
 
 
+def test_a_mask_is_not_used_longer(generator):
+    params = parameters(generator)
+    optimizer = RoseFusedAdamW(params, order="first", first_order_every=3)
+    for _ in range(3):
+        step(optimizer, params, gradients(params, generator), gradients(params, generator))
+    assert all("first_mask" not in state for state in optimizer.state.values())
+    give(params, gradients(params, generator))
+    with pytest.raises(RuntimeError, match="needs a first-order mask"):
+        optimizer.step()
+
+
 def test_two_captures_before_a_step(generator):
     """As in every order: the second one replaces the first."""
     params = parameters(generator)
