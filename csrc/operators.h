@@ -19,6 +19,8 @@ constexpr const char* kSchemas[] = {
     "Tensor(d!)[] steps, Tensor[] first_masks, Tensor[] second_masks, Tensor? record, Tensor lr, "
     "Tensor hyper, Tensor group, Tensor offsets, Tensor? inv_scale, Tensor? clip, Tensor? found_inf, "
     "float gamma, int[] ranking, int[] rounding) -> Tensor",
+    "count_keys(Tensor[] grads, Tensor[] exp_avgs, Tensor hyper, Tensor group, Tensor? inv_scale, "
+    "Tensor? clip, bool rank_inactive, Tensor? digits) -> Tensor",
     "sums_of_squares(Tensor[] tensors, Tensor? inv_scale) -> Tensor",
     "clip_factors(Tensor sums, float max_norm) -> Tensor",
     "select_tensors_(Tensor(a!) mask, Tensor sums, Tensor? exp_avg_sums, Tensor hyper, Tensor group, "
@@ -35,6 +37,9 @@ using StepSignature = Tensor(Tensors params, Tensors grads, Tensors exp_avgs, Te
                              MaybeTensor record, Tensor lr, Tensor hyper, Tensor group, Tensor offsets,
                              MaybeTensor inv_scale, MaybeTensor clip, MaybeTensor found_inf,
                              double gamma, Integers ranking, Integers rounding);
+using CountKeysSignature = Tensor(Tensors grads, Tensors exp_avgs, Tensor hyper, Tensor group,
+                                  MaybeTensor inv_scale, MaybeTensor clip, bool rank_inactive,
+                                  MaybeTensor digits);
 using SumsOfSquaresSignature = Tensor(Tensors tensors, MaybeTensor inv_scale);
 using ClipFactorsSignature = Tensor(Tensor sums, double max_norm);
 using SelectTensorsSignature = Tensor(Tensor mask, Tensor sums, MaybeTensor exp_avg_sums, Tensor hyper,
@@ -46,7 +51,8 @@ void define_operators(Library& m) {
   for (const char* schema : kSchemas) m.def(schema);
 }
 
-// Backend: a struct of static functions of these names and types.
+// Backend: a struct of static functions of these names and types. (count_keys is the CPU's alone: other
+// devices have it from rose_ops/_ops.py.)
 template <typename Backend, typename Library>
 void implement_operators(Library& m) {
   m.impl("rank_", TORCH_BOX(&Backend::rank_));

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rose_ops import reference
 from rose_ops._arguments import register_negation
 from rose_ops.reference import Field
 
@@ -18,13 +19,14 @@ _LIBRARY = Path(__file__).with_name("_C.abi3.so")
 load_error: str | None = None
 """Why ``torch.ops.rose_ops`` is not there; None if it is."""
 
-# What every operator returns: how many numbers, from its first argument, of which dtype.
-_RESULTS: dict[str, tuple[Callable[[Any], int], torch.dtype]] = {
-    "rank_": (lambda _: Field.SIZE, torch.int64),
-    "step_": (lambda _: Field.SIZE + 2, torch.int64),
-    "sums_of_squares": (len, torch.float64),
-    "clip_factors": (lambda _: 3, torch.float32),
-    "select_tensors_": (lambda _: Field.SIZE, torch.int64),
+# What every operator returns: how many numbers, from its arguments, of which dtype.
+_RESULTS: dict[str, tuple[Callable[..., int], torch.dtype]] = {
+    "rank_": (lambda *_: Field.SIZE, torch.int64),
+    "step_": (lambda *_: Field.SIZE + 2, torch.int64),
+    "count_keys": (lambda *args: reference.counted(args[-1]), torch.int64),
+    "sums_of_squares": (lambda tensors, _: len(tensors), torch.float64),
+    "clip_factors": (lambda *_: 3, torch.float32),
+    "select_tensors_": (lambda *_: Field.SIZE, torch.int64),
 }
 OPERATORS = tuple(_RESULTS)
 
@@ -64,7 +66,7 @@ def _fake(op: torch._ops.OpOverload) -> Callable[..., Tensor]:
 
     def fake(*args: Any) -> Tensor:
         device = _device_of(dict(zip(names, args, strict=True)))
-        return torch.empty(size(args[0]), dtype=dtype, device=device)
+        return torch.empty(size(*args), dtype=dtype, device=device)
 
     return fake
 
@@ -91,6 +93,8 @@ def bracket_width(ops: Any, width: float) -> Iterator[None]:
 
 try:
     torch.ops.load_library(_LIBRARY)
+    # It counts without a kernel of its own, and without waiting for the device.
+    torch.library.impl("rose_ops::count_keys", "CUDA", reference.count_keys)
     register("rose_ops")  # fails if the library is of another version, and lacks an operator
 except (OSError, RuntimeError, AttributeError) as error:
     reason = (

@@ -15,14 +15,16 @@ from torch.optim import Optimizer
 from rose_ops import memory
 from rose_ops.checks import MOMENTS, STATE, has_memory
 from rose_ops.groups import ADAMW_ONLY, check_group, is_selective
+from rose_ops.masks import Given, from_saved, to_saved
 from rose_ops.settings import Settings, is_number, shown
 from rose_ops.shards import loaded_mask, local, part_of, saved_mask, spread_like
 
 # Beside "state" and "param_groups", where torch.optim.AdamW ignores it.
 ROSE = "rose"
 # Of what is under that key, and of masks. It is counted up when an older rose_ops would take a
-# checkpoint for something else than it is; all up to this one can be read. See docs/checkpoints.md.
-FORMAT = 1
+# checkpoint for something else than it is; all up to this one can be read. 2 is written only where
+# there are masks of set_masks(), which 1 would leave out. See docs/checkpoints.md.
+FORMAT = 2
 # Settings that came later, and what an older rose_ops did.
 ADDED = {"first_order_every": 1}
 MASKS = {kind: f"{kind}_mask" for kind in ("first", "second")}
@@ -35,7 +37,7 @@ class Kept:
         self.value = value
 
 
-def saved(state_dict: dict[str, Any], settings: Settings) -> dict[str, Any]:
+def saved(state_dict: dict[str, Any], settings: Settings, masks: dict[str, Any]) -> dict[str, Any]:
     """What ``state_dict()`` returns, of what ``Optimizer.state_dict()`` does.
 
     Groups and states have the keys that ``torch.optim.AdamW``'s have (a checkpoint is read by its
@@ -49,7 +51,9 @@ def saved(state_dict: dict[str, Any], settings: Settings) -> dict[str, Any]:
         }
         for i, state in state_dict["state"].items()
     }
-    state_dict[ROSE] = {"format": FORMAT, "settings": settings.to_saved()}
+    state_dict[ROSE] = {"format": 1, "settings": settings.to_saved()}
+    if masks:
+        state_dict[ROSE] |= {"format": FORMAT, "masks": masks}
     return state_dict
 
 
@@ -61,6 +65,7 @@ class Loader:
 
     Attributes:
         differences: of the settings that the checkpoint was trained with, in words.
+        given: the masks of ``set_masks()`` in the checkpoint; None: it has none.
     """
 
     def __init__(
@@ -68,6 +73,7 @@ class Loader:
     ) -> None:
         self._settings, self._groups, self._defaults = settings, groups, defaults
         self.differences: list[str] = []
+        self.given: dict[str, Given] | None = None
 
     def checked(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         """What ``Optimizer.load_state_dict`` is to load.
@@ -141,6 +147,9 @@ class Loader:
             for name in sorted(here.keys() | there.keys(), key=str)
             if here.get(name) != there.get(name)
         ]
+        if "masks" in ours:
+            kinds, granularity = self._settings.kinds, self._settings.granularity
+            self.given = from_saved(ours["masks"], self._groups, kinds, granularity)
 
     def _checked_state(self, i: int, p: Tensor, state: dict[str, Any]) -> dict[str, Any]:
         def fail(problem: str) -> ValueError:
@@ -222,28 +231,31 @@ class Checkpointed(Optimizer):
 
     settings: Settings
     _steps_done: int
+    _given: dict[str, Given]
 
     def _reset(self) -> None:
         raise NotImplementedError
 
     def state_dict(self) -> dict[str, Any]:
         """As of ``torch.optim.AdamW``, whose keys it has, and beside them, under ``"rose"``, the
-        settings of the ranking. A captured mask is in its parameter's state. Groups have a key more,
-        ``selective``, where it is False.
+        settings of the ranking and masks of ``set_masks()``. A captured mask is in its parameter's
+        state. Groups have a key more, ``selective``, where it is False.
 
         (``torch.distributed.checkpoint`` keeps states and groups alone, so with it a difference of
-        settings is not noticed.)
+        settings is not noticed, and such masks have to be set again.)
 
         As with PyTorch's optimizers, moments are not copied.
         """
-        return saved(super().state_dict(), self.settings)
+        params = [p for group in self.param_groups for p in group["params"]]
+        return saved(super().state_dict(), self.settings, to_saved(self._given, params))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what :meth:`state_dict` of this class or of ``torch.optim.AdamW`` returned.
 
         Moments keep their precision whatever the parameters' dtype (they are cast to
         ``state_dtype`` only), so training resumes as if it had not stopped. Where the checkpoint was
-        trained with other settings, the optimizer's stay, and a warning says which differ.
+        trained with other settings, the optimizer's stay, and a warning says which differ. Masks of
+        ``set_masks()`` stay, too, unless the state has some.
 
         They are copied, once: unlike with PyTorch's optimizers, the next steps do not write into the
         state dict, nor those of another optimizer that it came from into this one.
@@ -260,6 +272,8 @@ class Checkpointed(Optimizer):
             super().load_state_dict(state_dict)
         finally:
             handle.remove()
+        if loader.given is not None:
+            self._given = loader.given
         if loader.differences:
             warnings.warn(
                 "the optimizer goes on with other settings than the checkpoint was trained with: "
@@ -277,6 +291,7 @@ class Checkpointed(Optimizer):
             **super().__getstate__(),
             "settings": asdict(self.settings),
             "_steps_done": self._steps_done,
+            "_given": self._given,
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -287,5 +302,6 @@ class Checkpointed(Optimizer):
             self.settings = Settings(**(settings or {}))
         unpacked(self.state)
         completed(self.param_groups, self.defaults)
+        self.__dict__.setdefault("_given", {})
         self._reset()
         self._steps_done = state.get("_steps_done", steps_of(self.state))

@@ -1,4 +1,4 @@
-"""The command line: `python -m rose_ops finetune`, `evaluate` and `doctor`."""
+"""The command line: `python -m rose_ops finetune`, `evaluate`, `tune` and `doctor`."""
 
 import argparse
 import math
@@ -12,6 +12,9 @@ from rose_ops.finetune import UserError
 from rose_ops.finetune.data import TASKS
 from rose_ops.finetune.run import evaluate, finetune
 from rose_ops.finetune.train import METHODS
+from rose_ops.finetune.tune import tune
+
+_MODEL = "minilm, or mpnet (109M, eight times as slow), both from PyPI; or a folder or hub name"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -35,6 +38,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="command")
     _add_finetune(commands)
     _add_evaluate(commands)
+    _add_tune(commands)
     commands.add_parser(
         "doctor",
         help="say what is installed, and check every usable backend",
@@ -48,10 +52,11 @@ def _add_finetune(commands: Any) -> None:
     parser = commands.add_parser(
         "finetune",
         help="fine-tune an encoder with AdamW and ROSE, and compare them",
-        description="Fine-tunes the same encoder on the same batches with each method, then "
-        "measures accuracy on the clean test set, on copies with typing errors and with misspelt, "
-        "swapped or missing words, and on AdvGLUE where the task has it. Writes run.json, run.png "
-        "and the models.",
+        description="Fine-tunes the same encoder on the same batches with each method, with accuracy "
+        "on validation examples, clean and perturbed, along the way; then measures accuracy on the "
+        "clean test set, on copies with typing errors and with swapped, doubled or missing words, and "
+        "on AdvGLUE where the task has it. Robust accuracy is compared at the same clean accuracy, "
+        "too. Writes run.json, run.png and the models.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.set_defaults(run=finetune)
@@ -62,11 +67,11 @@ def _add_finetune(commands: Any) -> None:
         default="movies",
         help="movies: review snippets from a PyPI package; the others: GLUE",
     )
-    group.add_argument("--model", help="folder or hub name; default: the MiniLM from PyPI")
+    group.add_argument("--model", default="minilm", help=_MODEL)
     group.add_argument(
         "--methods",
         type=_methods,
-        default="adamw,second,ensemble",
+        default="adamw,random,second,ensemble",
         help=f"comma-separated, from: {', '.join(METHODS)}",
     )
     group.add_argument("--seeds", type=int, nargs="+", default=[0], help="one run for each")
@@ -76,18 +81,45 @@ def _add_finetune(commands: Any) -> None:
         default="test",
         help="use validation when choosing hyperparameters",
     )
+    group.add_argument(
+        "--evaluations",
+        type=int,
+        choices=range(101),
+        default=8,
+        metavar="N",
+        help="how often validation accuracy is measured along the way; 0: never",
+    )
+    group.add_argument("--epochs", type=_positive(float), help="instead of --steps")
+    group = parser.add_argument_group("what `tune` searches")
+    group.add_argument("--lr", type=_positive(float), default=1e-4)
+    group.add_argument("--upper", type=_pair, default=0.6, help="c_h; a pair first,second too")
+    group.add_argument("--gamma", type=float, default=0.5)
+    _add_training(parser)
+    _add_common(parser)
+    group = parser.add_argument_group("output")
+    group.add_argument("--output", type=Path, help="folder; default: runs/<task>-<time>")
+    group.add_argument("--no-models", action="store_true", help="do not save the models")
+
+
+def _add_training(parser: Any) -> None:
+    """Hyperparameters: the fields of `Settings`."""
     group = parser.add_argument_group("training")
-    group.add_argument("--steps", type=_positive(int), default=100)
+    group.add_argument("--steps", type=_positive(int), default=80)
     group.add_argument("--batch-size", type=_positive(int), default=32)
     group.add_argument("--max-length", type=_positive(int), default=128, help="in tokens")
-    group.add_argument("--lr", type=_positive(float), default=1e-4)
     group.add_argument("--weight-decay", type=float, default=0.01)
+    group.add_argument("--betas", type=float, nargs=2, metavar=("BETA1", "BETA2"), default=(0.9, 0.999))
+    group.add_argument("--eps", type=_positive(float), default=1e-8)
+    group.add_argument(
+        "--eps-placement",
+        choices=("after", "before"),
+        default="after",
+        help="of the bias correction: after it as in torch, or before it as in the paper's code",
+    )
     group.add_argument("--warmup", type=_fraction, default=0.1, help="share of the steps")
     group.add_argument("--max-grad-norm", type=_positive(float), default=1.0)
     group = parser.add_argument_group("ROSE (see RoseFusedAdamW)")
-    group.add_argument("--upper", type=_pair, default=0.6, help="c_h; a pair first,second too")
     group.add_argument("--lower", type=_pair, default=0.0, help="c_l; a pair first,second too")
-    group.add_argument("--gamma", type=float, default=0.5)
     group.add_argument("--granularity", choices=("element", "tensor"), default="element")
     group.add_argument("--selection", choices=("exact", "bracket", "approx"), default="exact")
     group.add_argument("--inactive", choices=("update", "rank"), default="update")
@@ -100,10 +132,6 @@ def _add_finetune(commands: Any) -> None:
         default=0.25,
         help="weight of the KL in rdrop methods; a quarter of the R-Drop paper's alpha",
     )
-    _add_common(parser)
-    group = parser.add_argument_group("output")
-    group.add_argument("--output", type=Path, help="folder; default: runs/<task>-<time>")
-    group.add_argument("--no-models", action="store_true", help="do not save the models")
 
 
 def _add_evaluate(commands: Any) -> None:
@@ -120,6 +148,50 @@ def _add_evaluate(commands: Any) -> None:
         "--perturbation-seed", type=int, default=0, help="another seed draws other errors"
     )
     _add_common(parser)
+
+
+def _add_tune(commands: Any) -> None:
+    parser = commands.add_parser(
+        "tune",
+        help="search lr, upper and gamma, and compare them with the published presets",
+        description="Searches by successive halving on the validation split, clean and perturbed, "
+        "trains published presets with as many steps, and compares the best of both on the test sets. "
+        "Writes tune.json and study.log, from which the same command goes on after a stop.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.set_defaults(run=tune)
+    group = parser.add_argument_group("what to tune")
+    group.add_argument("--task", choices=TASKS, default="movies")
+    group.add_argument("--model", default="minilm", help=_MODEL)
+    group.add_argument("--method", choices=list(METHODS), default="second")
+    group = parser.add_argument_group("search")
+    group.add_argument(
+        "--budget",
+        type=_positive(float),
+        default=8.0,
+        help="full trainings that the search may cost, and the presets as many",
+    )
+    for name, default in (("lr", (1e-5, 1e-4)), ("upper", (0.1, 0.9)), ("gamma", (0.1, 0.9))):
+        group.add_argument(
+            f"--{name}",
+            type=_positive(float),
+            nargs=2,
+            default=default,
+            metavar=("LOW", "HIGH"),
+            help="of the ensemble" if name == "gamma" else None,
+        )
+    group.add_argument(
+        "--reduction", type=int, choices=range(2, 11), default=3, metavar="N", help="one in N goes on"
+    )
+    group.add_argument("--examples", type=_positive(int), default=500, help="of the validation split")
+    group.add_argument("--search-seed", type=int, default=0, help="of the search and its trainings")
+    group.add_argument(
+        "--seeds", type=int, nargs="+", default=[1, 2, 3], help="for the comparison at the end"
+    )
+    _add_training(parser)
+    _add_common(parser)
+    group = parser.add_argument_group("output")
+    group.add_argument("--output", type=Path, help="folder; default: runs/tune-<task>-<method>")
 
 
 def _add_common(parser: argparse.ArgumentParser) -> None:

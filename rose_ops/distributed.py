@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -30,11 +30,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from rose_ops.reference import (
-    APPROX_FEWEST,
+    HIGH_DIGITS,
     INACTIVE_KEY,
-    NONFINITE_KEY,
+    LOW_DIGITS,
     Field,
-    Mode,
     float32,
     keeps_denormals,
     rank_of,
@@ -45,8 +44,6 @@ from rose_ops.reference import (
 from rose_ops.settings import Settings
 from rose_ops.shards import Shard, is_spread
 
-_HIGH, _LOW = 1 << 16, 1 << 15  # how many values the upper 16 and the lower 15 bits of a key have
-_CHUNK = 1 << 20  # elements whose keys are there at a time
 _UNRANKED = torch.iinfo(torch.int32).max  # in a sample: larger than the key of any risk
 
 
@@ -184,8 +181,33 @@ class Ranks:
             )
         self.sizes = [numel for _, numel in found] if self.is_of_parts else []
 
+    def thresholds(self, count: Callable[[Tensor | None], Tensor], upper: int, lower: int) -> Tensor:
+        """The record of a ranking over all processes (:class:`rose_ops.reference.Field`).
+
+        Radix select by two digits, of both bounds together; nothing is read back.
+
+        Args:
+            count: :func:`rose_ops.reference.count_keys` of what this process adds, by digits.
+            upper, lower: fractions in units of 1e-9.
+        """
+        state = count(None)
+        self.add_(state)
+        leading, classes = state.split([HIGH_DIGITS, 2])
+        ranked, upto = leading.sum(), leading.cumsum(0)
+        k = _ranks_of((upper, lower), ranked)
+        digit = torch.searchsorted(upto, k).clamp(max=HIGH_DIGITS - 1)
+        before = upto[digit] - leading[digit]
+
+        state = count(digit)
+        self.add_(state)
+        upto = state.view(len(k), LOW_DIGITS).cumsum(1)
+        low = torch.searchsorted(upto, (k - before)[:, None]).clamp(max=LOW_DIGITS - 1)
+        found = torch.where(k > 0, digit * LOW_DIGITS + low[:, 0], -1)
+        at_or_below = torch.where(k > 0, before + upto.gather(1, low)[:, 0], 0)
+        return _record(found, at_or_below, ranked, *classes)
+
     @keeps_denormals
-    def thresholds(
+    def thresholds_of_sample(
         self,
         parts: Sequence[Part],
         sizes: Sequence[int],
@@ -193,70 +215,17 @@ class Ranks:
         clip: Tensor | None,
         ranking: Sequence[int],
     ) -> Tensor:
-        """The record of a ranking over all processes (:class:`rose_ops.reference.Field`).
-
-        Of ``Mode.APPROX`` its counts are those of the sample.
+        """The record of a ranking by ``Mode.APPROX`` over all processes, whose counts are those of the
+        sample.
 
         Args:
             parts: of the ranked tensors, what is here.
             sizes: of the wholes that make up the index space, the same on every process.
             inv_scale, clip, ranking: as operators have them; see :mod:`rose_ops.reference`.
         """
-        mode, upper, lower, rank_inactive, draw = ranking
-
-        def keys(part: Part, elements: slice | Tensor) -> Tensor:
-            """Int64; classes as :func:`rose_ops.reference.risk_key` has them."""
-            g = scaled(part.grad.reshape(-1)[elements], inv_scale, clip)
-            m = None if part.exp_avg is None else part.exp_avg.reshape(-1)[elements]
-            return risk_key(g, m, float32(part.alpha), bool(rank_inactive))
-
-        if mode == Mode.APPROX and sum(sizes) >= APPROX_FEWEST:
-            with torch.device("cpu"):
-                sample = sampled(sizes, draw)
-            return self._of_sample(parts, keys, sample, (upper, lower))
-
-        def chunks() -> Iterator[Tensor]:
-            for part in parts:
-                for begin in range(0, part.grad.numel() if part.counts else 0, _CHUNK):
-                    yield keys(part, slice(begin, begin + _CHUNK))
-
-        return self._by_digits(chunks, (upper, lower))
-
-    def _by_digits(self, chunks: Callable[[], Iterator[Tensor]], fractions: tuple[int, int]) -> Tensor:
-        """Radix select by two digits, of all bounds together. (Without reading anything back: the
-        shapes of what is computed are known.)"""
-        state = self._zeros(_HIGH + 2)
-        for keys in chunks():
-            unranked = _HIGH + (keys == NONFINITE_KEY).long()
-            _count_(state, torch.where(keys < INACTIVE_KEY, keys >> 15, unranked))
-        self.add_(state)
-        leading, classes = state.split([_HIGH, 2])
-        ranked, upto = leading.sum(), leading.cumsum(0)
-        k = torch.stack([_rank_of(fraction, ranked) for fraction in fractions if fraction])
-        digit = torch.searchsorted(upto, k).clamp(max=_HIGH - 1)
-        before = upto[digit] - leading[digit]
-
-        rest = self._zeros(len(k) * (_LOW + 1))
-        for keys in chunks():
-            for i in range(len(k)):
-                inside = (keys < INACTIVE_KEY) & (keys >> 15 == digit[i])
-                _count_(rest, i * (_LOW + 1) + torch.where(inside, keys & (_LOW - 1), _LOW))
-        inner = rest.view(len(k), -1)[:, :_LOW].contiguous()
-        self.add_(inner)
-        upto = inner.cumsum(1)
-        low = torch.searchsorted(upto, (k - before)[:, None]).clamp(max=_LOW - 1)
-        found = torch.where(k > 0, digit << 15 | low[:, 0], -1)
-        at_or_below = torch.where(k > 0, before + upto.gather(1, low)[:, 0], 0)
-        return _record(found, at_or_below, ranked, *classes)
-
-    def _of_sample(
-        self,
-        parts: Sequence[Part],
-        keys: Callable[[Part, slice | Tensor], Tensor],
-        sample: Tensor,
-        fractions: tuple[int, int],
-    ) -> Tensor:
-        """By a sample of all elements, every process filling in what it has of it."""
+        _, upper, lower, rank_inactive, draw = ranking
+        with torch.device("cpu"):
+            sample = sampled(sizes, draw)
         # A key and 1, so that 0 is nothing: elements that have no gradient.
         state = torch.zeros(len(sample), dtype=torch.int32, device=self.device)
         for part in parts:
@@ -264,29 +233,25 @@ class Ranks:
             first, last = torch.searchsorted(sample, ends).tolist()
             if part.counts and first < last and part.grad.numel():
                 at, here = part.shard.places(sample[first:last] - part.begin)
-                found = keys(part, here.to(self.device))
+                here = here.to(self.device)
+                g = scaled(part.grad.reshape(-1)[here], inv_scale, clip)
+                m = None if part.exp_avg is None else part.exp_avg.reshape(-1)[here]
+                found = risk_key(g, m, float32(part.alpha), bool(rank_inactive))
                 unranked = torch.where(found == INACTIVE_KEY, -1, -2)
                 found = torch.where(found < INACTIVE_KEY, found + 1, unranked)
                 state[(first + at).to(self.device)] = found.to(torch.int32)
         self.add_(state)
         ranked = (state > 0).sum()
         values = torch.where(state > 0, state - 1, _UNRANKED).sort().values
-        k = torch.stack([_rank_of(fraction, ranked) for fraction in fractions if fraction])
+        k = _ranks_of((upper, lower), ranked)
         found = torch.where(k > 0, values[(k - 1).clamp(min=0)].long(), -1)
         at_or_below = torch.searchsorted(values, found.to(torch.int32), right=True)
         return _record(found, at_or_below, ranked, (state == -1).sum(), (state == -2).sum())
 
-    def _zeros(self, size: int) -> Tensor:
-        return torch.zeros(size, dtype=torch.int64, device=self.device)
 
-
-def _count_(counts: Tensor, indices: Tensor) -> None:
-    counts.scatter_add_(0, indices, torch.ones_like(indices))
-
-
-def _rank_of(fraction: int, n: Tensor) -> Tensor:
-    """:func:`rose_ops.reference.rank_of` of a number that is on the device."""
-    return rank_of(fraction, n)  # type: ignore[arg-type, return-value]
+def _ranks_of(fractions: tuple[int, int], n: Tensor) -> Tensor:
+    """:func:`rose_ops.reference.rank_of` of a number that is on the device; of no lower bound, none."""
+    return torch.stack([rank_of(fraction, n) for fraction in fractions if fraction])  # type: ignore[misc, arg-type]
 
 
 def _record(

@@ -118,6 +118,10 @@ def _results(ops: Any, device: str, data: list[list[Tensor]]) -> dict[str, list[
     }
     for name, given in updates.items():
         updated(name, lambda *t, given=given: ops.step_(*t, *given, [1, 0]))
+    for kind, moments in (("first", []), ("second", m)):
+        leading = ops.count_keys(g, moments, *tables, None, None, False, None)
+        below = ops.count_keys(g, moments, *tables, None, None, False, leading.argmax().reshape(1))
+        found[f"{kind}-order counts of keys"] = [leading, below]
     finite = [t.nan_to_num(0.0, 0.0, 0.0) for t in g]
     found["sums of squares"] = [ops.sums_of_squares(tensors, None) for tensors in (g, finite)]
     # Of sums that are the same everywhere, and exact in float64.

@@ -7,7 +7,7 @@ of :mod:`rose_ops.functional`. ``ops`` is a backend's namespace of operators.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -19,11 +19,11 @@ from rose_ops import backends, reference
 from rose_ops.batch import Batch
 from rose_ops.checks import MOMENTS, is_recording
 from rose_ops.distributed import Part, Ranks
-from rose_ops.layout import empty_masks
+from rose_ops.layout import empty_masks, memory_order
 from rose_ops.memory import with_own_storage
-from rose_ops.reference import Field, Hyper, Mode
+from rose_ops.reference import APPROX_FEWEST, Field, Hyper, Mode
 from rose_ops.settings import Settings
-from rose_ops.shards import Shard
+from rose_ops.shards import Shard, is_spread, part_of
 
 
 class Tables(NamedTuple):
@@ -277,27 +277,54 @@ class Engine:
         ranks = self.ranks
         if ranks is None:
             return None
-        layout = batch.layout
+        layout, counts = batch.layout, [ranks.counts(p) for p in batch.params]
         shards = layout.shards or list(map(Shard.of, batch.parts))
         sizes, begins = ranks.sizes, layout.offsets
         if not ranks.is_of_parts:
             sizes = [math.prod(shard.shape) for shard in shards]
             begins = list(accumulate(sizes, initial=0))[:-1]
-        alphas = (1.0 - hyper[:, Hyper.BETA1]).tolist()
-        nothing: list[Tensor | None] = [None] * len(batch.params)
-        parts = [
-            Part(grad, exp_avg, alphas[row], shard, begin, ranks.counts(p))
-            for p, grad, exp_avg, row, shard, begin in zip(
-                batch.params, batch.grads, exp_avgs or nothing, layout.rows, shards,
-                begins, strict=True,
+        if ranking.selection == "approx" and sum(sizes) >= APPROX_FEWEST:
+            alphas = (1.0 - hyper[:, Hyper.BETA1]).tolist()
+            moments: list[Tensor | None] = [*exp_avgs] or [None] * len(counts)
+            parts = [
+                Part(grad, moment, alphas[row], shard, begin, count)
+                for grad, moment, row, shard, begin, count in zip(
+                    batch.grads, moments, layout.rows, shards, begins, counts, strict=True
+                )
+            ]
+            return ranks.thresholds_of_sample(
+                parts, sizes, scaling.inv_scale, scaling.clip, ranking.numbers()
             )
-        ]  # fmt: skip
-        return ranks.thresholds(parts, sizes, scaling.inv_scale, scaling.clip, ranking.numbers())
+        mine = batch.subset(counts)
+        grads, exp_avgs = mine.grads, mine.state("exp_avg") if exp_avgs else []
+        # An operator is found by its tensors: without any, the reference.
+        count_keys = self._ops(batch).count_keys if grads else reference.count_keys
+
+        def count(digits: Tensor | None) -> Tensor:
+            counted = count_keys(
+                grads, exp_avgs, hyper, mine.layout.group, scaling.inv_scale, scaling.clip,
+                ranking.rank_inactive, digits,
+            )  # fmt: skip
+            return counted.to(ranks.device)
+
+        return ranks.thresholds(count, ranking.upper, ranking.lower)
 
     def capture(
-        self, kind: str, batch: Batch, hyper: Tensor, scaling: Scaling, draw: int
+        self,
+        kind: str,
+        batch: Batch,
+        hyper: Tensor,
+        scaling: Scaling,
+        draw: int,
+        limit: Mapping[Tensor, Tensor] | None = None,
     ) -> list[Tensor]:
-        """The mask of the elements, or tensors, of ``batch``: one for each of its parameters."""
+        """The mask of the elements, or tensors, of ``batch``: one for each of its parameters.
+
+        Args:
+            limit: bool masks of what is ranked, by parameter.
+        """
+        if limit is not None:
+            batch, scaling = _within(limit, batch), scaling._replace(sums=None)
         ranking, tables = self._ranking(kind, draw), Tables(hyper, batch.layout.group)
         exp_avgs = batch.state("exp_avg") if kind == "second" else []
         if self._settings.granularity == "tensor":
@@ -345,12 +372,14 @@ class Engine:
         scaling: Scaling,
         draw: int,
         found_inf: Tensor | None,
+        limits: Mapping[str, Mapping[Tensor, Tensor]],
     ) -> None:
         """Update ``batch``, by masks that were captured and by those that are found now.
 
         Args:
             selective: of that what is ranked; None: this step selects nothing.
             captured: masks by kind; None of a parameter that had no gradient then.
+            limits: to what is ranked now, by kind and parameter.
         """
         settings, masks = self._settings, dict(captured)
         ranking = record = None
@@ -358,13 +387,14 @@ class Engine:
             for kind in settings.kinds:
                 if kind in captured:
                     continue
-                if settings.granularity == "element":
+                limit = limits.get(kind)
+                if settings.granularity == "element" and limit is None:
                     ranking = self._ranking(kind, draw)
                     record = self._shared_record(
                         selective, selective.state("exp_avg"), tables.hyper, scaling, ranking
                     )
                     continue
-                bools = self.capture(kind, selective, tables.hyper, scaling, draw)
+                bools = self.capture(kind, selective, tables.hyper, scaling, draw, limit)
                 # Hashing a tensor takes a call in Python.
                 by_id = dict(zip(map(id, selective.params), bools, strict=True))
                 masks[kind] = [by_id.get(id(p)) for p in batch.params]
@@ -393,6 +423,17 @@ class Engine:
         if found is not None and record is None:  # else its counts are of what is here
             self.records["second"] = found
         self.records["update"] = counts
+
+
+def _within(limit: Mapping[Tensor, Tensor], batch: Batch) -> Batch:
+    """The batch with gradients that are NaN outside of ``limit``: no ranking counts or selects them."""
+    grads = list(batch.grads)
+    for i, p in enumerate(batch.params):
+        if (mask := limit.get(p)) is not None:
+            mask = part_of(mask if is_spread(mask) else mask.expand(p.shape), p)
+            (mask,) = memory_order(batch.parts[i], (mask,))
+            grads[i] = grads[i].masked_fill(~mask, torch.nan)
+    return batch._replace(grads=grads)
 
 
 def _reused(kind: str, batch: Batch, make: Callable[[Batch], list[Tensor]]) -> list[Tensor]:

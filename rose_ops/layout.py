@@ -89,3 +89,12 @@ def empty_masks(numels: Sequence[int], device: torch.device | None = None) -> li
         return []
     whole = torch.empty(sum(sizes), dtype=torch.uint8, device=device)
     return [memory.with_own_storage(part) for part in whole.split(sizes)]
+
+
+def packed(mask: Tensor) -> Tensor:
+    """A bool tensor as one bit per element, row by row: uint8 ``[ceil(n / 8)]``, lowest bit first."""
+    padding = -mask.numel() % 8
+    eights = torch.nn.functional.pad(mask.reshape(-1).to(torch.uint8), (0, padding)).view(torch.int64)
+    # Byte i of a number (0 or 1) times 2^(56 - 7*i), one of the factor's bits, is bit 56 + i: so the
+    # highest byte of the product is the eight bits (little-endian, as all machines here are).
+    return (eights * 0x0102040810204080 >> 56).to(torch.uint8)

@@ -6,7 +6,7 @@ by whom, is decided in :mod:`rose_ops.engine`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any
@@ -21,10 +21,18 @@ from torch.nn.parameter import is_lazy
 from rose_ops.batch import Batch, Collector, init_state, inside_backward_of
 from rose_ops.captures import Captures, Capturing
 from rose_ops.checkpoint import MASKS, Checkpointed
-from rose_ops.checks import check_given, check_graph, check_maker, check_together, is_complete
+from rose_ops.checks import (
+    check_given,
+    check_graph,
+    check_maker,
+    check_together,
+    is_complete,
+    is_recording,
+)
 from rose_ops.distributed import Ranks, ranks_of
 from rose_ops.engine import Engine, Scaling, Tables
 from rose_ops.groups import ADAMW_ONLY, GroupTables, check_group, is_selective, plain
+from rose_ops.masks import Given, check_masks
 from rose_ops.results import Selection, UpdateCounts
 from rose_ops.settings import Settings, check_limit
 from rose_ops.shards import local
@@ -190,6 +198,7 @@ class RoseFusedAdamW(Checkpointed):
             "fused": fused,
         }
         self._is_made = False
+        self._given: dict[str, Given] = {}
         super().__init__(params, {key: plain(value) for key, value in defaults.items()})
         check_together(p for p in self._parameters() if p.requires_grad)  # once, for all groups
         self._is_made = True
@@ -292,7 +301,9 @@ class RoseFusedAdamW(Checkpointed):
     def _at(self, ranks: Ranks, what: str, batch: Batch) -> None:
         """Of a call that all ranks make: with what it has to be the same."""
         sizes = () if ranks.is_of_parts else tuple(p.numel() for p in batch.params)
-        ranks.at(what, self._steps_done, self._tables.hyper(self.param_groups).tolist(), sizes)
+        masks = sorted((kind, one.limit) for kind, one in self._given.items())
+        hyper = self._tables.hyper(self.param_groups).tolist()
+        ranks.at(what, self._steps_done, hyper, sizes, sorted(self._captures.kinds), masks)
 
     def _collect(self, known: bool = True) -> Batch:
         """All parameters that have a gradient. Raises before anything is changed."""
@@ -330,7 +341,8 @@ class RoseFusedAdamW(Checkpointed):
     def _is_selecting(self) -> bool:
         """Whether the coming step selects at all."""
         settings = self.settings
-        return not settings.is_adamw and self._steps_done >= settings.selection_warmup_steps
+        selects = bool(self._given) or not settings.is_adamw
+        return selects and self._steps_done >= settings.selection_warmup_steps
 
     def _selective(self, batch: Batch) -> Batch:
         flags = [is_selective(group) for group in self.param_groups]
@@ -393,6 +405,13 @@ class RoseFusedAdamW(Checkpointed):
                 "Lightning, with manual optimization)"
             )
         self._check_kind(kind)
+        given = self._given.get(kind)
+        if given is not None and not given.limit:
+            raise RuntimeError(
+                f"capture({kind!r}): set_masks() has given the masks of this kind, so there is nothing "
+                f"to rank; call clear_masks({kind!r}) first, or set_masks(..., limit=True) to rank "
+                "within them"
+            )
         check_limit(max_grad_norm, self.settings.max_grad_norm)
         ranks = self._meet()
         batch = self._collect()
@@ -414,7 +433,8 @@ class RoseFusedAdamW(Checkpointed):
                 masks: list[Tensor] = []
                 if batch.params or ranks is not None:
                     hyper = self._tables.hyper(self.param_groups)
-                    masks = self._engine.capture(kind, batch, hyper, scaling, self._draw)
+                    limit = None if given is None else given.masks
+                    masks = self._engine.capture(kind, batch, hyper, scaling, self._draw, limit)
             self._captures.drop(kind, self.state.values())  # a second capture replaces the first
             self._captures.put(kind, batch, masks)
         if clear:
@@ -451,10 +471,59 @@ class RoseFusedAdamW(Checkpointed):
         capture = partial(self.capture, kind, grad_scale=grad_scale, max_grad_norm=max_grad_norm)
         return Capturing(self._parameters(), self._captures, capture, set_aside)
 
-    def _check_kind(self, kind: str) -> None:
+    def set_masks(
+        self,
+        masks: Mapping[Tensor, Tensor],
+        kind: str = "second",
+        *,
+        keep: bool = False,
+        limit: bool = False,
+    ) -> None:
+        """Masks of one's own, in the place of a ranking or as a limit to one::
+
+            optimizer.set_masks({p: torch.rand_like(p) < 0.3 for p in model.parameters()})
+            optimizer.step()
+
+        A step by given masks costs what one by captured masks does. They replace earlier ones of the
+        kind, and a captured one.
+
+        Args:
+            masks: of some or all selective parameters: bool, of the parameter's shape and device, or
+                0-dim for the whole tensor. They are copied. Where it is False nothing is updated, where
+                it is True, as the kind's mask says (with ``order="ensemble"``: weighted by gamma).
+                Parameters that are not in it are updated as by AdamW, or, with ``limit``, ranked.
+            kind: ``"first"`` or ``"second"``, one that ``order`` uses.
+            keep: False: for the next step; True: until :meth:`clear_masks`.
+            limit: True: the kind is ranked, but only what is in the masks; the rest is neither counted
+                nor updated (``selection`` counts it as not finite). The ranking is a pass of its own
+                then, over copies of the gradients. At ``granularity="tensor"``, 0-dim masks only.
+
+        They are in :meth:`state_dict`, under ``"rose"`` (which ``torch.distributed.checkpoint`` leaves
+        out). CUDA graphs cannot be recorded with them.
+
+        Raises:
+            ValueError, TypeError, NotImplementedError: a mask that cannot be used, said with its
+                parameter; nothing was changed.
+        """
+        self._check_kind(kind, "set_masks")
+        check_masks(masks, self.param_groups, limit, self.settings.granularity)
+        self._given = {**self._given, kind: Given.of(masks, keep, limit)}
+        self._captures.drop(kind, self.state.values())
+
+    def clear_masks(self, kind: str | None = None) -> None:
+        """Take away what :meth:`set_masks` gave, of one kind or of all.
+
+        Raises:
+            ValueError: ``order`` does not use such a mask.
+        """
+        if kind is not None:
+            self._check_kind(kind, "clear_masks")
+        self._given = {k: one for k, one in self._given.items() if kind not in (None, k)}
+
+    def _check_kind(self, kind: str, what: str = "capture") -> None:
         if kind not in self.settings.kinds:
             raise ValueError(
-                f"capture({kind!r}): order={self.settings.order!r} has no such mask; expected "
+                f"{what}({kind!r}): order={self.settings.order!r} has no such mask; expected "
                 + " or ".join(map(repr, self.settings.kinds))
             )
 
@@ -492,7 +561,7 @@ class RoseFusedAdamW(Checkpointed):
         batch = self._collect()
         if ranks is not None:
             self._at(ranks, "step", batch)
-        captured = self._captures.kinds
+        captured = self._captures.kinds | {k for k, one in self._given.items() if not one.limit}
         # With others it does not depend on what is here: all of them add up what they have.
         selects = self._is_selecting() and (ranks is not None or bool(self._selective(batch).params))
         if selects and "first" in self.settings.kinds and "first" not in captured:
@@ -507,9 +576,10 @@ class RoseFusedAdamW(Checkpointed):
                 self._update(batch, selects)
         once = "first" in self.settings.kinds or captured  # gradients that captures must not see again
         self._captures.note_used(batch.params if once else ())
-        for kind in tuple(captured):
+        for kind in tuple(self._captures.kinds):
             if kind == "second" or not self._reuses_first:
                 self._captures.drop(kind, self.state.values())
+        self._given = {kind: one for kind, one in self._given.items() if one.keep}
         return loss
 
     @property
@@ -565,8 +635,18 @@ class RoseFusedAdamW(Checkpointed):
             kind: [state.get(MASKS[kind]) for state in batch.states]
             for kind in (self._captures.kinds if selects else ())
         }
+        given = self._given if selects else {}
+        if given and is_recording(batch.device):
+            raise NotImplementedError(
+                "a CUDA graph cannot be recorded with masks of set_masks(), which it would not own; "
+                "call clear_masks() before recording"
+            )
+        for kind, one in given.items():
+            if not one.limit:
+                captured[kind] = [one.bits.get(p) for p in batch.params]
+        limits = {kind: one.masks for kind, one in given.items() if one.limit}
         selective = self._selective(batch) if selects else None
-        self._engine.step(batch, selective, captured, tables, scaling, self._draw, found_inf)
+        self._engine.step(batch, selective, captured, tables, scaling, self._draw, found_inf, limits)
         # As after any in-place operation: a backward that still needs the old values is an error.
         torch.autograd.graph.increment_version(batch.members)
         self._steps_done += 1

@@ -43,6 +43,8 @@ NONFINITE_KEY = INACTIVE_KEY + (1 << 20)
 LINE = 16  # elements of a line, what samples are made of: a cache line of float32
 APPROX_FEWEST = 1 << 20  # elements, below which Mode.APPROX is exact
 SAMPLE_KEY = 0x5A3B  # keys the sample, with its draw
+HIGH_DIGITS, LOW_DIGITS = 1 << 16, 1 << 15  # values of the upper 16 and the lower 15 bits of a key
+CHUNK = 1 << 20  # elements that count_keys looks at together
 FRACTION_UNIT = 10**9  # the fractions kept are passed as integers of this unit
 LOG_OF_FAILURE = 26.0  # l in step_; kLogOfFailure in threshold.h
 
@@ -303,6 +305,62 @@ def rank_(
     for mask, key in zip(masks, keys if writes else (), strict=True):
         mask.copy_(pack(is_selected(key, result)))
     return result
+
+
+def counted(digits: Tensor | None) -> int:
+    """How many numbers :func:`count_keys` returns."""
+    return HIGH_DIGITS + 2 if digits is None else digits.numel() * LOW_DIGITS
+
+
+@operator
+def count_keys(
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    hyper: Tensor,
+    group: Tensor,
+    inv_scale: Tensor | None,
+    clip: Tensor | None,
+    rank_inactive: bool,
+    digits: Tensor | None,
+) -> Tensor:
+    """What processes add up to find the thresholds of one ranking, each of what it has of the elements;
+    see :mod:`rose_ops.distributed`.
+
+    (This is also what GPUs use: it holds the keys of a million elements at a time, and reads nothing
+    back.)
+
+    Args:
+        digits: int64 ``[k]``, or None.
+
+    Returns:
+        int64. Without ``digits``, ``[65538]``: how many ranked elements have each value of the upper 16
+        bits of their keys' 31, how many are inactive, and how many are not finite. With them,
+        ``[k * 32768]``: of the ranked elements with each of these upper digits, how many have each
+        value of the lower 15 bits.
+    """
+    device = hyper.device if not grads else grads[0].device
+    count = 1 if digits is None else digits.numel()
+    size = HIGH_DIGITS + 2 if digits is None else LOW_DIGITS + 1
+    counts = torch.zeros(count, size, dtype=torch.int64, device=device)
+    moments: Sequence[Tensor | None] = exp_avgs or [None] * len(grads)
+    alphas = [float32(1.0 - beta1) for beta1 in hyper[:, Hyper.BETA1].tolist()]
+    for grad, moment, row in zip(grads, moments, group.tolist(), strict=True):
+        g, m = grad.reshape(-1), None if moment is None else moment.reshape(-1)
+        for begin in range(0, g.numel(), CHUNK):
+            part = slice(begin, begin + CHUNK)
+            keys = risk_key(
+                scaled(g[part], inv_scale, clip), None if m is None else m[part], alphas[row],
+                rank_inactive,
+            )  # fmt: skip
+            for i in range(count):
+                if digits is None:
+                    unranked = HIGH_DIGITS + (keys == NONFINITE_KEY).long()
+                    at = torch.where(keys < INACTIVE_KEY, keys >> 15, unranked)
+                else:
+                    inside = (keys < INACTIVE_KEY) & (keys >> 15 == digits[i])
+                    at = torch.where(inside, keys & (LOW_DIGITS - 1), LOW_DIGITS)
+                counts[i].scatter_add_(0, at, torch.ones_like(at))
+    return counts.flatten() if digits is None else counts[:, :-1].flatten()
 
 
 def next_step(step: Tensor) -> Tensor:

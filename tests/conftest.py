@@ -84,13 +84,14 @@ def pytest_configure(config: pytest.Config) -> None:
 TOPICS = {
     "kernels": "approx arguments arm bracket failure_bound huge instructions mutants one_pass "
     "one_pass_ties ops parity properties roofline simt threshold triton",
-    "optimizer": "checkpoints clipping determinism errors flat given kill leaks memory optimizer "
+    "optimizer": "checkpoints clipping determinism errors flat given kill leaks masks memory optimizer "
     "optimizer_corners optimizer_kept reuse state steps surroundings tensor_granularity "
     "torch_optim_table",
     "stacks": "accumulate ddp distributed losses reshard sharded stacks stacks_amp stacks_torch "
     "trainer wrappers",
-    "package": "cli doctor examples habits hub import readme setup",
-    "bench": "benchmarks profile_gpu",
+    "package": "cli doctor examples habits hub import readme setup tune",
+    "bench": "benchmarks paper paper_analyses paper_geometry paper_methods paper_report paper_stats "
+    "profile_gpu",
     "device": "gpu gpu_binaries gpu_graphs gpu_large gpu_profile gpu_run gpu_sync",
 }
 TOPIC_OF = {f"test_{name}": topic for topic, names in TOPICS.items() for name in names.split()}

@@ -10,7 +10,7 @@ import time
 import traceback
 from collections.abc import Sequence
 from datetime import timedelta
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import pytest
@@ -18,9 +18,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
 
-from rose_ops import RoseFusedAdamW
+from rose_ops import RoseFusedAdamW, rose_backward, unwrap
 
 # Of parameters: fewer rows than ranks, not divisible by them, no dimension at all, nothing in it.
 SHAPES = ((33, 17), (2, 40), (5,), (), (7, 4, 3), (64, 16), (0, 3), (1,))
@@ -341,3 +344,74 @@ def refused(rank: int, size: int) -> None:
         says("of 2 of the 3 processes", RuntimeError, [fewer])
         fewer.grad = torch.ones_like(fewer)
         RoseFusedAdamW([fewer], process_group=pair.get_group()).step()
+
+
+# ---------------------------------------------------------------------------------------- engines
+
+
+def classifier() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(7, 33), nn.Tanh(), nn.Dropout(0.1), nn.Linear(33, 5))
+
+
+def engine(rank: int, size: int, *, kind: str, data_seed: int, **options: Any) -> dict[str, Any]:
+    """Three steps by ``rose_backward`` of a model that an engine has split; and of the same under
+    DistributedDataParallel, which has the whole on every rank."""
+    model, twin = classifier(), DistributedDataParallel(classifier())
+    params: Any = model.parameters()
+    optimizers = []
+    if kind == "fsdp2":
+        for layer in (model[0], model[3], model):
+            fully_shard(layer, mesh=mesh_of(size))
+        optimizers.append(RoseFusedAdamW(params, lr=1e-2, **options))
+    elif kind == "zero":
+        model = DistributedDataParallel(model)
+        maker = partial(RoseFusedAdamW, process_group=dist.group.WORLD, **options)
+        optimizers.append(ZeroRedundancyOptimizer(params, optimizer_class=maker, lr=1e-2))
+    else:
+        model = FullyShardedDataParallel(
+            model, use_orig_params=kind == "fsdp1-original", device_id=torch.device("cpu")
+        )
+        group = dist.group.WORLD
+        optimizers.append(RoseFusedAdamW(model.parameters(), lr=1e-2, process_group=group, **options))
+    optimizers.append(RoseFusedAdamW(twin.parameters(), lr=1e-2, **options))
+    generator = torch.Generator().manual_seed(data_seed + rank)
+    for _ in range(3):
+        x = torch.randn(8, 7, generator=generator)
+        labels = torch.randint(5, (8,), generator=generator)
+        seed = int(torch.randint(2**31, (), generator=generator))
+        for module, optimizer in zip((model, twin), optimizers, strict=True):
+            torch.manual_seed(seed)  # of dropout
+            rose_backward(module, x, labels, optimizer)
+            optimizer.step()
+            optimizer.zero_grad()
+    split, whole = (unwrap(optimizer) for optimizer in optimizers)
+    if kind.startswith("fsdp1"):
+        with FullyShardedDataParallel.summon_full_params(model):
+            found = torch.cat([p.detach().reshape(-1) for p in model.parameters()])
+    else:
+        found = torch.cat([whole_of(p.detach()).reshape(-1) for p in model.parameters()])
+    expected = torch.cat([p.detach().reshape(-1) for p in twin.parameters()])
+    return {
+        "found": found[: expected.numel()],  # FSDP1 pads
+        "expected": expected,
+        "selection": [x.item() for x in next(iter(split.selection.values()))],
+        "of_twin": [x.item() for x in next(iter(whole.selection.values()))],
+    }
+
+
+def scaler(rank: int, size: int) -> tuple[float, float, int]:
+    """FSDP2 under a GradScaler; one rank's loss overflows in the second step."""
+    model = classifier()
+    fully_shard(model, mesh=mesh_of(size))
+    optimizer = RoseFusedAdamW(model.parameters(), lr=1e-2)
+    scaling = torch.amp.GradScaler("cpu", init_scale=8.0)
+    for step in range(4):
+        loss = model(torch.ones(2, 7)).square().mean()
+        overflow = step == 1 and rank == 0
+        scaling.scale(loss * float("inf") if overflow else loss).backward()
+        scaling.step(optimizer)
+        scaling.update()
+        optimizer.zero_grad()
+    steps = {int(state["step"]) for state in optimizer.state.values()}
+    return scaling.get_scale(), len(steps), steps.pop()

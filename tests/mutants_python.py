@@ -8,6 +8,7 @@ CHECKS, RESULTS, SHARDS = "rose_ops/checks.py", "rose_ops/results.py", "rose_ops
 ACCUMULATE, DIVERGENCE = "rose_ops/accumulate.py", "rose_ops/divergence.py"
 TRAINER = "rose_ops/integrations/transformers.py"
 ENGINE, GROUPS, CAPTURES = "rose_ops/engine.py", "rose_ops/groups.py", "rose_ops/captures.py"
+MASKS, OF_MASKS = "rose_ops/masks.py", "tests/test_masks.py"
 
 CORNERS, KEPT = "tests/test_optimizer_corners.py", "tests/test_optimizer_kept.py"
 OF_OPTIMIZER = "tests/test_optimizer.py"
@@ -37,8 +38,8 @@ MUTANTS = {
         OPTIM, "self._steps_done >= settings", "self._steps_done > settings", WARM_UP,
     ),
     "warm-up after unfreezing": (
-        OPTIM, "if not batch.states and not any(map(is_complete, self.state.values())):\n            #",
-        "if not batch.states:\n            #",
+        OPTIM, "has_state = bool(batch.states) or any(map(is_complete, self.state.values()))",
+        "has_state = bool(batch.states)",
         f"{CORNERS}::test_unfreezing_does_not_begin_the_warm_up_anew",
     ),
     "warm-up after the state was cleared": (
@@ -73,8 +74,8 @@ MUTANTS = {
         TENSORS,
     ),
     "masks that were used": (
-        OPTIM, "drop(kind, self.state.values())\n        return loss\n",
-        "kinds\n        return loss\n",
+        OPTIM, "drop(kind, self.state.values())\n        self._given = {kind",
+        "kinds\n        self._given = {kind",
         f"{OF_OPTIMIZER}::test_a_mask_serves_one_step",
     ),
     "masks of an earlier capture": (
@@ -92,16 +93,18 @@ MUTANTS = {
         f"{OF_STATE}::test_a_resume_is_as_if_training_had_not_stopped",
     ),
     "draws of steps": (
-        ENGINE, "else ranking.numbers(), [", "else ranking._replace(draw=0).numbers(), [", DRAWS,
+        ENGINE, "[] if ranking is None else ranking.numbers(",
+        "[] if ranking is None else ranking._replace(draw=0).numbers(", DRAWS,
     ),
     "draws of captures": (
-        ENGINE, "        ranking.numbers(),\n", "        ranking._replace(draw=0).numbers(),\n", DRAWS,
+        ENGINE, "        record, ranking.numbers(",
+        "        record, ranking._replace(draw=0).numbers(", DRAWS,
     ),
     "draws of seeds": (
         OPTIM, "(self.settings.seed * 0x9E3779B1 + self._steps_done)", "self._steps_done", DRAWS,
     ),
     "mode of a ranking": (
-        ENGINE, "int(Mode[self.selection.upper()])", "int(Mode.BRACKET)", DRAWS,
+        ENGINE, "else Mode[self.selection.upper()])", "else Mode.BRACKET)", DRAWS,
     ),
     "gradients of a step, used again": (
         OPTIM, "        self._captures.refuse_used(kind, batch)\n", "",
@@ -144,9 +147,33 @@ MUTANTS = {
         f"{OF_CLIPPING}::test_plain_groups_are_clipped_as_by_pytorch "
         f"{OF_CLIPPING}::test_as_the_reference",
     ),
+    "masks of one's own that stay": (
+        OPTIM, "for kind, one in self._given.items() if one.keep}",
+        "for kind, one in self._given.items()}",
+        f"{OF_MASKS}::test_a_mask_is_for_one_step_or_until_it_is_taken_away",
+    ),
+    "masks of one's own with nothing to rank": (
+        OPTIM, "selects = bool(self._given) or not settings.is_adamw",
+        "selects = not settings.is_adamw",
+        f"{OF_MASKS}::test_parameters_without_a_mask_are_updated_and_those_without_upper_too",
+    ),
+    "masks of one's own in place of a limit": (
+        OPTIM, "limit = None if given is None else given.masks", "limit = None",
+        f"{OF_MASKS}::test_a_limit_ranks_what_is_in_it_and_leaves_the_rest",
+    ),
+    # -------------------------------------------------------------------------------------- masks.py
+    "memory order of masks": (
+        MASKS, "(ordered,) = memory_order(local(p), (part_of(mask, p),))", "ordered = mask",
+        f"{OF_MASKS}::test_a_given_mask_says_what_is_updated",
+    ),
+    "masks that are copies": (
+        MASKS, "mask.detach().clone() for p, mask", "mask for p, mask",
+        f"{OF_MASKS}::test_masks_are_copies_and_replace_each_other",
+    ),
     # -------------------------------------------------------------------------------------- batch.py
     "places of parameters that have a gradient": (
-        BATCH, "list(compress(offsets, present)))", "offsets[: sum(present)])",
+        BATCH, "list(compress(accumulate(numels, initial=self.begin), present))",
+        "list(accumulate(numels, initial=self.begin))[: sum(present)]",
         f"{OF_OPTIMIZER}::test_rounding_depends_on_the_place_in_the_optimizer_alone",
     ),
     "groups of parameters that have a gradient": (
@@ -154,12 +181,12 @@ MUTANTS = {
         f"{KEPT}::test_groups_of_parameters_without_gradients",
     ),
     "memory order of gradients": (
-        BATCH, "memory_order(self.params[i], (tensors[i],))", "memory_order(tensors[i], (tensors[i],))",
+        BATCH, "memory_order(self.parts[i], (tensors[i],))", "memory_order(tensors[i], (tensors[i],))",
         LAYOUTS,
     ),
     "memory order of a part": (
-        BATCH, "return Batch(self.layout.subset(keep), params, views, grads, states, scattered)",
-        "return Batch(self.layout.subset(keep), params, views, grads, states, self.scattered)",
+        BATCH, "return Batch(self.layout.subset(keep), params, parts, views, grads, states, scattered)",
+        "return Batch(self.layout.subset(keep), params, parts, views, grads, states, self.scattered)",
         f"{KEPT}::test_scattered_parameters_behind_plain_ones",
     ),
     "memory order of moments": (
@@ -185,7 +212,7 @@ MUTANTS = {
         f"{KEPT}::test_a_size_that_changes",
     ),
     "places that are known": (
-        BATCH, "list(map(Tensor.data_ptr, params)) == seen.places", "True", SHARED,
+        BATCH, "_places(params, seen.layout.shards is not None) == seen.places", "True", SHARED,
     ),
     "places that share nothing": (
         BATCH, "if not places <= self._apart:", "if not self._apart:", SHARED,

@@ -98,6 +98,7 @@ CALLS: dict[str, Callable[[Problem], list[Any]]] = {
     "step_-exact": lambda p: _step(p, [], None, ranking(Mode.EXACT)),
     "step_-bracket": lambda p: _step(p, [], None, ranking(Mode.BRACKET)),
     "step_-given": lambda p: _step(p, [], _record(p), ranking(Mode.GIVEN)),
+    "count_keys": lambda p: [p.grads, p.exp_avgs, *_factors(p), False, torch.tensor([3, 32000])],
     "sums_of_squares": lambda p: [p.grads, p.inv_scale],
     "clip_factors": lambda p: [_sums(1), 1.0],
     "select_tensors_": lambda p: [

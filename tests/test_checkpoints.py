@@ -213,14 +213,14 @@ def test_a_checkpoint_without_a_format_is_of_the_first(generator):
     assert_same_training(optimizer, params, other, others)
 
 
-NEWER = r"is of format 2, which a newer rose_ops made, and this one reads formats up to 1"
+NEWER = r"is of format 3, which a newer rose_ops made, and this one reads formats up to 2"
 
 
 @pytest.mark.parametrize(
     ("broken", "message"),
     [
-        ({"format": 2, "settings": {}}, NEWER),
-        ({"format": 0, "settings": {}}, r"has a format 0 \(int\); expected an integer from 1 to 1"),
+        ({"format": 3, "settings": {}}, NEWER),
+        ({"format": 0, "settings": {}}, r"has a format 0 \(int\); expected an integer from 1 to 2"),
         ({"format": "1", "settings": {}}, r"has a format '1' \(str\); expected an integer"),
         ({"format": True, "settings": {}}, r"has a format True \(bool\); expected an integer"),
         ({"format": 1}, "has a 'rose' that state_dict"),

@@ -16,11 +16,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny_tasks import save_tiny_bert, sentences, write_tsv
 
 from rose_ops.cli import main
 from rose_ops.finetune import UserError, data, report, require
 from rose_ops.finetune.data import GLUE, load_task
 from rose_ops.finetune.perturb import PERTURBATIONS, perturb
+from rose_ops.finetune.recipes import Recipe
 from rose_ops.finetune.train import METHODS, batches, bundled_model
 
 ROOT = Path(__file__).parents[1]
@@ -30,7 +32,7 @@ PNG = b"\x89PNG\r\n"
 # --------------------------------------------------------------------------------------- arguments
 
 
-@pytest.mark.parametrize("command", ["finetune", "evaluate"])
+@pytest.mark.parametrize("command", ["finetune", "evaluate", "tune"])
 def test_help(command, capsys):
     with pytest.raises(SystemExit) as stop:
         main([command, "--help"])
@@ -98,21 +100,6 @@ def test_missing_extra_is_named(monkeypatch):
 
 
 # --------------------------------------------------------------------------------------------- data
-
-POSITIVE = ("a warm and funny film", "clever , moving and bright", "the best thing in years")
-NEGATIVE = ("a cold and boring film", "stupid , slow and dull", "the worst thing in years")
-
-
-def sentences(n, start=0):
-    """`n` different labelled sentences."""
-    for i in range(start, start + n):
-        yield i % 2, f"{(NEGATIVE, POSITIVE)[i % 2][i % 3]} take number {i}"
-
-
-def write_tsv(path, header, rows):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lines = ["\t".join(map(str, row)) for row in (header, *rows)]
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 @pytest.fixture
@@ -401,29 +388,33 @@ def test_difference_is_paired():
     assert report.difference(base, base) == {"difference": 0.0, "low": 0.0, "high": 0.0}
 
 
+def run_of(method, seed, *points):
+    curve = [{"step": s, "clean": c, "characters": r - 0.1, "words": r + 0.1} for s, c, r in points]
+    return {"method": method, "seed": seed, "curve": curve}
+
+
+def test_methods_are_compared_at_the_same_clean_accuracy():
+    runs = [
+        run_of("adamw", 0, (10, 0.6, 0.5), (20, 0.8, 0.7), (30, 0.9, 0.6)),
+        run_of("second", 0, (10, 0.5, 0.5), (30, 0.7, 0.65)),  # adamw: halfway between 10 and 20
+        run_of("first", 0, (30, 0.55, 0.4)),  # adamw was there at once
+        run_of("random", 0, (30, 0.95, 0.7)),  # adamw never
+        run_of("none", 0),
+    ]
+    found = {x["method"]: x for x in report.matched(runs, "adamw")}
+    assert found.keys() == {"second", "first", "random"}
+    second = found["second"]
+    assert (second["how"], second["step"]) == ("between", pytest.approx(15))
+    assert (second["baseline"], second["robust"]) == (pytest.approx(0.6), pytest.approx(0.65))
+    assert (found["first"]["how"], found["first"]["baseline"]) == ("at once", pytest.approx(0.5))
+    assert (found["random"]["how"], found["random"]["baseline"]) == ("never", None)
+
+
 def test_methods_cover_all_orders():
     assert {x.order for x in METHODS.values()} == {None, "first", "second", "ensemble"}
 
 
 # --------------------------------------------------------------------------------------- end to end
-
-
-def save_tiny_bert(folder):
-    """A randomly initialised BERT with a word-level vocabulary of the sentences above."""
-    transformers = pytest.importorskip("transformers", reason="needs the demo extra")
-    words = sorted({w for text in (*POSITIVE, *NEGATIVE) for w in text.split()} | {"take", "number"})
-    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    folder.mkdir()
-    (folder / "vocab.txt").write_text("\n".join([*special, *words]) + "\n")
-    config = transformers.BertConfig(
-        vocab_size=len(special) + len(words),
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=64,
-    )
-    transformers.BertTokenizerFast(str(folder / "vocab.txt")).save_pretrained(folder)
-    transformers.BertModel(config).save_pretrained(folder)
 
 
 @pytest.fixture(scope="module")
@@ -445,6 +436,18 @@ def run(tmp_path_factory):
     calls = [
         [*arguments, "--methods", ",".join(METHODS), "--output", str(folder / "first")],
         [*arguments, "--seeds", "0", "1", "--no-models", "--output", str(folder / "again")],
+        [
+            *arguments,
+            "--methods",
+            "adamw",
+            "--no-models",
+            "--evaluations",
+            "0",
+            "--epochs",
+            "0.5",
+            "--output",
+            str(folder / "epochs"),
+        ],
         ["evaluate", str(folder / "first"), "--threads", "1"],
     ]
     result = subprocess.run(
@@ -473,10 +476,15 @@ def test_run_is_recorded(run):
         method, history = METHODS[trained["method"]], trained["history"]
         assert [x["step"] for x in history] == [1, 2, 3, 4, 5]
         kinds = {None: [], "first": ["first"], "second": ["second"], "ensemble": ["first", "second"]}
-        assert sorted(history[-1]["masks"]) == kinds[method.order]
+        ranked = kinds[method.order] if method.recipe is Recipe else []
+        assert sorted(history[-1]["masks"]) == ranked
         assert (history[-1]["kl"] is None) == (method.order in (None, "second") and not method.r_drop)
         for mask in history[-1]["masks"].values():
             assert 0.55 < mask["kept"] < 0.75
+    for trained in record["runs"]:
+        assert [x["step"] for x in trained["curve"]] == [1, 2, 3, 4, 5]  # at most once a step
+        assert trained["curve"][0].keys() == {"step", "clean", "characters", "words"}
+    assert {x["method"] for x in record["matched"]} == METHODS.keys() - {"adamw"}
     for sets in record["summary"]["accuracy"].values():
         assert list(sets) == ["clean", "characters", "words"]
         assert all(x["n"] == 24 for entries in sets.values() for x in entries)
@@ -495,6 +503,7 @@ def test_run_is_printed(run):
         assert f"{method}, seed 0" in result.stderr  # the progress bar
         assert f"│ {method} " in result.stdout
     assert "kept=" in result.stderr
+    assert "at the same clean accuracy" in result.stdout
     assert "Accuracy above adamw" in result.stdout
     assert " ± " in result.stdout  # of the two seeds
 
@@ -503,10 +512,18 @@ def test_run_is_repeatable(run):
     folder, _ = run
     runs = [strict_json(folder / x / "run.json")["runs"] for x in ("first", "again")]
     first, again = ({(x["method"], x["seed"]): x["history"] for x in y} for y in runs)
-    assert len(again) == 6
+    assert len(again) == 8
     for key in first.keys() & again.keys():
         assert [x["loss"] for x in first[key]] == [x["loss"] for x in again[key]]
     assert again["adamw", 0][0]["loss"] != again["adamw", 1][0]["loss"]
+
+
+def test_epochs_in_the_place_of_steps_and_no_evaluations(run):
+    folder, _ = run
+    record = strict_json(folder / "epochs" / "run.json")
+    assert record["settings"]["steps"] == len(record["runs"][0]["history"]) == 4  # 58 // 8 / 2
+    assert record["runs"][0]["curve"] == []
+    assert record["matched"] == []
 
 
 def test_evaluate_measures_the_same(run):

@@ -23,6 +23,7 @@ RUNS = [
     ("accumulate.py", [], r"loss 0\.\d+, kl \d"),
     ("accumulate.py", ["--bf16", "--micro-batches", "2"], r"loss 0\.\d+, kl \d"),
     ("resume.py", [], "same = True"),
+    ("fsdp2.py", ["--order", "ensemble"], r"^step 5: loss [34]\.\d+, kept 60% of 117440$"),
     ("trainer.py", ["--accumulate", "2"], "rose_first_kept.*rose_second_kept.*rose_kl"),
     ("trainer.py", ["--plain"], "rose_second_kept"),
 ]
@@ -38,11 +39,12 @@ def test_examples_are_short():
 
 @pytest.mark.parametrize(("name", "options", "said"), RUNS)
 def test_example(name: str, options: list[str], said: str, tmp_path: Path) -> None:
-    if name == "trainer.py":
+    if name in ("trainer.py", "fsdp2.py"):
         package("transformers")
         package("accelerate")
+    ranks = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run(
-        [sys.executable, str(EXAMPLES / name), *options],
+        [sys.executable, *(ranks if name == "fsdp2.py" else ()), str(EXAMPLES / name), *options],
         cwd=tmp_path,
         env={
             **os.environ,

@@ -68,6 +68,10 @@ def step_args(p: Problem, mode: Mode | None = None, first=(), second=()):
     )  # fmt: skip
 
 
+def count_args(p: Problem, digits):
+    return p.grads, p.exp_avgs, p.hyper, p.group, p.inv_scale, p.clip, False, digits
+
+
 def sums_of(generator, n: int = 9):
     return torch.rand(n, generator=generator, dtype=torch.float64)
 
@@ -117,6 +121,8 @@ def _cases():
         "step_-exact": (rose.step_, lambda g: step_args(problem_of(g), Mode.EXACT)),
         "step_-bracket": (rose.step_, lambda g: step_args(problem_of(g), Mode.BRACKET)),
         "step_-bracket-clip": (rose.step_, clipped),
+        "count_keys": (rose.count_keys, lambda g: count_args(problem_of(g), None)),
+        "count_keys-digits": (rose.count_keys, lambda g: count_args(scaled(g), torch.tensor([3, 9]))),
         "sums_of_squares": (rose.sums_of_squares, lambda g: (problem_of(g).grads, None)),
         "sums_of_squares-scaled": (rose.sums_of_squares, lambda g: (problem_of(g, BF16).grads, scale)),
         "clip_factors": (rose.clip_factors, lambda g: (sums_of(g), 1.0)),
@@ -148,6 +154,7 @@ def test_what_is_written_is_what_the_schema_says():
     assert written == {
         "rank_": ["masks"],
         "step_": ["params", "exp_avgs", "exp_avg_sqs", "steps"],
+        "count_keys": [],
         "sums_of_squares": [],
         "clip_factors": [],
         "select_tensors_": ["mask"],

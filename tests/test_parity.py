@@ -81,6 +81,23 @@ def test_selection_of_any_mixture(ops, spec: Spec, kept, first, approx):
     compare_selection(ops, spec.problem(), *kept, first=first, approx=approx)
 
 
+@examples(100)
+@given(spec=specs(), first=st.booleans(), literally=st.booleans(), data=st.data())
+def test_counts_of_keys_of_any_mixture(spec: Spec, first, literally, data):
+    """What processes add up. (Devices other than the CPU have it from the reference.)"""
+    p = spec.problem()
+    arguments = p.grads, [] if first else p.exp_avgs, p.hyper, p.group, p.inv_scale, p.clip, literally
+    leading, counted = (ops.count_keys(*arguments, None) for ops in (reference, torch.ops.rose_ops))
+    assert torch.equal(leading, counted)
+    assert leading.sum() == sum(p.numels)
+    some = st.sampled_from([*leading[:-2].nonzero().flatten().tolist(), 0, 2**16 - 1, 2**20])
+    digits = torch.tensor(data.draw(st.lists(some, min_size=1, max_size=2)))
+    below, counted = (ops.count_keys(*arguments, digits) for ops in (reference, torch.ops.rose_ops))
+    assert torch.equal(below, counted)
+    for digit, found in zip(digits.tolist(), below.view(len(digits), -1), strict=True):
+        assert found.sum() == (leading[digit] if digit < 2**16 else 0)
+
+
 MODES = ("none", "first", "second", "selection", "first+second", "first+selection")
 
 

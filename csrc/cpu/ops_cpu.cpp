@@ -166,6 +166,29 @@ Tensor Operators::step_(Tensors params, Tensors grads, Tensors exp_avgs, Tensors
   return record_of(selection, {counts.updated, counts.nonfinite});
 }
 
+Tensor Operators::count_keys(Tensors grads, Tensors exp_avgs, Tensor hyper, Tensor group,
+                             MaybeTensor inv_scale, MaybeTensor clip, bool rank_inactive,
+                             MaybeTensor digits) {
+  FpMode mode;
+  Wanted wanted({}, std::nullopt, true);
+  wanted.rank_inactive = rank_inactive;
+  const RankedTensors of(grads, exp_avgs, hyper, group, Factors(inv_scale, clip), wanted);
+  std::vector<int64_t> counts;
+  if (digits) {
+    check_table(*digits, ScalarType::Long, digits->numel(), "digits");
+    const auto* const values = read_from<int64_t>(*digits, "digits");
+    for (int64_t i = 0; i < digits->numel(); ++i) {
+      const auto of_digit = cpu::count_keys(of.source, static_cast<uint32_t>(values[i]));
+      counts.insert(counts.end(), of_digit.begin(), of_digit.end());
+    }
+  } else {
+    counts = cpu::count_keys(of.source, std::nullopt);
+  }
+  Tensor result = torch::stable::empty({static_cast<int64_t>(counts.size())}, ScalarType::Long);
+  std::copy(counts.begin(), counts.end(), write_to<int64_t>(result));
+  return result;
+}
+
 Tensor Operators::sums_of_squares(Tensors tensors, MaybeTensor inv_scale) {
   FpMode mode;
   const Segments segments({{"tensors", &tensors, false}}, kTile);

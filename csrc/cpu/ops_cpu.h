@@ -9,6 +9,7 @@ namespace cpu {
 struct Operators {
   static RankSignature rank_;
   static StepSignature step_;
+  static CountKeysSignature count_keys;
   static SumsOfSquaresSignature sums_of_squares;
   static ClipFactorsSignature clip_factors;
   static SelectTensorsSignature select_tensors_;

@@ -33,6 +33,12 @@ std::vector<int64_t> count_digits(const RiskSource& source, uint32_t prefix, int
     Notes notes;
     std::vector<uint32_t> counts(bins);
     std::vector<int64_t> own(bins);
+    int64_t since = 0;
+    const auto move = [&] {
+      for (size_t i = 0; i < bins; ++i) own[i] += counts[i];
+      std::fill(counts.begin(), counts.end(), 0);
+      since = 0;
+    };
     Buffers buffers;
     for (int64_t chunk = next(); chunk >= 0; chunk = next()) {
       for_each_run(source.segments, chunks.begin(chunk), chunks.end(chunk),
@@ -40,9 +46,10 @@ std::vector<int64_t> count_digits(const RiskSource& source, uint32_t prefix, int
                      loops().digits(source.open(index, start, n, buffers), source.risk(index), prefix,
                                     shift, static_cast<int>(bins), counts.data(), notes);
                    });
-      for (size_t i = 0; i < bins; ++i) own[i] += counts[i];  // before 32 bits are too few
-      std::fill(counts.begin(), counts.end(), 0);
+      since += (chunks.end(chunk) - chunks.begin(chunk)) * kTile;
+      if (since >= INT32_MAX) move();  // before 32 bits are too few
     }
+    move();
     std::lock_guard<std::mutex> lock(mutex);
     for (size_t i = 0; i < bins; ++i) total[i] += own[i];
     classes.inactive += notes.inactive;
@@ -97,6 +104,15 @@ Selection approx_thresholds(const Ranked& ranked) {
   selection.high = find(ranked.upper);
   selection.low = find(ranked.lower);
   return selection;
+}
+
+std::vector<int64_t> count_keys(const RiskSource& source, std::optional<uint32_t> digit) {
+  Notes classes;
+  if (digit) return count_digits(source, *digit, 0, kLowDigits, classes);
+  std::vector<int64_t> counts = count_digits(source, 0, kLowDigitBits, kHighDigits, classes);
+  counts.push_back(classes.inactive);
+  counts.push_back(classes.nonfinite);
+  return counts;
 }
 
 Selection select(const Ranked& ranked, bool approx) {

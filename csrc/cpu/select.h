@@ -15,5 +15,9 @@ Selection approx_thresholds(const Ranked& ranked);
 // keys. Luck decides the time only.
 Selection select(const Ranked& ranked, bool approx = false);
 
+// How many keys have each value of a digit of 16 bits, and how many elements are inactive and not
+// finite; or, of the keys with such a digit, each value of the 15 bits below it.
+std::vector<int64_t> count_keys(const RiskSource& source, std::optional<uint32_t> digit);
+
 }  // namespace cpu
 }  // namespace rose

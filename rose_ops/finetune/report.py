@@ -5,7 +5,7 @@ import json
 import os
 import platform
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -13,14 +13,25 @@ from typing import Any
 import torch
 
 from rose_ops.finetune import require
+from rose_ops.finetune.curves import Point, read_at
 
 # method -> seed -> name of the test set -> was the prediction right, example by example
 Outcomes = Mapping[str, Mapping[int, Mapping[str, Sequence[bool]]]]
 
 _CONFIDENCE = 0.95
 _RESAMPLES = 2000
-# Okabe and Ito's colours, which the colour-blind can tell apart
-_COLOURS = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7", "#F0E442")
+# Okabe and Ito's colours, which the colour-blind can tell apart, and grey
+_COLOURS = (
+    "#000000",
+    "#E69F00",
+    "#56B4E9",
+    "#009E73",
+    "#0072B2",
+    "#D55E00",
+    "#CC79A7",
+    "#F0E442",
+    "#999999",
+)
 _SMOOTHING = 10
 
 
@@ -85,8 +96,53 @@ def summarise(outcomes: Outcomes) -> dict[str, Any]:
     }
 
 
-def print_tables(summary: Mapping[str, Any]) -> None:
-    """Print accuracies, and differences to the first method, in percent."""
+def robust(point: Mapping[str, float]) -> float:
+    """Mean accuracy on the perturbed copies, of an evaluation along the way."""
+    return statistics.fmean(value for name, value in point.items() if name not in ("step", "clean"))
+
+
+def points(run: Mapping[str, Any]) -> list[Point]:
+    """The evaluations of a run along the way."""
+    return [Point(x["step"], x["clean"], robust(x)) for x in run["curve"]]
+
+
+def matched(runs: Sequence[Mapping[str, Any]], baseline: str) -> list[dict[str, Any]]:
+    """Each run's last evaluation against the baseline of its seed, stopped at its clean accuracy.
+
+    Returns:
+        One entry for each run of another method that was evaluated along the way: `method`, `seed`,
+        `clean` and `robust` (the mean of the perturbed copies), `baseline` (its robust accuracy there,
+        see `curves.read_at`; None: it was never as accurate), `step` (of the baseline) and `how`.
+    """
+    curves = {run["seed"]: points(run) for run in runs if run["method"] == baseline}
+    found = []
+    for run in runs:
+        if run["method"] == baseline or not run["curve"]:
+            continue
+        last = points(run)[-1]
+        reading = read_at(curves[run["seed"]], last.clean)
+        reached = reading.how != "never"
+        found.append(
+            {
+                "method": run["method"],
+                "seed": run["seed"],
+                "clean": last.clean,
+                "robust": last.robust,
+                "baseline": reading.robust if reached else None,
+                "step": reading.step if reached else None,
+                "how": reading.how,
+            }
+        )
+    return found
+
+
+def print_tables(summary: Mapping[str, Any], matched: Sequence[Mapping[str, Any]] = ()) -> None:
+    """Print accuracies, differences to the first method, and those at the same clean accuracy.
+
+    Args:
+        summary: As `summarise` gives it.
+        matched: As `matched` gives it.
+    """
     console = require("rich.console").Console()
     if not console.is_terminal:
         console.width = 120  # a log has no width of its own
@@ -108,6 +164,37 @@ def print_tables(summary: Mapping[str, Any]) -> None:
         for method, cells in rows.items():
             table.add_row(method, *cells.values())
         console.print(table)
+    if matched:
+        console.print(_matched_table(matched, summary["baseline"]))
+
+
+def _matched_table(matched: Sequence[Mapping[str, Any]], baseline: str) -> Any:
+    table = require("rich.table").Table(
+        "method", title="On validation examples, at the same clean accuracy", title_justify="left"
+    )
+    for name in ("clean", "perturbed", f"{baseline} there", "difference", f"{baseline}'s step"):
+        table.add_column(name, justify="right")
+    for method in dict.fromkeys(x["method"] for x in matched):
+        entries = [x for x in matched if x["method"] == method]
+        reached = [x for x in entries if x["baseline"] is not None]
+        cells = [_percent(x["clean"] for x in entries), _percent(x["robust"] for x in entries)]
+        if reached:
+            cells += [
+                _percent(x["baseline"] for x in reached),
+                _percent((x["robust"] - x["baseline"] for x in reached), "+"),
+                f"{statistics.fmean(x['step'] for x in reached):.0f}",
+            ]
+        else:
+            cells += ["never as accurate", "", ""]
+        table.add_row(method, *cells)
+    return table
+
+
+def _percent(values: Iterable[float], sign: str = "") -> str:
+    """Mean, and the deviation over seeds where there are several."""
+    values = [100 * x for x in values]
+    deviation = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):{sign}.1f}{deviation}"
 
 
 def _cell(entries: Sequence[Mapping[str, float]], quantity: str) -> str:
@@ -132,21 +219,18 @@ def reading(summary: Mapping[str, Any]) -> str:
         )
     return (
         f"{intervals} The perturbations are random errors, not attacks. A method that trains less "
-        "may look more robust, so compare methods at equal clean accuracy before concluding."
+        "may look more robust, so compare methods at equal clean accuracy, and with the random mask of "
+        "the same size, before concluding."
     )
 
 
-def plot(
-    summary: Mapping[str, Any],
-    histories: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]],
-    title: str,
-    path: Path,
-) -> None:
-    """Draw loss and thresholds over the steps (first seed), and accuracies (mean over seeds).
+def plot(summary: Mapping[str, Any], runs: Sequence[Mapping[str, Any]], title: str, path: Path) -> None:
+    """Draw loss and validation accuracy over the steps and robust over clean accuracy (first seed), and
+    accuracies on the test sets (mean over seeds).
 
     Args:
         summary: As `summarise` gives it.
-        histories: method -> a history for each seed, as `train.train` gives them.
+        runs: `method`, `seed`, `history` and `curve` of each run.
         title: Over the whole figure.
         path: The PNG file.
     """
@@ -154,23 +238,36 @@ def plot(
     matplotlib.use("Agg")
     pyplot = require("matplotlib.pyplot")
     colours = dict(zip(summary["accuracy"], _COLOURS, strict=False))
-    figure, (loss, threshold, bars) = pyplot.subplots(
-        1, 3, figsize=(15, 4.5), layout="constrained", width_ratios=(1, 1, 1.4)
+    figure, ((loss, along), (tradeoff, bars)) = pyplot.subplots(
+        2, 2, figsize=(13, 9), layout="constrained"
     )
-    for method, runs in histories.items():
-        history = runs[0]
-        steps = [x["step"] for x in history]
-        losses = [x["ce"] for x in history]
+    seed = runs[0]["seed"]
+    for run in (x for x in runs if x["seed"] == seed):
+        colour = colours[run["method"]]
+        losses = [x["ce"] for x in run["history"]]
         recent = [losses[max(0, i - _SMOOTHING) : i] for i in range(1, len(losses) + 1)]
-        loss.plot(steps, [statistics.fmean(x) for x in recent], color=colours[method])
-        for kind, style in (("first", "--"), ("second", "-")):
-            points = [(x["step"], x["masks"].get(kind, {}).get("threshold")) for x in history]
-            points = [(step, value) for step, value in points if value]
-            if points:
-                threshold.plot(*zip(*points, strict=True), style, color=colours[method])
+        steps = [x["step"] for x in run["history"]]
+        loss.plot(steps, [statistics.fmean(x) for x in recent], color=colour)
+        if curve := points(run):
+            steps = [x.step for x in curve]
+            clean, perturbed = [100 * x.clean for x in curve], [100 * x.robust for x in curve]
+            along.plot(steps, clean, color=colour)
+            along.plot(steps, perturbed, "--", color=colour)
+            tradeoff.plot(clean, perturbed, ".-", color=colour, alpha=0.6)
+            tradeoff.plot(clean[-1], perturbed[-1], "o", color=colour)
     loss.set(title=f"Training cross-entropy (mean of {_SMOOTHING} steps)", xlabel="step")
-    threshold.set(title="Highest risk updated (first order dashed)", xlabel="step", yscale="log")
+    along.set(title="Validation accuracy in percent (perturbed: dashed)", xlabel="step")
+    tradeoff.set(title="The same: perturbed over clean (last: large)", xlabel="clean")
+    _draw_bars(bars, summary, colours)
+    for axes in (loss, along, tradeoff, bars):
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(*bars.get_legend_handles_labels(), loc="outside lower center", ncols=len(colours))
+    figure.suptitle(title)
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
 
+
+def _draw_bars(bars: Any, summary: Mapping[str, Any], colours: Mapping[str, str]) -> None:
     sets = list(next(iter(summary["accuracy"].values())))
     width = 0.8 / len(colours)
     for i, (method, colour) in enumerate(colours.items()):
@@ -179,14 +276,8 @@ def plot(
         bars.bar(places, heights, width, color=colour, label=method, alpha=0.85)
         bars.errorbar(places, heights, (below, above), fmt="none", ecolor="grey", capsize=3)
         for x, y, gap in zip(places, heights, above, strict=True):
-            bars.text(x, y + gap + 0.5, f"{y:.1f}", ha="center", va="bottom", fontsize=8)
-    bars.set(title="Accuracy in percent", xticks=range(len(sets)), xticklabels=sets, ylim=(0, 105))
-    for axes in (loss, threshold, bars):
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(*bars.get_legend_handles_labels(), loc="outside lower center", ncols=len(colours))
-    figure.suptitle(title)
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+            bars.text(x, y + gap + 0.5, f"{y:.1f}", ha="center", va="bottom", fontsize=7)
+    bars.set(title="Test accuracy in percent", xticks=range(len(sets)), xticklabels=sets, ylim=(0, 105))
 
 
 def _bar(entries: Sequence[Mapping[str, float]]) -> tuple[float, float, float]:

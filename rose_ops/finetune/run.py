@@ -8,7 +8,7 @@ import textwrap
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, fields
+from dataclasses import asdict, dataclass, fields, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -17,13 +17,13 @@ import torch
 
 from rose_ops.finetune import UserError, report, require
 from rose_ops.finetune.data import Examples, Task, load_task
+from rose_ops.finetune.models import model_folder
 from rose_ops.finetune.perturb import PERTURBATIONS, perturb
+from rose_ops.finetune.recipes import Settings
 from rose_ops.finetune.train import (
     METHODS,
     Encoder,
     Runtime,
-    Settings,
-    bundled_model,
     check_settings,
     choose_runtime,
     correct,
@@ -32,49 +32,54 @@ from rose_ops.finetune.train import (
 )
 
 _RECORD = "run.json"
+# Of the validation split, for each evaluation along the way and each of its copies.
+_ALONG = 300
 
 
 def finetune(args: argparse.Namespace) -> None:
     """Train with each method and seed, measure, and write the run's folder."""
     start = time.perf_counter()
-    runtime = _prepare(args)
+    runtime = prepare(args)
     settings = Settings(**{x.name: getattr(args, x.name) for x in fields(Settings)})
     check_settings(settings, [METHODS[x] for x in args.methods], runtime)
     output = args.output or Path("runs") / f"{args.task}-{datetime.now():%Y%m%d-%H%M%S}"
     if (output / _RECORD).exists():
         raise UserError(f"{output} already holds a run; choose another --output")
     task = load_task(args.task, args.data_dir, args.cache_dir)
-    tests = _test_sets(task, args.evaluate_on)
-    model_name = args.model or bundled_model()
+    if args.epochs is not None:
+        steps = max(1, round(args.epochs * (len(task.train) // args.batch_size)))
+        settings = replace(settings, steps=steps)
+    model_name = model_folder(args.model, args.cache_dir)
+    measured = _Measured(
+        final=measured_sets(task, args.evaluate_on),
+        along=measured_sets(replace(task, validation=task.validation[:_ALONG]), "validation"),
+        every=max(1, settings.steps // args.evaluations) if args.evaluations else None,
+    )
     print(
         f"{task.name}: {len(task.train)} training, {len(task.validation)} validation and "
         f"{len(task.test)} test examples; {runtime.precision} on {runtime.device}, "
         f"{torch.get_num_threads()} threads"
     )
-    for name, examples in tests.items():
+    for name, examples in measured.final.items():
         print(f"  {name}: {' | '.join(examples.texts[0])}")
 
     outcomes: dict[str, dict[int, dict[str, list[bool]]]] = {x: {} for x in args.methods}
-    histories: dict[str, list[list[dict[str, Any]]]] = {x: [] for x in args.methods}
-    runs = []
+    runs: list[dict[str, Any]] = []
     output.mkdir(parents=True, exist_ok=True)
     for seed in dict.fromkeys(args.seeds):
         for name in args.methods:
             # Loaded anew with the same seed: the same initial weights for every method.
             model, encoder = load_model(model_name, task, args.max_length, seed, runtime)
-            with _progress(f"{name}, seed {seed}", settings.steps) as show:
-                history = train(
-                    model, encoder(task.train), METHODS[name], settings, runtime, seed, show
-                )
-            right = {x: correct(model, encoder(test), runtime) for x, test in tests.items()}
-            outcomes[name][seed] = right
-            histories[name].append(history)
-            runs.append({"method": name, "seed": seed, "history": history})
+            history, curve = _trained(name, model, encoder, task, settings, measured, runtime, seed)
+            outcomes[name][seed] = {
+                x: correct(model, encoder(test), runtime) for x, test in measured.final.items()
+            }
+            runs.append({"method": name, "seed": seed, "curve": curve, "history": history})
             if not args.no_models:
                 _save(model, encoder, _model_folder(output, name, seed))
-    summary = report.summarise(outcomes)
+    summary, matched = report.summarise(outcomes), report.matched(runs, args.methods[0])
     record = {
-        "arguments": {x: _plain(y) for x, y in vars(args).items() if x != "run"},
+        "arguments": {x: plain(y) for x, y in vars(args).items() if x != "run"},
         "settings": asdict(settings),
         "precision": runtime.precision,
         **report.environment(),
@@ -84,17 +89,53 @@ def finetune(args: argparse.Namespace) -> None:
             "source": task.source,
         },
         "summary": summary,
+        "matched": matched,
         "seconds": time.perf_counter() - start,
         "runs": runs,
     }
     report.write_json(record, output / _RECORD)
-    report.plot(summary, histories, _title(args, task), output / "run.png")
-    report.print_tables(summary)
-    for name, of_seeds in histories.items():
-        times = sorted(x["seconds"] for history in of_seeds for x in history)
+    report.plot(summary, runs, _title(args, task, settings), output / "run.png")
+    report.print_tables(summary, matched)
+    for name in args.methods:
+        times = sorted(x["seconds"] for run in runs if run["method"] == name for x in run["history"])
         print(f"{name}: {1000 * times[len(times) // 2]:.0f} ms per step (median)")
     print(textwrap.fill(report.reading(summary), 100))
     print(f"{record['seconds']:.0f} s in all; see {output / 'run.png'} and {output / _RECORD}")
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """What models are measured on: after training, and along the way after every so many steps."""
+
+    final: dict[str, Examples]
+    along: dict[str, Examples]
+    every: int | None
+
+
+def _trained(
+    name: str,
+    model: Any,
+    encoder: Encoder,
+    task: Task,
+    settings: Settings,
+    measured: _Measured,
+    runtime: Runtime,
+    seed: int,
+) -> tuple[list[dict[str, Any]], list[dict[str, float]]]:
+    """Train a model; the record of each step, and accuracies by set along the way."""
+    along = {x: encoder(examples) for x, examples in measured.along.items()}
+    curve: list[dict[str, float]] = []
+
+    def evaluate(step: int) -> None:
+        right = {x: correct(model, data, runtime) for x, data in along.items()}
+        curve.append({"step": step, **{x: sum(y) / len(y) for x, y in right.items()}})
+
+    with progress(f"{name}, seed {seed}", settings.steps) as show:
+        history = train(
+            model, encoder(task.train), METHODS[name], settings, runtime, seed, show,
+            *((evaluate, measured.every) if measured.every else ()),
+        )  # fmt: skip
+    return history, curve
 
 
 def evaluate(args: argparse.Namespace) -> None:
@@ -106,11 +147,11 @@ def evaluate(args: argparse.Namespace) -> None:
         raise UserError(
             f"could not read {path} ({error}); expected the output folder of a finetune run"
         ) from error
-    runtime = _prepare(args)
+    runtime = prepare(args)
     trained = record["arguments"]
     data_dir = args.data_dir or (Path(trained["data_dir"]) if trained["data_dir"] else None)
     task = load_task(trained["task"], data_dir, args.cache_dir)
-    tests = _test_sets(task, trained["evaluate_on"], args.perturbation_seed)
+    tests = measured_sets(task, trained["evaluate_on"], args.perturbation_seed)
     outcomes: dict[str, dict[int, dict[str, list[bool]]]] = {}
     for run in record["runs"]:
         folder = _model_folder(args.folder, run["method"], run["seed"])
@@ -120,7 +161,7 @@ def evaluate(args: argparse.Namespace) -> None:
         right = {x: correct(model, encoder(test), runtime) for x, test in tests.items()}
         outcomes.setdefault(run["method"], {})[run["seed"]] = right
     summary = report.summarise(outcomes)
-    arguments = {x: _plain(y) for x, y in vars(args).items() if x != "run"}
+    arguments = {x: plain(y) for x, y in vars(args).items() if x != "run"}
     report.write_json(
         {"arguments": arguments, **report.environment(), "summary": summary},
         args.folder / "evaluation.json",
@@ -129,7 +170,7 @@ def evaluate(args: argparse.Namespace) -> None:
     print(textwrap.fill(report.reading(summary), 100))
 
 
-def _prepare(args: argparse.Namespace) -> Runtime:
+def prepare(args: argparse.Namespace) -> Runtime:
     """Threads, numerics and quiet libraries; fails early where an extra is missing."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads would compete with ours
     for module in ("tqdm", "rich", "matplotlib", "scipy"):
@@ -145,7 +186,7 @@ def _prepare(args: argparse.Namespace) -> Runtime:
     return choose_runtime(args.device, args.precision)
 
 
-def _test_sets(task: Task, split: str, seed: int = 0) -> dict[str, Examples]:
+def measured_sets(task: Task, split: str, seed: int = 0) -> dict[str, Examples]:
     """The clean examples, their perturbed copies, and AdvGLUE."""
     clean = getattr(task, split)
     sets = {"clean": clean}
@@ -157,7 +198,7 @@ def _test_sets(task: Task, split: str, seed: int = 0) -> dict[str, Examples]:
 
 
 @contextmanager
-def _progress(name: str, steps: int) -> Iterator[Callable[[dict[str, Any]], None]]:
+def progress(name: str, steps: int) -> Iterator[Callable[[dict[str, Any]], None]]:
     """A progress bar, and the function that shows the record of a step in it."""
     # A log gets a line now and then, a terminal a live bar.
     interval = 0.1 if sys.stderr.isatty() else 10.0
@@ -185,10 +226,10 @@ def _model_folder(output: Path, method: str, seed: int) -> Path:
     return output / f"{method}-seed{seed}"
 
 
-def _title(args: argparse.Namespace, task: Task) -> str:
-    model = Path(args.model).name if args.model else "MiniLM-L6"
-    return f"{model} on {task.name}: {args.steps} steps of {args.batch_size}, upper={args.upper}"
+def _title(args: argparse.Namespace, task: Task, settings: Settings) -> str:
+    model = {"minilm": "MiniLM-L6", "mpnet": "MPNet-base"}.get(args.model, Path(args.model).name)
+    return f"{model} on {task.name}: {settings.steps} steps of {args.batch_size}, upper={args.upper}"
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value

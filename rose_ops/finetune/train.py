@@ -14,25 +14,16 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from rose_ops import RoseFusedAdamW, rose_param_groups
 from rose_ops.backends import BACKENDS
 from rose_ops.finetune import UserError, require
 from rose_ops.finetune.data import Examples, Task
-from rose_ops.losses import rose_backward
+from rose_ops.finetune.recipes import Context, Method, RandomMask, Settings, make_optimizer
 
 # Batches are cut from this many batches' worth of shuffled examples, sorted by length.
 _BATCHES_PER_BUCKET = 50
 # Few different lengths, so that the kernels a library prepares for a shape are used again.
 _PAD_TO_MULTIPLE_OF = 8
 _EVALUATION_BATCH = 64
-
-
-@dataclass(frozen=True)
-class Method:
-    """A way to train: the masks of `RoseFusedAdamW`, or plain AdamW, with or without R-Drop."""
-
-    order: Literal["first", "second", "ensemble"] | None
-    r_drop: bool = False
 
 
 METHODS = {
@@ -44,29 +35,8 @@ METHODS = {
     "rdrop-first": Method("first", r_drop=True),
     "rdrop-second": Method("second", r_drop=True),
     "rdrop-ensemble": Method("ensemble", r_drop=True),
+    "random": Method("second", recipe=RandomMask),
 }
-
-
-@dataclass(frozen=True)
-class Settings:
-    """Hyperparameters that every method of a run shares; `RoseFusedAdamW` explains its own."""
-
-    steps: int
-    batch_size: int
-    lr: float
-    weight_decay: float
-    warmup: float
-    max_grad_norm: float
-    r_drop: float
-    upper: float | tuple[float, float]
-    lower: float | tuple[float, float]
-    gamma: float
-    granularity: Literal["element", "tensor"]
-    selection: Literal["exact", "bracket", "approx"]
-    inactive: Literal["update", "rank"]
-    selective: Literal["all", "encoder-weights"]
-    selection_warmup_steps: int
-    backend: str
 
 
 @dataclass(frozen=True)
@@ -226,6 +196,8 @@ def train(
     runtime: Runtime,
     seed: int,
     on_step: Callable[[dict[str, Any]], None] = lambda record: None,
+    evaluate: Callable[[int], None] = lambda step: None,
+    evaluate_every: int | None = None,
 ) -> list[dict[str, Any]]:
     """Train `model` in place.
 
@@ -240,13 +212,17 @@ def train(
         runtime: Device and precision.
         seed: Seeds the order of the examples and the dropout.
         on_step: Called with the record of each step.
+        evaluate: Called, with the model in evaluation mode, after every `evaluate_every` steps and
+            after the last.
+        evaluate_every: None: after the last step only.
 
     Returns:
         A record per step: `step`, `loss`, `ce`, `kl`, `lr`, `seconds`, and in `masks` the `kept`
         fraction of the ranking and the `threshold` of each mask.
     """
     torch.manual_seed(seed)
-    optimizer = _optimizer(model, method, settings)
+    recipe = method.recipe(model, Context(method, settings, data, runtime, seed))
+    optimizer = recipe.optimizer
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _linear_schedule(settings))
     model.train()
     history = []
@@ -255,17 +231,9 @@ def train(
         start = time.perf_counter()
         inputs, labels = data.batch(indices)
         with runtime.autocast():
-            losses = rose_backward(
-                model,
-                inputs,
-                labels,
-                optimizer,
-                r_drop=settings.r_drop if method.r_drop else 0.0,
-                max_grad_norm=settings.max_grad_norm,
-            )
+            losses = recipe.backward(inputs, labels)
         lr = schedule.get_last_lr()[0]
-        optimizer.step()
-        optimizer.zero_grad()
+        recipe.step()
         schedule.step()
         record: dict[str, Any] = {
             "step": step,
@@ -283,6 +251,10 @@ def train(
             )
         history.append(record)
         on_step(record)
+        if step == settings.steps or (evaluate_every and step % evaluate_every == 0):
+            model.eval()
+            evaluate(step)
+            model.train()
     return history
 
 
@@ -292,30 +264,9 @@ def check_settings(settings: Settings, methods: Iterable[Method], runtime: Runti
     model = nn.ModuleDict({"layer": nn.Linear(1, 1)}).to(runtime.device)
     try:
         for method in methods:
-            _optimizer(model, method, settings)
+            make_optimizer(model, method, settings)
     except (ValueError, NotImplementedError, RuntimeError) as error:
         raise UserError(str(error)) from error
-
-
-def _optimizer(model: nn.Module, method: Method, settings: Settings) -> torch.optim.Optimizer:
-    groups = rose_param_groups(model, settings.weight_decay, selective=settings.selective)
-    if method.order is None:
-        for group in groups:
-            group.pop("selective", None)
-        return torch.optim.AdamW(groups, lr=settings.lr, fused=True)
-    return RoseFusedAdamW(
-        groups,
-        lr=settings.lr,
-        order=method.order,
-        upper=settings.upper,
-        lower=settings.lower,
-        gamma=settings.gamma,
-        granularity=settings.granularity,
-        selection=settings.selection,
-        inactive=settings.inactive,
-        selection_warmup_steps=settings.selection_warmup_steps,
-        backend=settings.backend,
-    )
 
 
 def _linear_schedule(settings: Settings) -> Callable[[int], float]:
@@ -345,15 +296,21 @@ def _masks(optimizer: Any) -> dict[str, dict[str, float | None]]:
 
 
 @torch.inference_mode()
-def correct(model: nn.Module, data: Encoded, runtime: Runtime) -> list[bool]:
-    """Whether the model's prediction is right, example by example."""
+def predict(model: nn.Module, data: Encoded, runtime: Runtime) -> Tensor:
+    """Logits of the examples, in their order: float32 `[n, classes]`, on the CPU."""
     model.eval()
     order = sorted(range(len(data.rows)), key=data.lengths.__getitem__)
-    right = torch.empty(len(order), dtype=torch.bool)
+    found = []
     for i in range(0, len(order), _EVALUATION_BATCH):
-        indices = order[i : i + _EVALUATION_BATCH]
-        inputs, labels = data.batch(indices)
+        inputs, _ = data.batch(order[i : i + _EVALUATION_BATCH])
         with runtime.autocast():
-            logits = model(**inputs).logits
-        right[indices] = (logits.argmax(dim=-1) == labels).cpu()
+            found.append(model(**inputs).logits.float().cpu())
+    logits = torch.empty(len(order), found[0].shape[1])
+    logits[order] = torch.cat(found)
+    return logits
+
+
+def correct(model: nn.Module, data: Encoded, runtime: Runtime) -> list[bool]:
+    """Whether the model's prediction is right, example by example."""
+    right = predict(model, data, runtime).argmax(dim=-1) == data.labels
     return [bool(x) for x in right]

@@ -14,6 +14,10 @@ constexpr uint32_t kSampleKey = 0x5A3Bu;  // keys samples, with their draws
 constexpr double kLogOfFailure = 26.0;
 constexpr double kLogOfFailureIfCounted = 8.0;
 
+// A key's 31 bits in two digits, by which rankings over several processes count.
+constexpr int kLowDigitBits = 15;
+constexpr int kHighDigits = 1 << 16, kLowDigits = 1 << kLowDigitBits;
+
 constexpr int64_t kFewestOfApprox = int64_t{1} << 20;  // elements: below, "approx" is exact
 
 // -------------------------------------------------------------------------------------------- samples

@@ -17,7 +17,9 @@ from rose_ops._arguments import reads_pointers
 from rose_ops.backends.triton import passes
 from rose_ops.backends.triton.passes import INTERPRETED, Factors, Ranking, Update, device_of
 from rose_ops.backends.triton.table import check, check_groups, check_rows, upload
-from rose_ops.reference import Field, Mode, keeps_denormals
+from rose_ops.reference import Field, Mode, count_keys, keeps_denormals
+
+__all__ = ["clip_factors", "count_keys", "rank_", "select_tensors_", "step_", "sums_of_squares"]
 
 
 def why_not() -> str | None:

@@ -1,0 +1,1 @@
+"""The paper's comparison, with controls: `python -m benchmarks.paper`."""

@@ -1,0 +1,110 @@
+"""Mutants of rankings over several processes, for test_mutants.py: (file, text, replacement, tests that
+fail)."""
+
+DISTRIBUTED, SHARDS, ENGINE = "rose_ops/distributed.py", "rose_ops/shards.py", "rose_ops/engine.py"
+OPTIM, BATCH, REFERENCE = "rose_ops/optim.py", "rose_ops/batch.py", "rose_ops/reference.py"
+TESTS = "tests/test_distributed.py"
+MASKS, WHOLE = f"{TESTS}::test_masks_are_those_of_one_process", f"{TESTS}::test_whole_tensors"
+SAMPLE, PARTS = f"{TESTS}::test_a_sample_is_that_of_one_process", f"{TESTS}::test_a_sample_of_parts"
+ROUNDING = f"{TESTS}::test_rounding_is_that_of_one_process"
+PLACES = f"{TESTS}::test_ranks_at_different_places"
+MADE = f"{TESTS}::test_ranks_that_were_made_differently"
+REFUSED = f"{TESTS}::test_what_is_not_clear_is_refused"
+COUNTS = "tests/test_parity.py::test_counts_of_keys_of_any_mixture"
+
+MUTANTS = {
+    # ------------------------------------------------------------------------------- who counts what
+    "copies along a mesh": (SHARDS, "not any(copies), start)", "True, start)", MASKS),
+    "copies on the rest of a mesh": (
+        DISTRIBUTED, "return Shard.of(param).is_first and bool((mesh == self._first).any())",
+        "return Shard.of(param).is_first", MASKS,
+    ),
+    "plain tensors beside DTensors": (
+        DISTRIBUTED, "return dist.get_rank() == self._first", "return True", MASKS,
+    ),
+    "a rank without gradients": (
+        OPTIM, "        if batch.params or ranks is not None:\n            with",
+        "        if batch.params:\n            with",
+        f"{TESTS}::test_a_rank_without_gradients",
+    ),
+    "its number of steps": (
+        OPTIM, "if self._had_state and not has_state:", "if not has_state:",
+        f"{TESTS}::test_a_rank_without_gradients",
+    ),
+    # ------------------------------------------------------------------------------------ thresholds
+    "the first digit": (
+        DISTRIBUTED, "before = upto[digit] - leading[digit]",
+        "before = upto[digit]", MASKS,
+    ),
+    "the rank within a digit": (DISTRIBUTED, "(k - before)[:, None]", "k[:, None]", MASKS),
+    "a rank of none": (
+        DISTRIBUTED, "found = torch.where(k > 0, digit * LOW_DIGITS + low[:, 0], -1)",
+        "found = digit * LOW_DIGITS + low[:, 0]", f"{TESTS}::test_few_elements",
+    ),
+    "kept between two bounds": (
+        DISTRIBUTED, "(at_or_below[0] - below).clamp(min=0)", "at_or_below[0]", MASKS,
+    ),
+    "classes": (
+        DISTRIBUTED, "_record(found, at_or_below, ranked, *classes)",
+        "_record(found, at_or_below, ranked, *classes.flip(0))", MASKS,
+    ),
+    "keys that are counted": (
+        REFERENCE, "keys & (LOW_DIGITS - 1), LOW_DIGITS)",
+        "keys & (LOW_DIGITS - 2), LOW_DIGITS)", COUNTS,
+    ),
+    "the record of all": (
+        ENGINE, "if found is not None and record is None:", "if found is not None:", MASKS,
+    ),
+    # --------------------------------------------------------------------------------------- samples
+    "places of a sample": (
+        SHARDS, "inside = inside * size + at",
+        "inside = inside * whole + at", SAMPLE,
+    ),
+    "a sample's lines of other ranks": (
+        SHARDS, "here &= (at >= 0) & (at < size)",
+        "here &= at < size", SAMPLE,
+    ),
+    "a sample's key of 0": (
+        DISTRIBUTED, "found < INACTIVE_KEY, found + 1, unranked)",
+        "found < INACTIVE_KEY, found, unranked)", SAMPLE,
+    ),
+    "parts one after the other": (
+        DISTRIBUTED, "return sum(self.sizes[: self.rank])", "return 0", PARTS,
+    ),
+    # ------------------------------------------------------------------------------- norms, rounding
+    "norms of copies": (ENGINE, "row.copy_(sums.where(here, 0.0))", "row.copy_(sums)", WHOLE),
+    "norms of moments are not scaled": (
+        ENGINE, "                inv_scale = None\n",
+        "", f"{TESTS}::test_norms_of_scaled_gradients",
+    ),
+    "a norm over all": (
+        ENGINE, "if self.ranks is None or max_norm is None:", "if True:", MASKS,
+    ),
+    "random bits of shards": (
+        BATCH, "offset + shard.start for", "offset for", ROUNDING,
+    ),
+    # ---------------------------------------------------------------------------------------- faults
+    "places that differ": (
+        DISTRIBUTED, "if (self.size * two - one * one) % 2**32:",
+        "if False:", PLACES,
+    ),
+    "steps in the place": (OPTIM, "what, self._steps_done, hyper,", "what, hyper,", PLACES),
+    "hyperparameters in the place": (
+        OPTIM, "what, self._steps_done, hyper,", "what, self._steps_done,", PLACES,
+    ),
+    "captures in the place": (
+        OPTIM, "sizes, sorted(self._captures.kinds), masks)", "sizes, masks)", PLACES,
+    ),
+    "settings that differ": (DISTRIBUTED, "        if differences:\n", "        if False:\n", MADE),
+    "an overflow elsewhere": (
+        OPTIM, "found_inf = self._engine.ranks.any(local(found_inf))", "found_inf = local(found_inf)",
+        f"{TESTS}::test_an_overflow_that_one_rank_has_seen",
+    ),
+    "a mesh of fewer ranks": (
+        DISTRIBUTED, "if len(members) < dist.get_world_size():", "if False:", REFUSED,
+    ),
+    "sums that are not taken": (
+        SHARDS, "if any(placement.is_partial()",
+        "if all(placement.is_shard()", REFUSED,
+    ),
+}  # fmt: skip
