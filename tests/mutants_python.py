@@ -396,6 +396,10 @@ MUTANTS = {
         OPTIM, "there = \"first\" in self._captures.kinds and self._reuses_first",
         "there = self._reuses_first", f"{OF_REUSE}::test_a_mask_that_was_lost_is_made_anew",
     ),
+    "a mask of one's own": (
+        OPTIM, "        if given is not None and not given.limit:\n            return False\n", "",
+        f"{OF_REUSE}::test_masks_of_ones_own",
+    ),
     "needed where a mask is due": (
         OPTIM, "there = \"first\" in self._captures.kinds and self._reuses_first",
         "there = \"first\" in self._captures.kinds",
