@@ -273,6 +273,8 @@ def at_another_place(rank: int, size: int, *, what: str, **arguments: Any) -> st
             training.optimizer.param_groups[0]["betas"] = (0.7, 0.999)
         elif what == "steps":
             training.optimizer._steps_done += 1
+        elif what == "captures":  # as after loading a state that has a mask, on one rank
+            training.optimizer._captures.kinds.add("second")
         elif what == "order":  # of captures
             training.give(1, 2)
             try:

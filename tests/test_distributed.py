@@ -324,10 +324,10 @@ def test_ranks_that_were_made_differently(processes, seed, of_rank, said):
         assert "on rank 2" in text
 
 
-@pytest.mark.parametrize("what", ["hyperparameters", "steps", "order"])
+@pytest.mark.parametrize("what", ["hyperparameters", "steps", "order", "captures"])
 @pytest.mark.parametrize("layout", ["rows", "cut"])
 def test_ranks_at_different_places(processes, seed, what, layout):
-    order = {"order": "ensemble"} if what == "order" else {}
+    order = {"order": "ensemble"} if what in ("order", "captures") else {}
     results = processes("at_another_place", 3, layout=layout, data_seed=seed, what=what, **order)
     for text in results:
         assert "not at the same place" in text
