@@ -592,7 +592,8 @@ class RoseFusedAdamW(Checkpointed):
     @_disable_dynamo
     def needs_first_mask(self) -> bool:
         """Whether a first-order mask is to be captured for the coming step: the order has one, and
-        ``first_order_every`` has none to use again. In a loop by hand::
+        neither has :meth:`set_masks` given it, nor is there one that ``first_order_every`` uses again.
+        In a loop by hand::
 
             if optimizer.needs_first_mask:
                 with optimizer.capturing("first"):
@@ -601,6 +602,9 @@ class RoseFusedAdamW(Checkpointed):
         (:func:`rose_backward`, :func:`rose_accumulate` and the Trainer leave the pass and the backward
         out by themselves.)
         """
+        given = self._given.get("first")
+        if given is not None and not given.limit:
+            return False
         there = "first" in self._captures.kinds and self._reuses_first
         return "first" in self.settings.kinds and not there
 

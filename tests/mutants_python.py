@@ -381,7 +381,8 @@ MUTANTS = {
     ),
     # ----------------------------------------------------------------------- masks that are used again
     "a mask's last step": (
-        OPTIM, "if kind == \"second\" or not self._reuses_first:", "if kind == \"second\":", REUSED,
+        OPTIM, "if kind == \"second\" or not self._reuses_first:", "if kind == \"second\":",
+        f"{OF_REUSE}::test_a_mask_is_not_used_longer",
     ),
     "a second-order mask is used once": (
         OPTIM, "if kind == \"second\" or not self._reuses_first:", "if not self._reuses_first:",
@@ -394,6 +395,10 @@ MUTANTS = {
     "a mask that was lost": (
         OPTIM, "there = \"first\" in self._captures.kinds and self._reuses_first",
         "there = self._reuses_first", f"{OF_REUSE}::test_a_mask_that_was_lost_is_made_anew",
+    ),
+    "a mask of one's own": (
+        OPTIM, "        if given is not None and not given.limit:\n            return False\n", "",
+        f"{OF_REUSE}::test_masks_of_ones_own",
     ),
     "needed where a mask is due": (
         OPTIM, "there = \"first\" in self._captures.kinds and self._reuses_first",

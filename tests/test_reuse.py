@@ -129,6 +129,38 @@ def test_a_mask_that_was_lost_is_made_anew(generator):
     assert needed == [True, False, True, False, False]  # the next one when it is due anyway
 
 
+def test_a_mask_is_not_used_longer(generator):
+    params = parameters(generator)
+    optimizer = RoseFusedAdamW(params, order="first", first_order_every=3)
+    for _ in range(3):
+        step(optimizer, params, gradients(params, generator), gradients(params, generator))
+    assert all("first_mask" not in state for state in optimizer.state.values())
+    give(params, gradients(params, generator))
+    with pytest.raises(RuntimeError, match="needs a first-order mask"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("limit", [False, True])
+@pytest.mark.parametrize("keep", [False, True])
+def test_masks_of_ones_own(keep, limit):
+    """Those that are given need no second pass, as long as they are there; one that is limited by them
+    is a mask like others."""
+    model = Counting()
+    weight = model.layers[0].weight
+    optimizer = RoseFusedAdamW(model.parameters(), order="first", lr=0.1, first_order_every=2)
+    passes = []
+    for number in range(5):
+        if number == 1:
+            optimizer.set_masks({weight: torch.zeros_like(weight) > 0}, "first", keep=keep, limit=limit)
+        before, model.passes = weight.clone(), 0
+        rose_backward(model, *batch(number), optimizer)
+        optimizer.step()
+        optimizer.zero_grad()
+        passes.append(model.passes)
+        assert torch.equal(weight, before) == (number == 1 or (keep and number > 1)), number
+    assert passes == ([2, 2, 2, 1, 2] if limit else [2, 1, 1, 1, 1] if keep else [2, 1, 2, 1, 2])
+
+
 def test_two_captures_before_a_step(generator):
     """As in every order: the second one replaces the first."""
     params = parameters(generator)
