@@ -15,10 +15,12 @@ from torch.optim import Optimizer
 from rose_ops import memory
 from rose_ops.checks import MOMENTS, STATE, has_memory
 from rose_ops.groups import ADAMW_ONLY, check_group, is_selective
-from rose_ops.settings import Settings, is_number
+from rose_ops.settings import Settings, is_number, shown
 
 # Beside "state" and "param_groups", where torch.optim.AdamW ignores it.
 ROSE = "rose"
+# Of what is under that key, and of masks. It is counted up when an older rose_ops would take a
+# checkpoint for something else than it is; all up to this one can be read. See docs/checkpoints.md.
 FORMAT = 1
 MASKS = {kind: f"{kind}_mask" for kind in ("first", "second")}
 
@@ -118,9 +120,13 @@ class Loader:
     def _check_settings(self, ours: Any, fail: Callable[[str], ValueError]) -> None:
         if not isinstance(ours, dict) or not isinstance(ours.get("settings"), dict):
             raise fail(f"has a {ROSE!r} that state_dict() does not make")
-        if ours.get("format") != FORMAT:
+        number = ours.get("format", 1)
+        if not isinstance(number, int) or isinstance(number, bool) or number < 1:
+            raise fail(f"has a format {shown(number)}; expected an integer from 1 to {FORMAT}")
+        if number > FORMAT:
             raise fail(
-                f"is of format {ours.get('format')}; expected {FORMAT}: another rose_ops made it"
+                f"is of format {number}, which a newer rose_ops made, and this one reads formats up to "
+                f"{FORMAT}: load it with that one, or update this one"
             )
         here, there = self._settings.to_saved(), ours["settings"]
         self.differences = [

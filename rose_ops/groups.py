@@ -29,7 +29,8 @@ def plain(value: Any) -> Any:
         return type(value)(map(plain, value))
     if type(value).__module__ == "numpy" and getattr(value, "ndim", 1) == 0:
         return value.item()  # a scalar, or an array of none
-    if isinstance(value, Real) and type(value) not in (bool, int, float):
+    kind: type[Any] = type(value)
+    if isinstance(value, Real) and kind not in (bool, int, float):
         return int(value) if isinstance(value, Integral) else float(value)
     return value
 

@@ -8,7 +8,7 @@ from itertools import accumulate
 
 import torch
 from torch import Tensor
-from torch.utils.dlpack import from_dlpack, to_dlpack
+from torch.utils.dlpack import from_dlpack, to_dlpack  # type: ignore[attr-defined]
 
 MIN_BYTES = 8 << 20  # below, it hardly matters where a buffer lies
 _ADVICE: int | None = getattr(mmap, "MADV_HUGEPAGE", None)  # Linux

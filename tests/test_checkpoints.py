@@ -185,20 +185,58 @@ def test_settings_that_mean_the_same_are_no_others(order, generator):
         other.load_state_dict(optimizer.state_dict())
 
 
-def test_a_format_of_the_future_is_refused(generator):
+def test_a_checkpoint_says_its_format(generator):
+    """What is promised of it is in docs/checkpoints.md: these are its keys."""
+    params = parameters(generator)
+    optimizer = RoseFusedAdamW(params, order="ensemble")
+    train(optimizer, params, 1, generator)
+    give(params, gradients(params, generator))
+    optimizer.capture("first")
+    saved = optimizer.state_dict()
+    assert saved.keys() == {"state", "param_groups", "rose"}
+    assert saved["rose"].keys() == {"format", "settings"}
+    assert saved["rose"]["format"] == 1
+    assert {key for state in saved["state"].values() for key in state} == {
+        "step", "exp_avg", "exp_avg_sq", "first_mask",
+    }  # fmt: skip
+
+
+def test_a_checkpoint_without_a_format_is_of_the_first(generator):
+    params = parameters(generator)
+    optimizer = RoseFusedAdamW(params)
+    train(optimizer, params, 2, generator)
+    state_dict = copy.deepcopy(optimizer.state_dict())
+    del state_dict["rose"]["format"]
+    others = clones(params)
+    other = RoseFusedAdamW(others)
+    other.load_state_dict(state_dict)
+    assert_same_training(optimizer, params, other, others)
+
+
+NEWER = r"is of format 2, which a newer rose_ops made, and this one reads formats up to 1"
+
+
+@pytest.mark.parametrize(
+    ("broken", "message"),
+    [
+        ({"format": 2, "settings": {}}, NEWER),
+        ({"format": 0, "settings": {}}, r"has a format 0 \(int\); expected an integer from 1 to 1"),
+        ({"format": "1", "settings": {}}, r"has a format '1' \(str\); expected an integer"),
+        ({"format": True, "settings": {}}, r"has a format True \(bool\); expected an integer"),
+        ({"format": 1}, "has a 'rose' that state_dict"),
+        ([], "has a 'rose' that state_dict"),
+    ],
+    ids=["newer", "0", "text", "bool", "without settings", "no dict"],
+)
+def test_a_format_that_cannot_be_read_is_refused(broken, message, generator):
     params = parameters(generator)
     optimizer = RoseFusedAdamW(params)
     train(optimizer, params, 1, generator)
-    for broken, message in (
-        ({"format": 2, "settings": {}}, "is of format 2; expected 1"),
-        ({"format": 1}, "has a 'rose' that state_dict"),
-        ([], "has a 'rose' that state_dict"),
-    ):
-        state_dict = {**optimizer.state_dict(), "rose": broken}
-        snapshot = Snapshot(optimizer, params)
-        with pytest.raises(ValueError, match=message):
-            optimizer.load_state_dict(state_dict)
-        snapshot.assert_unchanged()
+    state_dict = {**optimizer.state_dict(), "rose": broken}
+    snapshot = Snapshot(optimizer, params)
+    with pytest.raises(ValueError, match=message):
+        optimizer.load_state_dict(state_dict)
+    snapshot.assert_unchanged()
 
 
 WRITTEN = [
