@@ -97,7 +97,7 @@ wheel: $(VENV)/ready  ## wheels in dist/cpu and, where there is an nvcc, dist/cu
 	for variant in $(WHEEL_VARIANTS); do \
 		ROSE_CUDA=$$(test $$variant = cuda && echo 1 || echo 0) \
 			$(PIP) wheel --no-build-isolation --no-deps -w build/wheel/$$variant . && \
-		$(BIN)/auditwheel repair --exclude 'libtorch*' --exclude 'libc10*' -w dist/$$variant \
+		PATH="$(abspath $(BIN)):$$PATH" auditwheel repair --exclude 'libtorch*' --exclude 'libc10*' -w dist/$$variant \
 			build/wheel/$$variant/*.whl || exit 1; \
 	done
 	$(BIN)/python -m pytest -p no:cacheprovider -m slow tests/test_wheel.py $(ARGS)

@@ -1,5 +1,7 @@
 """Second-order ROSE in the Hugging Face Trainer, with a tiny BERT made from a configuration.
 
+For the other orders there is rose_ops.integrations.transformers.RoseTrainer.
+
 pip install transformers accelerate
 python examples/trainer.py --epochs 5
 """

@@ -105,7 +105,7 @@ class Capturing(AbstractContextManager[None]):
             )
         # Views of a buffer (of flat parameters, of DistributedDataParallel) are written to again by the
         # next backward: of these, the values are put aside, too.
-        self._before = [(grad, _copy_of_view(grad)) for grad in before]
+        self._before = [(grad, copy_of_view(grad)) for grad in before]
         for m in self._members:
             m.grad = None
         self._captures.forget_used()
@@ -124,7 +124,8 @@ class Capturing(AbstractContextManager[None]):
             self._before = []
 
 
-def _copy_of_view(grad: Tensor | None) -> Tensor | None:
+def copy_of_view(grad: Tensor | None) -> Tensor | None:
+    """Of a gradient that the next backward would write into, its values."""
     if grad is None or grad.layout != torch.strided or not has_memory(grad):
         return None
     return None if _has_own_storage(grad) else grad.detach().clone()

@@ -178,6 +178,11 @@ class GroupTables:
         return self._hyper[1]
 
 
+def is_encoder_weight(name: str) -> bool:
+    """The authors' rule of what is ranked."""
+    return "layer" in name and "weight" in name
+
+
 def rose_param_groups(
     model: nn.Module, weight_decay: float = 1e-2, selective: str = "all"
 ) -> list[dict[str, Any]]:
@@ -202,7 +207,7 @@ def rose_param_groups(
     groups: dict[tuple[bool, bool], list[Tensor]] = {}
     for name, p in model.named_parameters():
         if p.requires_grad:
-            chosen = selective == "all" or ("layer" in name and "weight" in name)
+            chosen = selective == "all" or is_encoder_weight(name)
             groups.setdefault((p.dim() >= 2, chosen), []).append(p)
     if not any(chosen for _, chosen in groups):
         raise ValueError(f"selective={selective!r} matches no trainable parameter of the model")

@@ -1,15 +1,16 @@
-"""Losses of ROSE: the symmetric KL of two dropout passes, and the two-pass training step."""
+"""The two-pass training step."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from numbers import Real
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rose_ops.divergence import check_logits, symmetric_kl
 from rose_ops.settings import check_limit
 from rose_ops.wrappers import Precision, Replicas, unwrap
 
@@ -38,69 +39,6 @@ class RoseLosses(NamedTuple):
     ce: Tensor
     kl: Tensor | None
     grad_norm: Tensor | None = None
-
-
-def symmetric_kl(
-    logits_p: Tensor,
-    logits_q: Tensor,
-    reduction: Literal["batchmean", "sum", "none"] = "batchmean",
-) -> Tensor:
-    """Symmetric Kullback-Leibler divergence of two classifiers' outputs.
-
-    `KL(P||Q) + KL(Q||P) = sum_c (p_c - q_c) * (log p_c - log q_c)`, with P and Q the softmax of
-    the logits. Every term of this form is at least 0, so nothing cancels in the sum. Evaluated in
-    float32 (float64 for float64 logits) whatever the logits' dtype and under autocast.
-
-    Source: ROSE (Jiang et al., EMNLP 2022), Eq. 1.
-
-    Args:
-        logits_p: `[batch, classes]`, the logits of one pass; all finite, at least two classes.
-        logits_q: The same shape, the logits of the other pass.
-        reduction: `"batchmean"` sums over classes and averages over the batch, `"sum"` sums over
-            both, `"none"` keeps `[batch]`.
-
-    Returns:
-        A 0-dim tensor, or `[batch]` for `reduction="none"`, in nats.
-
-    Raises:
-        ValueError: Shapes that are no two equal `[batch, classes]`, an empty batch, fewer than two
-            classes, or an unknown reduction.
-        TypeError: Logits that are not floating point.
-    """
-    _check_logits(logits_p, logits_q)
-    dtype = torch.promote_types(torch.promote_types(logits_p.dtype, logits_q.dtype), torch.float32)
-    log_p = F.log_softmax(logits_p, dim=-1, dtype=dtype)
-    log_q = F.log_softmax(logits_q, dim=-1, dtype=dtype)
-    kl = ((log_p.exp() - log_q.exp()) * (log_p - log_q)).sum(dim=-1)
-    if reduction == "batchmean":
-        return kl.mean()
-    if reduction == "sum":
-        return kl.sum()
-    if reduction == "none":
-        return kl
-    raise ValueError(f"reduction must be 'batchmean', 'sum' or 'none', got {reduction!r}")
-
-
-def _check_logits(logits_p: Tensor, logits_q: Tensor) -> None:
-    if logits_p.shape != logits_q.shape:
-        raise ValueError(
-            "symmetric_kl compares two passes over one batch, so the logits must have the same "
-            f"shape; got {tuple(logits_p.shape)} and {tuple(logits_q.shape)}"
-        )
-    if logits_p.dim() != 2:
-        raise ValueError(
-            f"symmetric_kl expects logits of shape [batch, classes], got {tuple(logits_p.shape)}; "
-            "flatten other dimensions into the batch first and leave padded positions out"
-        )
-    if logits_p.shape[0] == 0 or logits_p.shape[1] < 2:
-        raise ValueError(
-            "symmetric_kl needs at least one example and two classes (the softmax of a single "
-            f"logit is always 1, so its KL is always 0); got {tuple(logits_p.shape)}"
-        )
-    if not (logits_p.is_floating_point() and logits_q.is_floating_point()):
-        raise TypeError(
-            f"symmetric_kl expects floating-point logits, got {logits_p.dtype} and {logits_q.dtype}"
-        )
 
 
 def rose_backward(
@@ -168,14 +106,9 @@ def rose_backward(
     as inputs of adversarial training, get what every backward adds, that of the kl included.
 
     Gradient accumulation: a mask must come from the gradients of all micro-batches, so where this
-    function captures one, it refuses gradients that are there already. Accumulate in two phases:
-
-        for inputs, _ in micro_batches:
-            (symmetric_kl(model(inputs), model(inputs)) / len(micro_batches)).backward()
-        optimizer.capture("first")
-        for inputs, labels in micro_batches:
-            (F.cross_entropy(model(inputs), labels) / len(micro_batches)).backward()
-        optimizer.step()
+    function captures one, it refuses gradients that are there already: `rose_accumulate` takes them
+    all. (Or accumulate in two phases, first the kl of all of them and `optimizer.capture("first")`,
+    then their losses: four forwards of each instead of two, and no copy of the gradients.)
 
     Args:
         model: Any classifier; in training mode, with dropout, where two passes are compared.
@@ -205,10 +138,7 @@ def rose_backward(
             any backward, with nothing changed.
         TypeError: An output in which the logits cannot be found.
     """
-    if not isinstance(r_drop, Real) or isinstance(r_drop, bool) or not 0.0 <= r_drop < math.inf:
-        kind = type(r_drop).__name__
-        raise ValueError(f"r_drop={r_drop!r} ({kind}); expected a finite number >= 0")
-    r_drop = float(r_drop)
+    r_drop = check_r_drop(r_drop)
     rose = unwrap(optimizer)
     check_limit(max_grad_norm, rose.settings.max_grad_norm if rose else None)
     kinds = rose.settings.kinds if rose else ()
@@ -222,14 +152,14 @@ def rose_backward(
         precision = precision.accumulating(gradient_accumulation_steps)
     if first or second:
         precision.check_captures()
-        _check_no_gradients(model, parameters)
+        check_no_gradients(model, parameters)
     clips = max_grad_norm is not None and precision.steps
     replicas = Replicas(model, parameters, several=first or second, clips=clips)
 
     def run() -> Tensor:
         replicas.before_forward()
         with replicas.watched():
-            return _logits(forward(model, inputs) if forward else _call(model, inputs))
+            return logits_of(model, inputs, forward)
 
     def backward(loss: Tensor, **options: Any) -> None:
         if precision.accumulation > 1:
@@ -242,17 +172,17 @@ def rose_backward(
         passes = [run()]
         if first or r_drop > 0.0:
             passes.append(run())
-            _check_logits(*passes)
+            check_logits(*passes)
         # A backward runs in the dtypes its forward chose; under autocast it would choose anew.
         device = passes[0].device.type
         with nullcontext() if device == "meta" else torch.autocast(device, enabled=False):
             # Half precision would round the loss, and some criteria have no half-precision kernel.
             passes = [x.to(torch.promote_types(x.dtype, torch.float32)) for x in passes]
-            loss = ce = torch.stack([_loss(criterion, logits, labels) for logits in passes]).mean()
-            kl = None
+            loss = ce = torch.stack([loss_of(criterion, logits, labels) for logits in passes]).mean()
+            kl: Any = None
             if len(passes) == 2:
-                kl = symmetric_kl(*passes)
-                _check_dropout(model, kl)
+                kl = symmetric_kl(passes[0], passes[1])
+                check_dropout(model, kl)
                 loss = ce + r_drop * kl if r_drop > 0.0 else ce
             # A second-order risk is not the same for scaled gradients, so captures are told the
             # scale; the norm to clip to is of unscaled ones, too.
@@ -267,11 +197,23 @@ def rose_backward(
             if rose and second:
                 backward(ce, retain_graph=True)
                 rose.capture("second", clear=False, grad_scale=scale, max_grad_norm=max_grad_norm)
-                backward(r_drop * kl)
+                backward(kl * r_drop)
             else:
                 backward(loss)
-    norm = _clip_(own, max_grad_norm, scale) if clips else None
+    norm = clip_(own, max_grad_norm, scale) if clips else None
     return RoseLosses(loss.detach(), ce.detach(), None if kl is None else kl.detach(), norm)
+
+
+def check_r_drop(r_drop: object) -> float:
+    if not isinstance(r_drop, Real) or isinstance(r_drop, bool) or not 0.0 <= float(r_drop) < math.inf:
+        kind = type(r_drop).__name__
+        raise ValueError(f"r_drop={r_drop!r} ({kind}); expected a finite number >= 0")
+    return float(r_drop)
+
+
+def logits_of(model: nn.Module, inputs: Any, forward: Callable[[nn.Module, Any], Any] | None) -> Tensor:
+    """One pass."""
+    return logits_in(forward(model, inputs) if forward else _call(model, inputs))
 
 
 def _call(model: nn.Module, inputs: Any) -> Any:
@@ -283,7 +225,7 @@ def _call(model: nn.Module, inputs: Any) -> Any:
     return model(inputs)
 
 
-def _logits(output: Any) -> Tensor:
+def logits_in(output: Any) -> Tensor:
     """Logits, for the common ways to return them."""
     logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
     if logits is None and isinstance(output, Mapping):
@@ -304,7 +246,7 @@ def _logits(output: Any) -> Tensor:
     return logits
 
 
-def _loss(criterion: Callable[[Tensor, Any], Tensor], logits: Tensor, labels: Any) -> Tensor:
+def loss_of(criterion: Callable[[Tensor, Any], Tensor], logits: Tensor, labels: Any) -> Tensor:
     loss = criterion(logits, labels)
     if not isinstance(loss, Tensor) or loss.dim() != 0:
         got = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
@@ -315,7 +257,7 @@ def _loss(criterion: Callable[[Tensor, Any], Tensor], logits: Tensor, labels: An
     return loss
 
 
-def _clip_(parameters: Iterable[Tensor], max_norm: Any, scale: Tensor | None) -> Tensor:
+def clip_(parameters: Iterable[Tensor], max_norm: Any, scale: Tensor | None) -> Tensor:
     """`clip_grad_norm_` of what may be scaled gradients, and stay so; returns the unscaled norm.
 
     Not by `GradScaler.unscale_`: that can be called once for a step, which wrappers do themselves,
@@ -336,7 +278,7 @@ def _clip_(parameters: Iterable[Tensor], max_norm: Any, scale: Tensor | None) ->
     return norm
 
 
-def _check_no_gradients(model: nn.Module, parameters: Iterable[Tensor]) -> None:
+def check_no_gradients(model: nn.Module, parameters: Iterable[Tensor]) -> None:
     """Refuse gradients that would leak into the masks."""
     parameters = list(parameters)
     left = [(p, g) for p in parameters if (g := p.grad) is not None]
@@ -349,11 +291,11 @@ def _check_no_gradients(model: nn.Module, parameters: Iterable[Tensor]) -> None:
             f"{', and all are zeros' if not any(g.any() for _, g in left) else ''}), which would leak "
             "into the masks; expected None, as zeros count, too: call "
             "optimizer.zero_grad(set_to_none=True) before rose_backward (for gradient accumulation see "
-            "its docstring)"
+            "its docstring, and rose_ops.rose_accumulate)"
         )
 
 
-def _check_dropout(model: nn.Module, kl: Tensor) -> None:
+def check_dropout(model: nn.Module, kl: Tensor) -> None:
     """Refuse two passes without dropout: kl and its gradient are 0, and every mask is all ones.
 
     Reading `kl` stops the host until the device is done, so it is read only where the model shows

@@ -224,14 +224,16 @@ class Replicas:
         parameters: Those that get gradients.
         several: Whether more than one backward runs.
         clips: Whether gradients are clipped at the end.
+        accumulates: Whether this step takes all micro-batches, so that it may be inside of no_sync().
 
     Raises:
         ValueError: What wraps the model, or how, does not go with that.
     """
 
     def __init__(
-        self, model: nn.Module, parameters: Iterable[Tensor], several: bool, clips: bool
-    ) -> None:
+        self, model: nn.Module, parameters: Iterable[Tensor], several: bool, clips: bool,
+        accumulates: bool = False,
+    ) -> None:  # fmt: skip
         modules = list(model.modules())
         kinds = {c for kind in set(map(type, modules)) for c in kind.__mro__}
         classes = {c.__name__ for c in kinds} | {c.__module__ for c in kinds}
@@ -243,7 +245,7 @@ class Replicas:
         if around in inside or (around and set(parameters).isdisjoint(around.parameters())):
             around = None
         for ddp in inside if around is None else [around, *inside]:
-            _check_ddp(ddp, several, clips)
+            _check_ddp(ddp, several, clips, accumulates)
         # Without several backwards, those inside do their own work.
         self._ddp = ([] if around is None else [around]) + (inside if several else [])
         self._several = several
@@ -303,11 +305,11 @@ class Replicas:
                 _average_(ddp)
 
 
-def _check_ddp(ddp: DistributedDataParallel, several: bool, clips: bool) -> None:
+def _check_ddp(ddp: DistributedDataParallel, several: bool, clips: bool, accumulates: bool) -> None:
     def fail(problem: str) -> ValueError:
         return ValueError(f"{problem}; nothing was changed")
 
-    if not ddp.require_backward_grad_sync:
+    if not ddp.require_backward_grad_sync and not accumulates:
         if several:
             raise fail(f"rose_backward captures masks here, inside no_sync(): {_TWO_PHASES}")
         if clips:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from rose_ops import RoseFusedAdamW, rose_backward, symmetric_kl
+from rose_ops import RoseFusedAdamW, rose_accumulate, rose_backward, symmetric_kl
 from rose_ops.reference import unpack
 
 RANKS = 2
@@ -149,6 +149,7 @@ def train(
     unused: bool = False,
     twin: bool = False,
     scaled: bool = False,
+    micro: tuple[int, ...] = (),
     **options: Any,
 ) -> dict[str, Any]:
     """Several steps; all that must be alike on both ranks. With ``twin`` also how many elements
@@ -163,7 +164,12 @@ def train(
         module_alone, alone = copy.deepcopy((module, optimizer))
         settings = {"r_drop": r_drop, "scaler": scaler, **options}
         optimizer.forget()
-        losses = rose_backward(called, *batch(seed + step, rank), optimizer, **settings)
+        own = batch(seed + step, rank)
+        if micro:
+            parts = list(zip(*(x.split(micro) for x in own), strict=True))
+            losses = rose_accumulate(called, parts, optimizer, **settings)
+        else:
+            losses = rose_backward(called, *own, optimizer, **settings)
         finish(optimizer, scaler)
         if twin:
             alone.forget()

@@ -5,6 +5,8 @@ OPTIM, BATCH, CHECKPOINT = "rose_ops/optim.py", "rose_ops/batch.py", "rose_ops/c
 SETTINGS, FLAT, LOSSES = "rose_ops/settings.py", "rose_ops/flat.py", "rose_ops/losses.py"
 WRAPPERS, MEMORY, LAYOUT = "rose_ops/wrappers.py", "rose_ops/memory.py", "rose_ops/layout.py"
 CHECKS, RESULTS = "rose_ops/checks.py", "rose_ops/results.py"
+ACCUMULATE, DIVERGENCE = "rose_ops/accumulate.py", "rose_ops/divergence.py"
+TRAINER = "rose_ops/integrations/transformers.py"
 ENGINE, GROUPS, CAPTURES = "rose_ops/engine.py", "rose_ops/groups.py", "rose_ops/captures.py"
 
 CORNERS, KEPT = "tests/test_optimizer_corners.py", "tests/test_optimizer_kept.py"
@@ -13,6 +15,7 @@ OF_FLAT, OF_STATE, OF_LOSSES = "tests/test_flat.py", "tests/test_state.py", "tes
 OF_CLIPPING, OF_GIVEN, OF_DDP = "tests/test_clipping.py", "tests/test_given.py", "tests/test_ddp.py"
 OF_CHECKPOINTS, OF_SHARDED = "tests/test_checkpoints.py", "tests/test_sharded.py"
 OF_LEAKS, OF_ERRORS = "tests/test_leaks.py", "tests/test_errors.py"
+MICRO, OF_TRAINER = "tests/test_accumulate.py::test_micro_batches", "tests/test_trainer.py"
 WARM_UP = f"{OF_OPTIMIZER}::test_warm_up_is_adamw_and_ignores_captures"
 OPTION = f"{KEPT}::test_an_option_that_changes_is_that_of_a_new_optimizer"
 DRAWS = f"{CORNERS}::test_every_step_has_a_draw_of_its_own"
@@ -295,6 +298,55 @@ MUTANTS = {
         f"{OF_FLAT}::test_gradients_put_there_by_hand "
         f"{OF_FLAT}::test_backward_moves_gradients_before_anyone_asks",
     ),
+    # ------------------------------------------------------------------ accumulate.py, integrations/
+    "weights of micro-batches": (
+        ACCUMULATE, "weight = size / sum(sizes)", "weight = 1 / len(sizes)", f"{MICRO}_are_one_batch",
+    ),
+    "kl kept apart": (
+        ACCUMULATE, "m.grad = grad\n        self._kl = []", "m.grad = None\n        self._kl = []",
+        f"{MICRO}_are_one_batch",
+    ),
+    "kl in the update": (
+        ACCUMULATE, "m.grad.add_(kl, alpha=self.r_drop)", "m.grad.add_(kl)", f"{MICRO}_are_one_batch",
+    ),
+    "gradients that are put back": (
+        ACCUMULATE, "grad.copy_(values)", "pass", "tests/test_accumulate.py::test_flat_parameters",
+    ),
+    "average of the kl's gradients": (
+        ACCUMULATE, "                    self._replicas.average_()\n", "",
+        "tests/test_ddp.py::test_micro_batches_are_one_batch",
+    ),
+    "gradients after an error": (
+        ACCUMULATE, "p.grad = None  # there was none", "pass  # there was none",
+        "tests/test_accumulate.py::test_an_error_on_the_way_leaves_no_gradients",
+    ),
+    "scale of captured gradients": (
+        ACCUMULATE, "scale = self._scaler.scale(", "scale = (",
+        "tests/test_accumulate.py::test_scaled_losses",
+    ),
+    "kl of tokens, its gradient": (
+        DIVERGENCE, "by_q = -prob_q * ratio - (prob_p - prob_q)", "by_q = -prob_q * ratio",
+        f"{OF_TRAINER}::test_kl_of_tokens_in_parts",
+    ),
+    "rows of next tokens": (
+        TRAINER, "counts[:, 1:], torch.zeros_like(counts[:, :1])",
+        "torch.zeros_like(counts[:, :1]), counts[:, 1:]", f"{OF_TRAINER}::test_rows_of_next_tokens",
+    ),
+    "clipping by the Trainer, too": (
+        TRAINER, "return None  # the step clips", "pass  # the step clips",
+        f"{OF_TRAINER}::test_as_a_plain_loop",
+    ),
+    "kl by items": (
+        TRAINER, "if num_items is None else num_items)", ")", f"{OF_TRAINER}::test_as_a_plain_loop",
+    ),
+    "masks of the last micro-batch": (
+        TRAINER, "            step.finish()\n            self._step = None\n",
+        "            step.finish()\n        self._step = None\n", f"{OF_TRAINER}::test_as_a_plain_loop",
+    ),
+    "what an error leaves": (
+        TRAINER, "            self._step = None\n            raise", "            raise",
+        f"{OF_TRAINER}::test_an_error_leaves_nothing_for_the_next_run",
+    ),
     # ------------------------------------------------------------------------------------- losses.py
     "leftovers of parameters that only the optimizer has": (
         LOSSES, "dict.fromkeys([*model.parameters(), *own])", "dict.fromkeys(model.parameters())",
@@ -313,7 +365,7 @@ MUTANTS = {
         f"{CORNERS}::test_the_norm_to_clip_to_is_of_unscaled_gradients",
     ),
     "weight of the kl": (
-        LOSSES, "backward(r_drop * kl)", "backward(kl)",
+        LOSSES, "backward(kl * r_drop)", "backward(kl)",
         f"{OF_LOSSES}::test_masks_come_from_their_losses_and_the_update_from_the_aggregate",
     ),
     "norm of a captured mask": (

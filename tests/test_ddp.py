@@ -122,6 +122,21 @@ def test_ways_to_wrap(run, options):
         assert (step["norm"] is None) == ("max_grad_norm" not in options)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param({"ddp": {}}, id="plain"),
+        pytest.param({"ddp": {"gradient_as_bucket_view": True}}, id="gradient as bucket view"),
+        pytest.param({"ddp": {}, "scaled": True, "max_grad_norm": 0.1}, id="scaled and clipped"),
+    ],
+)
+def test_micro_batches_are_one_batch(run, options):
+    """Those of all ranks together."""
+    one, other = run("train", order="ensemble", r_drop=2.0, twin=True, micro=(3, 1, 12), **options)
+    assert_alike(one["steps"], other["steps"])
+    assert_as_alone(one)
+
+
 def test_two_dtypes(run):
     options = {"ddp": {"bucket_cap_mb": 2e-3}, "model": {"dtype": torch.bfloat16}}
     one, other = run("train", order="ensemble", r_drop=2.0, **options)

@@ -21,6 +21,7 @@ from test_examples import RUNS
 from test_readme import PAGES as PAGES_OF_README
 from training import one_thread as one_thread
 
+import rose_ops
 from rose_ops import checkpoint, cli
 
 ROOT = Path(__file__).parents[1]
@@ -163,6 +164,11 @@ def test_the_format_of_checkpoints_is_the_one_described():
     assert re.search(
         rf"`\"format\"` \| the version .*: {checkpoint.FORMAT} \|", text_of("checkpoints.md")
     )
+
+
+def test_every_public_name_is_in_the_api():
+    named = set(re.findall(r"^::: rose_ops\.([\w.]+)$", text_of("api.md"), re.M))
+    assert set(rose_ops.__all__) <= named
 
 
 def test_every_page_is_in_the_menu():
