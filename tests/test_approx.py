@@ -18,6 +18,7 @@ from support import (
     assert_same_bits,
     compare_bracket,
     hyper_table,
+    is_simulated,
     place,
     values,
 )
@@ -85,10 +86,13 @@ DATA = {
 @pytest.mark.parametrize("data", DATA)
 def test_selection(ops, generator, data):
     g = DATA[data](torch.arange(N), generator).float()
-    problem = problem_of(generator, g, torch.ones(N))
-    compare_selection(ops, problem, first=True, draw=3)
-    problem = problem_of(generator, torch.ones(N), g, pieces=40, rank_inactive=data == "mixed")
-    compare_selection(ops, problem, BETWEEN, draw=2**32 - 1)
+    flat = torch.rand((), generator=generator) < 0.5
+    if flat or not is_simulated(ops):  # which has time for one of them
+        problem = problem_of(generator, g, torch.ones(N))
+        compare_selection(ops, problem, first=True, draw=3)
+    if not flat or not is_simulated(ops):
+        problem = problem_of(generator, torch.ones(N), g, pieces=40, rank_inactive=data == "mixed")
+        compare_selection(ops, problem, BETWEEN, draw=2**32 - 1)
 
 
 def test_the_most_lines_of_a_few_million_elements(real_ops, generator):

@@ -1,5 +1,6 @@
-"""The CPU's loops compute the same bits with every set of instructions: those of x86-64 here, and those
-of aarch64 by a cross compiler and an emulator, where there are any (`make verify-arm`)."""
+"""The CPU's loops compute the same bits with every set of instructions: those of x86-64 here (a part of
+`make verify-gpu`), and those of aarch64 by a cross compiler and an emulator, where there are any (`make
+verify-arm`)."""
 
 from __future__ import annotations
 
@@ -85,12 +86,14 @@ def expected(native: Path) -> dict[str, str]:
     return found
 
 
+@pytest.mark.slow
 def test_every_function_has_digests(expected):
     table = (CSRC / "cpu" / "loops.h").read_text().partition("struct Loops {")[2]
     assert {what.split()[0] for what in expected} == {*re.findall(r"\(\*(\w+)\)\(", table)}
     assert len({*expected.values()}) == len(expected)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="of x86-64")
 @pytest.mark.parametrize("isa", ["avx2", "avx512"])
 def test_x86(native, expected, isa):

@@ -27,15 +27,15 @@ from support import (
     assert_consistent,
     assert_same_bits,
     compare_bracket,
+    cut,
     hyper_table,
-    place,
     values,
 )
 
 from rose_ops import reference
 from rose_ops.reference import Field
 
-LARGE = (1 << 18) + 1303  # no multiple of anything
+LARGE = (1 << 17) + 1303  # no multiple of anything; twice what brackets need
 DATA = {
     "normal": (("normal",), ("normal",)),
     "wide": (("wide",), ("wide",)),
@@ -48,22 +48,11 @@ DATA = {
 
 
 def problem_of(generator, n=LARGE, data="normal", pieces=1, dtypes=(FLOAT,) * 4, **options) -> Problem:
-    """p, g, m, v in ``pieces`` tensors of uneven lengths, every third of them not contiguous."""
+    """p, g, m, v in ``pieces`` tensors of uneven lengths."""
     cuts = torch.randint(0, max(n, 1), (pieces - 1,), generator=generator).sort().values
-
-    def tensors(k: int, mix) -> list[torch.Tensor]:
-        split = values(n, mix, dtypes[k], generator).tensor_split(cuts)
-        layouts = ("contiguous", "offset", "strided")
-        return [
-            place(t, layouts[(i + k) % 3] if pieces > 1 else "contiguous", offset=i % 2)
-            for i, t in enumerate(split)
-        ]
-
-    g, m = DATA[data]
-    return Problem.of(
-        tensors(1, g), tensors(2, m), params=tensors(0, ("normal",)),
-        exp_avg_sqs=[v.abs_() for v in tensors(3, ("normal",))], **options,
-    )  # fmt: skip
+    mixes = (("normal",), *DATA[data], ("normal",))
+    p, g, m, v = (cut(values(n, mixes[k], dtypes[k], generator), cuts, k) for k in range(4))
+    return Problem.of(g, m, params=p, exp_avg_sqs=[x.abs_() for x in v], **options)
 
 
 KEPT = {"0.6": (600_000_000, 0), "few": (1_000_000, 0), "most": (999_999_999, 0),

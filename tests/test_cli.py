@@ -97,15 +97,6 @@ def test_missing_extra_is_named(monkeypatch):
         require("transformers")
 
 
-def test_import_is_lean():
-    extras = {"transformers", "matplotlib", "datasets", "rich", "scipy"}  # torch brings tqdm
-    code = f"import sys, rose_ops, rose_ops.cli; print({extras} & set(sys.modules))"
-    result = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
-    )
-    assert result.stdout.strip() == "set()"
-
-
 # --------------------------------------------------------------------------------------------- data
 
 POSITIVE = ("a warm and funny film", "clever , moving and bright", "the best thing in years")
@@ -160,11 +151,7 @@ def test_splits_are_the_same_every_time(glue_folder):
 
 
 def test_training_text_that_is_tested_on_is_dropped(glue_folder):
-    leaked = [
-        (1, "A warm FIM!"),
-        (0, f"{next(sentences(1, start=100))[1]} ."),
-        (0, "one of a kind"),
-    ]
+    leaked = [(1, "A warm FIM!"), (0, f"{next(sentences(1, start=100))[1]} ."), (0, "one of a kind")]
     path = glue_folder / "sst2" / "train.tsv"
     write_tsv(path, ("label", "sentence"), [*sentences(40), *leaked, (1, "One of a kind")])
     task = load_task("sst2", glue_folder)
@@ -258,12 +245,7 @@ def add(tar, name, content):
 def movies(tmp_path, monkeypatch):
     """A source archive like the real one: strong, weak and repeated ratings."""
     rows = [(2.0 if label else -2.0, text) for label, text in sentences(40)]
-    rows += [
-        (0.5, "neither"),
-        (-0.1, "nor"),
-        (3.0, rows[0][1].upper()),
-        (1.5, "caf\u00e9  au lait"),
-    ]
+    rows += [(0.5, "neither"), (-0.1, "nor"), (3.0, rows[0][1].upper()), (1.5, "caf\u00e9  au lait")]
     lines = "".join(f"{i}\t{rating}\t{text}\n" for i, (rating, text) in enumerate(rows))
     inner, outer = io.BytesIO(), io.BytesIO()
     with tarfile.open(fileobj=inner, mode="w:gz") as tar:
@@ -490,12 +472,7 @@ def test_run_is_recorded(run):
     for trained in record["runs"]:
         method, history = METHODS[trained["method"]], trained["history"]
         assert [x["step"] for x in history] == [1, 2, 3, 4, 5]
-        kinds = {
-            None: [],
-            "first": ["first"],
-            "second": ["second"],
-            "ensemble": ["first", "second"],
-        }
+        kinds = {None: [], "first": ["first"], "second": ["second"], "ensemble": ["first", "second"]}
         assert sorted(history[-1]["masks"]) == kinds[method.order]
         assert (history[-1]["kl"] is None) == (method.order in (None, "second") and not method.r_drop)
         for mask in history[-1]["masks"].values():

@@ -8,6 +8,7 @@ import pytest
 import torch
 from support import BF16, FLOAT, HALF, assert_all_same_bits
 from torch import Tensor, nn
+from training import clones
 
 from rose_ops import RoseFusedAdamW
 from rose_ops.settings import ORDERS
@@ -17,10 +18,6 @@ SHAPES = ((64, 33), (33,), (5, 7, 3, 3), (1,), (0,), (3000,))
 
 def parameters(generator, dtype=FLOAT) -> list[nn.Parameter]:
     return [nn.Parameter(torch.randn(s, generator=generator).to(dtype)) for s in SHAPES]
-
-
-def copies(params: list[nn.Parameter]) -> list[nn.Parameter]:
-    return [nn.Parameter(p.detach().clone()) for p in params]
 
 
 def gradients(generator, dtype=FLOAT) -> list[Tensor]:
@@ -61,7 +58,7 @@ def test_as_clipping_before_the_step(generator, order, granularity, max_norm):
     here, float32 there): each term of a moment by the norms' relative difference and three roundings.
     The terms of a first moment may cancel, so its error is relative to them."""
     params = parameters(generator)
-    other = copies(params)
+    other = clones(params)
     steps = [step_gradients(generator, order) for _ in range(4)]
     options = {"order": order, "granularity": granularity, "weight_decay": 0.1}
     optimizer = RoseFusedAdamW(params, max_grad_norm=max_norm, **options)
@@ -93,7 +90,7 @@ def test_as_clipping_before_the_step(generator, order, granularity, max_norm):
 @pytest.mark.parametrize("order", ORDERS)
 def test_as_the_reference(generator, order, granularity):
     params = parameters(generator)
-    other = copies(params)
+    other = clones(params)
     steps = [step_gradients(generator, order) for _ in range(4)]
     options = {"order": order, "granularity": granularity, "max_grad_norm": 3.0}
     optimizer = RoseFusedAdamW(params, **options)
@@ -115,7 +112,7 @@ def test_unscaled_first(generator):
     found = []
     start, grads = parameters(generator), gradients(generator)
     for scale in (1.0, 2.0**10):
-        params = copies(start)
+        params = clones(start)
         optimizer = RoseFusedAdamW(params, max_grad_norm=1.0)
         for _ in range(3):
             for p, g in zip(params, grads, strict=True):
@@ -165,7 +162,7 @@ def test_error_if_nonfinite(generator, value):
 def test_plain_groups_are_clipped_as_by_pytorch(generator):
     """Also where the norm is infinite: a factor of 0 there."""
     params = parameters(generator)
-    other = copies(params)
+    other = clones(params)
     optimizer = RoseFusedAdamW(
         [{"params": params, "selective": False}], max_grad_norm=1.0, weight_decay=0.1
     )
@@ -194,7 +191,7 @@ def test_refuses(value):
 @pytest.mark.parametrize("dtype", [BF16, HALF, FLOAT], ids=str)
 def test_stochastic_rounding_as_the_reference(generator, dtype, state_dtype):
     params = parameters(generator, dtype)
-    other = copies(params)
+    other = clones(params)
     steps = [[gradients(generator, dtype)] for _ in range(4)]
     options = {"param_rounding": "stochastic", "state_dtype": state_dtype, "seed": 7, "lr": 1e-2}
     optimizer = RoseFusedAdamW(params, max_grad_norm=1e9, **options)
@@ -231,7 +228,7 @@ def test_stochastic_rounding_resumes_bit_for_bit(generator):
     steps = [[gradients(generator, BF16)] for _ in range(6)]
     optimizer = RoseFusedAdamW(params, max_grad_norm=1.0, **options)
     train(optimizer, params, steps[:3])
-    resumed = copies(params)
+    resumed = clones(params)
     other = RoseFusedAdamW(resumed, max_grad_norm=1.0, **options)
     other.load_state_dict(optimizer.state_dict())
     train(optimizer, params, steps[3:])

@@ -7,7 +7,7 @@ from contextlib import suppress
 import pytest
 import torch
 from ddp_ranks import RANKS, serve
-from torch import Tensor
+from training import assert_same
 
 SECONDS = 60  # for one task; they take one or two
 
@@ -55,20 +55,8 @@ def run(processes, generator):
     return call
 
 
-def assert_alike(one, other, what=""):
-    """Nested containers equal, tensors bit for bit."""
-    assert type(one) is type(other), what
-    if isinstance(one, dict):
-        assert one.keys() == other.keys(), what
-        for key in one:
-            assert_alike(one[key], other[key], f"{what} {key}")
-    elif isinstance(one, (list, tuple)):
-        for i, (x, y) in enumerate(itertools.zip_longest(one, other)):
-            assert_alike(x, y, f"{what}[{i}]")
-    elif isinstance(one, Tensor):
-        assert torch.equal(one, other), what
-    else:
-        assert one == other, what
+def assert_alike(one, other):
+    assert_same(other, one, "the other rank")
 
 
 def assert_as_alone(notes):

@@ -34,7 +34,7 @@ from rose_ops import RoseFusedAdamW, reference
 
 # ------------------------------------------------------------------------------ trajectories
 
-STEPS = 50
+STEPS = 30
 TOTAL = 140_003  # enough to be shared among 5 threads, and for the sampled window
 ORDERS = pytest.mark.parametrize("order", ["first", "second", "ensemble"])
 
@@ -193,7 +193,7 @@ def test_flushed_denormals(data, order_and_trajectory, count):
 
 @ORDERS
 def test_trajectory_of_the_reference(generator, order):
-    """Masks, moments and records are those of the reference for 50 steps: any difference in the
+    """Masks, moments and records are those of the reference for 30 steps: any difference in the
     rounding of a moment shows in a later mask."""
     data = base_data(6007, generator)
     options = {"sizes": [0, 1, 31, 1025, 0, 4950], "theta": False}

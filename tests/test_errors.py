@@ -12,25 +12,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from training import (
-    Snapshot,
-    clones,
-    each_granularity,
-    each_order,
-    give,
-    gradients,
-    parameters,
-    train,
-)
+from training import Snapshot, clones, each_granularity, each_order, give, gradients, parameters, train
 from training import one_thread as one_thread
 
-from rose_ops import (
-    RoseFusedAdamW,
-    backends,
-    capture_mask,
-    rose_adamw_,
-    select_threshold,
-)
+from rose_ops import RoseFusedAdamW, backends, capture_mask, rose_adamw_, select_threshold
 
 
 def one(dtype: torch.dtype = torch.float32, device: str = "cpu") -> nn.Parameter:

@@ -25,13 +25,7 @@ from training import (
     parameters,
 )
 
-from rose_ops import (
-    FlatParameter,
-    RoseFusedAdamW,
-    flatten_parameters,
-    rose_backward,
-    rose_param_groups,
-)
+from rose_ops import FlatParameter, RoseFusedAdamW, flatten_parameters, rose_backward, rose_param_groups
 from rose_ops.layout import memory_order
 
 _seed = 0
@@ -699,16 +693,8 @@ REFUSED = {
     "no leaf": (lambda: [nn.Parameter(torch.ones(2)) * 2], ValueError, "computed from other tensors"),
     "meta": (lambda: [nn.Parameter(torch.ones(2, device="meta"))], ValueError, "no memory yet"),
     "lazy": (lambda: nn.LazyLinear(3).parameters(), ValueError, "no memory yet"),
-    "expanded": (
-        lambda: [nn.Parameter(torch.ones(1).expand(4))],
-        ValueError,
-        r"use \.contiguous\(\)",
-    ),
-    "flat": (
-        lambda: flatten_parameters([nn.Parameter(torch.ones(2))]),
-        TypeError,
-        "is flat already",
-    ),
+    "expanded": (lambda: [nn.Parameter(torch.ones(1).expand(4))], ValueError, r"use \.contiguous\(\)"),
+    "flat": (lambda: flatten_parameters([nn.Parameter(torch.ones(2))]), TypeError, "is flat already"),
 }
 
 

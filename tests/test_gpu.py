@@ -13,7 +13,6 @@ import torch
 from gpu_support import (
     BF16_TRAINING,
     CUDA,
-    ON_GPU,
     SAMPLED,
     SHAPES,
     WAYS,
@@ -38,15 +37,7 @@ from rose_ops import RoseFusedAdamW, flatten_parameters
 
 @pytest.fixture(params=["cpu", CUDA])
 def device(request: pytest.FixtureRequest) -> str:
-    if request.param == "cuda" and not torch.cuda.is_available():
-        pytest.skip("needs a CUDA device")
     return request.param
-
-
-def on_gpu(test):
-    for mark in ON_GPU:
-        test = mark(test)
-    return test
 
 
 @pytest.mark.parametrize(
@@ -94,7 +85,7 @@ def test_a_learning_rate_on_the_device(device, generator):
 # ----------------------------------------------------------------------------------------- streams
 
 
-@on_gpu
+@pytest.mark.gpu
 def test_other_streams_and_devices(generator):
     """The current stream is used, and the device of the parameters even where it is not current."""
     devices = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
@@ -113,7 +104,7 @@ def test_other_streams_and_devices(generator):
         assert_same_results(optimizer, found[1])
 
 
-@on_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("way", ["bracket", "exact", "ensemble", "clipping", "tensor-ensemble"])
 def test_two_optimizers_on_two_streams_at_once(generator, way):
     """Steps queued up behind a pause, so that both streams have work all the time."""
@@ -361,7 +352,6 @@ def test_the_same_bits_from_twenty_repetitions(device, generator, way, dtype):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_the_hardware_rounds_to_bfloat16_as_the_kernels_expect():
     """pack_bf16 leaves it to cvt.rn.bf16: every number but NaN, denormals kept."""
     step = 1 << 26

@@ -6,7 +6,6 @@ import pytest
 import torch
 from gpu_support import (
     BF16_TRAINING,
-    ON_GPU,
     SAMPLED,
     WAYS,
     assert_same_results,
@@ -22,7 +21,7 @@ from gpu_support import (
 from support import BF16, FLOAT
 from torch import Tensor
 
-pytestmark = ON_GPU
+pytestmark = pytest.mark.gpu
 
 
 @pytest.fixture

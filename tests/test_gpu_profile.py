@@ -9,23 +9,14 @@ from itertools import chain
 
 import pytest
 import torch
-from gpu_support import (
-    ON_GPU,
-    WAYS,
-    generator_on,
-    gradients,
-    optimizer_of,
-    parameters,
-    passes_of,
-    step,
-)
+from gpu_support import WAYS, generator_on, gradients, optimizer_of, parameters, passes_of, step
 from support import BF16, FLOAT
 from torch.autograd import DeviceType
 
 from rose_ops import backends
 
 NOT_BUILT = None if not torch.cuda.is_available() else backends.BACKENDS["cuda"].why_not()
-pytestmark = [*ON_GPU, pytest.mark.skipif(NOT_BUILT is not None, reason=str(NOT_BUILT))]
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(NOT_BUILT is not None, reason=str(NOT_BUILT))]
 
 
 @pytest.fixture

@@ -199,15 +199,8 @@ def test_results_without_a_results_file(run, workers):
     """As they are where pytest was killed."""
     made = of_tests(run, MIXED)
     if workers == "xdist":
-        log = "\n".join(
-            f"[gw0] [ 25%] {word} test_sample.py::test_{name} "
-            for word, name in (
-                ("PASSED", "a"),
-                ("SKIPPED", "b"),
-                ("FAILED", "wrong"),
-                ("ERROR", "error"),
-            )
-        )
+        ends = (("PASSED", "a"), ("SKIPPED", "b"), ("FAILED", "wrong"), ("ERROR", "error"))
+        log = "\n".join(f"[gw0] [ 25%] {word} test_sample.py::test_{name} " for word, name in ends)
     else:
         log = subprocess.run(
             made.commands[0], cwd=run.output.parent, capture_output=True, text=True
@@ -312,7 +305,13 @@ def test_a_library_says_what_it_was_built_of(tmp_path):
 
 def test_a_share_of_the_tests(monkeypatch):
     """The same one every time; the others are said to be left out."""
-    every = [SimpleNamespace(nodeid=f"tests/test_x.py::test[{i}]") for i in range(1000)]
+    every = [
+        SimpleNamespace(
+            nodeid=f"tests/test_ops.py::test[{i}]", path=Path("tests/test_ops.py"),
+            add_marker=lambda name: None, get_closest_marker=lambda name: None,
+        )
+        for i in range(1000)
+    ]  # fmt: skip
     left_out: list[SimpleNamespace] = []
     config = SimpleNamespace(
         hook=SimpleNamespace(pytest_deselected=lambda items: left_out.extend(items))
@@ -327,6 +326,12 @@ def test_a_share_of_the_tests(monkeypatch):
     assert 50 < len(chosen[0]) < 200
     assert len(left_out) == 2 * (1000 - len(chosen[0]))
     assert chosen[2] == every
+
+
+def test_every_file_has_a_topic():
+    files = {path.stem for path in Path(__file__).parent.glob("test_*.py")}
+    assert files == conftest.TOPIC_OF.keys()
+    assert len(conftest.TOPIC_OF) == sum(len(names.split()) for names in conftest.TOPICS.values())
 
 
 def test_failures_are_explained_at_once(monkeypatch):

@@ -6,7 +6,6 @@ import pytest
 import torch
 from gpu_support import (
     BF16_TRAINING,
-    ON_GPU,
     SAMPLED,
     WAYS,
     assert_same_results,
@@ -25,7 +24,7 @@ from torch import Tensor, nn
 
 from rose_ops import RoseFusedAdamW, flatten_parameters, rose_backward
 
-pytestmark = ON_GPU
+pytestmark = pytest.mark.gpu
 
 
 @pytest.fixture

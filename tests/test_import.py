@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -18,37 +19,64 @@ PACKAGE = Path(rose_ops.__file__).parent
 LIBRARY = PACKAGE / "_C.abi3.so"
 
 
-def python(code: str, path: Path = PACKAGE.parent, **variables: str) -> str:
-    """The output of ``code`` in a new interpreter that finds rose_ops in ``path``."""
+# Imports PyTorch once, and then runs programs in children of its own, each of which is a new process as
+# far as rose_ops is concerned.
+SERVER = """
+import os, sys, traceback
+import torch
+while request := sys.stdin.readline():
+    path, log, code = eval(request)
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT), 1)
+            os.dup2(1, 2)
+            os.chdir(path)  # not the source tree
+            sys.path.insert(0, path)  # an editable install of the package must not win
+            exec(code, {"sys": sys})
+            status = 0
+        except BaseException:
+            traceback.print_exc()
+        sys.stdout.flush()
+        os._exit(status)
+    print(os.waitpid(child, 0)[1], flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[subprocess.Popen[str]]:
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    done = subprocess.run(
-        # The path is put in front: an editable install of the package must not win.
-        [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(path)!r})\n{code}"],
-        env={**environment, **variables},
-        cwd=path,  # not the source tree
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    pipe = subprocess.PIPE
+    with subprocess.Popen(
+        [sys.executable, "-c", SERVER], env=environment, stdin=pipe, stdout=pipe, text=True,
+        cwd=PACKAGE.parent.parent,
+    ) as process:  # fmt: skip
+        yield process
+        process.stdin.close()
+
+
+@pytest.fixture
+def python(server, tmp_path: Path) -> Callable[..., str]:
+    """The output of ``code`` in a new process that finds rose_ops in ``path``."""
+
+    def run(code: str, path: Path = PACKAGE.parent) -> str:
+        log = tmp_path / "log"
+        log.unlink(missing_ok=True)
+        print(repr((str(path), str(log), code)), file=server.stdin, flush=True)
+        status, said = server.stdout.readline().strip(), log.read_text()
+        assert status == "0", said
+        return said
+
+    return run
 
 
 HEAVY = (
-    "transformers",
-    "datasets",
-    "matplotlib",
-    "triton",
-    "pandas",
-    "scipy",
-    "sklearn",
-    "tqdm",
-    "PIL",
-)
+    "transformers", "datasets", "matplotlib", "triton", "pandas", "scipy", "sklearn", "tqdm", "PIL",
+)  # fmt: skip
 
 
-def test_nothing_heavy_is_imported():
+def test_nothing_heavy_is_imported(python):
     loaded = python(
         "import torch; before = set(sys.modules)\n"
         "import rose_ops; print(*sorted(set(sys.modules) - before))"
@@ -62,7 +90,13 @@ def test_nothing_heavy_is_imported():
     assert others <= sys.stdlib_module_names
 
 
-def test_cuda_is_not_initialised():
+def test_the_command_line_brings_nothing_heavy(python):
+    """But tqdm, as torch does."""
+    loaded = python("import rose_ops, rose_ops.cli; print(*sys.modules)").split()
+    assert not ({"rich", *HEAVY} - {"tqdm"}) & {name.split(".")[0] for name in loaded}
+
+
+def test_cuda_is_not_initialised(python):
     # Nor by a step: a process forked after it must still be able to use CUDA.
     code = """
 import torch
@@ -81,7 +115,7 @@ print(torch.cuda.is_initialized(), *calls)
     assert set(calls) <= {"is_available", "device_count"}
 
 
-def test_the_import_is_quick():
+def test_the_import_is_quick(python):
     """Beyond PyTorch's own import, in processor time, which other processes do not lengthen."""
     code = """
 import torch, time
@@ -93,7 +127,7 @@ print(time.process_time() - start)
     assert seconds < 0.2
 
 
-def test_every_public_name_is_there():
+def test_every_public_name_is_there(python):
     out = python(
         "import rose_ops\n"
         "print(*(n for n in rose_ops.__all__ if not hasattr(rose_ops, n)), 'end')\n"
@@ -118,7 +152,7 @@ def test_the_cuda_stream_comes_from_pytorch():
     assert re.search(stream, done.stderr)
 
 
-def test_without_triton():
+def test_without_triton(python):
     """An optional extra: everything but its kernels is there."""
     code = """
 import sys
@@ -170,49 +204,34 @@ def package(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def missing(library: Path) -> None:
-    pass
+DAMAGES = {
+    "missing": lambda library: None,
+    "empty": Path.touch,
+    "text": lambda library: library.write_text("not a library\n"),
+    # One that loads and has none of the operators, as one left over from another version may.
+    "another": lambda library: shutil.copy(
+        Path(torch.__file__).parent / "lib" / "libtorch_global_deps.so", library
+    ),
+}
 
 
-def empty(library: Path) -> None:
-    library.touch()
-
-
-def text(library: Path) -> None:
-    library.write_text("not a library\n")
-
-
-def another(library: Path) -> None:
-    """One that loads and has none of the operators, as one left over from another version may."""
-    shutil.copy(Path(torch.__file__).parent / "lib" / "libtorch_global_deps.so", library)
-
-
-@pytest.mark.parametrize(
-    ("damage", "hint"),
-    [
-        pytest.param(missing, "it was not built", id="missing"),
-        pytest.param(empty, "it was built against another PyTorch than", id="empty"),
-        pytest.param(text, "it was built against another PyTorch than", id="text"),
-        pytest.param(another, "it was built against another PyTorch than", id="another"),
-    ],
-)
-def test_without_a_library_the_reference_is_used_and_said_once(damage, hint, package):
-    damage(package / "rose_ops" / LIBRARY.name)
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_without_a_library_the_reference_is_used_and_said_once(damage, package, python):
+    DAMAGES[damage](package / "rose_ops" / LIBRARY.name)
     count, warning, auto, error = python(STEP, package).strip().splitlines()
     assert count == "1"
-    assert warning.startswith(
-        "UserWarning rose_ops uses the slow backend 'reference': 'cpu': the compiled"
-    )
+    says = "UserWarning rose_ops uses the slow backend 'reference': 'cpu': the compiled"
+    assert warning.startswith(says)
     assert auto == "reference True"
-    assert error.startswith(
-        "RuntimeError backend='cpu' cannot be used: the compiled operators could not be"
-    )
+    says = "RuntimeError backend='cpu' cannot be used: the compiled operators could not be"
+    assert error.startswith(says)
     for message in (warning, error):
-        assert hint in message
+        built = "not built" if damage == "missing" else "built against another PyTorch than"
+        assert f"it was {built}" in message
         assert "pip install --no-build-isolation ." in message
 
 
-def test_with_a_library_there_is_nothing_to_say(package):
+def test_with_a_library_there_is_nothing_to_say(package, python):
     if not LIBRARY.exists():
         pytest.skip("the library is not built")
     shutil.copy(LIBRARY, package / "rose_ops")

@@ -20,6 +20,7 @@ from support import (
     SIZES,
     Problem,
     Spec,
+    Truth,
     assert_all_same_bits,
     assert_same_bits,
     bits,
@@ -30,7 +31,9 @@ from support import (
     fewer,
     fractions,
     hyper_table,
+    is_simulated,
     place,
+    some,
     specs,
     tensor_norms,
     ulp,
@@ -51,6 +54,17 @@ def compare_selection(ops, problem: Problem, upper, lower, *, first, approx=Fals
     masks = problem.capture(ops, record, first=first)
     assert_all_same_bits(masks, problem.capture(reference, record, first=first), "masks")
     return record, masks
+
+
+def compare_selections(ops, problem: Problem, fractions, *, first) -> None:
+    """The same for many fractions; of a large problem on the simulated device, the mask of the last."""
+    truth = Truth(problem, first=first)
+    for kept in fractions:
+        record = problem.select(ops, *kept, first=first)
+        assert record.tolist() == truth.select(*kept)
+        if kept is fractions[-1] or not is_simulated(ops) or sum(problem.numels) < UNSAMPLED:
+            masks = problem.capture(ops, record, first=first)
+            assert_all_same_bits(masks, truth.capture(record), "masks")
 
 
 @examples(250)
@@ -146,15 +160,16 @@ CLASSES = ("normal", "zero", "nan", "ties", "denormal")
 @pytest.mark.parametrize("n", SIZES, ids=lambda n: f"n{n}")
 def test_every_rank_at_every_boundary(ops, generator, n, first):
     """k from 0 to n (all of them up to 65), distinct risks and ties."""
-    all_ranks = n <= fewer(ops, 65, 5)
+    all_ranks = n <= fewer(ops, 65, 5, 17)
     for mix in (("normal",), CLASSES):
         g, m = (values(n, mix, FLOAT, generator) for _ in range(2))
         problem = Problem.of([g], [m])
         ranks = (0, 1, 2, n // 3, n // 2, n - 2, n - 1, n)
+        kept = []
         for k in range(n + 1) if all_ranks else ranks[:: fewer(ops, 1, 3)]:
             upper = max(1, -(-k * ONE // max(n, 1)))  # the smallest fraction with floor(c*n) >= k
-            lower = 0 if k % 2 else upper // 2
-            compare_selection(ops, problem, upper, lower, first=first)
+            kept.append((upper, 0 if k % 2 else upper // 2))
+        compare_selections(ops, problem, kept, first=first)
 
 
 @pytest.mark.parametrize("dtype", [FLOAT, BF16, HALF], ids=str)
@@ -180,7 +195,8 @@ def test_every_pair_of_classes(ops, generator, kind, moment):
     """Every kind of gradient over every kind of moment, alone and among ordinary elements."""
     for mix_g, mix_m in (((kind,), (moment,)), ((kind, "normal"), (moment, "normal"))):
         g, m = values(83, mix_g, FLOAT, generator), values(83, mix_m, FLOAT, generator)
-        for rank_inactive in (False, True)[: fewer(ops, 2, 1)]:
+        both = (len(mix_g) == 1, len(mix_g) > 1)
+        for rank_inactive in some(ops, both[: fewer(ops, 2, 1)], generator, 1):
             problem = Problem.of([g], [m], rank_inactive=rank_inactive)
             compare_selection(ops, problem, 290_000_000, 100_000_000, first=True)
             record, masks = compare_selection(ops, problem, 500_000_000, 0, first=False)
@@ -310,8 +326,7 @@ WINDOW_FRACTIONS = (
 @pytest.mark.parametrize("name", WINDOW_DATA)
 def test_first_order_where_a_sample_is_taken(ops, generator, name):
     problem = Problem.of([_data(name, fewer(ops, N, UNSAMPLED), generator)])
-    for kept in WINDOW_FRACTIONS:
-        compare_selection(ops, problem, *kept, first=True)
+    compare_selections(ops, problem, some(ops, WINDOW_FRACTIONS, generator), first=True)
     compare_selection(ops, problem, 600_000_000, 0, first=True, approx=True)
 
 
@@ -322,10 +337,9 @@ def test_second_order_where_a_sample_is_taken(ops, generator, name):
     data = _data(name, n, generator)
     noise = torch.randn(n, generator=generator)
     kept = WINDOW_FRACTIONS
-    for problem, chosen in ((Problem.of([data], [torch.ones(n)]), kept[:5]),
-                            (Problem.of([noise], [data]), (kept[0], kept[-1]))):  # fmt: skip
-        for pair in chosen:
-            compare_selection(ops, problem, *pair, first=False)
+    for problem, chosen, few in ((Problem.of([data], [torch.ones(n)]), kept[:5], 2),
+                                 (Problem.of([noise], [data]), (kept[0], kept[-1]), 1)):  # fmt: skip
+        compare_selections(ops, problem, some(ops, chosen, generator, few), first=False)
 
 
 @pytest.mark.parametrize("run", [0.1, 0.9], ids=["low", "high"])
@@ -339,17 +353,17 @@ def test_a_run_that_a_sample_misses(ops, generator, run):
     for start in torch.randint(0, n - 512, (fewer(ops, 12, 2),), generator=generator).tolist():
         data = alike.clone()
         data[start : start + 512] = run + data[start : start + 512] / 1024
-        compare_selection(ops, Problem.of([data]), 500_000_000, 0, first=True)
-        compare_selection(ops, Problem.of([data]), 750_000_000, 250_000_000, first=True)
+        kept = ((500_000_000, 0), (750_000_000, 250_000_000))
+        compare_selections(ops, Problem.of([data]), kept, first=True)
 
 
 @pytest.mark.parametrize("above", [0, 1], ids=["last-of-the-lower", "first-of-the-upper"])
 def test_two_large_ties_around_the_rank(ops, generator, above):
     """Two values only, and the rank is the last of the one or the first of the other: one of them is
     not where a sample points, and is too many to be put down one by one."""
-    n = fewer(ops, 4_000_000, 100_000)
+    n = fewer(ops, 4_000_000, 100_000, 1_000_000)
     k = n // 5 * 3
-    for _ in range(4):
+    for _ in range(fewer(ops, 4, 4, 2)):
         data = torch.where(torch.arange(n) < k - above, 1.0, 2.0)
         data = data[torch.randperm(n, generator=generator)]
         record = Problem.of([data], [], params=[], exp_avg_sqs=[]).select(ops, 600_000_000, first=True)
@@ -357,11 +371,11 @@ def test_two_large_ties_around_the_rank(ops, generator, above):
         assert record.tolist() == [0x40000000 if above else 0x3F800000, -1, kept, n, 0, 0, 0, 0]
 
 
-@pytest.mark.parametrize("pieces", [3, 400, 9000], ids=lambda n: f"{n}-tensors")
+@pytest.mark.parametrize("pieces", [3, 400, 4000], ids=lambda n: f"{n}-tensors")
 @pytest.mark.parametrize("dtype", [BF16, HALF], ids=str)
 def test_sample_of_scattered_half_precision(ops, generator, pieces, dtype):
     """Many tensors (some empty, some odd views), few distinct keys."""
-    n, pieces = fewer(ops, N, UNSAMPLED), fewer(ops, pieces, min(pieces, 30))
+    n, pieces = fewer(ops, N, UNSAMPLED), fewer(ops, pieces, min(pieces, 30), min(pieces, 1500))
     cuts = torch.randint(0, n, (pieces - 1,), generator=generator).sort().values
     g = values(n, ("normal", "zero"), dtype, generator).tensor_split(cuts)
     m = values(n, ("normal", "ties"), BF16, generator).tensor_split(cuts)
@@ -579,7 +593,7 @@ def floats_to_narrow(dtype: torch.dtype, generator, n: int) -> torch.Tensor:
 @pytest.mark.parametrize("layout", ["contiguous", "strided"])
 def test_narrowing_is_that_of_torch(ops, generator, dtype, layout):
     """Round to nearest, ties to even, for parameters and first moments."""
-    x = floats_to_narrow(dtype, generator, fewer(ops, 3_000_000, 50_000))
+    x = floats_to_narrow(dtype, generator, fewer(ops, 3_000_000, 50_000, 300_000))
     n = len(x)
     # First moments: with beta1 = 0 and m = -0 they are the gradients.
     state = place(torch.full((n,), -0.0, dtype=dtype), layout, offset=1)

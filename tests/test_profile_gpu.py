@@ -6,7 +6,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 for module in ("pandas", "psutil", "cpuinfo", "tabulate", "tqdm"):
     pytest.importorskip(module, reason=f"the benchmarks need {module}: pip install -e '.[bench]'")
@@ -171,7 +170,6 @@ def test_the_cases_are_rehearsed(capsys):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("how", [[], ["--no-ncu"]], ids=str)
 def test_on_a_gpu(tmp_path, how):
     assert profile_gpu.main(["--elements", "1Mi", "--output", str(tmp_path), *how]) == 0

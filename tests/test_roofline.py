@@ -14,10 +14,7 @@ BOUND_BY_ISSUE: dict[str, set[str]] = {}
 
 
 def test_times_of_an_element():
-    kernels = (
-        roofline.Kernel("AdamW", 28),
-        roofline.Kernel("ours", 8, Gate("kernel", 4, 4, 0)),
-    )
+    kernels = (roofline.Kernel("AdamW", 28), roofline.Kernel("ours", 8, Gate("kernel", 4, 4, 0)))
     adamw, ours = (
         row for row in roofline.rows({"90": LOOP}, kernels) if row.board.name == "H100"
     )  # fmt: skip

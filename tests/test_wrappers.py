@@ -141,7 +141,7 @@ def test_micro_batches_of_the_caller():
 
 
 def test_the_trainer_s_accumulation(tmp_path):
-    """The documented override trains as the Trainer without it does."""
+    """An override of the step by `rose_backward` trains as the Trainer without it does."""
     transformers = pytest.importorskip("transformers")
     pytest.importorskip("accelerate")
 

@@ -99,7 +99,7 @@ def resolve(name: str, device: torch.device, *, fake: bool = False) -> Backend:
 
     Raises:
         ValueError: ``name`` is no backend, or does not run on ``device``.
-        NotImplementedError: there is no backend for ``device`` yet.
+        NotImplementedError: there is no backend for ``device``.
         RuntimeError: the backend asked for, or every one for ``device``, cannot be used here.
     """
     if name not in NAMES:

@@ -16,11 +16,7 @@
 #define __global__
 #define __device__
 #define __host__
-#if defined(ROSE_INLINE_LITTLE)  // compiles in a quarter of the time
-#define __forceinline__ inline
-#else
-#define __forceinline__ inline __attribute__((always_inline))
-#endif
+#define __forceinline__ inline  // which compiles in a quarter of the time
 #define __launch_bounds__(...)
 #if defined(__SANITIZE_ADDRESS__)  // which does not guard thread_local variables: see launch()
 #define __shared__ static
@@ -76,7 +72,9 @@ Counters take_counters();  // since the last call
 struct Thread {
   dim3 thread, block, blocks, threads;
 };
-const Thread& self();
+// The one that runs. (Neither a call nor a constructor to see to, as thread_local has in a library.)
+extern __thread const Thread* running;
+inline const Thread& self() { return *running; }
 
 void launch(unsigned blocks, unsigned threads, const std::function<void()>& kernel);
 void count_launch();
@@ -84,8 +82,12 @@ void count_upload();
 const char* take_error();  // of launches since the last call, or null
 
 void barrier();
-// All lanes of `mask` come here with a value each; returns those of all lanes.
-const uint64_t* exchange(unsigned mask, uint64_t value);
+// All lanes of `mask` come here with a value each.
+struct Exchanged {
+  uint64_t values[kWarp];
+  unsigned odd;  // lanes whose values are
+};
+const Exchanged& exchange(unsigned mask, uint64_t value);
 void check_access(const void* pointer, size_t bytes, bool writes);
 
 template <typename T>
@@ -98,9 +100,8 @@ uint64_t to_word(T x) {
 
 template <typename T>
 T shuffle(unsigned mask, T x, int from) {
-  const uint64_t* values = exchange(mask, to_word(x));
   T result;
-  std::memcpy(&result, &values[from], sizeof(T));
+  std::memcpy(&result, &exchange(mask, to_word(x)).values[from], sizeof(T));
   return result;
 }
 
@@ -131,11 +132,7 @@ T __shfl_down_sync(unsigned mask, T x, int delta) {
   return simt::shuffle(mask, x, from >= simt::kWarp ? simt::lane() : from);
 }
 inline unsigned __ballot_sync(unsigned mask, bool predicate) {
-  const uint64_t* values = simt::exchange(mask, predicate);
-  unsigned votes = 0;
-  for (int i = 0; i < simt::kWarp; ++i)
-    votes |= (mask >> i & 1u) * static_cast<unsigned>(values[i]) << i;
-  return votes;
+  return simt::exchange(mask, predicate).odd;
 }
 inline void __syncwarp() { simt::exchange(0xFFFFFFFFu, 0); }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }

@@ -27,6 +27,7 @@ namespace simt {
 Settings settings;
 int guards = 0;
 Graph* capturing = nullptr;
+__thread const Thread* running = nullptr;
 
 namespace {
 
@@ -76,14 +77,14 @@ struct Place {
 };
 #endif
 
-constexpr size_t kStack = 64 << 10;
+// No power of two: the ends of all stacks would want the same few lines of a cache.
+constexpr size_t kStack = (64 << 10) + 17 * 64;
 
-enum class State { kReady, kAtBarrier, kInExchange, kDone };
+enum class State : uint8_t { kReady, kAtBarrier, kInExchange, kDone };
 
 struct Fiber {
   Place place;
   std::unique_ptr<char[]> stack;
-  State state = State::kDone;
   Thread thread;
 #if defined(__SANITIZE_ADDRESS__)
   void* fake_stack = nullptr;
@@ -95,12 +96,14 @@ struct Fiber {
 
 struct Warp {
   unsigned mask = 0, arrived = 0;
-  uint64_t values[kWarp], results[kWarp];
+  bool second = false;
+  Exchanged exchanged[2];  // in turn: one may be read while the next comes about
 };
 
 // What one OS thread runs: a block at a time.
 struct Worker {
   std::vector<Fiber> fibers;
+  std::vector<State> states;  // of the fibers
   std::vector<Warp> warps;
   Place scheduler;
   Fiber* current = nullptr;
@@ -118,11 +121,13 @@ struct Worker {
 #endif
 
   void run_block(unsigned block, unsigned blocks, unsigned threads, std::mt19937_64& random);
+  State& state() { return states[current->thread.thread.x]; }
   void enter(Fiber& fiber);
   void leave(bool for_ever = false);
 };
 
 thread_local Worker worker;
+__thread Worker* here;  // the same, at once
 
 void main_of_fiber() {
 #if defined(__SANITIZE_ADDRESS__)
@@ -135,13 +140,14 @@ void main_of_fiber() {
 #if defined(ROSE_TSAN)
   __tsan_release(&worker);
 #endif
-  worker.current->state = State::kDone;
+  worker.state() = State::kDone;
   --worker.alive;
   worker.leave(true);
 }
 
 void Worker::enter(Fiber& fiber) {
   current = &fiber;
+  running = &fiber.thread;
 #if defined(__SANITIZE_ADDRESS__)
   __sanitizer_start_switch_fiber(&scheduler_fake, fiber.stack.get(), kStack);
 #endif
@@ -198,12 +204,13 @@ void start(Fiber& fiber) {
   fiber.place.context.uc_link = nullptr;
   makecontext(&fiber.place.context, main_of_fiber, 0);
 #endif
-  fiber.state = State::kReady;
 }
 
 void Worker::run_block(unsigned block, unsigned blocks, unsigned threads, std::mt19937_64& random) {
   if (fibers.size() < threads) fibers = std::vector<Fiber>(threads);
   warps.assign((threads + kWarp - 1) / kWarp, Warp());
+  states.assign(kWarp * warps.size(), State::kDone);
+  std::fill_n(states.begin(), threads, State::kReady);
   at_barrier = 0;
   alive = threads;
   abandoned = false;
@@ -225,7 +232,7 @@ void Worker::run_block(unsigned block, unsigned blocks, unsigned threads, std::m
     if (settings.order == Order::kRandom) std::shuffle(order.begin(), order.end(), random);
     bool moved = false;
     for (unsigned i : order) {
-      if (fibers[i].state != State::kReady || abandoned) continue;
+      if (states[i] != State::kReady || abandoned) continue;
       enter(fibers[i]);
       moved = true;
     }
@@ -246,20 +253,16 @@ void Worker::run_block(unsigned block, unsigned blocks, unsigned threads, std::m
 
 }  // namespace
 
-const Thread& self() { return worker.current->thread; }
-
 void barrier() {
-  Worker& w = worker;
+  Worker& w = *here;
 #if defined(ROSE_TSAN)
   __tsan_release(&w.at_barrier);
 #endif
   if (++w.at_barrier == w.fibers.size()) {
     w.at_barrier = 0;
-    for (Fiber& fiber : w.fibers) {
-      if (fiber.state == State::kAtBarrier) fiber.state = State::kReady;
-    }
+    std::replace(w.states.begin(), w.states.end(), State::kAtBarrier, State::kReady);
   } else {
-    w.current->state = State::kAtBarrier;
+    w.state() = State::kAtBarrier;
     w.leave();
   }
 #if defined(ROSE_TSAN)
@@ -267,8 +270,8 @@ void barrier() {
 #endif
 }
 
-const uint64_t* exchange(unsigned mask, uint64_t value) {
-  Worker& w = worker;
+const Exchanged& exchange(unsigned mask, uint64_t value) {
+  Worker& w = *here;
   const unsigned thread = w.current->thread.thread.x;
   Warp& warp = w.warps[thread / kWarp];
   const unsigned bit = 1u << (thread % kWarp);
@@ -280,32 +283,33 @@ const uint64_t* exchange(unsigned mask, uint64_t value) {
 #if defined(ROSE_TSAN)
   __tsan_release(&warp);
 #endif
+  Exchanged& exchanged = warp.exchanged[warp.second];
+  if (warp.arrived == 0) exchanged.odd = 0;
   warp.mask = mask;
-  warp.values[thread % kWarp] = value;
+  exchanged.values[thread % kWarp] = value;
+  exchanged.odd |= value % 2 != 0 ? bit : 0;
   warp.arrived |= bit;
   if (warp.arrived == mask) {
-    // The next exchange cannot end before all lanes have left this one and come again.
-    std::copy(warp.values, warp.values + kWarp, warp.results);
+    // The next one cannot end before all lanes have left this one and come again.
+    warp.second = !warp.second;
     warp.arrived = 0;
 #if defined(ROSE_TSAN)
     __tsan_release(&warp);
 #endif
-    for (int i = 0; i < kWarp; ++i) {
-      Fiber& fiber = w.fibers[thread / kWarp * kWarp + static_cast<unsigned>(i)];
-      if (fiber.state == State::kInExchange) fiber.state = State::kReady;
-    }
+    const auto first = w.states.begin() + thread / kWarp * kWarp;
+    std::replace(first, first + kWarp, State::kInExchange, State::kReady);
   } else {
-    w.current->state = State::kInExchange;
+    w.state() = State::kInExchange;
     w.leave();
   }
 #if defined(ROSE_TSAN)
   __tsan_acquire(&warp);
 #endif
-  return warp.results;
+  return exchanged;
 }
 
 void check_access(const void* pointer, size_t bytes, bool writes) {
-  Worker& w = worker;
+  Worker& w = *here;
   if (reinterpret_cast<uintptr_t>(pointer) % bytes != 0) {
     fail("an access of " + std::to_string(bytes) + " bytes at an address that is not a multiple");
     w.abandoned = true;
@@ -331,6 +335,7 @@ void launch(unsigned blocks, unsigned threads, const std::function<void()>& kern
   std::atomic<unsigned> next{0};
   const auto work = [&](uint64_t seed) {
     std::mt19937_64 own(seed);
+    here = &worker;
     worker.kernel = &kernel;
 #if defined(__x86_64__)
     const unsigned mode = _mm_getcsr();
