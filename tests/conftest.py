@@ -87,7 +87,7 @@ TOPICS = {
     "optimizer": "checkpoints clipping determinism errors flat given leaks memory optimizer "
     "optimizer_corners optimizer_kept state steps surroundings tensor_granularity torch_optim_table",
     "stacks": "accumulate ddp losses sharded stacks stacks_amp stacks_torch trainer wrappers",
-    "package": "cli doctor examples habits hub import readme setup",
+    "package": "cli doctor examples habits hub import readme setup wheel",
     "bench": "benchmarks profile_gpu",
     "device": "gpu gpu_binaries gpu_graphs gpu_large gpu_profile gpu_run gpu_sync",
 }
