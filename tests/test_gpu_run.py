@@ -212,7 +212,7 @@ def test_results_without_a_results_file(run, workers):
 
 
 def test_results_of_tests_that_ran_out_of_time(run):
-    assert run.stages([of_tests(run, MIXED + SLOW, limit=4)], 60) == 1
+    assert run.stages([of_tests(run, MIXED + SLOW, limit=8)], 60) == 1
     row = table(run)["tests"]
     assert (row["result"], row["passed"], row["failed"]) == ("timed out", "1", "2")
     assert "test_sample.py::test_wrong" in (run.output / "summary.md").read_text()
