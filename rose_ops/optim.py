@@ -33,7 +33,7 @@ from rose_ops.distributed import Ranks, ranks_of
 from rose_ops.engine import Engine, Scaling, Tables
 from rose_ops.groups import ADAMW_ONLY, GroupTables, check_group, is_selective, plain
 from rose_ops.masks import Given, check_masks
-from rose_ops.results import Selection, UpdateCounts
+from rose_ops.results import Selection, Selections, UpdateCounts
 from rose_ops.settings import Settings, check_limit
 from rose_ops.shards import local
 
@@ -665,14 +665,17 @@ class RoseFusedAdamW(Checkpointed):
 
     @property
     @_disable_dynamo
-    def selection(self) -> dict[str, Selection | UpdateCounts]:
+    def selection(self) -> Selections:
         """Statistics of the latest step: ``"first"`` and ``"second"`` (a :class:`Selection` each, if
         that mask was ever made) and ``"update"`` (:class:`UpdateCounts`), as 0-dim tensors."""
-        found: dict[str, Selection | UpdateCounts] = {}
+        found: Selections = {}
         for kind, record in self._engine.records.items():
-            found[kind] = (
-                UpdateCounts(*record.unbind()) if kind == "update" else Selection.from_record(record)
-            )
+            if kind == "update":
+                found["update"] = UpdateCounts(*record.unbind())
+            elif kind == "first":
+                found["first"] = Selection.from_record(record)
+            else:
+                found["second"] = Selection.from_record(record)
         return found
 
     def __repr__(self) -> str:

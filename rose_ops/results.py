@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, TypedDict
 
 import torch
 from torch import Tensor
@@ -51,3 +51,11 @@ class UpdateCounts(NamedTuple):
 
     updated: Tensor
     nonfinite: Tensor
+
+
+class Selections(TypedDict, total=False):
+    """What :attr:`rose_ops.RoseFusedAdamW.selection` has, of those that there were."""
+
+    first: Selection
+    second: Selection
+    update: UpdateCounts

@@ -89,7 +89,7 @@ TOPICS = {
     "torch_optim_table",
     "stacks": "accumulate ddp distributed losses reshard sharded stacks stacks_amp stacks_torch "
     "trainer wrappers",
-    "package": "cli doctor examples habits hub import readme setup tune",
+    "package": "cli doctor examples habits hub import readme setup tune wheel",
     "bench": "benchmarks paper paper_analyses paper_geometry paper_methods paper_report paper_stats "
     "profile_gpu",
     "device": "gpu gpu_binaries gpu_graphs gpu_large gpu_profile gpu_run gpu_sync",

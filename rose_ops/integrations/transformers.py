@@ -22,7 +22,6 @@ from rose_ops.divergence import symmetric_kl, token_kl
 from rose_ops.groups import is_encoder_weight
 from rose_ops.losses import check_dropout, check_r_drop, logits_in
 from rose_ops.optim import RoseFusedAdamW
-from rose_ops.results import UpdateCounts
 from rose_ops.settings import choice
 from rose_ops.wrappers import unwrap
 
@@ -234,19 +233,20 @@ def statistics(optimizer: RoseFusedAdamW) -> dict[str, float]:
 
     Returns:
         ``rose_first_threshold`` and ``rose_first_kept`` (a fraction of what is ranked), likewise
-        second; ``rose_updated`` and ``rose_nonfinite``: elements; ``rose_misses``: thresholds;
+        second; ``rose_updated`` and ``rose_nonfinite``: elements, of this process; ``rose_misses``: thresholds;
         ``grad_norm``: before clipping, where the optimizer clips.
     """
     found: dict[str, float] = {}
     misses = 0
-    for kind, selection in optimizer.selection.items():
-        if isinstance(selection, UpdateCounts):
-            found["rose_updated"] = selection.updated.item()
-            found["rose_nonfinite"] = selection.nonfinite.item()
-            continue
-        found[f"rose_{kind}_threshold"] = selection.threshold.item()
-        found[f"rose_{kind}_kept"] = selection.kept.item() / max(selection.ranked.item(), 1)
-        misses += int(selection.misses)
+    latest = optimizer.selection
+    for kind, selection in (("first", latest.get("first")), ("second", latest.get("second"))):
+        if selection is not None:
+            found[f"rose_{kind}_threshold"] = selection.threshold.item()
+            found[f"rose_{kind}_kept"] = selection.kept.item() / max(selection.ranked.item(), 1)
+            misses += int(selection.misses)
+    if "update" in latest:
+        found["rose_updated"] = latest["update"].updated.item()
+        found["rose_nonfinite"] = latest["update"].nonfinite.item()
     if found:
         found["rose_misses"] = misses
     if optimizer.grad_norm is not None:
