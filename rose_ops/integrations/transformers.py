@@ -233,8 +233,8 @@ def statistics(optimizer: RoseFusedAdamW) -> dict[str, float]:
 
     Returns:
         ``rose_first_threshold`` and ``rose_first_kept`` (a fraction of what is ranked), likewise
-        second; ``rose_updated`` and ``rose_nonfinite``: elements, of this process; ``rose_misses``: thresholds;
-        ``grad_norm``: before clipping, where the optimizer clips.
+        second; ``rose_updated`` and ``rose_nonfinite``: elements, of this process; ``rose_misses``:
+        thresholds; ``grad_norm``: before clipping, where the optimizer clips.
     """
     found: dict[str, float] = {}
     misses = 0
