@@ -23,17 +23,22 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from itertools import accumulate
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from rose_ops import reference
+from rose_ops.batch import Batch
 from rose_ops.reference import (
+    APPROX_FEWEST,
     HIGH_DIGITS,
     INACTIVE_KEY,
     LOW_DIGITS,
     Field,
+    Hyper,
     float32,
     keeps_denormals,
     rank_of,
@@ -45,6 +50,9 @@ from rose_ops.settings import Settings
 from rose_ops.shards import Shard, is_spread
 
 _UNRANKED = torch.iinfo(torch.int32).max  # in a sample: larger than the key of any risk
+
+if TYPE_CHECKING:  # it imports this
+    from rose_ops.engine import Ranking, Scaling
 
 
 class Part(NamedTuple):
@@ -265,6 +273,54 @@ def _record(
     record[Field.KEPT] = (at_or_below[0] - below).clamp(min=0)
     record[Field.RANKED], record[Field.INACTIVE], record[Field.NONFINITE] = ranked, inactive, nonfinite
     return record
+
+
+def record_of(
+    ranks: Ranks,
+    ops: Any,
+    batch: Batch,
+    exp_avgs: list[Tensor],
+    hyper: Tensor,
+    scaling: Scaling,
+    ranking: Ranking,
+) -> Tensor:
+    """The record of a ranking over all processes.
+
+    Args:
+        ops: a backend's operators, which count what is here.
+        batch: of what is ranked, what is here; it may be empty.
+        exp_avgs: empty: first order.
+    """
+    layout, counts = batch.layout, [ranks.counts(p) for p in batch.params]
+    shards = layout.shards or list(map(Shard.of, batch.parts))
+    sizes, begins = ranks.sizes, layout.offsets
+    if not ranks.is_of_parts:
+        sizes = [math.prod(shard.shape) for shard in shards]
+        begins = list(accumulate(sizes, initial=0))[:-1]
+    if ranking.selection == "approx" and sum(sizes) >= APPROX_FEWEST:
+        alphas = (1.0 - hyper[:, Hyper.BETA1]).tolist()
+        moments: list[Tensor | None] = [*exp_avgs] or [None] * len(counts)
+        parts = [
+            Part(grad, moment, alphas[row], shard, begin, count)
+            for grad, moment, row, shard, begin, count in zip(
+                batch.grads, moments, layout.rows, shards, begins, counts, strict=True
+            )
+        ]
+        return ranks.thresholds_of_sample(
+            parts, sizes, scaling.inv_scale, scaling.clip, ranking.numbers()
+        )
+    mine = batch.subset(counts)
+    grads, exp_avgs = mine.grads, mine.state("exp_avg") if exp_avgs else []
+    count_keys = ops.count_keys if grads else reference.count_keys
+
+    def count(digits: Tensor | None) -> Tensor:
+        counted = count_keys(
+            grads, exp_avgs, hyper, mine.layout.group, scaling.inv_scale, scaling.clip,
+            ranking.rank_inactive, digits,
+        )  # fmt: skip
+        return counted.to(ranks.device)
+
+    return ranks.thresholds(count, ranking.upper, ranking.lower)
 
 
 # ------------------------------------------------------------------------------------------ who shares

@@ -6,9 +6,7 @@ of :mod:`rose_ops.functional`. ``ops`` is a backend's namespace of operators.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
-from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -18,12 +16,12 @@ from torch._subclasses.fake_tensor import FakeTensor
 from rose_ops import backends, reference
 from rose_ops.batch import Batch
 from rose_ops.checks import MOMENTS, is_recording
-from rose_ops.distributed import Part, Ranks
+from rose_ops.distributed import Ranks, record_of
 from rose_ops.layout import empty_masks, memory_order
 from rose_ops.memory import with_own_storage
-from rose_ops.reference import APPROX_FEWEST, Field, Hyper, Mode
+from rose_ops.reference import Field, Mode
 from rose_ops.settings import Settings
-from rose_ops.shards import Shard, is_spread, part_of
+from rose_ops.shards import is_spread, part_of
 
 
 class Tables(NamedTuple):
@@ -271,43 +269,14 @@ class Engine:
         return Ranking(*settings.fractions(kind), rank_inactive, settings.selection, draw)
 
     def _shared_record(
-        self, batch: Batch, exp_avgs: list[Tensor], hyper: Tensor, scaling: Scaling, ranking: Ranking
+        self, batch: Batch, exp_avgs: list[Tensor], tables: Tables, scaling: Scaling, ranking: Ranking
     ) -> Tensor | None:
         """The record of a ranking over all processes; None: this one has everything."""
-        ranks = self.ranks
-        if ranks is None:
+        if self.ranks is None:
             return None
-        layout, counts = batch.layout, [ranks.counts(p) for p in batch.params]
-        shards = layout.shards or list(map(Shard.of, batch.parts))
-        sizes, begins = ranks.sizes, layout.offsets
-        if not ranks.is_of_parts:
-            sizes = [math.prod(shard.shape) for shard in shards]
-            begins = list(accumulate(sizes, initial=0))[:-1]
-        if ranking.selection == "approx" and sum(sizes) >= APPROX_FEWEST:
-            alphas = (1.0 - hyper[:, Hyper.BETA1]).tolist()
-            moments: list[Tensor | None] = [*exp_avgs] or [None] * len(counts)
-            parts = [
-                Part(grad, moment, alphas[row], shard, begin, count)
-                for grad, moment, row, shard, begin, count in zip(
-                    batch.grads, moments, layout.rows, shards, begins, counts, strict=True
-                )
-            ]
-            return ranks.thresholds_of_sample(
-                parts, sizes, scaling.inv_scale, scaling.clip, ranking.numbers()
-            )
-        mine = batch.subset(counts)
-        grads, exp_avgs = mine.grads, mine.state("exp_avg") if exp_avgs else []
         # An operator is found by its tensors: without any, the reference.
-        count_keys = self._ops(batch).count_keys if grads else reference.count_keys
-
-        def count(digits: Tensor | None) -> Tensor:
-            counted = count_keys(
-                grads, exp_avgs, hyper, mine.layout.group, scaling.inv_scale, scaling.clip,
-                ranking.rank_inactive, digits,
-            )  # fmt: skip
-            return counted.to(ranks.device)
-
-        return ranks.thresholds(count, ranking.upper, ranking.lower)
+        ops = self._ops(batch) if batch.params else reference
+        return record_of(self.ranks, ops, batch, exp_avgs, tables.hyper, scaling, ranking)
 
     def capture(
         self,
@@ -329,7 +298,7 @@ class Engine:
         exp_avgs = batch.state("exp_avg") if kind == "second" else []
         if self._settings.granularity == "tensor":
             return self._capture_tensors(kind, batch, exp_avgs, tables, scaling, ranking)
-        record = self._shared_record(batch, exp_avgs, hyper, scaling, ranking)
+        record = self._shared_record(batch, exp_avgs, tables, scaling, ranking)
         if record is not None:
             self.records[kind] = record
         if not batch.params:
@@ -391,7 +360,7 @@ class Engine:
                 if settings.granularity == "element" and limit is None:
                     ranking = self._ranking(kind, draw)
                     record = self._shared_record(
-                        selective, selective.state("exp_avg"), tables.hyper, scaling, ranking
+                        selective, selective.state("exp_avg"), tables, scaling, ranking
                     )
                     continue
                 bools = self.capture(kind, selective, tables.hyper, scaling, draw, limit)
