@@ -174,6 +174,14 @@ def test_a_setting_that_diverges_is_not_the_end(tmp_path):
     assert search.finished == [{"lr": 0.9}, {"lr": 0.1}]  # which are not tried again
 
 
+def test_what_no_choice_can_change_ends_the_search(tmp_path):
+    def cannot_load(choice, seed, sets, *more):
+        raise UserError("could not load the model")
+
+    with pytest.raises(UserError, match="could not load the model"):
+        search_in(tmp_path).run(cannot_load, draw, {}, seed=0)
+
+
 def test_a_study_of_something_else_is_refused(tmp_path):
     search_in(tmp_path, {"task": "sst2", "steps": "9"})
     with pytest.raises(UserError, match="a study with steps = 9, not 10; repeat its arguments"):
