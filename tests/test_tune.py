@@ -53,6 +53,10 @@ def test_what_is_maximised():
     ("arguments", "message"),
     [
         (["--method", "adamw"], "--method adamw has no masks to tune"),
+        (
+            ["--search-seed", "2", "--seeds", "1", "2"],
+            "expected seeds for the comparison that had no part",
+        ),
         (["--upper", "0.9", "0.1"], "--upper 0.9 0.1; expected the lower end first"),
         (["--upper", "0.5", "1.5"], "upper=1.5 (float); expected 0 < upper <= 1"),
         (["--method", "ensemble", "--gamma", "0.5", "1"], "gamma=1.0 (float); expected 0 < gamma < 1"),
