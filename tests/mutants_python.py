@@ -69,8 +69,8 @@ MUTANTS = {
         TENSORS,
     ),
     "masks that were used": (
-        OPTIM, "drop(kind, self.state.values())\n        return loss\n",
-        "kinds\n        return loss\n",
+        OPTIM, "drop(kind, self.state.values())\n        self._given = {kind",
+        "kinds\n        self._given = {kind",
         f"{OF_OPTIMIZER}::test_a_mask_serves_one_step",
     ),
     "masks of an earlier capture": (
@@ -141,11 +141,13 @@ MUTANTS = {
         f"{OF_CLIPPING}::test_as_the_reference",
     ),
     "masks of one's own that stay": (
-        OPTIM, "for kind, one in self._given.items() if one.keep}", "for kind, one in self._given.items()}",
+        OPTIM, "for kind, one in self._given.items() if one.keep}",
+        "for kind, one in self._given.items()}",
         f"{OF_MASKS}::test_a_mask_is_for_one_step_or_until_it_is_taken_away",
     ),
     "masks of one's own with nothing to rank": (
-        OPTIM, "selects = bool(self._given) or not settings.is_adamw", "selects = not settings.is_adamw",
+        OPTIM, "selects = bool(self._given) or not settings.is_adamw",
+        "selects = not settings.is_adamw",
         f"{OF_MASKS}::test_parameters_without_a_mask_are_updated_and_those_without_upper_too",
     ),
     "masks of one's own in place of a limit": (

@@ -117,12 +117,13 @@ def test_a_mask_is_for_one_step_or_until_it_is_taken_away(generator):
     assert moved()
 
 
-def test_masks_are_copies_and_replace_each_other(generator):
+@pytest.mark.parametrize("limit", [False, True])
+def test_masks_are_copies_and_replace_each_other(limit, generator):
     params = parameters(generator)
     optimizer = RoseFusedAdamW(params, **OPTIONS)
     mask = {p: torch.zeros_like(p, dtype=torch.bool) for p in params}
     optimizer.set_masks({p: ~m for p, m in mask.items()}, keep=True)
-    optimizer.set_masks(mask, keep=True)
+    optimizer.set_masks(mask, keep=True, limit=limit)
     for one in mask.values():
         one.fill_(True)
     before = [p.detach().clone() for p in params]

@@ -7,7 +7,7 @@ try:
     from benchmarks.paper import landscape, probing, report, runner, upper
     from rose_ops.finetune import UserError
 except ModuleNotFoundError as error:
-    sys.exit(f"error: {error}; `make paper` installs what is needed: pip install -e '.[bench,demo]'")
+    sys.exit(f"error: {error}; `make paper` installs what is needed: pip install -e '.[paper]'")
 
 
 COMMANDS = {
