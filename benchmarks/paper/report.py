@@ -21,7 +21,7 @@ from benchmarks.paper.runner import RESULTS
 from benchmarks.paper.section import Section, ran
 
 TEMPLATE = Path(__file__).with_name("report.html.j2")
-_CURVES = ("adamw", "random-mask", "r-drop", "smart", "freelb", *ROSE)
+_CURVES = ("adamw", "random-mask", *ROSE, "r-drop", "smart", "freelb")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
