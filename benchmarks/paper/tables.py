@@ -160,7 +160,10 @@ def at_matched_accuracy(pairs: pd.DataFrame) -> Table:
         "between two evaluations). Never: baseline runs that do not reach it, and so have no part in "
         "the mean. At once: baseline runs that are there at their first evaluation, whose value is "
         "taken as it is. p: one-tailed paired t-test over the seeds that have a difference.",
-        [*["task", "method", "baseline", "clean", "gain", "interval", "p", "runs", "never"], "at once"],
+        [
+            *["task", "method", "baseline", "clean", "gain", "95% interval", "p", "runs", "never"],
+            "at once",
+        ],
     )
     for row in matched.summarise(pairs).to_dict("records"):
         names = [row["task"], row["method"], row["baseline"], percent(row["clean"])]
