@@ -40,6 +40,10 @@ METHODS = {
 }
 
 
+class Diverged(UserError):
+    """The loss was not finite; the message says at which step."""
+
+
 @dataclass(frozen=True)
 class Runtime:
     """Where and in which precision models run."""
@@ -250,11 +254,11 @@ def _checked(losses: RoseLosses, step: int) -> dict[str, float | None]:
     """Losses as numbers.
 
     Raises:
-        UserError: They are no finite ones.
+        Diverged: They are no finite ones.
     """
     loss = losses.loss.item()
     if not math.isfinite(loss):
-        raise UserError(
+        raise Diverged(
             f"the loss is {loss} at step {step}; choose a smaller --lr, or --precision float32"
         )
     kl = None if losses.kl is None else losses.kl.item()
