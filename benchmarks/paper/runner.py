@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from datetime import datetime, timezone
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -196,7 +197,8 @@ def _do(one: Run, results: Results, args: argparse.Namespace) -> None:
     task = task_of(one.task, args.data_dir)
     folder = model_folder(one.model, args.cache_dir)
     trained = train_run(one, task, runtime, folder, splits(task, one.perturbed))
-    used = {**machine(args.device), "used_precision": runtime.precision}
+    date = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    used = {**machine(args.device), "used_precision": runtime.precision, "date": date}
     results.add(one, trained, time.perf_counter() - start, used)
     del trained
     gc.collect()  # models are in cycles with their optimizers' schedules
