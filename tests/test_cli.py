@@ -433,21 +433,12 @@ def run(tmp_path_factory):
     # In a process of its own: it sets the numerics of its process.
     code = "import sys, json; from rose_ops.cli import main\n"
     code += "sys.exit(max(main(x) for x in json.loads(sys.argv[1])))"
+    other = "--methods adamw --no-models --evaluations 0 --epochs 0.5 --betas 0.9 0.98"
+    other += " --eps-placement before"
     calls = [
         [*arguments, "--methods", ",".join(METHODS), "--output", str(folder / "first")],
         [*arguments, "--seeds", "0", "1", "--no-models", "--output", str(folder / "again")],
-        [
-            *arguments,
-            "--methods",
-            "adamw",
-            "--no-models",
-            "--evaluations",
-            "0",
-            "--epochs",
-            "0.5",
-            "--output",
-            str(folder / "epochs"),
-        ],
+        [*arguments, "--output", str(folder / "epochs"), *other.split()],
         ["evaluate", str(folder / "first"), "--threads", "1"],
     ]
     result = subprocess.run(
@@ -522,6 +513,8 @@ def test_epochs_in_the_place_of_steps_and_no_evaluations(run):
     folder, _ = run
     record = strict_json(folder / "epochs" / "run.json")
     assert record["settings"]["steps"] == len(record["runs"][0]["history"]) == 4  # 58 // 8 / 2
+    assert record["settings"]["betas"] == [0.9, 0.98]
+    assert record["settings"]["eps_placement"] == "before"
     assert record["runs"][0]["curve"] == []
     assert record["matched"] == []
 

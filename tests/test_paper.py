@@ -382,6 +382,19 @@ def test_jobs_share_the_runs_and_time_is_kept(tiny, tmp_path):
     assert not (tmp_path / "late" / "runs.csv").exists()
 
 
+def test_a_run_that_diverges_stops_no_other(tiny, tmp_path):
+    given = ("--seeds", "0", "--granularities", "tensor", "--methods", "adamw", "rose-second")
+    swept = ("--sweep", "max_grad_norm=1.0", "lr=1e30,1e-3")
+    result = subprocess.run(
+        command(tiny, tmp_path, *given, *swept), cwd=ROOT, env=OFFLINE, capture_output=True, text=True
+    )
+    assert result.returncode == 1
+    assert "2 runs diverged" in result.stderr
+    assert {(row["method"], row["lr"]) for row in rows(tmp_path / "runs.csv")} == {
+        ("adamw", "0.001"), ("rose-second", "0.001"),
+    }  # fmt: skip
+
+
 # ------------------------------------------------------------------------------------------- models
 
 

@@ -186,6 +186,9 @@ def test_all_is_there(tmp_path):
     assert "12 of these runs are with other settings" in " ".join(text.split())
     assert html.count("<img") == 4  # curves, surfaces, probing, interpolation
     assert "minilm, element | 0.9 | " in text
+    # The best first: with 0.9 it has nine points more on AdvGLUE, with 0.1 one.
+    swept = re.findall(r"minilm \| element \| sst2 \| rose-ensemble \| 0.0001 \| 0.4 \| (.*)", text)
+    assert [row.split(" | ")[0] for row in swept] == ["0.9", "0.1"]
     assert "minilm | sst2 | element | rose-second | 12.5\n" in text
     assert "minilm | msgs:pair | element | rose-second | 0.01 | -0.750 ± 0.354 | 90.0 ± 0.0 | 2" in text
     assert "Measured with inoculated 0.0, 0.01." in text

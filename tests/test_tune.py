@@ -53,6 +53,10 @@ def test_what_is_maximised():
     ("arguments", "message"),
     [
         (["--method", "adamw"], "--method adamw has no masks to tune"),
+        (
+            ["--search-seed", "2", "--seeds", "1", "2"],
+            "expected seeds for the comparison that had no part",
+        ),
         (["--upper", "0.9", "0.1"], "--upper 0.9 0.1; expected the lower end first"),
         (["--upper", "0.5", "1.5"], "upper=1.5 (float); expected 0 < upper <= 1"),
         (["--method", "ensemble", "--gamma", "0.5", "1"], "gamma=1.0 (float); expected 0 < gamma < 1"),
@@ -172,6 +176,14 @@ def test_a_setting_that_diverges_is_not_the_end(tmp_path):
     assert search.best[0] == {"lr": 0.1}
     assert search.spent == 2 * STEPS
     assert search.finished == [{"lr": 0.9}, {"lr": 0.1}]  # which are not tried again
+
+
+def test_what_no_choice_can_change_ends_the_search(tmp_path):
+    def cannot_load(choice, seed, sets, *more):
+        raise UserError("could not load the model")
+
+    with pytest.raises(UserError, match="could not load the model"):
+        search_in(tmp_path).run(cannot_load, draw, {}, seed=0)
 
 
 def test_a_study_of_something_else_is_refused(tmp_path):

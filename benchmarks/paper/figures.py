@@ -199,5 +199,5 @@ def probing(rows: pd.DataFrame) -> bytes:
         axis.axhline(0, color="grey", linewidth=0.6)
         axis.set(title=f"{100 * share:g}% inoculated", ylim=(-1.05, 1.05))
         axis.set_xticks(range(len(methods)), methods, rotation=60, ha="right")
-    axes[0, 0].set_ylabel("Matthews correlation (1: linguistic, -1: superficial)")
+    axes[0, 0].set_ylabel("Matthews correlation")
     return _png(figure)

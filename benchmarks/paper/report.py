@@ -21,7 +21,7 @@ from benchmarks.paper.runner import RESULTS
 from benchmarks.paper.section import Section, ran
 
 TEMPLATE = Path(__file__).with_name("report.html.j2")
-_CURVES = ("adamw", "random-mask", "r-drop", "smart", "freelb", *ROSE)
+_CURVES = ("adamw", "random-mask", *ROSE, "r-drop", "smart", "freelb")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -116,6 +116,8 @@ def _missing(runs: pd.DataFrame, methods: Sequence[str]) -> str:
     ]
     if not gaps:
         return ""
+    if len(wanted) == 1:
+        return f"Not there yet: {', '.join(x.removesuffix(' (0)') for x in gaps)}."
     return f"Fewer than {len(wanted)} seeds, the number is in brackets: {', '.join(gaps)}."
 
 
@@ -124,21 +126,22 @@ def _at_matched_accuracy(where: str, runs: pd.DataFrame, curves: pd.DataFrame) -
     keys = runs[["run", "granularity"]]
     curves = curves.drop(columns="granularity", errors="ignore").merge(keys, on="run")
     others = [x for x in METHODS if x != "adamw"]
-    pairs = [
+    found = [
         matched.matched(runs, curves, others, ["adamw"]),
         matched.matched(runs, curves, ROSE, ["random-mask"]),
     ]
+    pairs = pd.concat([x for x in found if len(x)] or found[:1])
     section = Section(
         f"Accuracy at matched clean accuracy: {where}",
         "A method that has learnt less often looks more robust. Here each run is compared with the run "
         "of AdamW (and of a random mask) with the same seed, stopped where that was as accurate on "
         "clean examples: at the first evaluation with this accuracy, on the line from the one before.",
     )
-    if not any(len(x) for x in pairs):
+    if pairs.empty:
         section.missing = "There are no curves of AdamW or of the random mask to compare with."
         return section
     section.ran = ran(runs[runs["run"].isin(curves["run"])])
-    section.tables = [tables.at_matched_accuracy(x) for x in pairs if len(x)]
+    section.tables = [tables.at_matched_accuracy(pairs)]
     shown = [x for x in _CURVES if x in set(curves["method"])]
     if shown:
         section.draw(

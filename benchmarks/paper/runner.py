@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from datetime import datetime, timezone
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from benchmarks.paper.train import splits, train_run
 from rose_ops.finetune import UserError, require
 from rose_ops.finetune.data import GLUE, Task, load_task
 from rose_ops.finetune.models import MODELS, model_folder
-from rose_ops.finetune.train import choose_runtime
+from rose_ops.finetune.train import Diverged, choose_runtime
 
 RESULTS = Path(__file__).parent / "results"
 _JOB = "ROSE_PAPER_JOB"  # set in processes that --jobs started
@@ -157,13 +158,18 @@ def _side_by_side(jobs: int) -> None:
 
 
 def _one_after_the_other(runs: Sequence[Run], results: Results, args: argparse.Namespace) -> None:
+    """Do what is not finished. A run that diverges is said, and stops none of the others.
+
+    Raises:
+        UserError: Some diverged; they are not in the results.
+    """
     prepare(args.threads)
-    start = time.perf_counter()
+    start, diverged = time.perf_counter(), 0
     cost = {one.id: _cost(one) for one in runs}
     done = results.finished()
     todo = [one for one in runs if one.id not in done]
     with tqdm(
-        total=sum(map(cost.__getitem__, (one.id for one in todo))), unit="step", unit_scale=True,
+        total=sum(cost[one.id] for one in todo), unit="step", unit_scale=True,
         desc=f"{len(todo)} runs", mininterval=0.5 if sys.stderr.isatty() else 60, smoothing=0.05,
     ) as bar:  # fmt: skip
         for one in todo:
@@ -174,17 +180,25 @@ def _one_after_the_other(runs: Sequence[Run], results: Results, args: argparse.N
                 # Another process may have finished it since.
                 if mine and one.id not in results.finished():
                     bar.set_postfix_str(f"{one.method} {one.task} {one.model} {one.seed}")
-                    _do(one, results, args)
+                    try:
+                        _do(one, results, args)
+                    except Diverged as error:
+                        diverged += 1
+                        bar.write(f"{one.id} {one.method} {one.task} {one.seed}: {error}")
             bar.update(cost[one.id])
+    if diverged:
+        raise UserError(f"{diverged} runs diverged (see above) and are not in {results.runs}")
 
 
 def _do(one: Run, results: Results, args: argparse.Namespace) -> None:
+    """One run, into the results."""
     start = time.perf_counter()
     runtime = choose_runtime(args.device, one.precision)
     task = task_of(one.task, args.data_dir)
     folder = model_folder(one.model, args.cache_dir)
     trained = train_run(one, task, runtime, folder, splits(task, one.perturbed))
-    used = {**machine(args.device), "used_precision": runtime.precision}
+    date = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    used = {**machine(args.device), "used_precision": runtime.precision, "date": date}
     results.add(one, trained, time.perf_counter() - start, used)
     del trained
     gc.collect()  # models are in cycles with their optimizers' schedules

@@ -11,6 +11,7 @@ from benchmarks.paper import matched, stats
 
 SIGNIFICANT = 0.05
 NOTHING = "–"
+_NAMES = ("task", "method", "baseline")
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,7 @@ def tests(runs: pd.DataFrame, methods: Sequence[str], baselines: Sequence[str]) 
         "seeds. p: one-tailed t-test, paired over common seeds or else Welch's; q: the same, adjusted "
         "for the number of tests in this table (Benjamini and Hochberg). Every run is measured on the "
         "same examples, so the interval does not say what other examples would give.",
-        ["task", "method", "baseline", "difference", "95% interval", "p", "q", "test", "n"],
+        [*_NAMES, "difference", "95% interval", "p", "q", "test", "n"],
     )
     found = stats.compare_methods(runs, methods, baselines, "adversarial_accuracy")
     for row in found.to_dict("records"):
@@ -160,7 +161,7 @@ def at_matched_accuracy(pairs: pd.DataFrame) -> Table:
         "between two evaluations). Never: baseline runs that do not reach it, and so have no part in "
         "the mean. At once: baseline runs that are there at their first evaluation, whose value is "
         "taken as it is. p: one-tailed paired t-test over the seeds that have a difference.",
-        [*["task", "method", "baseline", "clean", "gain", "interval", "p", "runs", "never"], "at once"],
+        [*_NAMES, "clean", "gain", "95% interval", "p", "runs", "never", "at once"],
     )
     for row in matched.summarise(pairs).to_dict("records"):
         names = [row["task"], row["method"], row["baseline"], percent(row["clean"])]

@@ -6,7 +6,7 @@ import os
 import sys
 import textwrap
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import datetime
@@ -55,14 +55,7 @@ def finetune(args: argparse.Namespace) -> None:
         along=measured_sets(replace(task, validation=task.validation[:_ALONG]), "validation"),
         every=max(1, settings.steps // args.evaluations) if args.evaluations else None,
     )
-    print(
-        f"{task.name}: {len(task.train)} training, {len(task.validation)} validation and "
-        f"{len(task.test)} test examples; {runtime.precision} on {runtime.device}, "
-        f"{torch.get_num_threads()} threads"
-    )
-    for name, examples in measured.final.items():
-        print(f"  {name}: {' | '.join(examples.texts[0])}")
-
+    _announce(task, runtime, measured.final)
     outcomes: dict[str, dict[int, dict[str, list[bool]]]] = {x: {} for x in args.methods}
     runs: list[dict[str, Any]] = []
     output.mkdir(parents=True, exist_ok=True)
@@ -101,6 +94,16 @@ def finetune(args: argparse.Namespace) -> None:
         print(f"{name}: {1000 * times[len(times) // 2]:.0f} ms per step (median)")
     print(textwrap.fill(report.reading(summary), 100))
     print(f"{record['seconds']:.0f} s in all; see {output / 'run.png'} and {output / _RECORD}")
+
+
+def _announce(task: Task, runtime: Runtime, tests: Mapping[str, Examples]) -> None:
+    print(
+        f"{task.name}: {len(task.train)} training, {len(task.validation)} validation and "
+        f"{len(task.test)} test examples; {runtime.precision} on {runtime.device}, "
+        f"{torch.get_num_threads()} threads"
+    )
+    for name, examples in tests.items():
+        print(f"  {name}: {' | '.join(examples.texts[0])}")
 
 
 @dataclass(frozen=True)

@@ -177,6 +177,9 @@ class Search:
             sets: What its value is measured on.
             seed: For `trainer`, in every trial the same: they differ by their choice only.
             steps: Where the pruner may stop it.
+
+        Raises:
+            UserError: Training did not begin: the model cannot be loaded, or the data do not fit.
         """
 
         def objective(trial: Any) -> float:
@@ -196,15 +199,21 @@ class Search:
             try:
                 value = value_of(trainer(choice, seed, sets, at, steps, on_step))
             except UserError as error:
+                if done == 0:  # that is not of this choice, and would come again and again
+                    raise
                 trial.set_user_attr("ended", str(error))
-                raise
+                raise _Diverged(str(error)) from error
             finally:
                 trial.set_user_attr("steps", done)
             trial.set_user_attr("ended", "trained")
             return value
 
         self.study.sampler = self._sampler(len(self.study.get_trials(deepcopy=False)))
-        self.study.optimize(objective, n_trials=1, catch=(UserError,))
+        self.study.optimize(objective, n_trials=1, catch=(_Diverged,))
+
+
+class _Diverged(Exception):
+    """A choice with which training could not go on."""
 
 
 def _shown(choice: Choice) -> str:

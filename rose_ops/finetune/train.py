@@ -18,6 +18,7 @@ from rose_ops.backends import BACKENDS
 from rose_ops.finetune import UserError, require
 from rose_ops.finetune.data import Examples, Task
 from rose_ops.finetune.recipes import Context, Method, RandomMask, Settings, make_optimizer
+from rose_ops.losses import RoseLosses
 
 # Batches are cut from this many batches' worth of shuffled examples, sorted by length.
 _BATCHES_PER_BUCKET = 50
@@ -37,6 +38,10 @@ METHODS = {
     "rdrop-ensemble": Method("ensemble", r_drop=True),
     "random": Method("second", recipe=RandomMask),
 }
+
+
+class Diverged(UserError):
+    """The loss was not finite; the message says at which step."""
 
 
 @dataclass(frozen=True)
@@ -232,30 +237,32 @@ def train(
         inputs, labels = data.batch(indices)
         with runtime.autocast():
             losses = recipe.backward(inputs, labels)
-        lr = schedule.get_last_lr()[0]
+        lr = float(schedule.get_last_lr()[0])
         recipe.step()
         schedule.step()
-        record: dict[str, Any] = {
-            "step": step,
-            "loss": losses.loss.item(),
-            "ce": losses.ce.item(),
-            "kl": None if losses.kl is None else losses.kl.item(),
-            "lr": float(lr),
-            "masks": _masks(optimizer),
-            "seconds": time.perf_counter() - start,
-        }
-        if not math.isfinite(record["loss"]):
-            raise UserError(
-                f"the loss is {record['loss']} at step {step}; choose a smaller --lr, or "
-                "--precision float32"
-            )
-        history.append(record)
-        on_step(record)
+        record = {"step": step, **_checked(losses, step), "lr": lr, "masks": _masks(optimizer)}
+        history.append({**record, "seconds": time.perf_counter() - start})
+        on_step(history[-1])
         if step == settings.steps or (evaluate_every and step % evaluate_every == 0):
             model.eval()
             evaluate(step)
             model.train()
     return history
+
+
+def _checked(losses: RoseLosses, step: int) -> dict[str, float | None]:
+    """Losses as numbers.
+
+    Raises:
+        Diverged: They are no finite ones.
+    """
+    loss = losses.loss.item()
+    if not math.isfinite(loss):
+        raise Diverged(
+            f"the loss is {loss} at step {step}; choose a smaller --lr, or --precision float32"
+        )
+    kl = None if losses.kl is None else losses.kl.item()
+    return {"loss": loss, "ce": losses.ce.item(), "kl": kl}
 
 
 def check_settings(settings: Settings, methods: Iterable[Method], runtime: Runtime) -> None:

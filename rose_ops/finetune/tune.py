@@ -48,7 +48,7 @@ def tune(args: argparse.Namespace) -> None:
     output.mkdir(parents=True, exist_ok=True)
     model = model_folder(args.model, args.cache_dir)
     trainer = Trainer(task, model, method, settings, args.max_length, runtime)
-    searches = _open_searches(args, settings, output / _JOURNAL)
+    searches = _open_searches(args, settings, runtime, output / _JOURNAL)
     budget = round(args.budget * args.steps)
     print(
         f"{args.method} on {task.name}: {budget} training steps for each of search and presets; "
@@ -84,10 +84,16 @@ def _settings(args: argparse.Namespace, runtime: Runtime) -> Settings:
     """All that is not searched, with gamma as the presets have it.
 
     Raises:
-        UserError: A range is none, or has values that the optimizer refuses.
+        UserError: A range is none, or has values that the optimizer refuses; or the comparison would
+            use the search's seed.
     """
     if METHODS[args.method].order is None:
         raise UserError(f"--method {args.method} has no masks to tune; choose one that has")
+    if args.search_seed in args.seeds:
+        raise UserError(
+            f"--seeds {' '.join(map(str, args.seeds))} and --search-seed {args.search_seed}; expected "
+            "seeds for the comparison that had no part in the search"
+        )
     fixed = {x.name: getattr(args, x.name) for x in fields(Settings)}
     for name in ("lr", "upper", "gamma"):
         low, high = fixed[name]
@@ -101,10 +107,13 @@ def _settings(args: argparse.Namespace, runtime: Runtime) -> Settings:
     return Settings(**fixed | {"lr": args.lr[0], "upper": args.upper[0], "gamma": PUBLISHED_GAMMA})
 
 
-def _open_searches(args: argparse.Namespace, settings: Settings, journal: Path) -> dict[str, Search]:
+def _open_searches(
+    args: argparse.Namespace, settings: Settings, runtime: Runtime, journal: Path
+) -> dict[str, Search]:
     """The studies of the search and of the presets, new or as a stopped run has left them."""
     optuna = require("optuna", extra="tune")
     asked = {x: str(getattr(args, x)) for x in _ASKED}
+    asked |= {"precision": runtime.precision, "device": runtime.device.type}
     asked |= {x: str(y) for x, y in asdict(settings).items() if x not in ("lr", "upper", "gamma")}
 
     def sampler(trials: int) -> Any:
