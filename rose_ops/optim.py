@@ -34,7 +34,7 @@ from rose_ops.engine import Engine, Scaling, Tables
 from rose_ops.groups import ADAMW_ONLY, GroupTables, check_group, is_selective, plain
 from rose_ops.masks import Given, check_masks
 from rose_ops.results import Selection, Selections, UpdateCounts
-from rose_ops.settings import Settings, check_limit
+from rose_ops.settings import Settings, check_limit, is_number
 from rose_ops.shards import local
 
 # All there are, for those who are given a wrapper and do not find what it wraps.
@@ -293,6 +293,8 @@ class RoseFusedAdamW(Checkpointed):
                 if not ranks.is_of_parts:
                     known["parameters"] = [(str(p.dtype), *p.shape) for p in params]
                     known["groups"] = self._tables.hyper(self.param_groups).tolist()
+                    lrs = [group["lr"] for group in self.param_groups]
+                    known["lr"] = [lr if is_number(lr) else "a tensor" for lr in lrs]
                 ranks.agree(known, sum(p.numel() for p in params))
                 self._collector.begin = ranks.begin
             self._engine.ranks, self._met = ranks, True

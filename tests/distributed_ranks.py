@@ -136,7 +136,8 @@ class Training:
     def __init__(
         self, rank: int, size: int, layout: str, data_seed: int, shapes: Any = SHAPES,
         hostile: bool = True, dtype: torch.dtype = torch.float32, plain: tuple[int, ...] = (),
-        without: tuple[int, ...] = (), kept: Sequence[int] | None = None, **options: Any,
+        without: tuple[int, ...] = (), kept: Sequence[int] | None = None,
+        lr: float = 1e-2, **options: Any,
     ) -> None:  # fmt: skip
         self.seed, self.shapes, self.hostile, self.dtype = data_seed, shapes, hostile, dtype
         self.without, self.kept = without, range(len(shapes)) if kept is None else kept
@@ -153,7 +154,7 @@ class Training:
             {"params": of_kind[0]},
             {"params": of_kind[1], "selective": False, "betas": (0.8, 0.98)},
         ]
-        self.optimizer = RoseFusedAdamW(groups, lr=1e-2, **options_of(layout, options))
+        self.optimizer = RoseFusedAdamW(groups, lr=lr, **options_of(layout, options))
 
     def give(self, step: int, kind: int, scale: float = 1.0) -> None:
         """Gradients of a step; of two kinds."""

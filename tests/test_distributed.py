@@ -306,6 +306,7 @@ def test_fsdp2_under_a_grad_scaler(processes):
         ({"upper": 0.3}, "upper"),
         ({"order": "first"}, "order"),
         ({"seed": 5}, "seed"),
+        ({"lr": 0.5}, "lr is .0.5, 0.5. on rank 2"),
         ({"upper": 1.0}, "upper"),
         ({"max_grad_norm": 1.0}, "max_grad_norm"),
         ({"plain": (1,)}, "groups|parameters"),
