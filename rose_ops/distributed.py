@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import math
 import zlib
+from collections import Counter
 from collections.abc import Callable, Sequence
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -32,6 +33,7 @@ from torch import Tensor
 
 from rose_ops import reference
 from rose_ops.batch import Batch
+from rose_ops.checks import is_recording
 from rose_ops.reference import (
     APPROX_FEWEST,
     HIGH_DIGITS,
@@ -80,31 +82,31 @@ class Ranks:
     Args:
         group: of ``torch.distributed``.
         device: of the parameters.
-        first: the rank, of all, that adds what is the same on every process; None: nothing is, as
-            parameters are plain tensors and parts of a whole, one after the other as the ranks are.
+        first: the rank, of all, that adds what is the same on several processes; None: nothing is, as
+            parameters are plain tensors, and parts of a whole.
+        is_uniform: whether every process has a part of the same parameters (DTensors on the whole
+            group); else each has others, or parts whose places in the whole are not known.
 
     Attributes:
         rank, size: of this process in the group, and of the group.
-        sizes: of the parts, in elements, where they are plain tensors; see :meth:`agree`.
+        begin: where this process's parameters begin in the index space, where they are others than
+            those of the processes before it; known after :meth:`agree`.
+        steps: that were taken, by the process that has taken the most; likewise.
         sums, bytes: how many states were added up, and what they took.
     """
 
-    def __init__(self, group: Any, device: torch.device, first: int | None) -> None:
-        self._group, self.device, self._first = group, device, first
+    _made: Counter[tuple[int, ...]] = Counter()
+
+    def __init__(self, group: Any, device: torch.device, first: int | None, is_uniform: bool) -> None:
+        self._group, self.device, self._first, self.is_uniform = group, device, first, is_uniform
         self.size, self.rank = dist.get_world_size(group), dist.get_rank(group)
-        self.sizes: list[int] = []
+        self.begin = self.steps = 0
         self.sums = self.bytes = 0
         self._tag = 0
-
-    @property
-    def is_of_parts(self) -> bool:
-        """Whether parameters are plain tensors, and parts of what is ranked."""
-        return self._first is None
-
-    @property
-    def begin(self) -> int:
-        """Where the plain parameters of this process begin in the index space."""
-        return sum(self.sizes[: self.rank])
+        # Optimizers of the same ranks are told apart by the order in which they were first used.
+        members = tuple(dist.get_process_group_ranks(group))
+        self._made[members] += 1
+        self._number = self._made[members]
 
     def counts(self, param: Any) -> bool:
         """Whether it is this process that adds a parameter's elements to a state: the first of those
@@ -122,7 +124,7 @@ class Ranks:
 
     def at(self, *place: object) -> None:
         """Say where in its training this process is: processes at different places do not add up."""
-        self._tag = zlib.crc32(repr(place).encode()) & 0x7FFF
+        self._tag = zlib.crc32(repr((self._number, *place)).encode()) & 0x7FFF
 
     def add_(self, state: Tensor) -> None:
         """Add up a state, in place.
@@ -162,43 +164,58 @@ class Ranks:
         self.add_(state)
         return state.to(torch.float32).reshape(flag.shape)
 
-    def agree(self, known: dict[str, Any], numel: int) -> None:
-        """Compare what has to be the same on every process, and learn how large the parts are.
+    def agree(self, known: dict[str, Any], numel: int, steps: int | None, values: list[Any]) -> None:
+        """Compare what has to be the same on every process, and learn what is not.
 
         Args:
             known: by name.
             numel: of this process's parameters.
+            steps: that were taken; None where there is no state to have taken any.
+            values: some of what is in the parameters.
 
         Raises:
-            RuntimeError: something is not the same, with both values; on every process.
+            RuntimeError: something is not the same, with both values; on every process. Or parts of a
+                whole are the same on all of them, and so are no parts.
         """
         found: list[Any] = [None] * self.size
-        dist.all_gather_object(found, (known, numel), group=self._group)
-        every = [known for known, _ in found]
+        dist.all_gather_object(found, (known, numel, steps, values), group=self._group)
         differences = [
-            f"{name} is {other.get(name)!r} on rank {rank} and {every[0].get(name)!r} on rank 0"
-            for rank, other in enumerate(every)
-            for name in sorted(every[0].keys() | other.keys())
-            if other.get(name) != every[0].get(name)
+            f"{name} is {other.get(name)!r} on rank {rank} and {found[0][0].get(name)!r} on rank 0"
+            for rank, (other, *_) in enumerate(found)
+            for name in sorted(found[0][0].keys() | other.keys())
+            if other.get(name) != found[0][0].get(name)
         ]
+        taken = {steps: rank for rank, (_, _, steps, _) in enumerate(found) if steps is not None}
+        if len(taken) > 1:
+            differences.append(f"steps taken are {sorted(taken)}")
         if differences:
             raise RuntimeError(
                 "the processes that share a ranking were not made alike: "
                 + "; ".join(differences[:5])
                 + "; expected the same everywhere; nothing was changed"
             )
-        self.sizes = [numel for _, numel in found] if self.is_of_parts else []
+        all_values = [values for *_, values in found]
+        if self._first is None and len({repr(x) for x in all_values}) == 1 and len(set(values)) > 2:
+            raise RuntimeError(
+                "process_group= says that every process has a part of the parameters, and all have the "
+                "same ones, as replicas have (DistributedDataParallel); expected no process_group: "
+                "replicas find the same masks by themselves"
+            )
+        self.steps = max(taken, default=0)
+        self.begin = 0 if self.is_uniform else sum(numel for _, numel, *_ in found[: self.rank])
 
-    def thresholds(self, count: Callable[[Tensor | None], Tensor], upper: int, lower: int) -> Tensor:
+    def thresholds(
+        self, count_keys: Callable[[Tensor | None], Tensor], upper: int, lower: int
+    ) -> Tensor:
         """The record of a ranking over all processes (:class:`rose_ops.reference.Field`).
 
         Radix select by two digits, of both bounds together; nothing is read back.
 
         Args:
-            count: :func:`rose_ops.reference.count_keys` of what this process adds, by digits.
+            count_keys: :func:`rose_ops.reference.count_keys` of what this process adds, by digits.
             upper, lower: fractions in units of 1e-9.
         """
-        state = count(None)
+        state = count_keys(None)
         self.add_(state)
         leading, classes = state.split([HIGH_DIGITS, 2])
         ranked, upto = leading.sum(), leading.cumsum(0)
@@ -206,7 +223,7 @@ class Ranks:
         digit = torch.searchsorted(upto, k).clamp(max=HIGH_DIGITS - 1)
         before = upto[digit] - leading[digit]
 
-        state = count(digit)
+        state = count_keys(digit)
         self.add_(state)
         upto = state.view(len(k), LOW_DIGITS).cumsum(1)
         low = torch.searchsorted(upto, (k - before)[:, None]).clamp(max=LOW_DIGITS - 1)
@@ -293,17 +310,21 @@ def record_of(
     """
     layout, counts = batch.layout, [ranks.counts(p) for p in batch.params]
     shards = layout.shards or list(map(Shard.of, batch.parts))
-    sizes, begins = ranks.sizes, layout.offsets
-    if not ranks.is_of_parts:
-        sizes = [math.prod(shard.shape) for shard in shards]
-        begins = list(accumulate(sizes, initial=0))[:-1]
-    if ranking.selection == "approx" and sum(sizes) >= APPROX_FEWEST:
+    sizes = [math.prod(shard.shape) for shard in shards]
+    # Elsewhere it is not known which elements one process would have in its sample: all are counted.
+    if ranking.selection == "approx" and ranks.is_uniform and sum(sizes) >= APPROX_FEWEST:
+        if is_recording(ranks.device):
+            raise RuntimeError(
+                "selection='approx' over several processes cannot be recorded in a CUDA graph, as it "
+                "takes another sample in every step; expected 'bracket' or 'exact'"
+            )
         alphas = (1.0 - hyper[:, Hyper.BETA1]).tolist()
         moments: list[Tensor | None] = [*exp_avgs] or [None] * len(counts)
+        begins = accumulate(sizes, initial=0)
         parts = [
-            Part(grad, moment, alphas[row], shard, begin, count)
-            for grad, moment, row, shard, begin, count in zip(
-                batch.grads, moments, layout.rows, shards, begins, counts, strict=True
+            Part(grad, moment, alphas[row], shard, begin, is_mine)
+            for grad, moment, row, shard, begin, is_mine in zip(
+                batch.grads, moments, layout.rows, shards, begins, counts, strict=False
             )
         ]
         return ranks.thresholds_of_sample(
@@ -311,16 +332,16 @@ def record_of(
         )
     mine = batch.subset(counts)
     grads, exp_avgs = mine.grads, mine.state("exp_avg") if exp_avgs else []
-    count_keys = ops.count_keys if grads else reference.count_keys
 
-    def count(digits: Tensor | None) -> Tensor:
-        counted = count_keys(
+    def count_keys(digits: Tensor | None) -> Tensor:
+        if not grads:
+            return torch.zeros(reference.counted(digits), dtype=torch.int64, device=ranks.device)
+        return ops.count_keys(
             grads, exp_avgs, hyper, mine.layout.group, scaling.inv_scale, scaling.clip,
             ranking.rank_inactive, digits,
         )  # fmt: skip
-        return counted.to(ranks.device)
 
-    return ranks.thresholds(count, ranking.upper, ranking.lower)
+    return ranks.thresholds(count_keys, ranking.upper, ranking.lower)
 
 
 # ------------------------------------------------------------------------------------------ who shares
@@ -364,11 +385,12 @@ def ranks_of(params: Sequence[Tensor], settings: Settings) -> Ranks | None:
             )
     else:
         group = _group_of([p.device_mesh for p in spread])  # type: ignore[attr-defined]
-    first = None
+    first, members = None, set()
     if spread:
         largest = max((p.device_mesh for p in spread), key=lambda mesh: mesh.size())  # type: ignore[attr-defined]
-        first = int(largest.mesh.min())
-    ranks = Ranks(group, params[0].device, first)
+        first, members = int(largest.mesh.min()), set(largest.mesh.flatten().tolist())
+    is_uniform = members == set(dist.get_process_group_ranks(group))
+    ranks = Ranks(group, params[0].device, first, is_uniform)
     return ranks if ranks.size > 1 else None
 
 

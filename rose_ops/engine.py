@@ -243,7 +243,7 @@ class Engine:
         # An operator is found by its tensors: without any, the reference.
         clipper = self._ops(batch) if batch.params else reference
         factors = clipper.clip_factors(sums, max_norm)
-        return factors[0], Scaling(inv_scale, factors[1:], None if self.ranks.is_of_parts else sums)
+        return factors[0], Scaling(inv_scale, factors[1:], sums if self.ranks.is_uniform else None)
 
     def _shared_sums(
         self, ranks: Ranks, batch: Batch, lists: list[list[Tensor]], inv_scale: Tensor | None
@@ -254,12 +254,13 @@ class Engine:
         count = len(batch.params)
         own = torch.zeros(len(lists), count, dtype=torch.float64, device=ranks.device)
         if count:
-            here = torch.tensor([ranks.counts(p) for p in batch.params]).to(own.device)
             for row, tensors in zip(own, lists, strict=True):
-                sums = self._ops(batch).sums_of_squares(tensors, inv_scale)
-                row.copy_(sums.where(here, 0.0))
+                row.copy_(self._ops(batch).sums_of_squares(tensors, inv_scale))
                 inv_scale = None
-        if ranks.is_of_parts:
+        for i, p in enumerate(batch.params):
+            if not ranks.counts(p):
+                own[:, i] = 0
+        if not ranks.is_uniform:
             own = own.sum(1)
         return ranks.rows(own.flatten()).sum(0)
 
@@ -389,7 +390,7 @@ class Engine:
             record=record,
             found_inf=found_inf,
         )
-        if found is not None and record is None:  # else its counts are of what is here
+        if found is not None:
             self.records["second"] = found
         self.records["update"] = counts
 

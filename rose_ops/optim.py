@@ -286,26 +286,32 @@ class RoseFusedAdamW(Checkpointed):
         """Who shares the ranking, after a look whether they were made alike; once."""
         ranks = self._engine.ranks
         if not self._met:
-            params = self._parameters()
-            ranks = ranks_of([p for p in params if not is_lazy(p)], self.settings)
+            params = [p for p in self._parameters() if p.requires_grad and not is_lazy(p)]
+            ranks = ranks_of(params, self.settings)
             if ranks is not None:
-                known = {**self.settings.to_saved(), "steps taken": self._steps_done}
-                if not ranks.is_of_parts:
+                known = self.settings.to_saved()
+                if ranks.is_uniform:
                     known["parameters"] = [(str(p.dtype), *p.shape) for p in params]
                     known["groups"] = self._tables.hyper(self.param_groups).tolist()
                     lrs = [group["lr"] for group in self.param_groups]
                     known["lr"] = [lr if is_number(lr) else "a tensor" for lr in lrs]
-                ranks.agree(known, sum(p.numel() for p in params))
+                values = [x for p in params for x in local(p).detach().flatten()[:4].tolist()]
+                steps = self._steps_done if self._had_state else None
+                ranks.agree(known, sum(p.numel() for p in params), steps, values)
+                # A process whose parameters were frozen so far has no state to know it from.
+                self._steps_done = max(self._steps_done, ranks.steps)
                 self._collector.begin = ranks.begin
             self._engine.ranks, self._met = ranks, True
         return ranks
 
     def _at(self, ranks: Ranks, what: str, batch: Batch) -> None:
         """Of a call that all ranks make: with what it has to be the same."""
-        sizes = () if ranks.is_of_parts else tuple(p.numel() for p in batch.params)
         masks = sorted((kind, one.limit) for kind, one in self._given.items())
-        hyper = self._tables.hyper(self.param_groups).tolist()
-        ranks.at(what, self._steps_done, hyper, sizes, sorted(self._captures.kinds), masks)
+        place = [what, self._steps_done, sorted(self._captures.kinds), masks]
+        if ranks.is_uniform:
+            place += [self._tables.hyper(self.param_groups).tolist()]
+            place += [p.numel() for p in batch.params]
+        ranks.at(*place)
 
     def _collect(self, known: bool = True) -> Batch:
         """All parameters that have a gradient. Raises before anything is changed."""
@@ -564,8 +570,7 @@ class RoseFusedAdamW(Checkpointed):
         if ranks is not None:
             self._at(ranks, "step", batch)
         captured = self._captures.kinds | {k for k, one in self._given.items() if not one.limit}
-        # With others it does not depend on what is here: all of them add up what they have.
-        selects = self._is_selecting() and (ranks is not None or bool(self._selective(batch).params))
+        selects = self._is_selecting() and self._ranks_something(ranks, batch)
         if selects and "first" in self.settings.kinds and "first" not in captured:
             if not self._only_makes_state(batch):
                 raise RuntimeError(
@@ -583,6 +588,12 @@ class RoseFusedAdamW(Checkpointed):
                 self._captures.drop(kind, self.state.values())
         self._given = {kind: one for kind, one in self._given.items() if one.keep}
         return loss
+
+    def _ranks_something(self, ranks: Ranks | None, batch: Batch) -> bool:
+        """Whether there is something selective: here, or (all processes say the same) anywhere."""
+        if ranks is None:
+            return bool(self._selective(batch).params)
+        return not ranks.is_uniform or any(map(is_selective, self.param_groups))
 
     @property
     def _reuses_first(self) -> bool:
@@ -613,22 +624,33 @@ class RoseFusedAdamW(Checkpointed):
     def _only_makes_state(self, batch: Batch) -> bool:
         """Whether a step is that of ``torch.distributed.checkpoint``, which makes state to load into by
         a first step with a learning rate and gradients of 0."""
-        return (
-            not batch.states
-            and not any(map(is_complete, self.state.values()))
-            and all(float(group["lr"]) == 0 for group in self.param_groups)
-            and not any(bool(grad.any()) for grad in batch.grads)
-        )
+        ranks = self._engine.ranks
+        begins = not batch.states and not any(map(is_complete, self.state.values()))
+        if ranks is not None:  # some may never have a state
+            begins = self._steps_done == 0
+        if not begins or any(float(group["lr"]) != 0 for group in self.param_groups):
+            return False
+        some = any(bool(grad.any()) for grad in batch.grads)
+        if ranks is not None:
+            some = bool(ranks.any(torch.full((), float(some), device=ranks.device)))
+        return not some
 
     @property
     def _draw(self) -> int:
         """Which sample a selection takes: another one in every step, and for every seed."""
         return (self.settings.seed * 0x9E3779B1 + self._steps_done) & 0xFFFFFFFF
 
+    def _agreed(self, found_inf: Tensor | float, ranks: Ranks) -> Tensor:
+        """Whether any process has seen an overflow."""
+        if not isinstance(found_inf, Tensor):  # GradScaler's sum over no gradients
+            found_inf = torch.full((), float(found_inf), device=ranks.device)
+        self.found_inf = ranks.any(local(found_inf))
+        return self.found_inf
+
     def _update(self, batch: Batch, selects: bool) -> None:
         found_inf = getattr(self, "found_inf", None)
         if found_inf is not None and self._engine.ranks is not None:
-            found_inf = self._engine.ranks.any(local(found_inf))
+            found_inf = self._agreed(found_inf, self._engine.ranks)
         if found_inf is not None and found_inf.device.type == "cpu" and found_inf.item() != 0:
             return  # nothing to read back here; on a GPU the kernels look
         scaling = self._clip(batch, _reciprocal(getattr(self, "grad_scale", None)))

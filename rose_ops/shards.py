@@ -149,7 +149,8 @@ class Shard(NamedTuple):
         from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
         mesh, placements = tensor.device_mesh, tensor.placements
-        size, begin = compute_local_shape_and_global_offset(tensor.shape, mesh, placements)
+        with torch.device("cpu"):  # whatever torch.set_default_device() says
+            size, begin = compute_local_shape_and_global_offset(tensor.shape, mesh, placements)
         coordinate = mesh.get_coordinate()
         copies = [
             at for at, placement in zip(coordinate, placements, strict=True) if placement.is_replicate()

@@ -274,6 +274,8 @@ def at_another_place(rank: int, size: int, *, what: str, **arguments: Any) -> st
             training.optimizer.param_groups[0]["betas"] = (0.7, 0.999)
         elif what == "steps":
             training.optimizer._steps_done += 1
+        elif what == "optimizers":  # another one is next here
+            training.optimizer._engine.ranks._number += 1
         elif what == "captures":  # as after loading a state that has a mask, on one rank
             training.optimizer._captures.kinds.add("second")
         elif what == "order":  # of captures
@@ -347,6 +349,95 @@ def refused(rank: int, size: int) -> None:
         says("of 2 of the 3 processes", RuntimeError, [fewer])
         fewer.grad = torch.ones_like(fewer)
         RoseFusedAdamW([fewer], process_group=pair.get_group()).step()
+
+
+STAGES = (((33, 17), (5,)), ((12, 16), (3, 3, 4), (7,)))
+
+
+def stages(rank: int, size: int, *, data_seed: int, **options: Any) -> dict[str, Any]:
+    """Two stages of a pipeline, each with shards on two ranks."""
+    stage = rank // 2
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("stage", "shard"))["shard"]
+    every = [shape for shapes in STAGES for shape in shapes]
+    mine = range(len(STAGES[0])) if stage == 0 else range(len(STAGES[0]), len(every))
+
+    def part(whole: Tensor) -> Tensor:
+        return distribute_tensor(whole, mesh, [Shard(0)], src_data_rank=None)
+
+    training = Training.__new__(Training)
+    training.seed, training.shapes, training.hostile = data_seed, every, False
+    training.dtype, training.without, training.kept = torch.float32, (), range(len(every))
+    training.place = lambda _, whole: part(whole)
+    wholes = values(data_seed, every, 1.0, False)
+    training.params = {i: nn.Parameter(part(wholes[i])) for i in mine}
+    params = [*training.params.values()]
+    training.optimizer = RoseFusedAdamW(params, lr=1e-2, process_group=dist.group.WORLD, **options)
+    for step in range(3):
+        training.step(step)
+    result = training.result()
+    result["mine"] = [i - mine[0] for i in result["mine"]]
+    return result
+
+
+def oddities(rank: int, size: int, *, data_seed: int) -> list[int]:
+    """Few selective elements beside many that are not, and one that is frozen and nowhere."""
+    generator = torch.Generator().manual_seed(data_seed + rank)
+    frozen = nn.Parameter(torch.empty(2, device="meta"), requires_grad=False)
+    many = nn.Parameter(torch.randn(1 << 20, generator=generator))
+    few = nn.Parameter(torch.randn(8, generator=generator))
+    groups = [{"params": [frozen, few]}, {"params": [many], "selective": False}]
+    if rank == 1:  # and another learning rate, as another stage may have
+        groups[1]["weight_decay"] = 0.5
+    optimizer = RoseFusedAdamW(
+        groups, process_group=dist.group.WORLD, selection="approx", max_grad_norm=1.0
+    )
+    for _ in range(3):
+        many.grad = torch.randn(many.shape, generator=generator)
+        few.grad = torch.randn(few.shape, generator=generator)
+        optimizer.step()
+    return [int(optimizer.selection["second"].ranked), int(optimizer.selection["second"].kept)]
+
+
+def resumed(rank: int, size: int, *, data_seed: int) -> int:
+    """Only the first rank's parameters have been trained so far."""
+    generator = torch.Generator().manual_seed(data_seed + rank)
+    p = nn.Parameter(torch.randn(8, generator=generator))
+
+    def make() -> RoseFusedAdamW:
+        return RoseFusedAdamW([p], process_group=dist.group.WORLD)
+
+    optimizer = make()
+    for _ in range(3):
+        p.grad = torch.randn(8, generator=generator) if rank == 0 else None
+        optimizer.step()
+    again = make()
+    again.load_state_dict(optimizer.state_dict())
+    p.grad = torch.randn(8, generator=generator)
+    again.step()
+    return again._steps_done
+
+
+def without_mask(rank: int, size: int, *, data_seed: int) -> str:
+    generator = torch.Generator().manual_seed(data_seed + rank)
+    p = nn.Parameter(torch.randn(8, generator=generator))
+    optimizer = RoseFusedAdamW([p], lr=0.0, order="first", process_group=dist.group.WORLD)
+    p.grad = torch.randn(8, generator=generator) * (rank == 0)
+    try:
+        optimizer.step()
+    except RuntimeError as error:
+        assert not optimizer.state
+        return str(error)
+    return "no error"
+
+
+def replicas(rank: int, size: int) -> str:
+    p = nn.Parameter(torch.arange(6.0))
+    p.grad = torch.ones(6)
+    try:
+        RoseFusedAdamW([p], process_group=dist.group.WORLD).step()
+    except RuntimeError as error:
+        return str(error)
+    return "no error"
 
 
 # ---------------------------------------------------------------------------------------- engines

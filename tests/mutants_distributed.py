@@ -5,7 +5,7 @@ DISTRIBUTED, SHARDS, ENGINE = "rose_ops/distributed.py", "rose_ops/shards.py", "
 OPTIM, BATCH, REFERENCE = "rose_ops/optim.py", "rose_ops/batch.py", "rose_ops/reference.py"
 TESTS = "tests/test_distributed.py"
 MASKS, WHOLE = f"{TESTS}::test_masks_are_those_of_one_process", f"{TESTS}::test_whole_tensors"
-SAMPLE, PARTS = f"{TESTS}::test_a_sample_is_that_of_one_process", f"{TESTS}::test_a_sample_of_parts"
+SAMPLE, PARTS = f"{TESTS}::test_a_sample_is_that_of_one_process", f"{TESTS}::test_no_sample_of_parts"
 ROUNDING = f"{TESTS}::test_rounding_is_that_of_one_process"
 PLACES = f"{TESTS}::test_ranks_at_different_places"
 MADE = f"{TESTS}::test_ranks_that_were_made_differently"
@@ -52,9 +52,6 @@ MUTANTS = {
         REFERENCE, "keys & (LOW_DIGITS - 1), LOW_DIGITS)",
         "keys & (LOW_DIGITS - 2), LOW_DIGITS)", COUNTS,
     ),
-    "the record of all": (
-        ENGINE, "if found is not None and record is None:", "if found is not None:", MASKS,
-    ),
     # --------------------------------------------------------------------------------------- samples
     "places of a sample": (
         SHARDS, "inside = inside * size + at",
@@ -68,11 +65,14 @@ MUTANTS = {
         DISTRIBUTED, "found < INACTIVE_KEY, found + 1, unranked)",
         "found < INACTIVE_KEY, found, unranked)", SAMPLE,
     ),
-    "parts one after the other": (
-        DISTRIBUTED, "return sum(self.sizes[: self.rank])", "return 0", PARTS,
+    "a sample of parts": (
+        DISTRIBUTED, 'ranking.selection == "approx" and ranks.is_uniform and',
+        'ranking.selection == "approx" and', PARTS,
     ),
     # ------------------------------------------------------------------------------- norms, rounding
-    "norms of copies": (ENGINE, "row.copy_(sums.where(here, 0.0))", "row.copy_(sums)", WHOLE),
+    "norms of copies": (
+        ENGINE, "            if not ranks.counts(p):\n", "            if False:\n", WHOLE,
+    ),
     "norms of moments are not scaled": (
         ENGINE, "                inv_scale = None\n",
         "", f"{TESTS}::test_norms_of_scaled_gradients",
@@ -88,16 +88,28 @@ MUTANTS = {
         DISTRIBUTED, "if (self.size * two - one * one) % 2**32:",
         "if False:", PLACES,
     ),
-    "steps in the place": (OPTIM, "what, self._steps_done, hyper,", "what, hyper,", PLACES),
+    "steps in the place": (OPTIM, "place = [what, self._steps_done,", "place = [what,", PLACES),
     "hyperparameters in the place": (
-        OPTIM, "what, self._steps_done, hyper,", "what, self._steps_done,", PLACES,
+        OPTIM, "            place += [self._tables.hyper(self.param_groups).tolist()]\n", "", PLACES,
     ),
-    "captures in the place": (
-        OPTIM, "sizes, sorted(self._captures.kinds), masks)", "sizes, masks)", PLACES,
+    "captures in the place": (OPTIM, "sorted(self._captures.kinds), masks]", "masks]", PLACES),
+    "optimizers in the place": (DISTRIBUTED, "repr((self._number, *place))", "repr(place)", PLACES),
+    "stages": (
+        DISTRIBUTED, "is_uniform = members == set(dist.get_process_group_ranks(group))",
+        "is_uniform = bool(spread)", f"{TESTS}::test_stages",
+    ),
+    "steps of others": (
+        OPTIM, "self._steps_done = max(self._steps_done, ranks.steps)", "pass",
+        f"{TESTS}::test_a_state_that_one_rank_has_not",
+    ),
+    "gradients of others": (
+        OPTIM, "        if ranks is not None:\n            some =",
+        "        if False:\n            some =",
+        f"{TESTS}::test_a_learning_rate_of_0_and_no_mask",
     ),
     "settings that differ": (DISTRIBUTED, "        if differences:\n", "        if False:\n", MADE),
     "an overflow elsewhere": (
-        OPTIM, "found_inf = self._engine.ranks.any(local(found_inf))", "found_inf = local(found_inf)",
+        OPTIM, "self.found_inf = ranks.any(local(found_inf))", "self.found_inf = local(found_inf)",
         f"{TESTS}::test_an_overflow_that_one_rank_has_seen",
     ),
     "a mesh of fewer ranks": (

@@ -127,7 +127,8 @@ MUTANTS = {
         f"{OF_FLAT}::test_backward_through_an_old_graph_is_refused",
     ),
     "a step that makes state": (
-        OPTIM, 'and all(float(group["lr"]) == 0 for group in self.param_groups)', "",
+        OPTIM, 'if not begins or any(float(group["lr"]) != 0 for group in self.param_groups):',
+        "if not begins:",
         f"{CORNERS}::test_zeros_at_a_learning_rate_make_no_state",
     ),
     "overflow": (

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from distributed_ranks import SHAPES, scale, serve, stagger, train
+from distributed_ranks import SHAPES, STAGES, scale, serve, stagger, train
 
 SECONDS = 90  # for one task; they take one or two
 
@@ -205,19 +205,11 @@ def test_a_sample_is_that_of_one_process(processes, seed, layout, size, order):
 
 
 @pytest.mark.parametrize("layout", ["cut", "dealt"])
-def test_a_sample_of_parts(processes, seed, layout):
-    """The index space is that of the ranks' parts, one after the other: another one, with thresholds as
-    near."""
-    arguments = {
-        "layout": layout, "data_seed": seed, "shapes": ((700, 1000), (600, 1000)), "steps": 2,
-        "hostile": False,
-    }  # fmt: skip
-    results = processes("train", 2, selection="approx", **arguments)
-    exact = train(0, 1, **{**arguments, "layout": "whole"})
-    assert results[0]["selection"] == results[1]["selection"]
-    found, expected = results[0]["selection"]["second"][0], exact["selection"]["second"][0]
-    assert found != expected
-    assert abs(found - expected) < 0.02
+def test_no_sample_of_parts(processes, seed, layout):
+    """Where it is not known what is where in the whole, all is counted, as by "exact"."""
+    arguments = {"data_seed": seed, "shapes": ((700, 1000), (600, 1000)), "steps": 2}
+    results = processes("train", 2, layout=layout, selection="approx", **arguments)
+    assert_as_one(results, train(0, 1, layout="whole", selection="exact", **arguments), layout)
 
 
 # ----------------------------------------------------------------------------------------- sums
@@ -325,13 +317,54 @@ def test_ranks_that_were_made_differently(processes, seed, of_rank, said):
         assert "on rank 2" in text
 
 
-@pytest.mark.parametrize("what", ["hyperparameters", "steps", "order", "captures"])
-@pytest.mark.parametrize("layout", ["rows", "cut"])
+@pytest.mark.parametrize(
+    ("layout", "what"),
+    [
+        *itertools.product(("rows", "cut"), ("steps", "order", "captures", "optimizers")),
+        ("rows", "hyperparameters"),
+    ],
+)
 def test_ranks_at_different_places(processes, seed, what, layout):
     order = {"order": "ensemble"} if what in ("order", "captures") else {}
     results = processes("at_another_place", 3, layout=layout, data_seed=seed, what=what, **order)
     for text in results:
         assert "not at the same place" in text
+
+
+@pytest.mark.parametrize("selection", ["bracket", "approx"])
+def test_stages(processes, seed, selection):
+    """Each pair of ranks has DTensors of its own, of other shapes: one ranking over both stages."""
+    arguments = {"data_seed": seed, "selection": selection, "max_grad_norm": 2.0}
+    results = processes("stages", 4, **arguments)
+    one = train(
+        0, 1, layout="whole", shapes=[shape for stage in STAGES for shape in stage], hostile=False,
+        **{**arguments, "selection": "exact"},
+    )  # fmt: skip
+    for rank, result in enumerate(results):
+        result["mine"] = [i + (len(STAGES[0]) if rank >= 2 else 0) for i in result["mine"]]
+    assert_as_one(results, one, "stages")
+
+
+def test_parts_of_which_one_is_not_ranked(processes, seed):
+    """What is frozen, plain or has no gradient is in no ranking; first parameters without memory."""
+    results = processes("oddities", 2, data_seed=seed)
+    assert results[0] == results[1]
+    assert results[0] == [16, 9]
+
+
+def test_a_state_that_one_rank_has_not(processes, seed):
+    """A rank whose parameters were frozen resumes with the others."""
+    assert processes("resumed", 2, data_seed=seed) == [4, 4]
+
+
+def test_a_learning_rate_of_0_and_no_mask(processes, seed):
+    """One rank has gradients, the other zeros: both are refused."""
+    results = processes("without_mask", 2, data_seed=seed)
+    assert all("needs a first-order mask" in text for text in results)
+
+
+def test_replicas_are_no_parts(processes):
+    assert all("as replicas have" in text for text in processes("replicas", 2))
 
 
 @pytest.mark.parametrize("how", ["exits", "hangs"])
