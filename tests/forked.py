@@ -10,7 +10,7 @@ from multiprocessing.forkserver import ensure_running
 from pathlib import Path
 from unittest import mock
 
-IMPORTED = ["reshard_ranks", "kill_ranks"]
+IMPORTED = ["distributed_ranks", "reshard_ranks", "kill_ranks"]
 
 
 def context() -> ForkServerContext:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from distributed_ranks import SHAPES, STAGES, scale, serve, stagger, train
+from forked import context
 
 SECONDS = 90  # for one task; they take one or two
 
@@ -24,13 +25,11 @@ class Processes:
     """Of one process group. Started once, as most of a short run is the import of torch."""
 
     def __init__(self, size, folder):
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["distributed_ranks"])
         self.started = []
         for rank in range(size):
-            here, there = context.Pipe()
+            here, there = context().Pipe()
             arguments = (rank, size, str(folder / f"store{size}"), there)
-            process = context.Process(target=serve, args=arguments, daemon=True)
+            process = context().Process(target=serve, args=arguments, daemon=True)
             process.start()
             there.close()
             self.started.append((process, here))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import multiprocessing
 import os
 import signal
 import subprocess
@@ -16,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from forked import context
 from tiny_tasks import save_tiny_bert, sentences, write_tsv
 from torch.nn import functional as F
 
@@ -284,8 +284,8 @@ def add_many(folder: Path, start: int) -> None:
 
 
 def test_several_processes_share_a_folder(tmp_path):
-    context = multiprocessing.get_context("fork")
-    workers = [context.Process(target=add_many, args=(tmp_path, 10 * i)) for i in range(3)]
+    # Not forked from this one: what is forked after threads were at work may wait for them for ever.
+    workers = [context().Process(target=add_many, args=(tmp_path, 10 * i)) for i in range(3)]
     for worker in workers:
         worker.start()
     for worker in workers:
