@@ -68,9 +68,10 @@ def module() -> ModuleType:
 @functools.cache
 def load() -> Any:
     """The operators of the simulated device."""
-    from rose_ops import _ops
+    from rose_ops import _ops, reference
 
     module()
+    torch.library.impl("rose_simt::count_keys", "CPU", reference.count_keys)  # as on a GPU
     _ops.register("rose_simt")
     return torch.ops.rose_simt
 
