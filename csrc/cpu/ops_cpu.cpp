@@ -178,6 +178,8 @@ Tensor Operators::count_keys(Tensors grads, Tensors exp_avgs, Tensor hyper, Tens
     check_table(*digits, ScalarType::Long, digits->numel(), "digits");
     const auto* const values = read_from<int64_t>(*digits, "digits");
     for (int64_t i = 0; i < digits->numel(); ++i) {
+      ROSE_CHECK(values[i] >= 0 && values[i] < kHighDigits, "digits[", i, "] is ", values[i],
+                 "; expected 0 to ", kHighDigits - 1, ", what the upper bits of keys are");
       const auto of_digit = cpu::count_keys(of.source, static_cast<uint32_t>(values[i]));
       counts.insert(counts.end(), of_digit.begin(), of_digit.end());
     }
