@@ -14,7 +14,7 @@ import rose_ops
 from rose_ops import _ops, backends, reference
 from rose_ops._ops import bracket_width
 from rose_ops.finetune import UserError
-from rose_ops.reference import Mode
+from rose_ops.reference import HIGH_DIGITS, Mode
 
 
 def doctor(_args: argparse.Namespace | None = None) -> None:
@@ -120,7 +120,8 @@ def _results(ops: Any, device: str, data: list[list[Tensor]]) -> dict[str, list[
         updated(name, lambda *t, given=given: ops.step_(*t, *given, [1, 0]))
     for kind, moments in (("first", []), ("second", m)):
         leading = ops.count_keys(g, moments, *tables, None, None, False, None)
-        below = ops.count_keys(g, moments, *tables, None, None, False, leading.argmax().reshape(1))
+        digit = leading[:HIGH_DIGITS].argmax().reshape(1)  # not of the counts of what is not ranked
+        below = ops.count_keys(g, moments, *tables, None, None, False, digit)
         found[f"{kind}-order counts of keys"] = [leading, below]
     finite = [t.nan_to_num(0.0, 0.0, 0.0) for t in g]
     found["sums of squares"] = [ops.sums_of_squares(tensors, None) for tensors in (g, finite)]
