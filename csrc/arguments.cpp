@@ -28,11 +28,12 @@ void check_fractions(int64_t upper, int64_t lower) {
 }
 
 Wanted::Wanted(const std::vector<int64_t>& ranking, const std::optional<Tensor>& record,
-               bool may_be_empty)
+               bool may_be_empty, bool may_be_shared)
     : ranks(!ranking.empty()), bracket_width(latest_width) {
-  constexpr size_t kNumbers = 5;
-  ROSE_CHECK(ranking.size() == kNumbers || (may_be_empty && ranking.empty()), "ranking has ",
-             ranking.size(), " numbers; expected ", may_be_empty ? "none or " : "",
+  constexpr size_t kNumbers = 5, kOfShared = 4;
+  const bool is_shared = may_be_shared && ranking.size() >= kNumbers + kOfShared;
+  ROSE_CHECK(is_shared || ranking.size() == kNumbers || (may_be_empty && ranking.empty()),
+             "ranking has ", ranking.size(), " numbers; expected ", may_be_empty ? "none or " : "",
              "mode, upper, lower, rank_inactive and draw");
   if (ranks) {
     ROSE_CHECK(0 <= ranking[0] && ranking[0] <= static_cast<int64_t>(Mode::kApprox), "ranking[0] is ",
@@ -43,6 +44,13 @@ Wanted::Wanted(const std::vector<int64_t>& ranking, const std::optional<Tensor>&
     rank_inactive = ranking[3] != 0;
     draw = static_cast<uint32_t>(ranking[4]);
     if (finds()) check_fractions(upper, lower);
+  }
+  if (is_shared) {
+    ROSE_CHECK(mode == Mode::kBracket, "ranking has ", ranking.size(), " numbers; expected ", kNumbers,
+               ", as its mode is not bracket (2)");
+    const int64_t* const more = ranking.data() + kNumbers;
+    shared = {more[0], more[1], {static_cast<int32_t>(more[2]), static_cast<int32_t>(more[3])}, {}};
+    shared->others.assign(ranking.begin() + kNumbers + kOfShared, ranking.end());
   }
   ROSE_CHECK(record.has_value() == (ranks && !finds()), "record is ", record ? "" : "not ",
              "given; expected it with a ranking of mode given (0), and with no other");

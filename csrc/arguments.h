@@ -24,6 +24,14 @@ enum class Mode : int64_t {
   kApprox,   // those of a sample
 };
 
+// Of a ranking that processes share: more numbers of the `ranking` of an operator.
+struct Shared {
+  int64_t ranks;      // who adds up: what rose_ops::_add_over_ranks knows them by
+  int64_t elements;   // of all processes
+  int32_t latest[2];  // keys of the upper and lower threshold of an earlier step; -1: not known
+  std::vector<size_t> others;  // of the ranked tensors, those that another process counts
+};
+
 // What is asked of a ranking: the `ranking` of an operator, and the record that comes with it.
 struct Wanted {
   bool ranks = false;  // else there is no ranking
@@ -32,9 +40,12 @@ struct Wanted {
   bool rank_inactive = false;
   uint32_t draw = 0;         // which sample
   double bracket_width = 1;  // that half-widths are multiplied by; else than 1 in tests
+  std::optional<Shared> shared;
 
-  // Raises unless `ranking` is mode, upper, lower, rank_inactive and draw; or empty, if it may be.
-  Wanted(const std::vector<int64_t>& ranking, const std::optional<Tensor>& record, bool may_be_empty);
+  // Raises unless `ranking` is mode, upper, lower, rank_inactive and draw, followed by what Shared has,
+  // if it may be shared; or empty, if it may be.
+  Wanted(const std::vector<int64_t>& ranking, const std::optional<Tensor>& record, bool may_be_empty,
+         bool may_be_shared = false);
 
   bool finds() const { return mode != Mode::kGiven; }  // thresholds
 };

@@ -24,8 +24,9 @@ import math
 import zlib
 from collections import Counter
 from collections.abc import Callable, Sequence
-from itertools import accumulate
+from itertools import accumulate, count
 from typing import TYPE_CHECKING, Any, NamedTuple
+from weakref import WeakValueDictionary
 
 import torch
 import torch.distributed as dist
@@ -51,6 +52,7 @@ from rose_ops.reference import (
 from rose_ops.settings import Settings
 from rose_ops.shards import Shard, is_spread
 
+_handles = count()
 _UNRANKED = torch.iinfo(torch.int32).max  # in a sample: larger than the key of any risk
 
 if TYPE_CHECKING:  # it imports this
@@ -92,16 +94,24 @@ class Ranks:
         begin: where this process's parameters begin in the index space, where they are others than
             those of the processes before it; known after :meth:`agree`.
         steps: that were taken, by the process that has taken the most; likewise.
+        numel: elements of all processes' parameters; known after :meth:`agree`.
         sums, bytes: how many states were added up, and what they took.
+        latest: keys of the upper and of the lower threshold of the latest ranking of each kind; -1
+            where there was none. The next ones are likely to be near.
     """
 
+    fewest = 1 << 20  # elements: of fewer, a sample would be too large a part
     _made: Counter[tuple[int, ...]] = Counter()
+    _by_handle: WeakValueDictionary[int, Ranks] = WeakValueDictionary()
 
     def __init__(self, group: Any, device: torch.device, first: int | None, is_uniform: bool) -> None:
         self._group, self.device, self._first, self.is_uniform = group, device, first, is_uniform
         self.size, self.rank = dist.get_world_size(group), dist.get_rank(group)
-        self.begin = self.steps = 0
+        self.begin = self.steps = self.numel = 0
         self.sums = self.bytes = 0
+        self.latest: dict[str, list[int]] = {}
+        self._handle = next(_handles)
+        self._by_handle[self._handle] = self
         self._tag = 0
         # Optimizers of the same ranks are told apart by the order in which they were first used.
         members = tuple(dist.get_process_group_ranks(group))
@@ -202,7 +212,28 @@ class Ranks:
                 "replicas find the same masks by themselves"
             )
         self.steps = max(taken, default=0)
+        self.numel = numel if self.is_uniform else sum(numel for _, numel, *_ in found)
         self.begin = 0 if self.is_uniform else sum(numel for _, numel, *_ in found[: self.rank])
+
+    def one_pass(self, kind: str, ranking: Ranking, params: Sequence[Tensor]) -> Ranking | None:
+        """A bracket's ranking as the CPU's operators share it, which add up on their way through the
+        data; None: they do not.
+
+        Args:
+            params: what is ranked here.
+        """
+        if ranking.selection != "bracket" or self.numel < self.fewest:
+            return None
+        others = [i for i, p in enumerate(params) if not self.counts(p)]
+        latest = self.latest.get(kind, [-1, -1])
+        # Each takes a sample of its own.
+        draw = (ranking.draw + 0x9E3779B9 * self.rank) & 0xFFFFFFFF
+        return ranking._replace(draw=draw, shared=[self._handle, self.numel, *latest, *others])
+
+    @classmethod
+    def add_by_handle_(cls, state: Tensor, handle: int) -> None:
+        """:meth:`add_`, for operators."""
+        cls._by_handle[handle].add_(state)
 
     def thresholds(
         self, count_keys: Callable[[Tensor | None], Tensor], upper: int, lower: int
@@ -272,6 +303,10 @@ class Ranks:
         found = torch.where(k > 0, values[(k - 1).clamp(min=0)].long(), -1)
         at_or_below = torch.searchsorted(values, found.to(torch.int32), right=True)
         return _record(found, at_or_below, ranked, (state == -1).sum(), (state == -2).sum())
+
+
+torch.library.define("rose_ops::_add_over_ranks", "(Tensor(a!) state, int ranks) -> ()")
+torch.library.impl("rose_ops::_add_over_ranks", "CPU", Ranks.add_by_handle_)
 
 
 def _ranks_of(fractions: tuple[int, int], n: Tensor) -> Tensor:

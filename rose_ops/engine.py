@@ -6,7 +6,7 @@ of :mod:`rose_ops.functional`. ``ops`` is a backend's namespace of operators.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -62,6 +62,7 @@ class Ranking(NamedTuple):
         rank_inactive: whether elements without evidence are ranked.
         selection: ``"exact"``, ``"bracket"`` or ``"approx"``.
         draw: which sample is taken, 32 bits.
+        shared: of a ranking that processes share, see :meth:`rose_ops.distributed.Ranks.one_pass`.
     """
 
     upper: int
@@ -69,6 +70,7 @@ class Ranking(NamedTuple):
     rank_inactive: bool = False
     selection: str = "exact"
     draw: int = 0
+    shared: Sequence[int] = ()
 
     def numbers(self, given: bool = False) -> list[int]:
         """As operators take it.
@@ -77,7 +79,7 @@ class Ranking(NamedTuple):
             given: whether its thresholds are known already.
         """
         mode = int(Mode.GIVEN if given else Mode[self.selection.upper()])
-        return [mode, self.upper, self.lower, int(self.rank_inactive), self.draw]
+        return [mode, self.upper, self.lower, int(self.rank_inactive), self.draw, *self.shared]
 
 
 class Operands(NamedTuple):
@@ -177,7 +179,7 @@ def update(
     *,
     record: Tensor | None = None,
     found_inf: Tensor | None = None,
-) -> tuple[Tensor | None, Tensor]:
+) -> tuple[Tensor, Tensor]:
     """The masked update, in place.
 
     Args:
@@ -187,7 +189,7 @@ def update(
         found_inf: not 0: nothing is updated.
 
     Returns:
-        The record of the ranking (None without one), and int64 ``[2]``: elements that were updated, and
+        The record of the ranking (empty without one), and int64 ``[2]``: elements that were updated, and
         that were left alone because they are not finite.
     """
     first, second = masks
@@ -198,7 +200,7 @@ def update(
         [rounding.seed, int(rounding.stochastic)],
     )  # fmt: skip
     found, counts = result.split([Field.SIZE, 2])
-    return None if ranking is None else found, counts
+    return found, counts
 
 
 class Engine:
@@ -229,9 +231,16 @@ class Engine:
         return self._loaded is None or self._loaded[1].name != "reference"
 
     def _ops(self, batch: Batch) -> Any:
-        if self._loaded is None or self._loaded[0] != batch.device:
-            self._loaded = batch.device, self.resolve(batch.parts[0])
+        device = batch.device if batch.params else self.ranks.device  # type: ignore[union-attr]
+        if self._loaded is None or self._loaded[0] != device:
+            whose = batch.parts[0] if batch.params else torch.empty(0, device=device)
+            self._loaded = device, self.resolve(whose)
         return self._loaded[1].ops
+
+    @property
+    def _adds_up(self) -> bool:
+        """Whether the operators add up over processes on their way through the data."""
+        return self._loaded is not None and self._loaded[1].name == "cpu"
 
     def clip(
         self, batch: Batch, inv_scale: Tensor | None, max_norm: float | None
@@ -269,15 +278,39 @@ class Engine:
         rank_inactive = settings.inactive == "rank"
         return Ranking(*settings.fractions(kind), rank_inactive, settings.selection, draw)
 
-    def _shared_record(
-        self, batch: Batch, exp_avgs: list[Tensor], tables: Tables, scaling: Scaling, ranking: Ranking
-    ) -> Tensor | None:
-        """The record of a ranking over all processes; None: this one has everything."""
-        if self.ranks is None:
-            return None
-        # An operator is found by its tensors: without any, the reference.
-        ops = self._ops(batch) if batch.params else reference
-        return record_of(self.ranks, ops, batch, exp_avgs, tables.hyper, scaling, ranking)
+    def _rank(
+        self,
+        kind: str,
+        batch: Batch,
+        exp_avgs: list[Tensor],
+        hyper: Tensor,
+        scaling: Scaling,
+        ranking: Ranking,
+        use: Callable[[Ranking, Tensor | None], Tensor],
+    ) -> None:
+        """Rank, over all processes if they share it, and use that.
+
+        Args:
+            batch: what is ranked, which may be nothing where processes share it.
+            exp_avgs: empty: first order.
+            use: called with a ranking and, where its thresholds are known, their record; returns the
+                record.
+        """
+        ranks = self.ranks
+        if ranks is None:
+            self.records[kind] = use(ranking, None)
+            return
+        ops = self._ops(batch)
+        on_the_way = ranks.one_pass(kind, ranking, batch.params) if self._adds_up else None
+        record = None if on_the_way is None else use(on_the_way, None)
+        if record is None or record[Field.MISSES] < 0:  # it did nothing
+            # An operator is found by its tensors: without any, the reference.
+            counter = ops if batch.params else reference
+            known = record_of(ranks, counter, batch, exp_avgs, hyper, scaling, ranking)
+            record = use(ranking, known)
+        if self._adds_up:
+            ranks.latest[kind] = record[:2].tolist()
+        self.records[kind] = record
 
     def capture(
         self,
@@ -299,15 +332,16 @@ class Engine:
         exp_avgs = batch.state("exp_avg") if kind == "second" else []
         if self._settings.granularity == "tensor":
             return self._capture_tensors(kind, batch, exp_avgs, tables, scaling, ranking)
-        record = self._shared_record(batch, exp_avgs, tables, scaling, ranking)
-        if record is not None:
-            self.records[kind] = record
-        if not batch.params:
-            return []
-        masks = _reused(kind, batch, _empty_masks)
-        self.records[kind] = rank(
-            self._ops(batch), batch.grads, exp_avgs, tables, scaling, ranking, masks, record
-        )
+        masks = _reused(kind, batch, _empty_masks) if batch.params else []
+
+        def use(ranking: Ranking, record: Tensor | None) -> Tensor:
+            if record is not None and not batch.params:
+                return record
+            ops = self._ops(batch)
+            return rank(ops, batch.grads, exp_avgs, tables, scaling, ranking, masks, record)
+
+        if batch.params or self.ranks is not None:
+            self._rank(kind, batch, exp_avgs, hyper, scaling, ranking, use)
         return masks
 
     def _capture_tensors(
@@ -352,7 +386,7 @@ class Engine:
             limits: to what is ranked now, by kind and parameter.
         """
         settings, masks = self._settings, dict(captured)
-        ranking = record = None
+        ranking = None
         if selective is not None:
             for kind in settings.kinds:
                 if kind in captured:
@@ -360,39 +394,34 @@ class Engine:
                 limit = limits.get(kind)
                 if settings.granularity == "element" and limit is None:
                     ranking = self._ranking(kind, draw)
-                    record = self._shared_record(
-                        selective, selective.state("exp_avg"), tables, scaling, ranking
-                    )
                     continue
                 bools = self.capture(kind, selective, tables.hyper, scaling, draw, limit)
                 # Hashing a tensor takes a call in Python.
                 by_id = dict(zip(map(id, selective.params), bools, strict=True))
                 masks[kind] = [by_id.get(id(p)) for p in batch.params]
-        if record is not None:
-            self.records["second"] = record
-        if not batch.params:
-            return
         # A parameter that had no gradient at the capture is outside that ranking: selected.
-        none = torch.empty(0, dtype=torch.uint8, device=batch.device)
+        none = torch.empty(0, dtype=torch.uint8, device=tables.group.device)
         first, second = (
             [none if mask is None else mask for mask in masks.get(kind, ())]
             for kind in ("first", "second")
         )
-        found, counts = update(
-            self._ops(batch),
-            Operands(batch.views, batch.grads, *(batch.state(key) for key in (*MOMENTS, "step"))),
-            (first, second),
-            tables,
-            scaling,
-            settings.gamma,
-            ranking,
-            Rounding(settings.seed, settings.param_rounding == "stochastic"),
-            record=record,
-            found_inf=found_inf,
-        )
-        if found is not None:
-            self.records["second"] = found
-        self.records["update"] = counts
+        operands = Operands(batch.views, batch.grads, *map(batch.state, (*MOMENTS, "step")))
+        rounding = Rounding(settings.seed, settings.param_rounding == "stochastic")
+
+        def use(ranking: Ranking | None, record: Tensor | None) -> Tensor:
+            if record is not None and not batch.params:
+                return record
+            found, self.records["update"] = update(
+                self._ops(batch), operands, (first, second), tables, scaling, settings.gamma, ranking,
+                rounding, record=record, found_inf=found_inf,
+            )  # fmt: skip
+            return found
+
+        if ranking is not None and selective is not None:
+            exp_avgs = selective.state("exp_avg")
+            self._rank("second", selective, exp_avgs, tables.hyper, scaling, ranking, use)
+        elif batch.params:
+            use(None, None)
 
 
 def _within(limit: Mapping[Tensor, Tensor], batch: Batch) -> Batch:

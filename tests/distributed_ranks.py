@@ -24,6 +24,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 from torch.nn.parallel import DistributedDataParallel
 
 from rose_ops import RoseFusedAdamW, rose_backward, unwrap
+from rose_ops.distributed import Ranks
 
 # Of parameters: fewer rows than ranks, not divisible by them, no dimension at all, nothing in it.
 SHAPES = ((33, 17), (2, 40), (5,), (), (7, 4, 3), (64, 16), (0, 3), (1,))
@@ -191,6 +192,28 @@ def train(rank: int, size: int, *, steps: int = 3, **arguments: Any) -> dict[str
     for step in range(steps):
         training.step(step)
     return training.result()
+
+
+def train_in_one_pass(
+    rank: int, size: int, *, steps: int = 4, jump: int = -1, ties: bool = False, **arguments: Any
+) -> dict[str, Any]:
+    """Like :func:`train`, however few elements there are, with what became of each step's bracket.
+
+    Args:
+        jump: a step whose gradients are of another scale, so that the threshold is elsewhere.
+        ties: gradients have few values.
+    """
+    fewest, Ranks.fewest = Ranks.fewest, 0
+    try:
+        training = Training(rank, size, **arguments)
+        reports = []
+        for step in range(steps):
+            training.step(step, 1e3 if step == jump else 1.0)
+            reports.append(torch.ops.rose_ops.latest_bracket_report().tolist())
+        ranks = training.optimizer._engine.ranks
+        return {**training.result(), "reports": reports, "sums": ranks and ranks.sums}
+    finally:
+        Ranks.fewest = fewest
 
 
 def count(rank: int, size: int, *, n: int, **arguments: Any) -> tuple[list[int], list[int]]:

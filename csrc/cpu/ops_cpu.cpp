@@ -43,7 +43,13 @@ struct RankedTensors {
         groups(hyper, group, segments.size()),
         source{
             segments, !exp_avgs.empty(), wanted.rank_inactive, {factors.inv_scale, factors.clip}, {}},
-        ranked{source, {}, wanted.upper, wanted.lower, wanted.draw, wanted.bracket_width} {
+        ranked{source,
+               {},
+               wanted.upper,
+               wanted.lower,
+               wanted.draw,
+               wanted.bracket_width,
+               wanted.shared ? &*wanted.shared : nullptr} {
     for (size_t i = 0; i < segments.size(); ++i) {
       source.alpha.push_back(groups.alpha(i));
       ranked.chosen.push_back(i);
@@ -88,26 +94,40 @@ Selection rank_and_use(const Segments& segments, const Ranked& ranked, Mode mode
   if (mode == Mode::kBracket) {
     if (const auto selection = bracket_pass(segments, ranked, body, counts)) return *selection;
   }
+  if (ranked.shared) {  // nothing was done
+    Selection none;
+    none.misses = -1;
+    return none;
+  }
   const Selection selection = select(ranked);
   given_pass(segments, ranked.chosen, selection, body, counts);
   return selection;
 }
 
-// The second-order ranking of the selective tensors of an update, and that.
-Selection rank_and_update(const UpdatePlan& plan, const Tensors& grads, const Tensors& exp_avgs,
-                          const Tensor& hyper, const Factors& factors, const Wanted& wanted,
-                          Body& updater, UpdateCounts& counts) {
+// A ranking of some of the tensors, and what it is for.
+Selection rank_some_and_use(std::vector<size_t> chosen, const Segments& segments, const Groups& groups,
+                            const Tensors& grads, const Tensors& exp_avgs, const Tensor& hyper,
+                            const Factors& factors, const Wanted& wanted, Body& body,
+                            UpdateCounts& counts) {
+  if (wanted.shared) {
+    const std::vector<size_t>& others = wanted.shared->others;
+    for (auto other = others.rbegin(); other != others.rend(); ++other) {
+      ROSE_CHECK(*other < chosen.size(), "ranking has ", *other, " among those that others count, of ",
+                 chosen.size(), " tensors that are ranked; expected indices of these, in order");
+      chosen.erase(chosen.begin() + static_cast<int64_t>(*other));
+    }
+  }
   Tensors chosen_grads, chosen_exp_avgs;
-  Tensor rows = torch::stable::empty({static_cast<int64_t>(plan.selective.size())}, ScalarType::Long);
+  Tensor rows = torch::stable::empty({static_cast<int64_t>(chosen.size())}, ScalarType::Long);
   auto* row = write_to<int64_t>(rows);
-  for (const size_t i : plan.selective) {
+  for (const size_t i : chosen) {
     chosen_grads.push_back(grads[i]);
-    chosen_exp_avgs.push_back(exp_avgs[i]);
-    *row++ = plan.groups.row(i);
+    if (!exp_avgs.empty()) chosen_exp_avgs.push_back(exp_avgs[i]);
+    *row++ = groups.row(i);
   }
   RankedTensors ranking(chosen_grads, chosen_exp_avgs, hyper, rows, factors, wanted);
-  ranking.ranked.chosen = plan.selective;
-  return rank_and_use(plan.segments, ranking.ranked, wanted.mode, updater, counts);
+  ranking.ranked.chosen = std::move(chosen);
+  return rank_and_use(segments, ranking.ranked, wanted.mode, body, counts);
 }
 
 bool is_set(const MaybeTensor& found_inf) {
@@ -128,13 +148,17 @@ Tensor latest_bracket_report() {
 Tensor Operators::rank_(Tensors masks, Tensors grads, Tensors exp_avgs, Tensor hyper, Tensor group,
                         MaybeTensor inv_scale, MaybeTensor clip, MaybeTensor record, Integers ranking) {
   FpMode mode;
-  const Wanted wanted(ranking, record, false);
+  const Wanted wanted(ranking, record, false, true);
   const RankedTensors of(grads, exp_avgs, hyper, group, Factors(inv_scale, clip), wanted);
-  if (masks.empty() && wanted.finds()) {
+  if (masks.empty() && wanted.finds() && !wanted.shared) {
     return record_of(select(of.ranked, wanted.mode == Mode::kApprox));
   }
   Capturer capturer(of.source, mask_bits(masks, of.segments, kCpu));
   UpdateCounts none;
+  if (wanted.shared) {
+    return record_of(rank_some_and_use(of.ranked.chosen, of.segments, of.groups, grads, exp_avgs, hyper,
+                                       Factors(inv_scale, clip), wanted, capturer, none));
+  }
   if (wanted.finds()) {
     return record_of(rank_and_use(of.segments, of.ranked, wanted.mode, capturer, none));
   }
@@ -149,7 +173,7 @@ Tensor Operators::step_(Tensors params, Tensors grads, Tensors exp_avgs, Tensors
                         MaybeTensor clip, MaybeTensor found_inf, double gamma, Integers ranking,
                         Integers rounding) {
   FpMode mode;
-  const Wanted wanted(ranking, record, true);
+  const Wanted wanted(ranking, record, true, true);
   const UpdatePlan plan({params, grads, exp_avgs, exp_avg_sqs, steps, first_masks, second_masks},
                         {lr, hyper, group, offsets}, wanted, kCpu, kTile);
   const Factors factors(inv_scale, clip);
@@ -157,11 +181,11 @@ Tensor Operators::step_(Tensors params, Tensors grads, Tensors exp_avgs, Tensors
   Selection selection = record ? selection_of(*record) : Selection();
   UpdateCounts counts;
   if (is_set(found_inf)) return record_of(Selection(), {0, 0});
-  updater.begin();
   if (!wanted.finds()) {
     given_pass(plan.segments, {}, selection, updater, counts);
   } else {
-    selection = rank_and_update(plan, grads, exp_avgs, hyper, factors, wanted, updater, counts);
+    selection = rank_some_and_use(plan.selective, plan.segments, plan.groups, grads, exp_avgs, hyper,
+                                  factors, wanted, updater, counts);
   }
   return record_of(selection, {counts.updated, counts.nonfinite});
 }

@@ -6,6 +6,7 @@
 #include "pass.h"
 
 #include "logs.h"
+#include "ranks.h"
 
 namespace rose {
 namespace cpu {
@@ -28,7 +29,8 @@ class Pass {
         counts_(counts),
         chunks_(segments.tiles()),
         counts_only_(body.logs() == Body::Logs::kKeys),
-        lines_(ranked.source, lines_for(ranked.source.segments.elements(), counts_only_), ranked.draw) {
+        others_count_(ranked.shared && !ranked.shared->others.empty()),
+        lines_(ranked.source, stratum(ranked, counts_only_), ranked.draw) {
     for (const size_t i : ranked.chosen) is_ranked_[i] = 1;
     for (const int64_t units : {ranked.upper, ranked.lower}) {
       if (units == 0) continue;
@@ -40,19 +42,24 @@ class Pass {
 
   std::optional<Selection> run(BracketReport& report) {
     const bool logs_all = counts_only_ && segments_.elements() <= kLogAll;
-    if (!logs_all) take_sample();
+    if (!logs_all && !(ranked_.shared ? share_sample(*ranked_.shared) : take_sample())) {
+      return std::nullopt;
+    }
     report.lines = logs_all ? 0 : lines_.size();
     for (Threshold& threshold : thresholds_) {
       if (logs_all) threshold.log_all();
       if (!threshold.start() || !fits(threshold)) return std::nullopt;
+      if (ranked_.shared) threshold.fix();
     }
     publish(0);
     for (size_t t = 0; t < thresholds_.size(); ++t) {
       report.first_low[t] = thresholds_[t].bracket().low;
       report.first_high[t] = thresholds_[t].bracket().high;
     }
+    body_.begin();
     walk();
     tighten_locked();  // if the last chunks came in together
+    if (ranked_.shared) share_counts(*ranked_.shared);
     report.one_pass = 1;
     for (size_t t = 0; t < thresholds_.size(); ++t) {
       report.low[t] = thresholds_[t].bracket().low;
@@ -63,20 +70,24 @@ class Pass {
     if (!counts_only_) redo(selection.bounds(), report);
     for (const auto& block : blocks_) report.logged += block->logged;
     spare_blocks().give_back(std::move(blocks_));
+    spare_blocks().give_back(std::move(blocks_aside_));
     return selection;
   }
 
  private:
-  static int64_t lines_for(int64_t n, bool counts_only) {
+  // Lines that one of the sample stands for; where processes have parts, on all of them.
+  static int64_t stratum(const Ranked& ranked, bool counts_only) {
+    const int64_t n = ranked.elements();
     const auto all = static_cast<double>(n);
     const double lines = counts_only ? std::max(balanced_lines(0.1, n), std::min(4096.0, all / 256))
                                      : std::max(balanced_lines(0.4, n), std::min(8192.0, all / 128));
-    return static_cast<int64_t>(lines);
+    const int64_t of = ranked.shared ? n / kLine : Lines::count(ranked.source.segments);
+    return strata_of(of, static_cast<int64_t>(lines)).size;
   }
 
   size_t phase_of(int64_t chunk) const { return static_cast<size_t>(chunk * kPhases / chunks_.count); }
 
-  void take_sample() {
+  bool take_sample() {
     std::vector<uint32_t> keys = lines_.some_keys(kFirstLines);
     std::vector<Window> windows;
     for (Threshold& threshold : thresholds_) windows.push_back(threshold.find_window(keys, 6));
@@ -85,15 +96,45 @@ class Pass {
       return phase_of(tile / chunks_.size);
     });
     for (size_t t = 0; t < thresholds_.size(); ++t) thresholds_[t].set_sample(std::move(samples[t]));
+    return true;
+  }
+
+  // That of all processes; false if they know of no threshold, or not of the same one, to look around.
+  bool share_sample(const Shared& shared) {
+    std::vector<Window> windows;
+    std::vector<Comparison> known;
+    bool all_known = true;
+    for (size_t t = 0; t < thresholds_.size(); ++t) {
+      known.emplace_back(shared.latest[t]);
+      all_known = all_known && shared.latest[t] >= 0;
+      windows.push_back(thresholds_[t].window_around(std::max(shared.latest[t], 0)));
+    }
+    std::vector<Sample> samples = lines_.take(windows, [](size_t, int64_t) { return 0; });
+    for (size_t t = 0; t < thresholds_.size(); ++t) thresholds_[t].set_sample(std::move(samples[t]));
+    Ranks(shared).add_up([&](auto visit) {
+      for (Comparison& one : known) one.visit(visit);
+      for (Threshold& threshold : thresholds_) threshold.visit_sample(visit);
+    });
+    for (const Comparison& one : known) all_known = all_known && one.alike();
+    return all_known;
+  }
+
+  void share_counts(const Shared& shared) {
+    Ranks(shared).add_up([&](auto visit) {
+      for (int64_t* number : {&ranked_elements_, &inactive_, &nonfinite_}) visit(*number);
+      for (Threshold& threshold : thresholds_) threshold.visit_counts(visit);
+    });
   }
 
   // Whether the log will be within its bytes, with room to be wrong.
   bool fits(Threshold& threshold) {
     // 24 bytes, and what blocks of the log leave free.
     const double entry = counts_only_ ? 4 : 28;
-    const auto bytes = static_cast<double>(bytes_of_log(segments_.elements()));
+    const int64_t elements = ranked_.shared ? ranked_.elements() : segments_.elements();
+    const auto bytes = static_cast<double>(bytes_of_log(elements));
     const double room = bytes / (1.25 * entry) / static_cast<double>(thresholds_.size());
     constexpr double kShrinks = 0.75;  // the bracket, during the pass
+    if (ranked_.shared) return threshold.inside() <= room || threshold.collapse_onto_middle();
     if (kShrinks * threshold.inside() <= room || threshold.collapse()) return true;
     return counts_only_ && kShrinks * threshold.set_pivot() <= room;
   }
@@ -149,24 +190,28 @@ class Pass {
   void walk() {
     std::mutex mutex;
     share_out(chunks_.count, [&](auto next) {
-      ThreadLog log(body_.logs());
+      ThreadLog log(body_.logs()), log_aside(body_.logs());
       Tallies& tallies = register_thread();
       UpdateCounts counts;
       int64_t inactive = 0, nonfinite = 0, at_pivot[2] = {};
       for (int64_t chunk = next(); chunk >= 0; chunk = next()) {
         const Stage& stage = stages_[static_cast<size_t>(latest_.load(std::memory_order_acquire))];
         const int64_t first_tile = chunks_.begin(chunk);
-        Notes notes;
+        Notes notes, aside;
         log.open(notes);
+        if (others_count_) log_aside.open(aside);
         int64_t elements = 0;
         for_each_run(
             segments_, first_tile, chunks_.end(chunk), [&](size_t index, int64_t start, int n) {
-              log.make_room(notes, first_tile);
+              const bool is_aside = others_count_ && !is_ranked_[index];
+              Notes& to = is_aside ? aside : notes;
+              (is_aside ? log_aside : log).make_room(to, first_tile);
               const int64_t tile = segments_[index].first_tile + start / kTile - first_tile;
-              body_.run(index, start, n, static_cast<uint32_t>(tile * kTile), stage, notes, counts);
+              body_.run(index, start, n, static_cast<uint32_t>(tile * kTile), stage, to, counts);
               if (is_ranked_[index]) elements += n;
             });
         log.close(notes, first_tile);
+        if (others_count_) log_aside.close(aside, first_tile);
         count(phase_of(chunk), stage, notes, elements, log, tallies);
         inactive += notes.inactive;
         nonfinite += notes.nonfinite;
@@ -179,6 +224,7 @@ class Pass {
       nonfinite_ += nonfinite;
       for (int t = 0; t < 2; ++t) at_pivot_[t] += at_pivot[t];
       for (auto& block : log.blocks()) blocks_.push_back(std::move(block));
+      for (auto& block : log_aside.blocks()) blocks_aside_.push_back(std::move(block));
     });
   }
 
@@ -217,10 +263,30 @@ class Pass {
     Selection selection;
     selection.ranked = ranked_elements_;
     Threshold::Found found[2];
+    std::vector<int64_t> counts[2];
     for (size_t t = 0; t < thresholds_.size(); ++t) {
-      found[t] = thresholds_[t].find(selection.ranked, at_pivot_[t], [&](uint32_t low, uint32_t span) {
-        return logged_between(low, span);
+      const Threshold::Place place = thresholds_[t].place(selection.ranked);
+      found[t] = place.found;
+      if (place.span < 0) continue;
+      std::vector<uint32_t> keys = logged_between(place.low, static_cast<uint32_t>(place.span));
+      if (!ranked_.shared) {
+        found[t] = thresholds_[t].find(place, std::move(keys), at_pivot_[t]);
+        continue;
+      }
+      counts[t].resize(static_cast<size_t>(place.span) + 1);
+      for (const uint32_t key : keys) ++counts[t][key - place.low];
+    }
+    if (ranked_.shared && !(counts[0].empty() && counts[1].empty())) {
+      Ranks(*ranked_.shared).add_up([&](auto visit) {
+        for (auto& of_threshold : counts) {
+          for (int64_t& count : of_threshold) visit(count);
+        }
       });
+      for (size_t t = 0; t < thresholds_.size(); ++t) {
+        if (!counts[t].empty()) {
+          found[t] = Threshold::find(thresholds_[t].place(selection.ranked), counts[t]);
+        }
+      }
     }
     selection.high = found[0].key;
     selection.low = found[1].key;
@@ -237,8 +303,10 @@ class Pass {
       Piece piece;
     };
     std::vector<Part> parts;
-    for (const auto& block : blocks_) {
-      for (const Piece& piece : block->pieces) parts.push_back({block.get(), piece});
+    for (const auto* blocks : {&blocks_, &blocks_aside_}) {
+      for (const auto& block : *blocks) {
+        for (const Piece& piece : block->pieces) parts.push_back({block.get(), piece});
+      }
     }
     std::atomic<int64_t> updated{0}, redone{0};
     share_out(static_cast<int64_t>(parts.size()), [&](auto next) {
@@ -291,6 +359,7 @@ class Pass {
   UpdateCounts& counts_;
   const Chunks chunks_;
   const bool counts_only_;
+  const bool others_count_;  // some of what is ranked here, on other processes
   const Lines lines_;
   std::vector<Threshold> thresholds_;                 // upper, lower if there is one
   std::array<std::atomic<int64_t>, kPhases> left_{};  // chunks
@@ -302,7 +371,8 @@ class Pass {
   std::atomic<int> latest_{0};
   std::mutex tightening_;
   int64_t inactive_ = 0, nonfinite_ = 0, at_pivot_[2] = {};
-  std::vector<std::unique_ptr<LogBlock>> blocks_;
+  // Of what is ranked; and of what other processes count.
+  std::vector<std::unique_ptr<LogBlock>> blocks_, blocks_aside_;
 };
 
 }  // namespace
@@ -318,55 +388,10 @@ std::optional<Selection> bracket_pass(const Segments& segments, const Ranked& ra
   const bool counts_only = body.logs() == Body::Logs::kKeys;
   const int64_t fewest = ranked.width == 1.0 ? kFewest : kFewestInTests;
   std::optional<Selection> selection;
-  if (counts_only || ranked.source.segments.elements() >= fewest) {
+  if (counts_only || ranked.shared || ranked.elements() >= fewest) {
     selection = Pass(segments, ranked, body, counts).run(report);
   }
   if (!counts_only) latest_bracket() = report;
-  return selection;
-}
-
-Selection given_pass(const Segments& segments, const std::vector<size_t>& chosen, Selection selection,
-                     Body& body, UpdateCounts& counts) {
-  // Brackets of one key each, with nothing to log. Where nothing is selected, the key is any.
-  Stage stage;
-  stage.count = selection.low >= 0 ? 2 : 1;
-  stage.bounds = selection.bounds();
-  const int32_t keys[2] = {std::max(stage.bounds.high, 0), std::max(stage.bounds.low, 0)};
-  for (int t = 0; t < 2; ++t) stage.brackets[t] = {keys[t], keys[t], keys[t]};
-  std::vector<char> is_ranked(segments.size());
-  for (const size_t i : chosen) is_ranked[i] = 1;
-  const Chunks chunks(segments.tiles());
-  Notes total;
-  int64_t elements = 0;
-  std::mutex mutex;
-  share_out(chunks.count, [&](auto next) {
-    Notes notes;
-    UpdateCounts own;
-    int64_t own_elements = 0;
-    for (int64_t chunk = next(); chunk >= 0; chunk = next()) {
-      for_each_run(segments, chunks.begin(chunk), chunks.end(chunk),
-                   [&](size_t index, int64_t start, int n) {
-                     body.run(index, start, n, 0, stage, notes, own);
-                     if (is_ranked[index]) own_elements += n;
-                   });
-    }
-    std::lock_guard<std::mutex> lock(mutex);
-    for (int t = 0; t < 2; ++t) {
-      total.below[t] += notes.below[t];
-      total.at_pivot[t] += notes.at_pivot[t];
-    }
-    total.inactive += notes.inactive;
-    total.nonfinite += notes.nonfinite;
-    elements += own_elements;
-    counts.updated += own.updated;
-    counts.nonfinite += own.nonfinite;
-  });
-  const auto upto = [&](int t) { return total.below[t] + total.at_pivot[t]; };
-  selection.ranked = elements - total.inactive - total.nonfinite;
-  selection.inactive = total.inactive;
-  selection.nonfinite = total.nonfinite;
-  selection.kept = selection.high < 0 ? 0 : upto(0) - (stage.count == 2 ? upto(1) : 0);
-  selection.kept = std::max<int64_t>(0, selection.kept);
   return selection;
 }
 

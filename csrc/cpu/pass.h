@@ -4,6 +4,7 @@
 
 #include <optional>
 
+#include "../arguments.h"
 #include "thresholds.h"
 
 namespace rose {
@@ -20,6 +21,7 @@ class Body {
   // that adds to the number of updated elements. `old`: p, m, v before, and g.
   virtual int redo(size_t index, int64_t element, const float* old, bool selected) = 0;
   virtual void prefetch(size_t index, int64_t element) const = 0;  // what redo() needs
+  virtual void begin() {}  // before the first run; until then nothing is changed
 
   enum class Logs { kKeys, kPlaces, kOld };  // what redo() needs of the log; keys alone: nothing
   virtual Logs logs() const = 0;
@@ -28,13 +30,17 @@ class Body {
   ~Body() = default;
 };
 
-// A ranking: segment chosen[i] of the pass's segments is segment i of the source.
+// A ranking: segment chosen[i] of the pass's segments is segment i of the source. Of a ranking that
+// processes share, those that this one counts.
 struct Ranked {
   const RiskSource& source;
   std::vector<size_t> chosen;
   int64_t upper, lower;  // in units of 1e-9
   uint32_t draw;         // which sample
   double width;          // of brackets; else than 1 in tests, and then of little data, too
+  const Shared* shared;  // null: this process has all of it
+
+  int64_t elements() const { return shared ? shared->elements : source.segments.elements(); }
 };
 
 // What became of a bracketed call, so that tests can tell that they test what they mean to.
@@ -53,7 +59,9 @@ struct BracketReport {
 BracketReport& latest_bracket();
 
 // Walks `segments`, those that are not chosen too. Null, and nothing was done, where a pass that counts
-// and one for the body are better or necessary: little data, a bracket around too much of it.
+// and one for the body are better or necessary: little data, a bracket around too much of it, processes
+// that know of no earlier threshold. What processes do is the same on all of them. If one is lost after
+// the pass, this raises, and elements are treated as an estimate of the threshold has it.
 std::optional<Selection> bracket_pass(const Segments& segments, const Ranked& ranked, Body& body,
                                       UpdateCounts& counts);
 

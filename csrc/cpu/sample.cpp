@@ -5,7 +5,7 @@
 namespace rose {
 namespace cpu {
 
-Lines::Lines(const RiskSource& source, int64_t wanted, uint32_t draw) : source_(source) {
+Lines::Lines(const RiskSource& source, int64_t stratum, uint32_t draw) : source_(source) {
   const Segments& segments = source.segments;
   sources_.reserve(segments.size() + 1);
   int64_t lines = 0;
@@ -24,7 +24,7 @@ Lines::Lines(const RiskSource& source, int64_t wanted, uint32_t draw) : source_(
   }
   sources_.push_back({lines, {}, {}, true, 0});
   key_ = random_key(draw, kSampleKey);
-  strata_ = strata_of(lines, wanted);
+  strata_ = {stratum, (lines + stratum - 1) / stratum};
 }
 
 int64_t Lines::count(const Segments& segments) {

@@ -47,8 +47,8 @@ constexpr int64_t kFirstLines = 512;
 
 class Lines {
  public:
-  // `wanted` lines or a few more, unless there are not that many.
-  Lines(const RiskSource& source, int64_t wanted, uint32_t draw);
+  // One line of every `stratum` of them.
+  Lines(const RiskSource& source, int64_t stratum, uint32_t draw);
 
   static int64_t count(const Segments& segments);
 

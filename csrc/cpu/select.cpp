@@ -82,8 +82,8 @@ Threshold::Found radix_select(const RiskSource& source, const std::vector<int64_
 }  // namespace
 
 Selection approx_thresholds(const Ranked& ranked) {
-  const int64_t wanted = lines_of_approx(Lines::count(ranked.source.segments));
-  const Lines lines(ranked.source, wanted, ranked.draw);
+  const int64_t all = Lines::count(ranked.source.segments);
+  const Lines lines(ranked.source, strata_of(all, lines_of_approx(all)).size, ranked.draw);
   std::vector<uint32_t> keys = lines.some_keys(kFirstLines);
   const auto threshold_of = [&](int64_t units, double errors) -> std::optional<int64_t> {
     Threshold threshold(units, lines.weight(), 1, kLogOfFailure);

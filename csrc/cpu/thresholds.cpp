@@ -1,6 +1,7 @@
 #include "thresholds.h"
 
 #include <algorithm>
+#include <cmath>
 
 namespace rose {
 namespace cpu {
@@ -35,11 +36,30 @@ Window Threshold::find_window(std::vector<uint32_t>& keys, double errors) {
   return {static_cast<uint32_t>(low_), static_cast<uint32_t>(high_), static_cast<uint32_t>(middle_)};
 }
 
+Window Threshold::window_around(int32_t key) {
+  constexpr int32_t kOctave = 1 << 23;
+  middle_ = key;
+  is_middle_old_ = true;
+  set_window(std::max(key, kOctave) - kOctave, std::min(key, kMaxKey - kOctave) + kOctave);
+  return {static_cast<uint32_t>(low_), static_cast<uint32_t>(high_), static_cast<uint32_t>(middle_)};
+}
+
 void Threshold::set_sample(Sample&& sample) {
   sample_ = std::move(sample);
+  const auto middle = static_cast<uint32_t>(middle_);
   for (const PhaseSample& phase : sample_) {
-    for (const uint32_t key : phase.keys) ++to_come_[static_cast<size_t>(bin(key))];
+    for (const uint32_t key : phase.keys) {
+      ++to_come_[static_cast<size_t>(bin(key))];
+      under_middle_ += key < middle;
+      at_middle_ += key == middle;
+    }
   }
+}
+
+double Threshold::drift() const {
+  const double under = start_of_window(0, 0) / weight_ + static_cast<double>(under_middle_);
+  const double upto = under + static_cast<double>(at_middle_);
+  return std::max({0.0, under, -upto});
 }
 
 double Threshold::margin(int phase) const {
@@ -50,8 +70,17 @@ double Threshold::margin(int phase) const {
     cr += s.cr;
     rr += s.rr;
   }
-  const double u = squared_differences(static_cast<double>(cc), static_cast<double>(cr),
-                                       static_cast<double>(rr), fraction_);
+  double u = squared_differences(static_cast<double>(cc), static_cast<double>(cr),
+                                 static_cast<double>(rr), fraction_);
+  if (is_middle_old_) {
+    // The differences at the threshold are not those at the middle: elements in between may all be in
+    // one line of a pair. So few of them as make less than an eighth of a binomial variance do not
+    // matter, as those that a first sample is off by do not.
+    const double off = drift();
+    const double little =
+        std::min(fraction_, 1 - fraction_) / 8 * static_cast<double>(sample_[0].ranked);
+    if (off > little) u += kLine * off + 2 * std::sqrt(u * kLine * off);
+  }
   return width_ * weight_ * half_width(u, log_of_failure_);
 }
 
@@ -137,6 +166,16 @@ bool Threshold::collapse() {
   return false;
 }
 
+bool Threshold::collapse_onto_middle() {
+  const double under = start_of_window(0, 0) + weight_ * static_cast<double>(under_middle_);
+  const double upto = under + weight_ * static_cast<double>(at_middle_);
+  if (!is_surely_between(under, upto, margin(0))) return false;
+  estimate_ = middle_;
+  bracket_ = {middle_, middle_, middle_};
+  first_bin_ = last_bin_ = pivot_bin();
+  return fixed_ = true;
+}
+
 double Threshold::set_pivot() {
   std::vector<uint32_t> keys = sampled_keys();
   std::sort(keys.begin(), keys.end());
@@ -152,6 +191,55 @@ double Threshold::set_pivot() {
     i = end;
   }
   return inside() - weight_ * static_cast<double>(most);
+}
+
+Threshold::Place Threshold::place(int64_t ranked) const {
+  const int64_t k = rank_of(units_, ranked);
+  int64_t before = below_;
+  for (int b = 0; b < first_bin_; ++b) before += bins_[static_cast<size_t>(b)];
+  if (collapsed()) {  // nothing is logged: that key is the threshold, whatever comes out
+    const int64_t upto = before + bins_[static_cast<size_t>(first_bin_)];
+    return {{bracket_.pivot, upto, k <= before || k > upto}};
+  }
+  if (k == 0 && before == 0) return {};
+  if (k <= before) return {{int64_t{bracket_.low} - 1, before, true}};
+  for (int b = first_bin_; b <= last_bin_; ++b) {
+    const int64_t inside = bins_[static_cast<size_t>(b)];
+    if (k <= before + inside) {
+      const int32_t low = std::max(start_of(b), bracket_.low),
+                    high = std::min(end_of(b), bracket_.high);
+      return {{}, high - low, k - before - 1, before, static_cast<uint32_t>(low)};
+    }
+    before += inside;
+  }
+  return {{bracket_.high, before, true}};
+}
+
+Threshold::Found Threshold::find(const Place& place, std::vector<uint32_t> keys,
+                                 int64_t at_pivot) const {
+  int64_t at = place.at, before = place.before;
+  const auto pivot = static_cast<uint32_t>(bracket_.pivot);
+  if (pivot - place.low <= place.span) {
+    // Those that another threshold's bracket has logged are counted already.
+    keys.erase(std::remove(keys.begin(), keys.end(), pivot), keys.end());
+    const int64_t under =
+        std::count_if(keys.begin(), keys.end(), [=](uint32_t x) { return x < pivot; });
+    if (at >= under && at < under + at_pivot) return {pivot, before + under + at_pivot, false};
+    if (at >= under) {
+      at -= at_pivot;
+      before += at_pivot;
+    }
+  }
+  std::nth_element(keys.begin(), keys.begin() + at, keys.end());
+  const uint32_t key = keys[static_cast<size_t>(at)];
+  return {key, before + std::count_if(keys.begin(), keys.end(), [=](uint32_t x) { return x <= key; }),
+          false};
+}
+
+Threshold::Found Threshold::find(const Place& place, const std::vector<int64_t>& counts) {
+  int64_t upto = counts[0], offset = 0;
+  while (upto <= place.at) upto += counts[static_cast<size_t>(++offset)];
+  return {place.low + offset, place.before + upto, false};
 }
 
 std::optional<uint32_t> Threshold::of_sample(int64_t k) {

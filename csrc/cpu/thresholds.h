@@ -34,6 +34,8 @@ class Threshold {
   // (if elements of a line are as alike as 2 in 3) on each side. A window that does not hold the
   // bracket costs time only.
   Window find_window(std::vector<uint32_t>& keys, double errors);
+  // Of processes that share a ranking: an octave on each side of the threshold of an earlier step.
+  Window window_around(int32_t key);
   void set_sample(Sample&& sample);
 
   // Without a sample: the bracket is all there is, and stays so.
@@ -42,8 +44,10 @@ class Threshold {
   bool start();
   // Elements expected in the bracket, before the pass.
   double inside() const;
-  // If the threshold is surely a key that many elements have, makes that all of the bracket.
+  // If the threshold is surely a key that many elements have, makes that all of the bracket. Processes
+  // look at the middle of the window alone.
   bool collapse();
+  bool collapse_onto_middle();
   // Counts elements of the most frequent key of the bracket, instead of logging them; returns how many
   // are expected then in the rest of it.
   double set_pivot();
@@ -61,15 +65,42 @@ class Threshold {
   }
   int pivot_bin() const { return bin(static_cast<uint32_t>(bracket_.pivot)); }
 
+  // What processes add up of a sample, which is of one phase then; from there on the bracket is fixed.
+  template <typename Visit>
+  void visit_sample(Visit visit) {
+    PhaseSample& all = sample_[0];
+    for (int64_t* number :
+         {&all.ranked, &all.below, &all.cc, &all.cr, &all.rr, &under_middle_, &at_middle_}) {
+      visit(*number);
+    }
+    for (int64_t& bin : to_come_) visit(bin);
+  }
+  // And of what they counted.
+  template <typename Visit>
+  void visit_counts(Visit visit) {
+    visit(below_);
+    for (int64_t& bin : bins_) visit(bin);
+  }
+  void fix() { fixed_ = true; }
+
   // The threshold's key, how many are at or below it, and whether it was missed.
   struct Found {
     int64_t key = -1, at_or_below = 0;
     bool missed = false;
   };
-  // Of `ranked` elements, when all phases are counted; collect(low, span) returns the logged keys low
-  // <= key <= low + span.
-  template <typename Collect>
-  Found find(int64_t ranked, int64_t at_pivot, Collect collect) const;
+  // When all phases are counted: that, or (`span` >= 0) among which of the logged keys it is, low <=
+  // key
+  // <= low + span: the at-th smallest one, from 0; `before` elements have smaller ones.
+  struct Place {
+    Found found;
+    int64_t span = -1, at = 0, before = 0;
+    uint32_t low = 0;
+  };
+  Place place(int64_t ranked) const;
+  // Of those keys.
+  Found find(const Place& place, std::vector<uint32_t> keys, int64_t at_pivot) const;
+  // By how many there are of each; none are counted at a pivot.
+  static Found find(const Place& place, const std::vector<int64_t>& counts);
 
   // The k-th smallest key of the sample, from 1, if the window has it.
   std::optional<uint32_t> of_sample(int64_t k);
@@ -79,6 +110,8 @@ class Threshold {
 
   void set_window(int32_t low, int32_t high);
   double margin(int phase) const;
+  // Sampled elements between the middle of the window and the threshold.
+  double drift() const;
   int32_t start_of(int bin) const { return low_ + (bin << shift_); }
   int32_t end_of(int bin) const {
     return static_cast<int32_t>(
@@ -93,56 +126,17 @@ class Threshold {
   int64_t units_;
   double fraction_, weight_, width_, log_of_failure_;
   int32_t low_ = 0, high_ = kMaxKey, middle_ = kMaxKey;  // the window
+  bool is_middle_old_ = false;                           // of an earlier step
   int shift_ = 21, first_bin_ = 0, last_bin_ = kMaxKey >> 21;
   Sample sample_;
-  Bins to_come_{};     // of the sample, what lies in phases that are to come
-  int64_t below_ = 0;  // counted
+  int64_t under_middle_ = 0, at_middle_ = 0;  // of the sample, in the window
+  Bins to_come_{};                            // of the sample, what lies in phases that are to come
+  int64_t below_ = 0;                         // counted
   Bins bins_{};
   Bracket bracket_{0, kMaxKey, -1};
   int32_t estimate_ = kMaxKey;
   bool fixed_ = false;  // the bracket
 };
-
-template <typename Collect>
-Threshold::Found Threshold::find(int64_t ranked, int64_t at_pivot, Collect collect) const {
-  const int64_t k = rank_of(units_, ranked);
-  int64_t before = below_;
-  for (int b = 0; b < first_bin_; ++b) before += bins_[static_cast<size_t>(b)];
-  if (collapsed()) {  // nothing is logged: that key is the threshold, whatever comes out
-    const int64_t upto = before + bins_[static_cast<size_t>(first_bin_)];
-    return {bracket_.pivot, upto, k <= before || k > upto};
-  }
-  if (k == 0 && before == 0) return {};
-  if (k <= before) return {int64_t{bracket_.low} - 1, before, true};
-  for (int b = first_bin_; b <= last_bin_; ++b) {
-    const int64_t inside = bins_[static_cast<size_t>(b)];
-    if (k > before + inside) {
-      before += inside;
-      continue;
-    }
-    const auto low = static_cast<uint32_t>(std::max(start_of(b), bracket_.low));
-    const auto high = static_cast<uint32_t>(std::min(end_of(b), bracket_.high));
-    std::vector<uint32_t> keys = collect(low, high - low);
-    int64_t at = k - before - 1;
-    const auto pivot = static_cast<uint32_t>(bracket_.pivot);
-    if (pivot >= low && pivot <= high) {
-      // Those that another threshold's bracket has logged are counted already.
-      keys.erase(std::remove(keys.begin(), keys.end(), pivot), keys.end());
-      const int64_t under =
-          std::count_if(keys.begin(), keys.end(), [=](uint32_t x) { return x < pivot; });
-      if (at >= under && at < under + at_pivot) return {pivot, before + under + at_pivot, false};
-      if (at >= under) {
-        at -= at_pivot;
-        before += at_pivot;
-      }
-    }
-    std::nth_element(keys.begin(), keys.begin() + at, keys.end());
-    const uint32_t key = keys[static_cast<size_t>(at)];
-    return {key, before + std::count_if(keys.begin(), keys.end(), [=](uint32_t x) { return x <= key; }),
-            false};
-  }
-  return {bracket_.high, before, true};
-}
 
 }  // namespace cpu
 }  // namespace rose

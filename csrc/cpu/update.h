@@ -21,7 +21,7 @@ class Updater final : public Body {
           const Rounding& rounding);
 
   // Counts the step; before the first run.
-  void begin();
+  void begin() override;
   void run(size_t index, int64_t start, int n, uint32_t place, const Stage& stage, Notes& notes,
            UpdateCounts& counts) override;
   int redo(size_t index, int64_t element, const float* old, bool selected) override;
