@@ -83,7 +83,8 @@ def _measure(rank: int, args: argparse.Namespace, store: str, rows: Any) -> None
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=args.ranks)
     generator = torch.Generator().manual_seed(rank)
     p = nn.Parameter(torch.randn((args.mebi << 20) // args.ranks, generator=generator))
-    p.grad = torch.randn(p.shape, generator=generator)
+    # With the same gradient in every step, risks would be one number, that all elements share.
+    gradients = [torch.randn(p.shape, generator=generator) for _ in range(3)]
     found = []
     for setting, options in SETTINGS.items():
         ways = {
@@ -92,13 +93,16 @@ def _measure(rank: int, args: argparse.Namespace, store: str, rows: Any) -> None
         }
         times: dict[str, list[float]] = {way: [] for way in ways}
         before = (0, 0)
-        for step in range(args.steps + 2):  # two to make the state, and a history to rank by
+        for step in range(args.steps + 2):  # one makes the state, and one finds the first threshold
             for way, optimizer in ways.items():
+                if step == 1:  # moments as they are after many steps of such gradients
+                    moments = torch.randn(p.shape, generator=generator) * (0.1 / 1.9) ** 0.5
+                    optimizer.state[p]["exp_avg"].copy_(moments)
+                    optimizer.state[p]["exp_avg_sq"].fill_(1.0)
                 ranks = optimizer._engine.ranks
                 before = (ranks.sums, ranks.bytes) if ranks else before
-                grad, p.grad = p.grad, None
-                optimizer.zero_grad()  # it would take what is there for an earlier loss's
-                p.grad = grad
+                optimizer.zero_grad()
+                p.grad = gradients[step % len(gradients)]
                 dist.barrier()
                 begin = time.perf_counter()
                 if "first" in optimizer.settings.kinds:

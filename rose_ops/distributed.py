@@ -23,7 +23,8 @@ from __future__ import annotations
 import math
 import zlib
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import accumulate, count
 from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakValueDictionary
@@ -110,6 +111,7 @@ class Ranks:
         self.begin = self.steps = self.numel = 0
         self.sums = self.bytes = 0
         self.latest: dict[str, list[int]] = {}
+        self._failure: BaseException | None = None
         self._handle = next(_handles)
         self._by_handle[self._handle] = self
         self._tag = 0
@@ -230,10 +232,26 @@ class Ranks:
         draw = (ranking.draw + 0x9E3779B9 * self.rank) & 0xFFFFFFFF
         return ranking._replace(draw=draw, shared=[self._handle, self.numel, *latest, *others])
 
+    @contextmanager
+    def raising(self) -> Iterator[None]:
+        """In the block, operators may add up; what goes wrong with that is raised as it is."""
+        self._failure = None
+        try:
+            yield
+        except RuntimeError:
+            if self._failure is not None:
+                raise self._failure from None
+            raise
+
     @classmethod
-    def add_by_handle_(cls, state: Tensor, handle: int) -> None:
-        """:meth:`add_`, for operators."""
-        cls._by_handle[handle].add_(state)
+    def add_for_operator_(cls, state: Tensor, handle: int) -> bool:
+        """:meth:`add_`. Operators in C++ are told whether it went well: they cannot pass on errors."""
+        ranks = cls._by_handle[handle]
+        try:
+            ranks.add_(state)
+        except BaseException as error:
+            ranks._failure = error
+        return ranks._failure is None
 
     def thresholds(
         self, count_keys: Callable[[Tensor | None], Tensor], upper: int, lower: int
@@ -305,8 +323,8 @@ class Ranks:
         return _record(found, at_or_below, ranked, (state == -1).sum(), (state == -2).sum())
 
 
-torch.library.define("rose_ops::_add_over_ranks", "(Tensor(a!) state, int ranks) -> ()")
-torch.library.impl("rose_ops::_add_over_ranks", "CPU", Ranks.add_by_handle_)
+torch.library.define("rose_ops::_add_over_ranks", "(Tensor(a!) state, int ranks) -> bool")
+torch.library.impl("rose_ops::_add_over_ranks", "CPU", Ranks.add_for_operator_)
 
 
 def _ranks_of(fractions: tuple[int, int], n: Tensor) -> Tensor:

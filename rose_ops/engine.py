@@ -189,8 +189,8 @@ def update(
         found_inf: not 0: nothing is updated.
 
     Returns:
-        The record of the ranking (empty without one), and int64 ``[2]``: elements that were updated, and
-        that were left alone because they are not finite.
+        The record of the ranking (empty without one), and int64 ``[2]``: elements that were updated,
+        and that were left alone because they are not finite.
     """
     first, second = masks
     result = ops.step_(
@@ -302,7 +302,10 @@ class Engine:
             return
         ops = self._ops(batch)
         on_the_way = ranks.one_pass(kind, ranking, batch.params) if self._adds_up else None
-        record = None if on_the_way is None else use(on_the_way, None)
+        record = None
+        if on_the_way is not None:
+            with ranks.raising():
+                record = use(on_the_way, None)
         if record is None or record[Field.MISSES] < 0:  # it did nothing
             # An operator is found by its tensors: without any, the reference.
             counter = ops if batch.params else reference

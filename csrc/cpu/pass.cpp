@@ -46,16 +46,15 @@ class Pass {
       return std::nullopt;
     }
     report.lines = logs_all ? 0 : lines_.size();
-    for (Threshold& threshold : thresholds_) {
+    for (size_t t = 0; t < thresholds_.size(); ++t) {
+      Threshold& threshold = thresholds_[t];
       if (logs_all) threshold.log_all();
       if (!threshold.start() || !fits(threshold)) return std::nullopt;
       if (ranked_.shared) threshold.fix();
+      report.first_low[t] = threshold.bracket().low;
+      report.first_high[t] = threshold.bracket().high;
     }
     publish(0);
-    for (size_t t = 0; t < thresholds_.size(); ++t) {
-      report.first_low[t] = thresholds_[t].bracket().low;
-      report.first_high[t] = thresholds_[t].bracket().high;
-    }
     body_.begin();
     walk();
     tighten_locked();  // if the last chunks came in together
@@ -109,13 +108,17 @@ class Pass {
       all_known = all_known && shared.latest[t] >= 0;
       windows.push_back(thresholds_[t].window_around(std::max(shared.latest[t], 0)));
     }
-    std::vector<Sample> samples = lines_.take(windows, [](size_t, int64_t) { return 0; });
-    for (size_t t = 0; t < thresholds_.size(); ++t) thresholds_[t].set_sample(std::move(samples[t]));
+    Profile profiles[2];
+    std::vector<Sample> samples = lines_.take(windows, [](size_t, int64_t) { return 0; }, profiles);
+    for (size_t t = 0; t < thresholds_.size(); ++t) {
+      thresholds_[t].set_sample(std::move(samples[t]), &profiles[t]);
+    }
     Ranks(shared).add_up([&](auto visit) {
       for (Comparison& one : known) one.visit(visit);
       for (Threshold& threshold : thresholds_) threshold.visit_sample(visit);
     });
     for (const Comparison& one : known) all_known = all_known && one.alike();
+    ranks_ = known[0].ranks();
     return all_known;
   }
 
@@ -130,8 +133,8 @@ class Pass {
   bool fits(Threshold& threshold) {
     // 24 bytes, and what blocks of the log leave free.
     const double entry = counts_only_ ? 4 : 28;
-    const int64_t elements = ranked_.shared ? ranked_.elements() : segments_.elements();
-    const auto bytes = static_cast<double>(bytes_of_log(elements));
+    const int64_t elements = ranked_.shared ? ranked_.elements() / ranks_ : segments_.elements();
+    const auto bytes = static_cast<double>(ranks_ * bytes_of_log(elements));
     const double room = bytes / (1.25 * entry) / static_cast<double>(thresholds_.size());
     constexpr double kShrinks = 0.75;  // the bracket, during the pass
     if (ranked_.shared) return threshold.inside() <= room || threshold.collapse_onto_middle();
@@ -370,6 +373,7 @@ class Pass {
   std::array<Stage, kPhases> stages_;
   std::atomic<int> latest_{0};
   std::mutex tightening_;
+  int64_t ranks_ = 1;  // that share the ranking
   int64_t inactive_ = 0, nonfinite_ = 0, at_pivot_[2] = {};
   // Of what is ranked; and of what other processes count.
   std::vector<std::unique_ptr<LogBlock>> blocks_, blocks_aside_;

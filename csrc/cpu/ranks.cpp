@@ -18,6 +18,7 @@ void Ranks::add_up(std::vector<int64_t>& state) const {
                                     torch::stable::detail::from(handle_)};
   STABLE_TORCH_ERROR_CODE_CHECK(
       torch_call_dispatcher("rose_ops::_add_over_ranks", "", stack.data(), TORCH_ABI_VERSION));
+  ROSE_CHECK(torch::stable::detail::to<bool>(stack[0]), "the processes' numbers were not added up");
   std::copy(words, words + state.size(), state.begin());
 }
 

@@ -24,7 +24,7 @@ class Ranks {
   }
 
  private:
-  // Raises what torch.distributed does.
+  // Raises where torch.distributed does.
   void add_up(std::vector<int64_t>& state) const;
 
   int64_t handle_;
@@ -38,11 +38,11 @@ class Comparison {
   void visit(Visit fn) {
     for (int64_t& number : numbers_) fn(number);
   }
+  int64_t ranks() const { return numbers_[0]; }  // how many there are
   // Squares of what is not the same add up to more.
   bool alike() const {
-    const int64_t ranks = numbers_[0];
-    return ranks * numbers_[2] == numbers_[1] * numbers_[1] &&
-           ranks * numbers_[4] == numbers_[3] * numbers_[3];
+    return ranks() * numbers_[2] == numbers_[1] * numbers_[1] &&
+           ranks() * numbers_[4] == numbers_[3] * numbers_[3];
   }
 
  private:

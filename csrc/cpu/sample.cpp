@@ -112,5 +112,12 @@ void add(PhaseSample& to, const PhaseSample& from) {
   to.keys.insert(to.keys.end(), from.keys.begin(), from.keys.end());
 }
 
+void add(Profile& to, const Profile& from) {
+  for (int k = 0; k < Profile::kCells; ++k) {
+    to.cc[k] += from.cc[k];
+    to.cr[k] += from.cr[k];
+  }
+}
+
 }  // namespace cpu
 }  // namespace rose

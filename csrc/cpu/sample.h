@@ -2,8 +2,10 @@
 // sampled() in rose_ops/reference.py.
 #pragma once
 
+#include <algorithm>
 #include <array>
 #include <mutex>
+#include <numeric>
 #include <vector>
 
 #include "runs.h"
@@ -38,6 +40,19 @@ struct PhaseSample {
   int64_t ranked = 0, below = 0, cc = 0, cr = 0, rr = 0;
   std::vector<uint32_t> keys;
 };
+
+// The sums with c at the end of each cell of the window, where it is not known which is close to the
+// threshold.
+struct Profile {
+  static constexpr int kCells = 32;
+  int64_t cc[kCells] = {}, cr[kCells] = {};
+
+  static int shift(Window window) {
+    int shift = 0;
+    while ((window.high - window.low) >> shift >= kCells) ++shift;
+    return shift;
+  }
+};
 typedef std::array<PhaseSample, kPhases> Sample;
 
 // Of a first sample, that says where to look. The variance is taken at its guess of the threshold: a
@@ -56,9 +71,11 @@ class Lines {
   // Lines that a sampled one stands for.
   double weight() const { return static_cast<double>(strata_.size); }
 
-  // The sample, by each of `windows`. `phase_of`: of element `start` of segment `index`.
+  // The sample, by each of `windows`. `phase_of`: of element `start` of segment `index`. `profiles`: of
+  // each window, or null.
   template <typename PhaseOf>
-  std::vector<Sample> take(const std::vector<Window>& windows, PhaseOf phase_of) const;
+  std::vector<Sample> take(const std::vector<Window>& windows, PhaseOf phase_of,
+                           Profile* profiles = nullptr) const;
 
   // Ranked keys of about `wanted` of the lines.
   std::vector<uint32_t> some_keys(int64_t wanted) const;
@@ -114,15 +131,47 @@ class Lines {
 };
 
 void add(PhaseSample& to, const PhaseSample& from);
+void add(Profile& to, const Profile& from);
+
+// Of a line and the one after it.
+class ProfileOfLines {
+ public:
+  explicit ProfileOfLines(Window window) : window_(window), shift_(Profile::shift(window)) {}
+
+  // `keys` are those inside the window. A last line without neighbour is alone.
+  void add(const LineCounts& of_line, const uint32_t* keys, bool is_second, bool is_alone) {
+    int* const upto = upto_[is_second];
+    std::fill(upto, upto + Profile::kCells, 0);
+    for (int i = 0; i < of_line.inside; ++i) ++upto[(keys[i] - window_.low) >> shift_];
+    upto[0] += of_line.below;
+    std::partial_sum(upto, upto + Profile::kCells, upto);
+    ranked_[is_second] = of_line.ranked;
+    if (!is_second && !is_alone) return;
+    const int r = ranked_[0] - (is_alone ? 0 : ranked_[1]);
+    for (int k = 0; k < Profile::kCells; ++k) {
+      const int c = upto_[0][k] - (is_alone ? 0 : upto_[1][k]);
+      profile_.cc[k] += c * c;
+      profile_.cr[k] += c * r;
+    }
+  }
+  const Profile& profile() const { return profile_; }
+
+ private:
+  Window window_;
+  int shift_, upto_[2][Profile::kCells], ranked_[2];
+  Profile profile_;
+};
 
 template <typename PhaseOf>
-std::vector<Sample> Lines::take(const std::vector<Window>& windows, PhaseOf phase_of) const {
+std::vector<Sample> Lines::take(const std::vector<Window>& windows, PhaseOf phase_of,
+                                Profile* profiles) const {
   constexpr int64_t kShare = 512;  // lines, an even number: pairs stay together
   const size_t targets = windows.size();
   std::vector<Sample> total(targets);
   std::mutex mutex;
   share_out((size() + kShare - 1) / kShare, [&](auto next) {
     std::vector<Sample> own(targets);
+    std::vector<ProfileOfLines> own_profiles(windows.begin(), windows.end());
     std::vector<uint32_t> inside[2];
     for (auto& keys : inside) keys.resize(kBatch * kLine + kMostLanes);
     LineCounts counts[kBatch * 2];
@@ -144,10 +193,11 @@ std::vector<Sample> Lines::take(const std::vector<Window>& windows, PhaseOf phas
             sample.ranked += of_line.ranked;
             sample.below += of_line.below;
             if (from != to) sample.keys.insert(sample.keys.end(), keys, keys + of_line.inside);
-            keys += of_line.inside;
             // Of a last line without neighbour, the square itself is an upper bound.
             const int64_t line = first + i;
             const bool alone = line % 2 == 0 && line + 1 == size();
+            if (profiles) own_profiles[t].add(of_line, keys, line % 2 == 1, alone);
+            keys += of_line.inside;
             if (line % 2 == 1 || alone) {
               const int c = of_line.upto_middle - (alone ? 0 : earlier[t].upto_middle);
               const int r = of_line.ranked - (alone ? 0 : earlier[t].ranked);
@@ -166,6 +216,7 @@ std::vector<Sample> Lines::take(const std::vector<Window>& windows, PhaseOf phas
     std::lock_guard<std::mutex> lock(mutex);
     for (size_t t = 0; t < targets; ++t) {
       for (size_t j = 0; j < kPhases; ++j) add(total[t][j], own[t][j]);
+      if (profiles) add(profiles[t], own_profiles[t].profile());
     }
   });
   return total;

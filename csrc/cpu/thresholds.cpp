@@ -1,7 +1,6 @@
 #include "thresholds.h"
 
 #include <algorithm>
-#include <cmath>
 
 namespace rose {
 namespace cpu {
@@ -39,13 +38,13 @@ Window Threshold::find_window(std::vector<uint32_t>& keys, double errors) {
 Window Threshold::window_around(int32_t key) {
   constexpr int32_t kOctave = 1 << 23;
   middle_ = key;
-  is_middle_old_ = true;
   set_window(std::max(key, kOctave) - kOctave, std::min(key, kMaxKey - kOctave) + kOctave);
   return {static_cast<uint32_t>(low_), static_cast<uint32_t>(high_), static_cast<uint32_t>(middle_)};
 }
 
-void Threshold::set_sample(Sample&& sample) {
+void Threshold::set_sample(Sample&& sample, const Profile* profile) {
   sample_ = std::move(sample);
+  if (profile) profile_ = *profile;
   const auto middle = static_cast<uint32_t>(middle_);
   for (const PhaseSample& phase : sample_) {
     for (const uint32_t key : phase.keys) {
@@ -56,10 +55,22 @@ void Threshold::set_sample(Sample&& sample) {
   }
 }
 
-double Threshold::drift() const {
-  const double under = start_of_window(0, 0) / weight_ + static_cast<double>(under_middle_);
-  const double upto = under + static_cast<double>(at_middle_);
-  return std::max({0.0, under, -upto});
+double Threshold::profile_at_estimate() const {
+  double d = start_of_window(0, 0);
+  int estimate = 0;
+  for (int b = 0; b < last_bin_ && d < 0; ++b) {
+    d += weight_ * static_cast<double>(to_come_[static_cast<size_t>(b)]);
+    estimate = b;
+  }
+  const auto low = static_cast<uint32_t>(low_), high = static_cast<uint32_t>(high_);
+  const int cell = (estimate << shift_) >> Profile::shift({low, high, low});
+  double u = 0;
+  for (int k = std::max(cell - 1, 0); k <= std::min(cell + 1, Profile::kCells - 1); ++k) {
+    u = std::max(u, squared_differences(static_cast<double>(profile_->cc[k]),
+                                        static_cast<double>(profile_->cr[k]),
+                                        static_cast<double>(sample_[0].rr), fraction_));
+  }
+  return u;
 }
 
 double Threshold::margin(int phase) const {
@@ -70,17 +81,9 @@ double Threshold::margin(int phase) const {
     cr += s.cr;
     rr += s.rr;
   }
-  double u = squared_differences(static_cast<double>(cc), static_cast<double>(cr),
-                                 static_cast<double>(rr), fraction_);
-  if (is_middle_old_) {
-    // The differences at the threshold are not those at the middle: elements in between may all be in
-    // one line of a pair. So few of them as make less than an eighth of a binomial variance do not
-    // matter, as those that a first sample is off by do not.
-    const double off = drift();
-    const double little =
-        std::min(fraction_, 1 - fraction_) / 8 * static_cast<double>(sample_[0].ranked);
-    if (off > little) u += kLine * off + 2 * std::sqrt(u * kLine * off);
-  }
+  const double u = profile_ ? profile_at_estimate()
+                            : squared_differences(static_cast<double>(cc), static_cast<double>(cr),
+                                                  static_cast<double>(rr), fraction_);
   return width_ * weight_ * half_width(u, log_of_failure_);
 }
 

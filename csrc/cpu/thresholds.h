@@ -3,6 +3,7 @@
 #pragma once
 
 #include <array>
+#include <optional>
 #include <vector>
 
 #include "sample.h"
@@ -36,7 +37,7 @@ class Threshold {
   Window find_window(std::vector<uint32_t>& keys, double errors);
   // Of processes that share a ranking: an octave on each side of the threshold of an earlier step.
   Window window_around(int32_t key);
-  void set_sample(Sample&& sample);
+  void set_sample(Sample&& sample, const Profile* profile = nullptr);
 
   // Without a sample: the bracket is all there is, and stays so.
   void log_all() { fixed_ = true; }
@@ -69,10 +70,11 @@ class Threshold {
   template <typename Visit>
   void visit_sample(Visit visit) {
     PhaseSample& all = sample_[0];
-    for (int64_t* number :
-         {&all.ranked, &all.below, &all.cc, &all.cr, &all.rr, &under_middle_, &at_middle_}) {
+    for (int64_t* number : {&all.ranked, &all.below, &all.rr, &under_middle_, &at_middle_}) {
       visit(*number);
     }
+    for (int64_t& sum : profile_->cc) visit(sum);
+    for (int64_t& sum : profile_->cr) visit(sum);
     for (int64_t& bin : to_come_) visit(bin);
   }
   // And of what they counted.
@@ -110,8 +112,8 @@ class Threshold {
 
   void set_window(int32_t low, int32_t high);
   double margin(int phase) const;
-  // Sampled elements between the middle of the window and the threshold.
-  double drift() const;
+  // U of squared_differences() around where the threshold seems to be.
+  double profile_at_estimate() const;
   int32_t start_of(int bin) const { return low_ + (bin << shift_); }
   int32_t end_of(int bin) const {
     return static_cast<int32_t>(
@@ -126,9 +128,9 @@ class Threshold {
   int64_t units_;
   double fraction_, weight_, width_, log_of_failure_;
   int32_t low_ = 0, high_ = kMaxKey, middle_ = kMaxKey;  // the window
-  bool is_middle_old_ = false;                           // of an earlier step
   int shift_ = 21, first_bin_ = 0, last_bin_ = kMaxKey >> 21;
   Sample sample_;
+  std::optional<Profile> profile_;
   int64_t under_middle_ = 0, at_middle_ = 0;  // of the sample, in the window
   Bins to_come_{};                            // of the sample, what lies in phases that are to come
   int64_t below_ = 0;                         // counted
