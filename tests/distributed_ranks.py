@@ -8,7 +8,8 @@ import os
 import random
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from functools import cache, partial
 from typing import Any
@@ -104,13 +105,16 @@ def whole_of(tensor: Tensor) -> Tensor:
 # ------------------------------------------------------------------------------------------ training
 
 
-def values(seed: int, shapes: Any, scale: float, hostile: bool) -> list[Tensor]:
-    """Seeded: the same on every rank. Hostile: zeros, ties, denormals, and what is not finite."""
+def values(seed: int, shapes: Any, scale: float, hostile: bool | str) -> list[Tensor]:
+    """Seeded: the same on every rank. Hostile: zeros, ties, denormals, and what is not finite; "tied":
+    two in three have the same magnitude."""
     generator = torch.Generator().manual_seed(seed)
     found = []
     for shape in shapes:
         x = torch.randn(shape, generator=generator) * scale
-        if hostile:
+        if hostile == "tied":
+            x = x.sign() * x.abs().clamp(min=scale)
+        elif hostile:
             kind = torch.rand(shape, generator=generator)
             x = x.where(kind > 0.15, 0.0).where(kind < 0.95, 0.25)
             x = (x * 1e-40).where((kind > 0.3) & (kind < 0.32), x)
@@ -136,7 +140,7 @@ class Training:
 
     def __init__(
         self, rank: int, size: int, layout: str, data_seed: int, shapes: Any = SHAPES,
-        hostile: bool = True, dtype: torch.dtype = torch.float32, plain: tuple[int, ...] = (),
+        hostile: bool | str = True, dtype: torch.dtype = torch.float32, plain: tuple[int, ...] = (),
         without: tuple[int, ...] = (), kept: Sequence[int] | None = None,
         lr: float = 1e-2, **options: Any,
     ) -> None:  # fmt: skip
@@ -194,32 +198,63 @@ def train(rank: int, size: int, *, steps: int = 3, **arguments: Any) -> dict[str
     return training.result()
 
 
-def train_in_one_pass(
-    rank: int, size: int, *, steps: int = 4, jump: int = -1, ties: bool = False, **arguments: Any
-) -> dict[str, Any]:
-    """Like :func:`train`, however few elements there are, with what became of each step's bracket.
-
-    Args:
-        jump: a step whose gradients are of another scale, so that the threshold is elsewhere.
-        ties: gradients have few values.
-    """
+@contextmanager
+def of_any_size() -> Iterator[None]:
+    """In the block, few elements are ranked as many are: in one pass."""
     fewest, Ranks.fewest = Ranks.fewest, 0
     try:
-        training = Training(rank, size, **arguments)
-        reports = []
+        yield
+    finally:
+        Ranks.fewest = fewest
+
+
+def train_in_one_pass(
+    rank: int, size: int, *, steps: int = 4, jump: int = -1, **arguments: Any
+) -> dict[str, Any]:
+    """Like :func:`train`, with what became of the latest bracket of each step.
+
+    Args:
+        jump: a step whose gradients are a thousand times larger, and with them the threshold.
+    """
+    training, reports = Training(rank, size, **arguments), []
+    with of_any_size():
         for step in range(steps):
             training.step(step, 1e3 if step == jump else 1.0)
             reports.append(torch.ops.rose_ops.latest_bracket_report().tolist())
-        ranks = training.optimizer._engine.ranks
-        return {**training.result(), "reports": reports, "sums": ranks and ranks.sums}
-    finally:
-        Ranks.fewest = fewest
+    return {**training.result(), "reports": reports}
+
+
+def lost_on_the_way(rank: int, size: int, *, at: int, **arguments: Any) -> dict[str, Any]:
+    """All ranks learn at a sum of the third step that one is lost."""
+    training, add = Training(rank, size, **arguments), Ranks.add_
+    calls = 0
+
+    def add_(self: Ranks, state: Tensor) -> None:
+        nonlocal calls
+        add(self, state)
+        if calls == at:
+            raise ConnectionError("lost")
+        calls += 1
+
+    with of_any_size():
+        for step in range(2):
+            training.step(step)
+        before = snapshot(training)
+        Ranks.add_ = add_
+        try:
+            with pytest.raises(ConnectionError, match="lost"):
+                training.step(2)
+        finally:
+            Ranks.add_ = add
+    (p,) = training.params.values()
+    return {"before": before, "after": snapshot(training), "grad": p.grad}
 
 
 def count(rank: int, size: int, *, n: int, **arguments: Any) -> tuple[list[int], list[int]]:
     """How many sums a step takes, and their bytes, as torch.distributed sees them."""
     training = Training(rank, size, shapes=((n,),), hostile=False, **arguments)
-    training.step(0)
+    for step in range(3):  # the first one that ranks knows of no threshold to look around
+        training.step(step)
     calls: list[int] = []
     all_reduce = dist.all_reduce
 
@@ -230,7 +265,7 @@ def count(rank: int, size: int, *, n: int, **arguments: Any) -> tuple[list[int],
     dist.all_reduce = counted
     before = training.optimizer._engine.ranks.sums
     try:
-        training.step(1)
+        training.step(3)
     finally:
         dist.all_reduce = all_reduce
     assert training.optimizer._engine.ranks.sums == before + len(calls)

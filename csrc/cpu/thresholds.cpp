@@ -38,7 +38,7 @@ Window Threshold::find_window(std::vector<uint32_t>& keys, double errors) {
 Window Threshold::window_around(int32_t key) {
   constexpr int32_t kOctave = 1 << 23;
   middle_ = key;
-  set_window(std::max(key, kOctave) - kOctave, std::min(key, kMaxKey - kOctave) + kOctave);
+  set_window(std::max(key, kOctave) - kOctave, std::min(key, kMaxKey - kOctave) + kOctave - 1);
   return {static_cast<uint32_t>(low_), static_cast<uint32_t>(high_), static_cast<uint32_t>(middle_)};
 }
 
