@@ -31,10 +31,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from rose_ops import reference
 from rose_ops.batch import Batch
 from rose_ops.checks import is_recording
-from rose_ops.reference import (
+from rose_ops.definitions import (
     APPROX_FEWEST,
     HIGH_DIGITS,
     INACTIVE_KEY,
@@ -48,6 +47,7 @@ from rose_ops.reference import (
     sampled,
     scaled,
 )
+from rose_ops.portable import counted
 from rose_ops.settings import Settings
 from rose_ops.shards import Shard, is_spread
 
@@ -207,12 +207,12 @@ class Ranks:
     def thresholds(
         self, count_keys: Callable[[Tensor | None], Tensor], upper: int, lower: int
     ) -> Tensor:
-        """The record of a ranking over all processes (:class:`rose_ops.reference.Field`).
+        """The record of a ranking over all processes (:class:`rose_ops.definitions.Field`).
 
         Radix select by two digits, of both bounds together; nothing is read back.
 
         Args:
-            count_keys: :func:`rose_ops.reference.count_keys` of what this process adds, by digits.
+            count_keys: :func:`rose_ops.portable.count_keys` of what this process adds, by digits.
             upper, lower: fractions in units of 1e-9.
         """
         state = count_keys(None)
@@ -275,7 +275,7 @@ class Ranks:
 
 
 def _ranks_of(fractions: tuple[int, int], n: Tensor) -> Tensor:
-    """:func:`rose_ops.reference.rank_of` of a number that is on the device; of no lower bound, none."""
+    """:func:`rose_ops.definitions.rank_of` of a number on the device; of no lower bound, none."""
     return torch.stack([rank_of(fraction, n) for fraction in fractions if fraction])  # type: ignore[misc, arg-type]
 
 
@@ -335,7 +335,7 @@ def record_of(
 
     def count_keys(digits: Tensor | None) -> Tensor:
         if not grads:
-            return torch.zeros(reference.counted(digits), dtype=torch.int64, device=ranks.device)
+            return torch.zeros(counted(digits), dtype=torch.int64, device=ranks.device)
         return ops.count_keys(
             grads, exp_avgs, hyper, mine.layout.group, scaling.inv_scale, scaling.clip,
             ranking.rank_inactive, digits,

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from rose_ops import backends, reference
+from rose_ops import backends, portable
 from rose_ops.batch import Batch
 from rose_ops.checks import MOMENTS, is_recording
+from rose_ops.definitions import Field, Mode
 from rose_ops.distributed import Ranks, record_of
 from rose_ops.layout import empty_masks, memory_order
 from rose_ops.memory import with_own_storage
-from rose_ops.reference import Field, Mode
 from rose_ops.settings import Settings
 from rose_ops.shards import is_spread, part_of
 
@@ -28,7 +28,7 @@ class Tables(NamedTuple):
     """What tensors share, as operators read it; see :func:`rose_ops.reference.step_`.
 
     Attributes:
-        hyper: float64 ``[G, 6]``, the groups' hyperparameters (:class:`rose_ops.reference.Hyper`).
+        hyper: float64 ``[G, 6]``, the groups' hyperparameters (:class:`rose_ops.definitions.Hyper`).
         group: int64 ``[N]``, each tensor's row of that.
         lr: float64 ``[G]``; for updates only.
         offsets: int64 ``[N]``, where each tensor begins in the index space; for updates only.
@@ -125,7 +125,7 @@ def rank(
         record: whose thresholds are known; None: they are found.
 
     Returns:
-        The record of the selection (:class:`rose_ops.reference.Field`).
+        The record of the selection (:class:`rose_ops.definitions.Field`).
     """
     return ops.rank_(
         masks or [], grads, exp_avgs, tables.hyper, tables.group, scaling.inv_scale, scaling.clip,
@@ -229,6 +229,8 @@ class Engine:
         return self._loaded is None or self._loaded[1].name != "reference"
 
     def _ops(self, batch: Batch) -> Any:
+        if not batch.params:  # operators are found by their tensors: these need none
+            return portable
         if self._loaded is None or self._loaded[0] != batch.device:
             self._loaded = batch.device, self.resolve(batch.parts[0])
         return self._loaded[1].ops
@@ -238,11 +240,9 @@ class Engine:
     ) -> tuple[Tensor | None, Scaling]:
         """See :func:`clip`."""
         if self.ranks is None or max_norm is None:
-            return clip(self._ops(batch) if batch.params else None, batch.grads, inv_scale, max_norm)
+            return clip(self._ops(batch), batch.grads, inv_scale, max_norm)
         sums = self._shared_sums(self.ranks, batch, [batch.grads], inv_scale)
-        # An operator is found by its tensors: without any, the reference.
-        clipper = self._ops(batch) if batch.params else reference
-        factors = clipper.clip_factors(sums, max_norm)
+        factors = self._ops(batch).clip_factors(sums, max_norm)
         return factors[0], Scaling(inv_scale, factors[1:], sums if self.ranks.is_uniform else None)
 
     def _shared_sums(
@@ -275,9 +275,7 @@ class Engine:
         """The record of a ranking over all processes; None: this one has everything."""
         if self.ranks is None:
             return None
-        # An operator is found by its tensors: without any, the reference.
-        ops = self._ops(batch) if batch.params else reference
-        return record_of(self.ranks, ops, batch, exp_avgs, tables.hyper, scaling, ranking)
+        return record_of(self.ranks, self._ops(batch), batch, exp_avgs, tables.hyper, scaling, ranking)
 
     def capture(
         self,

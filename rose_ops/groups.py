@@ -158,7 +158,7 @@ class GroupTables:
         return torch.cat(columns) if len(columns) > 1 else columns[0]
 
     def hyper(self, groups: Groups, selecting: bool = True) -> Tensor:
-        """The other hyperparameters ``[G, 6]`` (:class:`rose_ops.reference.Hyper`), on the CPU.
+        """The other hyperparameters ``[G, 6]`` (:class:`rose_ops.definitions.Hyper`), on the CPU.
 
         Args:
             selecting: False: a step that selects nothing, for which every group is a plain one.

@@ -2,7 +2,7 @@
 fail)."""
 
 DISTRIBUTED, SHARDS, ENGINE = "rose_ops/distributed.py", "rose_ops/shards.py", "rose_ops/engine.py"
-OPTIM, BATCH, REFERENCE = "rose_ops/optim.py", "rose_ops/batch.py", "rose_ops/reference.py"
+OPTIM, BATCH, PORTABLE = "rose_ops/optim.py", "rose_ops/batch.py", "rose_ops/portable.py"
 TESTS = "tests/test_distributed.py"
 MASKS, WHOLE = f"{TESTS}::test_masks_are_those_of_one_process", f"{TESTS}::test_whole_tensors"
 SAMPLE, PARTS = f"{TESTS}::test_a_sample_is_that_of_one_process", f"{TESTS}::test_no_sample_of_parts"
@@ -49,8 +49,8 @@ MUTANTS = {
         "_record(found, at_or_below, ranked, *classes.flip(0))", MASKS,
     ),
     "keys that are counted": (
-        REFERENCE, "keys & (LOW_DIGITS - 1), LOW_DIGITS)",
-        "keys & (LOW_DIGITS - 2), LOW_DIGITS)", COUNTS,
+        PORTABLE, "key & (LOW_DIGITS - 1), LOW_DIGITS)",
+        "key & (LOW_DIGITS - 2), LOW_DIGITS)", COUNTS,
     ),
     # --------------------------------------------------------------------------------------- samples
     "places of a sample": (

@@ -28,7 +28,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from rose_ops import reference
 from rose_ops._ops import OPERATORS
-from rose_ops.reference import Field, Mode
+from rose_ops.definitions import Field, Mode
 
 rose = torch.ops.rose_ops
 

@@ -31,7 +31,7 @@ from support import (
 )
 
 from rose_ops import reference
-from rose_ops.reference import Field
+from rose_ops.definitions import Field
 
 MIX = ("normal", "zero", "ties", "nan", "denormal", "inf")
 

@@ -29,7 +29,7 @@ from rose_ops.backends.triton.table import (
     make,
     upload,
 )
-from rose_ops.reference import APPROX_FEWEST, FRACTION_UNIT, LINE, Field, Hyper, Mode
+from rose_ops.definitions import APPROX_FEWEST, FRACTION_UNIT, LINE, Field, Hyper, Mode
 
 INTERPRETED = bool(knobs.runtime.interpret)
 
