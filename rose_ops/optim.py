@@ -20,19 +20,18 @@ from torch.nn.parameter import is_lazy
 
 from rose_ops.batch import Batch, Collector, init_state, inside_backward_of
 from rose_ops.captures import Captures, Capturing
-from rose_ops.checkpoint import MASKS, Checkpointed
+from rose_ops.checkpoint import Checkpointed
 from rose_ops.checks import (
-    check_given,
     check_graph,
     check_maker,
+    check_params,
     check_together,
     is_complete,
-    is_recording,
 )
 from rose_ops.distributed import Ranks, ranks_of
 from rose_ops.engine import Engine, Scaling, Tables
 from rose_ops.groups import ADAMW_ONLY, GroupTables, check_group, is_selective, plain
-from rose_ops.masks import Given, check_masks
+from rose_ops.masks import OwnMasks, check_masks
 from rose_ops.results import Selection, Selections, UpdateCounts
 from rose_ops.settings import Settings, check_limit, is_number
 from rose_ops.shards import local
@@ -198,7 +197,6 @@ class RoseFusedAdamW(Checkpointed):
             "fused": fused,
         }
         self._is_made = False
-        self._given: dict[str, Given] = {}
         super().__init__(params, {key: plain(value) for key, value in defaults.items()})
         check_together(p for p in self._parameters() if p.requires_grad)  # once, for all groups
         self._is_made = True
@@ -209,14 +207,15 @@ class RoseFusedAdamW(Checkpointed):
         self._is_made = True
         self._steps_done = 0
         states = self.__dict__.get("state", {}).values()
-        self._captures = Captures(states)
+        # Loading a state takes away no masks of set_masks(), nor is it handing over parameters.
+        captures, collector = self.__dict__.get("_captures"), self.__dict__.get("_collector")
+        self._captures = Captures(states, {} if captures is None else captures.own)
         self._had_state = any(map(is_complete, states))
         self._averaged = False  # whether rose_backward averages gradients over processes by itself
         groups = self.__dict__.get("param_groups", [])
-        before = self.__dict__.get("_collector")
         self._collector = Collector(self.settings, [p for group in groups for p in group["params"]])
-        if before is not None:  # loading a state is not giving parameters
-            self._collector.given = before.given
+        if collector is not None:
+            self._collector.original = collector.original
         self._tables = GroupTables()
         self._engine = Engine(self.settings)
         self._met = False  # whether it is known who shares the ranking
@@ -247,7 +246,7 @@ class RoseFusedAdamW(Checkpointed):
             params = [params] if isinstance(params, Tensor) else list(params)
             param_group = {**{key: plain(x) for key, x in param_group.items()}, "params": params}
             merged = {**self.defaults, **param_group}
-            check_group(merged, given=True)
+            check_group(merged, is_new=True)
             if is_selective(param_group):
                 param_group.pop("selective", None)
             tensors = [item[1] if isinstance(item, tuple) else item for item in params]
@@ -258,7 +257,7 @@ class RoseFusedAdamW(Checkpointed):
         self._met = False
 
     def _check_params(self, params: list[Tensor], capturable: bool) -> None:
-        check_given(params, self.settings)
+        check_params(params, self.settings)
         there = self._parameters() if self._is_made else []
         first = next((p for p in [*there, *params] if p.requires_grad), None)
         if first is None:
@@ -306,7 +305,7 @@ class RoseFusedAdamW(Checkpointed):
 
     def _at(self, ranks: Ranks, what: str, batch: Batch) -> None:
         """Of a call that all ranks make: with what it has to be the same."""
-        masks = sorted((kind, one.limit) for kind, one in self._given.items())
+        masks = sorted((kind, own.limit) for kind, own in self._captures.own.items())
         place = [what, self._steps_done, sorted(self._captures.kinds), masks]
         if ranks.is_uniform:
             place += [self._tables.hyper(self.param_groups).tolist()]
@@ -349,7 +348,7 @@ class RoseFusedAdamW(Checkpointed):
     def _is_selecting(self) -> bool:
         """Whether the coming step selects at all."""
         settings = self.settings
-        selects = bool(self._given) or not settings.is_adamw
+        selects = bool(self._captures.own) or not settings.is_adamw
         return selects and self._steps_done >= settings.selection_warmup_steps
 
     def _selective(self, batch: Batch) -> Batch:
@@ -413,13 +412,7 @@ class RoseFusedAdamW(Checkpointed):
                 "Lightning, with manual optimization)"
             )
         self._check_kind(kind)
-        given = self._given.get(kind)
-        if given is not None and not given.limit:
-            raise RuntimeError(
-                f"capture({kind!r}): set_masks() has given the masks of this kind, so there is nothing "
-                f"to rank; call clear_masks({kind!r}) first, or set_masks(..., limit=True) to rank "
-                "within them"
-            )
+        self._captures.refuse_own(kind)
         check_limit(max_grad_norm, self.settings.max_grad_norm)
         ranks = self._meet()
         batch = self._collect()
@@ -441,7 +434,7 @@ class RoseFusedAdamW(Checkpointed):
                 masks: list[Tensor] = []
                 if batch.params or ranks is not None:
                     hyper = self._tables.hyper(self.param_groups)
-                    limit = None if given is None else given.masks
+                    limit = self._captures.limits.get(kind)
                     masks = self._engine.capture(kind, batch, hyper, scaling, self._draw, limit)
             self._captures.drop(kind, self.state.values())  # a second capture replaces the first
             self._captures.put(kind, batch, masks)
@@ -515,18 +508,19 @@ class RoseFusedAdamW(Checkpointed):
         """
         self._check_kind(kind, "set_masks")
         check_masks(masks, self.param_groups, limit, self.settings.granularity)
-        self._given = {**self._given, kind: Given.of(masks, keep, limit)}
+        self._captures.own = {**self._captures.own, kind: OwnMasks.of(masks, keep, limit)}
         self._captures.drop(kind, self.state.values())
 
     def clear_masks(self, kind: str | None = None) -> None:
-        """Take away what :meth:`set_masks` gave, of one kind or of all.
+        """Take away the masks of :meth:`set_masks`, of one kind or of all.
 
         Raises:
             ValueError: ``order`` does not use such a mask.
         """
         if kind is not None:
             self._check_kind(kind, "clear_masks")
-        self._given = {k: one for k, one in self._given.items() if kind not in (None, k)}
+        own = self._captures.own
+        self._captures.own = {k: masks for k, masks in own.items() if kind not in (None, k)}
 
     def _check_kind(self, kind: str, what: str = "capture") -> None:
         if kind not in self.settings.kinds:
@@ -569,9 +563,9 @@ class RoseFusedAdamW(Checkpointed):
         batch = self._collect()
         if ranks is not None:
             self._at(ranks, "step", batch)
-        captured = self._captures.kinds | {k for k, one in self._given.items() if not one.limit}
+        there = self._captures.there
         selects = self._is_selecting() and self._ranks_something(ranks, batch)
-        if selects and "first" in self.settings.kinds and "first" not in captured:
+        if selects and "first" in self.settings.kinds and "first" not in there:
             if not self._only_makes_state(batch):
                 raise RuntimeError(
                     f"order={self.settings.order!r} needs a first-order mask: call kl.backward() and "
@@ -581,12 +575,9 @@ class RoseFusedAdamW(Checkpointed):
         if batch.params or ranks is not None:
             with self._explained():
                 self._update(batch, selects)
-        once = "first" in self.settings.kinds or captured  # gradients that captures must not see again
+        once = "first" in self.settings.kinds or there  # gradients that captures must not see again
         self._captures.note_used(batch.params if once else ())
-        for kind in tuple(self._captures.kinds):
-            if kind == "second" or not self._reuses_first:
-                self._captures.drop(kind, self.state.values())
-        self._given = {kind: one for kind, one in self._given.items() if one.keep}
+        self._captures.consume(self._reuses_first, self.state.values())
         return loss
 
     def _ranks_something(self, ranks: Ranks | None, batch: Batch) -> bool:
@@ -615,11 +606,9 @@ class RoseFusedAdamW(Checkpointed):
         (:func:`rose_backward`, :func:`rose_accumulate` and the Trainer leave the pass and the backward
         out by themselves.)
         """
-        given = self._given.get("first")
-        if given is not None and not given.limit:
-            return False
         there = "first" in self._captures.kinds and self._reuses_first
-        return "first" in self.settings.kinds and not there
+        needed = "first" in self.settings.kinds and not self._captures.is_own("first")
+        return needed and not there
 
     def _only_makes_state(self, batch: Batch) -> bool:
         """Whether a step is that of ``torch.distributed.checkpoint``, which makes state to load into by
@@ -659,22 +648,9 @@ class RoseFusedAdamW(Checkpointed):
         tables = Tables(
             self._tables.hyper(groups, selects), layout.group, self._tables.lr(groups), layout.offset
         )
-        captured = {
-            kind: [state.get(MASKS[kind]) for state in batch.states]
-            for kind in (self._captures.kinds if selects else ())
-        }
-        given = self._given if selects else {}
-        if given and is_recording(batch.device):
-            raise NotImplementedError(
-                "a CUDA graph cannot be recorded with masks of set_masks(), which it would not own; "
-                "call clear_masks() before recording"
-            )
-        for kind, one in given.items():
-            if not one.limit:
-                captured[kind] = [one.bits.get(p) for p in batch.params]
-        limits = {kind: one.masks for kind, one in given.items() if one.limit}
         selective = self._selective(batch) if selects else None
-        self._engine.step(batch, selective, captured, tables, scaling, self._draw, found_inf, limits)
+        masks, limits = (self._captures.of(batch), self._captures.limits) if selects else ({}, {})
+        self._engine.step(batch, selective, masks, tables, scaling, self._draw, found_inf, limits)
         # As after any in-place operation: a backward that still needs the old values is an error.
         torch.autograd.graph.increment_version(batch.members)
         self._steps_done += 1

@@ -74,8 +74,7 @@ MUTANTS = {
         TENSORS,
     ),
     "masks that were used": (
-        OPTIM, "drop(kind, self.state.values())\n        self._given = {kind",
-        "kinds\n        self._given = {kind",
+        CAPTURES, "            self.drop(kind, states)\n", "            pass\n",
         f"{OF_OPTIMIZER}::test_a_mask_serves_one_step",
     ),
     "masks of an earlier capture": (
@@ -149,17 +148,16 @@ MUTANTS = {
         f"{OF_CLIPPING}::test_as_the_reference",
     ),
     "masks of one's own that stay": (
-        OPTIM, "for kind, one in self._given.items() if one.keep}",
-        "for kind, one in self._given.items()}",
+        CAPTURES, "own in self.own.items() if own.keep}", "own in self.own.items()}",
         f"{OF_MASKS}::test_a_mask_is_for_one_step_or_until_it_is_taken_away",
     ),
     "masks of one's own with nothing to rank": (
-        OPTIM, "selects = bool(self._given) or not settings.is_adamw",
+        OPTIM, "selects = bool(self._captures.own) or not settings.is_adamw",
         "selects = not settings.is_adamw",
         f"{OF_MASKS}::test_parameters_without_a_mask_are_updated_and_those_without_upper_too",
     ),
     "masks of one's own in place of a limit": (
-        OPTIM, "limit = None if given is None else given.masks", "limit = None",
+        OPTIM, "limit = self._captures.limits.get(kind)", "limit = None",
         f"{OF_MASKS}::test_a_limit_ranks_what_is_in_it_and_leaves_the_rest",
     ),
     # -------------------------------------------------------------------------------------- masks.py
@@ -382,11 +380,12 @@ MUTANTS = {
     ),
     # ----------------------------------------------------------------------- masks that are used again
     "a mask's last step": (
-        OPTIM, "if kind == \"second\" or not self._reuses_first:", "if kind == \"second\":",
+        CAPTURES, "({\"first\"} if keeps_first else set())", "{\"first\"}",
         f"{OF_REUSE}::test_a_mask_is_not_used_longer",
     ),
     "a second-order mask is used once": (
-        OPTIM, "if kind == \"second\" or not self._reuses_first:", "if not self._reuses_first:",
+        CAPTURES, "self.kinds - ({\"first\"} if keeps_first else set())",
+        "set() if keeps_first else set(self.kinds)",
         f"{OF_REUSE}::test_a_second_order_mask_is_used_once",
     ),
     "masks from the end of the warm-up on": (
@@ -398,7 +397,7 @@ MUTANTS = {
         "there = self._reuses_first", f"{OF_REUSE}::test_a_mask_that_was_lost_is_made_anew",
     ),
     "a mask of one's own": (
-        OPTIM, "        if given is not None and not given.limit:\n            return False\n", "",
+        OPTIM, " and not self._captures.is_own(\"first\")", "",
         f"{OF_REUSE}::test_masks_of_ones_own",
     ),
     "needed where a mask is due": (
