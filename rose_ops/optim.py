@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
 from torch.nn.parallel import DistributedDataParallel
-from torch.nn.parameter import is_lazy
 
 from rose_ops.batch import Batch, Collector, init_state, inside_backward_of
 from rose_ops.captures import Captures, Capturing
@@ -28,13 +27,13 @@ from rose_ops.checks import (
     check_together,
     is_complete,
 )
-from rose_ops.distributed import Ranks, ranks_of
+from rose_ops.distributed import Ranks
 from rose_ops.engine import Engine, Scaling, Tables
 from rose_ops.groups import ADAMW_ONLY, GroupTables, check_group, is_selective, plain
 from rose_ops.masks import OwnMasks, check_masks
+from rose_ops.meeting import agreed, meet, say_place
 from rose_ops.results import Selection, Selections, UpdateCounts
-from rose_ops.settings import Settings, check_limit, is_number
-from rose_ops.shards import local
+from rose_ops.settings import Settings, check_limit
 
 # All there are, for those who are given a wrapper and do not find what it wraps.
 _live: WeakSet[RoseFusedAdamW] = WeakSet()
@@ -281,40 +280,33 @@ class RoseFusedAdamW(Checkpointed):
 
     # --------------------------------------------------------------------------------------- step
 
+    @property
+    def _hyper(self) -> Tensor:
+        return self._tables.hyper(self.param_groups)
+
     def _meet(self) -> Ranks | None:
-        """Who shares the ranking, after a look whether they were made alike; once."""
-        ranks = self._engine.ranks
+        """Who shares the ranking; asked once, as the groups' parameters are."""
         if not self._met:
-            params = [p for p in self._parameters() if p.requires_grad and not is_lazy(p)]
-            ranks = ranks_of(params, self.settings)
+            steps = self._steps_done if self._had_state else None
+            ranks = meet(self._parameters(), self.param_groups, self._hyper, self.settings, steps)
             if ranks is not None:
-                known = self.settings.to_saved()
-                if ranks.is_uniform:
-                    known["parameters"] = [(str(p.dtype), *p.shape) for p in params]
-                    known["groups"] = self._tables.hyper(self.param_groups).tolist()
-                    lrs = [group["lr"] for group in self.param_groups]
-                    known["lr"] = [lr if is_number(lr) else "a tensor" for lr in lrs]
-                values = [x for p in params for x in local(p).detach().flatten()[:4].tolist()]
-                steps = self._steps_done if self._had_state else None
-                ranks.agree(known, sum(p.numel() for p in params), steps, values)
                 # A process whose parameters were frozen so far has no state to know it from.
                 self._steps_done = max(self._steps_done, ranks.steps)
                 self._collector.begin = ranks.begin
             self._engine.ranks, self._met = ranks, True
-        return ranks
+        return self._engine.ranks
 
-    def _at(self, ranks: Ranks, what: str, batch: Batch) -> None:
-        """Of a call that all ranks make: with what it has to be the same."""
-        masks = sorted((kind, own.limit) for kind, own in self._captures.own.items())
-        place = [what, self._steps_done, sorted(self._captures.kinds), masks]
-        if ranks.is_uniform:
-            place += [self._tables.hyper(self.param_groups).tolist()]
-            place += [p.numel() for p in batch.params]
-        ranks.at(*place)
+    def _begin(self, what: str) -> tuple[Ranks | None, Batch]:
+        """Of a call that all ranks make: who they are, and the parameters that have a gradient."""
+        self._tables.check(self.param_groups)
+        ranks = self._meet()
+        batch = self._collect()
+        if ranks is not None:
+            say_place(ranks, what, self._steps_done, self._captures, self._hyper, batch)
+        return ranks, batch
 
     def _collect(self, known: bool = True) -> Batch:
         """All parameters that have a gradient. Raises before anything is changed."""
-        self._tables.check(self.param_groups)
         if self._is_selecting() or self.settings.max_grad_norm is not None:
             local = self.settings.local_ranking
             if not local and inside_backward_of(self._parameters()):
@@ -414,11 +406,8 @@ class RoseFusedAdamW(Checkpointed):
         self._check_kind(kind)
         self._captures.refuse_own(kind)
         check_limit(max_grad_norm, self.settings.max_grad_norm)
-        ranks = self._meet()
-        batch = self._collect()
-        if ranks is not None:
-            self._at(ranks, kind, batch)
-        elif not batch.params:
+        ranks, batch = self._begin(kind)
+        if ranks is None and not batch.params:
             raise RuntimeError(f"capture({kind!r}): no parameter has a gradient; call backward() first")
         self._captures.refuse_used(kind, batch)
         if self._is_selecting():
@@ -433,9 +422,8 @@ class RoseFusedAdamW(Checkpointed):
                 batch = self._selective(self._with_state(batch))
                 masks: list[Tensor] = []
                 if batch.params or ranks is not None:
-                    hyper = self._tables.hyper(self.param_groups)
                     limit = self._captures.limits.get(kind)
-                    masks = self._engine.capture(kind, batch, hyper, scaling, self._draw, limit)
+                    masks = self._engine.capture(kind, batch, self._hyper, scaling, self._draw, limit)
             self._captures.drop(kind, self.state.values())  # a second capture replaces the first
             self._captures.put(kind, batch, masks)
         if clear:
@@ -559,10 +547,7 @@ class RoseFusedAdamW(Checkpointed):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        ranks = self._meet()
-        batch = self._collect()
-        if ranks is not None:
-            self._at(ranks, "step", batch)
+        ranks, batch = self._begin("step")
         there = self._captures.there
         selects = self._is_selecting() and self._ranks_something(ranks, batch)
         if selects and "first" in self.settings.kinds and "first" not in there:
@@ -629,17 +614,10 @@ class RoseFusedAdamW(Checkpointed):
         """Which sample a selection takes: another one in every step, and for every seed."""
         return (self.settings.seed * 0x9E3779B1 + self._steps_done) & 0xFFFFFFFF
 
-    def _agreed(self, found_inf: Tensor | float, ranks: Ranks) -> Tensor:
-        """Whether any process has seen an overflow."""
-        if not isinstance(found_inf, Tensor):  # GradScaler's sum over no gradients
-            found_inf = torch.full((), float(found_inf), device=ranks.device)
-        self.found_inf = ranks.any(local(found_inf))
-        return self.found_inf
-
     def _update(self, batch: Batch, selects: bool) -> None:
         found_inf = getattr(self, "found_inf", None)
         if found_inf is not None and self._engine.ranks is not None:
-            found_inf = self._agreed(found_inf, self._engine.ranks)
+            found_inf = self.found_inf = agreed(found_inf, self._engine.ranks)
         if found_inf is not None and found_inf.device.type == "cpu" and found_inf.item() != 0:
             return  # nothing to read back here; on a GPU the kernels look
         scaling = self._clip(batch, _reciprocal(getattr(self, "grad_scale", None)))

@@ -3,6 +3,7 @@ fail)."""
 
 DISTRIBUTED, SHARDS, ENGINE = "rose_ops/distributed.py", "rose_ops/shards.py", "rose_ops/engine.py"
 OPTIM, BATCH, PORTABLE = "rose_ops/optim.py", "rose_ops/batch.py", "rose_ops/portable.py"
+MEETING = "rose_ops/meeting.py"
 TESTS = "tests/test_distributed.py"
 MASKS, WHOLE = f"{TESTS}::test_masks_are_those_of_one_process", f"{TESTS}::test_whole_tensors"
 SAMPLE, PARTS = f"{TESTS}::test_a_sample_is_that_of_one_process", f"{TESTS}::test_no_sample_of_parts"
@@ -88,11 +89,11 @@ MUTANTS = {
         DISTRIBUTED, "if (self.size * two - one * one) % 2**32:",
         "if False:", PLACES,
     ),
-    "steps in the place": (OPTIM, "place = [what, self._steps_done,", "place = [what,", PLACES),
+    "steps in the place": (MEETING, "place = [what, steps,", "place = [what,", PLACES),
     "hyperparameters in the place": (
-        OPTIM, "            place += [self._tables.hyper(self.param_groups).tolist()]\n", "", PLACES,
+        MEETING, "place += [hyper.tolist(), ", "place += [", PLACES,
     ),
-    "captures in the place": (OPTIM, "sorted(self._captures.kinds), masks]", "masks]", PLACES),
+    "captures in the place": (MEETING, "sorted(captures.kinds), own]", "own]", PLACES),
     "optimizers in the place": (DISTRIBUTED, "repr((self._number, *place))", "repr(place)", PLACES),
     "stages": (
         DISTRIBUTED, "is_uniform = members == set(dist.get_process_group_ranks(group))",
@@ -109,7 +110,7 @@ MUTANTS = {
     ),
     "settings that differ": (DISTRIBUTED, "        if differences:\n", "        if False:\n", MADE),
     "an overflow elsewhere": (
-        OPTIM, "self.found_inf = ranks.any(local(found_inf))", "self.found_inf = local(found_inf)",
+        MEETING, "return ranks.any(local(found_inf))", "return local(found_inf)",
         f"{TESTS}::test_an_overflow_that_one_rank_has_seen",
     ),
     "a mesh of fewer ranks": (
