@@ -25,7 +25,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Sequence
 from itertools import accumulate
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -47,14 +47,12 @@ from rose_ops.definitions import (
     sampled,
     scaled,
 )
+from rose_ops.operands import Ranking, Scaling
 from rose_ops.portable import counted
 from rose_ops.settings import Settings
 from rose_ops.shards import Shard, is_spread
 
 _UNRANKED = torch.iinfo(torch.int32).max  # in a sample: larger than the key of any risk
-
-if TYPE_CHECKING:  # it imports this
-    from rose_ops.engine import Ranking, Scaling
 
 
 class Part(NamedTuple):

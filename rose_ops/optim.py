@@ -28,10 +28,11 @@ from rose_ops.checks import (
     is_complete,
 )
 from rose_ops.distributed import Ranks
-from rose_ops.engine import Engine, Scaling, Tables
+from rose_ops.engine import Engine
 from rose_ops.groups import ADAMW_ONLY, GroupTables, check_group, is_selective, plain
 from rose_ops.masks import OwnMasks, check_masks
 from rose_ops.meeting import agreed, meet, say_place
+from rose_ops.operands import Scaling, Tables
 from rose_ops.results import Selection, Selections, UpdateCounts
 from rose_ops.settings import Settings, check_limit
 

@@ -7,6 +7,7 @@ WRAPPERS, MEMORY, LAYOUT = "rose_ops/wrappers.py", "rose_ops/memory.py", "rose_o
 CHECKS, RESULTS, SHARDS = "rose_ops/checks.py", "rose_ops/results.py", "rose_ops/shards.py"
 ACCUMULATE, DIVERGENCE = "rose_ops/accumulate.py", "rose_ops/divergence.py"
 TRAINER = "rose_ops/integrations/transformers.py"
+OPERANDS = "rose_ops/operands.py"
 ENGINE, GROUPS, CAPTURES = "rose_ops/engine.py", "rose_ops/groups.py", "rose_ops/captures.py"
 MASKS, OF_MASKS = "rose_ops/masks.py", "tests/test_masks.py"
 
@@ -103,7 +104,7 @@ MUTANTS = {
         OPTIM, "(self.settings.seed * 0x9E3779B1 + self._steps_done)", "self._steps_done", DRAWS,
     ),
     "mode of a ranking": (
-        ENGINE, "else Mode[self.selection.upper()])", "else Mode.BRACKET)", DRAWS,
+        OPERANDS, "else Mode[self.selection.upper()])", "else Mode.BRACKET)", DRAWS,
     ),
     "gradients of a step, used again": (
         OPTIM, "        self._captures.refuse_used(kind, batch)\n", "",
