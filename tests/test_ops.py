@@ -459,7 +459,7 @@ def test_update_refuses_two_second_order_masks(ops, mode):
     masks = random_masks([N] * 3)
     assert_refused(
         problem, lambda: problem.step(ops, (), masks, record, ranking(mode)),
-        "both selection and second_masks are given",
+        "both record and second_masks are given",
     )  # fmt: skip
 
 

@@ -295,7 +295,7 @@ class Update:
         flags = hyper.reshape(-1, 6)[:, 5].tolist()
         if from_risk and second_masks:
             raise RuntimeError(
-                "both selection and second_masks are given; expected one second-order mask"
+                "both record and second_masks are given; expected one second-order mask"
             )
         selective = [0 <= row < len(flags) and flags[row] != 0 for row in group.tolist()]
         if any(selective) and not first_masks and not second_masks and not from_risk:
