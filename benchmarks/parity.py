@@ -20,18 +20,16 @@ from benchmarks.contenders import (
     UPPER,
     WEIGHT_DECAY,
     Contender,
-    Rose,
-    RoseSelect,
     Rule,
     Select,
     TorchAdamW,
     Unavailable,
-    tensor_risks,
 )
 from benchmarks.device import Clock, Device
+from benchmarks.ours import Rose, RoseSelect, tensor_risks
 from benchmarks.work import STEP, Problem
 from rose_ops import capture_mask, select_threshold
-from rose_ops.reference import APPROX_FEWEST, sampled, unpack
+from rose_ops.definitions import APPROX_FEWEST, sampled, unpack
 from rose_ops.results import Selection
 
 # An error of a few of the smallest denormals is none.

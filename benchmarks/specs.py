@@ -25,18 +25,13 @@ from benchmarks.contenders import (
     Contender,
     DeepSpeed,
     Eager,
-    Rose,
-    RoseFlat,
-    RoseSelect,
-    RoseTensor,
     Rule,
     Select,
     TorchAdamW,
     Traffic,
-    share_of_tensors,
-    tensor_risks,
 )
 from benchmarks.device import Device
+from benchmarks.ours import Rose, RoseFlat, RoseSelect, RoseTensor, share_of_tensors, tensor_risks
 from benchmarks.work import Problem
 from rose_ops import backends
 

@@ -45,7 +45,7 @@ UpdatePlan::UpdatePlan(const UpdateTensors& tensors, const UpdateTables& tables,
     if (groups[i].selective != 0) selective.push_back(i);
   }
   ROSE_CHECK(!wanted.ranks || tensors.second_masks.empty(),
-             "both selection and second_masks are given; expected one second-order mask");
+             "both record and second_masks are given; expected one second-order mask");
   const bool has_first = !tensors.first_masks.empty();
   const bool has_second = wanted.ranks || !tensors.second_masks.empty();
   ROSE_CHECK(selective.empty() || has_first || has_second, "params[", selective.front(),

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rose_ops import reference
 from rose_ops._arguments import register_negation
-from rose_ops.reference import Field
+from rose_ops.definitions import Field
+from rose_ops.portable import count_keys, counted
 
 _LIBRARY = Path(__file__).with_name("_C.abi3.so")
 
@@ -23,7 +23,7 @@ load_error: str | None = None
 _RESULTS: dict[str, tuple[Callable[..., int], torch.dtype]] = {
     "rank_": (lambda *_: Field.SIZE, torch.int64),
     "step_": (lambda *_: Field.SIZE + 2, torch.int64),
-    "count_keys": (lambda *args: reference.counted(args[-1]), torch.int64),
+    "count_keys": (lambda *args: counted(args[-1]), torch.int64),
     "sums_of_squares": (lambda tensors, _: len(tensors), torch.float64),
     "clip_factors": (lambda *_: 3, torch.float32),
     "select_tensors_": (lambda *_: Field.SIZE, torch.int64),
@@ -94,7 +94,7 @@ def bracket_width(ops: Any, width: float) -> Iterator[None]:
 try:
     torch.ops.load_library(_LIBRARY)
     # It counts without a kernel of its own, and without waiting for the device.
-    torch.library.impl("rose_ops::count_keys", "CUDA", reference.count_keys)
+    torch.library.impl("rose_ops::count_keys", "CUDA", count_keys)
     register("rose_ops")  # fails if the library is of another version, and lacks an operator
 except (OSError, RuntimeError, AttributeError) as error:
     reason = (

@@ -142,20 +142,20 @@ class _Known(NamedTuple):
 class Collector:
     """Makes batches. What is as it was at the latest step is not looked at again."""
 
-    def __init__(self, settings: Settings, given: Iterable[Tensor]) -> None:
+    def __init__(self, settings: Settings, params: Iterable[Tensor]) -> None:
         self._settings = settings
         self._known: _Known | None = None
         # Identities: a wrapper that puts shards in the place of parameters keeps these alive.
-        self.given: tuple[set[int], int] = set(), 0  # and the number of elements
-        self.add(given)
+        self.original: tuple[set[int], int] = set(), 0  # and the number of elements
+        self.add(params)
         self._apart: set[tuple[int, int]] = set()  # identities and places that share no memory
         self.begin = 0  # of this process's elements in the index space
 
     def add(self, params: Iterable[Tensor]) -> None:
         params = list(params)
-        known, numel = self.given
+        known, numel = self.original
         numel += sum(0 if is_lazy(p) else p.numel() for p in params)
-        self.given = known | set(map(id, params)), numel
+        self.original = known | set(map(id, params)), numel
 
     def collect(
         self,
@@ -220,12 +220,12 @@ class Collector:
         return Batch.of(layout, params, grads, [])
 
     def _check_identities(self, every: list[Tensor], numel: int) -> None:
-        known, given = self.given
-        fewer = numel < given
+        known, original = self.original
+        fewer = numel < original
         if fewer and is_sharded(self._settings) and any(id(p) not in known for p in every):
             raise RuntimeError(
                 "parameters in the optimizer's groups are not those that it was given, and have "
-                f"{numel} elements instead of {given}: a wrapper has put this rank's part "
+                f"{numel} elements instead of {original}: a wrapper has put this rank's part "
                 f"of them in their place (DeepSpeed's ZeRO, Megatron's distributed optimizer). {LOCAL}"
             )
 

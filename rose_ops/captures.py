@@ -1,5 +1,5 @@
-"""Masks that are captured before a step: which there are, and that the gradients behind one are of one
-loss alone."""
+"""Masks that are there before a step, captured or one's own; and that the gradients behind a captured
+one are of one loss alone."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from torch import Tensor
 from torch._compile import _disable_dynamo
 
 from rose_ops.batch import Batch
-from rose_ops.checkpoint import MASKS
-from rose_ops.checks import has_memory
+from rose_ops.checks import has_memory, is_recording
 from rose_ops.flat import members
+from rose_ops.masks import MASKS, OwnMasks
 
 
 class Captures:
@@ -23,11 +23,13 @@ class Captures:
 
     Attributes:
         kinds: of the masks that were captured; they are in the parameters' states.
+        own: masks of ``set_masks()``, by kind.
     """
 
-    def __init__(self, states: Iterable[dict[str, Any]] = ()) -> None:
+    def __init__(self, states: Iterable[dict[str, Any]], own: dict[str, OwnMasks]) -> None:
         states = list(states)
         self.kinds = {kind for kind, key in MASKS.items() for state in states if key in state}
+        self.own = own
         self._used: list[ref[Tensor]] = []  # gradients of the latest step
 
     def put(self, kind: str, batch: Batch, masks: Iterable[Tensor]) -> None:
@@ -39,6 +41,51 @@ class Captures:
         for state in states:
             state.pop(MASKS[kind], None)
         self.kinds.discard(kind)
+
+    def is_own(self, kind: str) -> bool:
+        """Whether ``set_masks()`` has said what is selected, so that nothing is ranked."""
+        return kind in self.own and not self.own[kind].limit
+
+    @property
+    def there(self) -> set[str]:
+        """Kinds that the coming step has not to find."""
+        return self.kinds | set(filter(self.is_own, self.own))
+
+    @property
+    def limits(self) -> dict[str, dict[Tensor, Tensor]]:
+        """To what is ranked, by kind and parameter."""
+        return {kind: own.masks for kind, own in self.own.items() if own.limit}
+
+    def of(self, batch: Batch) -> dict[str, list[Tensor | None]]:
+        """The masks that are there, as operators read them; None of a parameter that has none."""
+        if self.own and is_recording(batch.device):
+            raise NotImplementedError(
+                "a CUDA graph cannot be recorded with masks of set_masks(), which it would not own; "
+                "call clear_masks() before recording"
+            )
+        found = {kind: [state.get(MASKS[kind]) for state in batch.states] for kind in self.kinds}
+        for kind in filter(self.is_own, self.own):
+            found[kind] = [self.own[kind].bits.get(p) for p in batch.params]
+        return found
+
+    def refuse_own(self, kind: str) -> None:
+        """Raise if there is nothing to capture."""
+        if self.is_own(kind):
+            raise RuntimeError(
+                f"capture({kind!r}): set_masks() has given the masks of this kind, so there is nothing "
+                f"to rank; call clear_masks({kind!r}) first, or set_masks(..., limit=True) to rank "
+                "within them"
+            )
+
+    def consume(self, keeps_first: bool, states: Iterable[dict[str, Any]]) -> None:
+        """A step has used the masks.
+
+        Args:
+            keeps_first: whether the next one uses a captured first-order mask again.
+        """
+        for kind in self.kinds - ({"first"} if keeps_first else set()):
+            self.drop(kind, states)
+        self.own = {kind: own for kind, own in self.own.items() if own.keep}
 
     def forget_used(self) -> None:
         """The gradients were cleared."""

@@ -13,9 +13,10 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from rose_ops import memory
+from rose_ops.captures import Captures
 from rose_ops.checks import MOMENTS, STATE, has_memory
 from rose_ops.groups import ADAMW_ONLY, check_group, is_selective
-from rose_ops.masks import Given, from_saved, to_saved
+from rose_ops.masks import MASKS, OwnMasks, from_saved, to_saved
 from rose_ops.settings import Settings, is_number, shown
 from rose_ops.shards import loaded_mask, local, part_of, saved_mask, spread_like
 
@@ -27,7 +28,6 @@ ROSE = "rose"
 FORMAT = 2
 # Settings that came later, and what an older rose_ops did.
 ADDED = {"first_order_every": 1}
-MASKS = {kind: f"{kind}_mask" for kind in ("first", "second")}
 
 
 class Kept:
@@ -65,7 +65,7 @@ class Loader:
 
     Attributes:
         differences: of the settings that the checkpoint was trained with, in words.
-        given: the masks of ``set_masks()`` in the checkpoint; None: it has none.
+        own: the masks of ``set_masks()`` in the checkpoint; None: it has none.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class Loader:
     ) -> None:
         self._settings, self._groups, self._defaults = settings, groups, defaults
         self.differences: list[str] = []
-        self.given: dict[str, Given] | None = None
+        self.own: dict[str, OwnMasks] | None = None
 
     def checked(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         """What ``Optimizer.load_state_dict`` is to load.
@@ -111,7 +111,7 @@ class Loader:
                 f"selective={flags[1]} by groups, as in the checkpoint (was {flags[0]})"
             )
         for group in groups:
-            check_group({**self._defaults, **group}, given=False)
+            check_group({**self._defaults, **group}, is_new=False)
         params = dict(zip(ids, (p for group in self._groups for p in group["params"]), strict=True))
         kept = {i: self._checked_state(i, p, state[i]) for i, p in params.items() if i in state}
         # All is checked: now the copies, where new moments would be, and none besides.
@@ -149,7 +149,7 @@ class Loader:
         ]
         if "masks" in ours:
             kinds, granularity = self._settings.kinds, self._settings.granularity
-            self.given = from_saved(ours["masks"], self._groups, kinds, granularity)
+            self.own = from_saved(ours["masks"], self._groups, kinds, granularity)
 
     def _checked_state(self, i: int, p: Tensor, state: dict[str, Any]) -> dict[str, Any]:
         def fail(problem: str) -> ValueError:
@@ -231,7 +231,7 @@ class Checkpointed(Optimizer):
 
     settings: Settings
     _steps_done: int
-    _given: dict[str, Given]
+    _captures: Captures
 
     def _reset(self) -> None:
         raise NotImplementedError
@@ -247,7 +247,7 @@ class Checkpointed(Optimizer):
         As with PyTorch's optimizers, moments are not copied.
         """
         params = [p for group in self.param_groups for p in group["params"]]
-        return saved(super().state_dict(), self.settings, to_saved(self._given, params))
+        return saved(super().state_dict(), self.settings, to_saved(self._captures.own, params))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what :meth:`state_dict` of this class or of ``torch.optim.AdamW`` returned.
@@ -267,13 +267,13 @@ class Checkpointed(Optimizer):
 
         # Registered now, it runs after the user's own hooks, on what they made of the dict.
         loader = Loader(self.settings, self.param_groups, self.defaults)
-        handle = self.register_load_state_dict_pre_hook(lambda _, given: loader.checked(given))
+        handle = self.register_load_state_dict_pre_hook(lambda _, found: loader.checked(found))
         try:
             super().load_state_dict(state_dict)
         finally:
             handle.remove()
-        if loader.given is not None:
-            self._given = loader.given
+        if loader.own is not None:
+            self._captures.own = loader.own
         if loader.differences:
             warnings.warn(
                 "the optimizer goes on with other settings than the checkpoint was trained with: "
@@ -291,17 +291,18 @@ class Checkpointed(Optimizer):
             **super().__getstate__(),
             "settings": asdict(self.settings),
             "_steps_done": self._steps_done,
-            "_given": self._given,
+            "_own_masks": self._captures.own,
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         state = dict(state)
-        settings = state.pop("settings", None)
+        settings, own = state.pop("settings", None), state.pop("_own_masks", None)
         super().__setstate__(state)
         if settings is not None or "settings" not in self.__dict__:
             self.settings = Settings(**(settings or {}))
         unpacked(self.state)
         completed(self.param_groups, self.defaults)
-        self.__dict__.setdefault("_given", {})
         self._reset()
+        if own is not None:
+            self._captures.own = own
         self._steps_done = state.get("_steps_done", steps_of(self.state))

@@ -51,7 +51,7 @@ def has_memory(tensor: Tensor) -> bool:
     return not (tensor.is_meta or isinstance(tensor, FakeTensor))
 
 
-def check_given(params: list[Tensor], settings: Settings) -> None:
+def check_params(params: list[Tensor], settings: Settings) -> None:
     """Raise unless ``params`` can be a group.
 
     Only parameters that are trained need to fit: others may be anything (quantized, complex, on "meta",

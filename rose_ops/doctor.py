@@ -13,8 +13,8 @@ from torch import Tensor
 import rose_ops
 from rose_ops import _ops, backends, reference
 from rose_ops._ops import bracket_width
+from rose_ops.definitions import HIGH_DIGITS, Mode
 from rose_ops.finetune import UserError
-from rose_ops.reference import HIGH_DIGITS, Mode
 
 
 def doctor(_args: argparse.Namespace | None = None) -> None:

@@ -6,97 +6,24 @@ of :mod:`rose_ops.functional`. ``ops`` is a backend's namespace of operators.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from rose_ops import backends, reference
+from rose_ops import backends
 from rose_ops.batch import Batch
 from rose_ops.checks import MOMENTS, is_recording
-from rose_ops.distributed import Ranks, record_of
+from rose_ops.definitions import Field
+from rose_ops.distributed import record_of
 from rose_ops.layout import empty_masks, memory_order
 from rose_ops.memory import with_own_storage
-from rose_ops.reference import Field, Mode
+from rose_ops.operands import Operands, Ranking, Rounding, Scaling, Tables
+from rose_ops.ranks import Ranks
 from rose_ops.settings import Settings
 from rose_ops.shards import is_spread, part_of
-
-
-class Tables(NamedTuple):
-    """What tensors share, as operators read it; see :func:`rose_ops.reference.step_`.
-
-    Attributes:
-        hyper: float64 ``[G, 6]``, the groups' hyperparameters (:class:`rose_ops.reference.Hyper`).
-        group: int64 ``[N]``, each tensor's row of that.
-        lr: float64 ``[G]``; for updates only.
-        offsets: int64 ``[N]``, where each tensor begins in the index space; for updates only.
-    """
-
-    hyper: Tensor
-    group: Tensor
-    lr: Tensor | None = None
-    offsets: Tensor | None = None
-
-
-class Scaling(NamedTuple):
-    """What gradients are multiplied by before they are used; None: by nothing.
-
-    Attributes:
-        inv_scale: float32 scalar, of a loss scale.
-        clip: float32 ``[2]``, of selective tensors and of plain ones.
-        sums: float64 ``[N]``, the sums of squares that ``clip`` follows from.
-    """
-
-    inv_scale: Tensor | None = None
-    clip: Tensor | None = None
-    sums: Tensor | None = None
-
-
-class Ranking(NamedTuple):
-    """What one ranking is asked for.
-
-    Attributes:
-        upper, lower: fractions in units of 1e-9.
-        rank_inactive: whether elements without evidence are ranked.
-        selection: ``"exact"``, ``"bracket"`` or ``"approx"``.
-        draw: which sample is taken, 32 bits.
-        shared: of a ranking that processes share, see :meth:`rose_ops.distributed.Ranks.one_pass`.
-    """
-
-    upper: int
-    lower: int
-    rank_inactive: bool = False
-    selection: str = "exact"
-    draw: int = 0
-    shared: Sequence[int] = ()
-
-    def numbers(self, given: bool = False) -> list[int]:
-        """As operators take it.
-
-        Args:
-            given: whether its thresholds are known already.
-        """
-        mode = int(Mode.GIVEN if given else Mode[self.selection.upper()])
-        return [mode, self.upper, self.lower, int(self.rank_inactive), self.draw, *self.shared]
-
-
-class Operands(NamedTuple):
-    """Of an update, one tensor for each parameter."""
-
-    params: list[Tensor]
-    grads: list[Tensor]
-    exp_avgs: list[Tensor]
-    exp_avg_sqs: list[Tensor]
-    steps: list[Tensor]
-
-
-class Rounding(NamedTuple):
-    """Of what is stored in bfloat16; see :func:`rose_ops.reference.step_`."""
-
-    seed: int = 0
-    stochastic: bool = False
 
 
 def clip(
@@ -127,11 +54,11 @@ def rank(
         record: whose thresholds are known; None: they are found.
 
     Returns:
-        The record of the selection (:class:`rose_ops.reference.Field`).
+        The record of the selection (:class:`rose_ops.definitions.Field`).
     """
     return ops.rank_(
         masks or [], grads, exp_avgs, tables.hyper, tables.group, scaling.inv_scale, scaling.clip,
-        record, ranking.numbers(given=record is not None),
+        record, ranking.numbers(is_known=record is not None),
     )  # fmt: skip
 
 
@@ -196,7 +123,7 @@ def update(
     result = ops.step_(
         *operands, first, second, record, tables.lr, tables.hyper, tables.group, tables.offsets,
         scaling.inv_scale, scaling.clip, found_inf, gamma,
-        [] if ranking is None else ranking.numbers(given=record is not None),
+        [] if ranking is None else ranking.numbers(is_known=record is not None),
         [rounding.seed, int(rounding.stochastic)],
     )  # fmt: skip
     found, counts = result.split([Field.SIZE, 2])
@@ -247,11 +174,9 @@ class Engine:
     ) -> tuple[Tensor | None, Scaling]:
         """See :func:`clip`."""
         if self.ranks is None or max_norm is None:
-            return clip(self._ops(batch) if batch.params else None, batch.grads, inv_scale, max_norm)
+            return clip(self._ops(batch), batch.grads, inv_scale, max_norm)
         sums = self._shared_sums(self.ranks, batch, [batch.grads], inv_scale)
-        # An operator is found by its tensors: without any, the reference.
-        clipper = self._ops(batch) if batch.params else reference
-        factors = clipper.clip_factors(sums, max_norm)
+        factors = self._ops(batch).clip_factors(sums, max_norm)
         return factors[0], Scaling(inv_scale, factors[1:], sums if self.ranks.is_uniform else None)
 
     def _shared_sums(
@@ -307,9 +232,7 @@ class Engine:
             with ranks.raising():
                 record = use(on_the_way, None)
         if record is None or record[Field.MISSES] < 0:  # it did nothing
-            # An operator is found by its tensors: without any, the reference.
-            counter = ops if batch.params else reference
-            known = record_of(ranks, counter, batch, exp_avgs, hyper, scaling, ranking)
+            known = record_of(ranks, ops, batch, exp_avgs, hyper, scaling, ranking)
             record = use(ranking, known)
         if self._adds_up:
             ranks.latest[kind] = record[:2].tolist()

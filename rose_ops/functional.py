@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from rose_ops import backends, engine
-from rose_ops.engine import Operands, Ranking, Rounding, Scaling, Tables
 from rose_ops.layout import empty_masks
+from rose_ops.operands import Operands, Ranking, Rounding, Scaling, Tables
 from rose_ops.results import Selection, UpdateCounts
 from rose_ops.settings import GRANULARITIES, INACTIVE, ROUNDINGS, SELECTIONS, check_fractions, choice
 

@@ -52,12 +52,12 @@ def beta_values(betas: Sequence[object]) -> tuple[float, float]:
     return first, second
 
 
-def check_group(group: Mapping[str, Any], *, given: bool) -> None:
+def check_group(group: Mapping[str, Any], *, is_new: bool) -> None:
     """Raise unless the options of a group (merged with the defaults) can work.
 
     Args:
         group: a parameter group.
-        given: whether a user gives it now. Else it is what a schedule, or a checkpoint of one, made of
+        is_new: whether a user makes it now. Else it is what a schedule, or a checkpoint of one, made of
             it: a learning rate below 0, which cosines round to, does what it does in AdamW; a learning
             rate in a tensor is not read.
     """
@@ -72,9 +72,9 @@ def check_group(group: Mapping[str, Any], *, given: bool) -> None:
     if isinstance(lr, Tensor):
         if lr.numel() != 1 or lr.is_complex():
             raise bad("lr", "a number or a tensor of one element")
-        lr = lr.item() if given and not lr.is_meta else 0.0
-    if not is_number(lr) or (given and lr < 0):
-        raise bad("lr", "a number >= 0" if given else "a finite number")
+        lr = lr.item() if is_new and not lr.is_meta else 0.0
+    if not is_number(lr) or (is_new and lr < 0):
+        raise bad("lr", "a number >= 0" if is_new else "a finite number")
     betas = group["betas"]
     if not isinstance(betas, (tuple, list)) or len(betas) != 2:
         raise bad("betas", "a pair of numbers")
@@ -136,7 +136,7 @@ class GroupTables:
             found.append((*group, *(betas or ()), right, *options))
         if found != self._options:
             for group in groups:
-                check_group(group, given=False)
+                check_group(group, is_new=False)
             self._options = found
 
     def lr(self, groups: Groups) -> Tensor:
@@ -158,7 +158,7 @@ class GroupTables:
         return torch.cat(columns) if len(columns) > 1 else columns[0]
 
     def hyper(self, groups: Groups, selecting: bool = True) -> Tensor:
-        """The other hyperparameters ``[G, 6]`` (:class:`rose_ops.reference.Hyper`), on the CPU.
+        """The other hyperparameters ``[G, 6]`` (:class:`rose_ops.definitions.Hyper`), on the CPU.
 
         Args:
             selecting: False: a step that selects nothing, for which every group is a plain one.

@@ -1,4 +1,4 @@
-"""Masks of one's own, given to an optimizer: checked, packed, and carried in its state dict."""
+"""Masks of one's own, as ``set_masks()`` takes them: checked, packed, and carried in a state dict."""
 
 from __future__ import annotations
 
@@ -12,9 +12,12 @@ from torch import Tensor
 from rose_ops.layout import memory_order, packed
 from rose_ops.shards import local, part_of
 
+# Under which keys of a parameter's state captured masks are.
+MASKS = {kind: f"{kind}_mask" for kind in ("first", "second")}
+
 
 @dataclass(frozen=True)
-class Given:
+class OwnMasks:
     """The masks of one kind.
 
     Attributes:
@@ -31,7 +34,7 @@ class Given:
     limit: bool
 
     @classmethod
-    def of(cls, masks: Mapping[Tensor, Tensor], keep: bool, limit: bool) -> Given:
+    def of(cls, masks: Mapping[Tensor, Tensor], keep: bool, limit: bool) -> OwnMasks:
         """Copies of ``masks``, which were checked."""
         copies = {p: mask.detach().clone() for p, mask in masks.items()}
         bits = {} if limit else {p: _bits(p, mask) for p, mask in copies.items()}
@@ -94,7 +97,7 @@ def check_masks(masks: object, groups: list[dict[str, Any]], limit: bool, granul
             )
 
 
-def to_saved(given: Mapping[str, Given], params: Iterable[Tensor]) -> dict[str, Any]:
+def to_saved(own: Mapping[str, OwnMasks], params: Iterable[Tensor]) -> dict[str, Any]:
     """For a state dict: masks by the parameter's number, in types that ``weights_only=True`` knows."""
     numbers = {id(p): i for i, p in enumerate(params)}
     return {
@@ -103,13 +106,13 @@ def to_saved(given: Mapping[str, Given], params: Iterable[Tensor]) -> dict[str, 
             "limit": one.limit,
             "masks": {numbers[id(p)]: mask for p, mask in one.masks.items()},
         }
-        for kind, one in given.items()
+        for kind, one in own.items()
     }
 
 
 def from_saved(
     saved: Any, groups: list[dict[str, Any]], kinds: Iterable[str], granularity: str
-) -> dict[str, Given]:
+) -> dict[str, OwnMasks]:
     """What :func:`to_saved` made, for an optimizer of ``groups``.
 
     Raises:
@@ -123,7 +126,7 @@ def from_saved(
                 raise ValueError(f"the order has no {kind!r} mask")
             masks = {params[int(i)]: mask.to(params[int(i)].device) for i, mask in one["masks"].items()}
             check_masks(masks, groups, bool(one["limit"]), granularity)
-            found[kind] = Given.of(masks, bool(one["keep"]), bool(one["limit"]))
+            found[kind] = OwnMasks.of(masks, bool(one["keep"]), bool(one["limit"]))
     except (AttributeError, IndexError, KeyError, TypeError, ValueError, NotImplementedError) as error:
         raise ValueError(
             f"the state dict has masks that set_masks() would not take: {error}; nothing was loaded"

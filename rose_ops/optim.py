@@ -16,26 +16,25 @@ import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
 from torch.nn.parallel import DistributedDataParallel
-from torch.nn.parameter import is_lazy
 
 from rose_ops.batch import Batch, Collector, init_state, inside_backward_of
 from rose_ops.captures import Captures, Capturing
-from rose_ops.checkpoint import MASKS, Checkpointed
+from rose_ops.checkpoint import Checkpointed
 from rose_ops.checks import (
-    check_given,
     check_graph,
     check_maker,
+    check_params,
     check_together,
     is_complete,
-    is_recording,
 )
-from rose_ops.distributed import Ranks, ranks_of
-from rose_ops.engine import Engine, Scaling, Tables
+from rose_ops.engine import Engine
 from rose_ops.groups import ADAMW_ONLY, GroupTables, check_group, is_selective, plain
-from rose_ops.masks import Given, check_masks
+from rose_ops.masks import OwnMasks, check_masks
+from rose_ops.meeting import agreed, meet, say_place
+from rose_ops.operands import Scaling, Tables
+from rose_ops.ranks import Ranks
 from rose_ops.results import Selection, Selections, UpdateCounts
-from rose_ops.settings import Settings, check_limit, is_number
-from rose_ops.shards import local
+from rose_ops.settings import Settings, check_limit
 
 # All there are, for those who are given a wrapper and do not find what it wraps.
 _live: WeakSet[RoseFusedAdamW] = WeakSet()
@@ -198,7 +197,6 @@ class RoseFusedAdamW(Checkpointed):
             "fused": fused,
         }
         self._is_made = False
-        self._given: dict[str, Given] = {}
         super().__init__(params, {key: plain(value) for key, value in defaults.items()})
         check_together(p for p in self._parameters() if p.requires_grad)  # once, for all groups
         self._is_made = True
@@ -209,14 +207,15 @@ class RoseFusedAdamW(Checkpointed):
         self._is_made = True
         self._steps_done = 0
         states = self.__dict__.get("state", {}).values()
-        self._captures = Captures(states)
+        # Loading a state takes away no masks of set_masks(), nor is it handing over parameters.
+        captures, collector = self.__dict__.get("_captures"), self.__dict__.get("_collector")
+        self._captures = Captures(states, {} if captures is None else captures.own)
         self._had_state = any(map(is_complete, states))
         self._averaged = False  # whether rose_backward averages gradients over processes by itself
         groups = self.__dict__.get("param_groups", [])
-        before = self.__dict__.get("_collector")
         self._collector = Collector(self.settings, [p for group in groups for p in group["params"]])
-        if before is not None:  # loading a state is not giving parameters
-            self._collector.given = before.given
+        if collector is not None:
+            self._collector.original = collector.original
         self._tables = GroupTables()
         self._engine = Engine(self.settings)
         self._met = False  # whether it is known who shares the ranking
@@ -247,7 +246,7 @@ class RoseFusedAdamW(Checkpointed):
             params = [params] if isinstance(params, Tensor) else list(params)
             param_group = {**{key: plain(x) for key, x in param_group.items()}, "params": params}
             merged = {**self.defaults, **param_group}
-            check_group(merged, given=True)
+            check_group(merged, is_new=True)
             if is_selective(param_group):
                 param_group.pop("selective", None)
             tensors = [item[1] if isinstance(item, tuple) else item for item in params]
@@ -258,7 +257,7 @@ class RoseFusedAdamW(Checkpointed):
         self._met = False
 
     def _check_params(self, params: list[Tensor], capturable: bool) -> None:
-        check_given(params, self.settings)
+        check_params(params, self.settings)
         there = self._parameters() if self._is_made else []
         first = next((p for p in [*there, *params] if p.requires_grad), None)
         if first is None:
@@ -282,40 +281,33 @@ class RoseFusedAdamW(Checkpointed):
 
     # --------------------------------------------------------------------------------------- step
 
+    @property
+    def _hyper(self) -> Tensor:
+        return self._tables.hyper(self.param_groups)
+
     def _meet(self) -> Ranks | None:
-        """Who shares the ranking, after a look whether they were made alike; once."""
-        ranks = self._engine.ranks
+        """Who shares the ranking; asked once, as the groups' parameters are."""
         if not self._met:
-            params = [p for p in self._parameters() if p.requires_grad and not is_lazy(p)]
-            ranks = ranks_of(params, self.settings)
+            steps = self._steps_done if self._had_state else None
+            ranks = meet(self._parameters(), self.param_groups, self._hyper, self.settings, steps)
             if ranks is not None:
-                known = self.settings.to_saved()
-                if ranks.is_uniform:
-                    known["parameters"] = [(str(p.dtype), *p.shape) for p in params]
-                    known["groups"] = self._tables.hyper(self.param_groups).tolist()
-                    lrs = [group["lr"] for group in self.param_groups]
-                    known["lr"] = [lr if is_number(lr) else "a tensor" for lr in lrs]
-                values = [x for p in params for x in local(p).detach().flatten()[:4].tolist()]
-                steps = self._steps_done if self._had_state else None
-                ranks.agree(known, sum(p.numel() for p in params), steps, values)
                 # A process whose parameters were frozen so far has no state to know it from.
                 self._steps_done = max(self._steps_done, ranks.steps)
                 self._collector.begin = ranks.begin
             self._engine.ranks, self._met = ranks, True
-        return ranks
+        return self._engine.ranks
 
-    def _at(self, ranks: Ranks, what: str, batch: Batch) -> None:
-        """Of a call that all ranks make: with what it has to be the same."""
-        masks = sorted((kind, one.limit) for kind, one in self._given.items())
-        place = [what, self._steps_done, sorted(self._captures.kinds), masks]
-        if ranks.is_uniform:
-            place += [self._tables.hyper(self.param_groups).tolist()]
-            place += [p.numel() for p in batch.params]
-        ranks.at(*place)
+    def _begin(self, what: str) -> tuple[Ranks | None, Batch]:
+        """Of a call that all ranks make: who they are, and the parameters that have a gradient."""
+        self._tables.check(self.param_groups)
+        ranks = self._meet()
+        batch = self._collect()
+        if ranks is not None:
+            say_place(ranks, what, self._steps_done, self._captures, self._hyper, batch)
+        return ranks, batch
 
     def _collect(self, known: bool = True) -> Batch:
         """All parameters that have a gradient. Raises before anything is changed."""
-        self._tables.check(self.param_groups)
         if self._is_selecting() or self.settings.max_grad_norm is not None:
             local = self.settings.local_ranking
             if not local and inside_backward_of(self._parameters()):
@@ -349,7 +341,7 @@ class RoseFusedAdamW(Checkpointed):
     def _is_selecting(self) -> bool:
         """Whether the coming step selects at all."""
         settings = self.settings
-        selects = bool(self._given) or not settings.is_adamw
+        selects = bool(self._captures.own) or not settings.is_adamw
         return selects and self._steps_done >= settings.selection_warmup_steps
 
     def _selective(self, batch: Batch) -> Batch:
@@ -413,19 +405,10 @@ class RoseFusedAdamW(Checkpointed):
                 "Lightning, with manual optimization)"
             )
         self._check_kind(kind)
-        given = self._given.get(kind)
-        if given is not None and not given.limit:
-            raise RuntimeError(
-                f"capture({kind!r}): set_masks() has given the masks of this kind, so there is nothing "
-                f"to rank; call clear_masks({kind!r}) first, or set_masks(..., limit=True) to rank "
-                "within them"
-            )
+        self._captures.refuse_own(kind)
         check_limit(max_grad_norm, self.settings.max_grad_norm)
-        ranks = self._meet()
-        batch = self._collect()
-        if ranks is not None:
-            self._at(ranks, kind, batch)
-        elif not batch.params:
+        ranks, batch = self._begin(kind)
+        if ranks is None and not batch.params:
             raise RuntimeError(f"capture({kind!r}): no parameter has a gradient; call backward() first")
         self._captures.refuse_used(kind, batch)
         if self._is_selecting():
@@ -440,9 +423,8 @@ class RoseFusedAdamW(Checkpointed):
                 batch = self._selective(self._with_state(batch))
                 masks: list[Tensor] = []
                 if batch.params or ranks is not None:
-                    hyper = self._tables.hyper(self.param_groups)
-                    limit = None if given is None else given.masks
-                    masks = self._engine.capture(kind, batch, hyper, scaling, self._draw, limit)
+                    limit = self._captures.limits.get(kind)
+                    masks = self._engine.capture(kind, batch, self._hyper, scaling, self._draw, limit)
             self._captures.drop(kind, self.state.values())  # a second capture replaces the first
             self._captures.put(kind, batch, masks)
         if clear:
@@ -515,18 +497,19 @@ class RoseFusedAdamW(Checkpointed):
         """
         self._check_kind(kind, "set_masks")
         check_masks(masks, self.param_groups, limit, self.settings.granularity)
-        self._given = {**self._given, kind: Given.of(masks, keep, limit)}
+        self._captures.own = {**self._captures.own, kind: OwnMasks.of(masks, keep, limit)}
         self._captures.drop(kind, self.state.values())
 
     def clear_masks(self, kind: str | None = None) -> None:
-        """Take away what :meth:`set_masks` gave, of one kind or of all.
+        """Take away the masks of :meth:`set_masks`, of one kind or of all.
 
         Raises:
             ValueError: ``order`` does not use such a mask.
         """
         if kind is not None:
             self._check_kind(kind, "clear_masks")
-        self._given = {k: one for k, one in self._given.items() if kind not in (None, k)}
+        own = self._captures.own
+        self._captures.own = {k: masks for k, masks in own.items() if kind not in (None, k)}
 
     def _check_kind(self, kind: str, what: str = "capture") -> None:
         if kind not in self.settings.kinds:
@@ -565,13 +548,10 @@ class RoseFusedAdamW(Checkpointed):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        ranks = self._meet()
-        batch = self._collect()
-        if ranks is not None:
-            self._at(ranks, "step", batch)
-        captured = self._captures.kinds | {k for k, one in self._given.items() if not one.limit}
+        ranks, batch = self._begin("step")
+        there = self._captures.there
         selects = self._is_selecting() and self._ranks_something(ranks, batch)
-        if selects and "first" in self.settings.kinds and "first" not in captured:
+        if selects and "first" in self.settings.kinds and "first" not in there:
             if not self._only_makes_state(batch):
                 raise RuntimeError(
                     f"order={self.settings.order!r} needs a first-order mask: call kl.backward() and "
@@ -581,12 +561,9 @@ class RoseFusedAdamW(Checkpointed):
         if batch.params or ranks is not None:
             with self._explained():
                 self._update(batch, selects)
-        once = "first" in self.settings.kinds or captured  # gradients that captures must not see again
+        once = "first" in self.settings.kinds or there  # gradients that captures must not see again
         self._captures.note_used(batch.params if once else ())
-        for kind in tuple(self._captures.kinds):
-            if kind == "second" or not self._reuses_first:
-                self._captures.drop(kind, self.state.values())
-        self._given = {kind: one for kind, one in self._given.items() if one.keep}
+        self._captures.consume(self._reuses_first, self.state.values())
         return loss
 
     def _ranks_something(self, ranks: Ranks | None, batch: Batch) -> bool:
@@ -615,11 +592,9 @@ class RoseFusedAdamW(Checkpointed):
         (:func:`rose_backward`, :func:`rose_accumulate` and the Trainer leave the pass and the backward
         out by themselves.)
         """
-        given = self._given.get("first")
-        if given is not None and not given.limit:
-            return False
         there = "first" in self._captures.kinds and self._reuses_first
-        return "first" in self.settings.kinds and not there
+        needed = "first" in self.settings.kinds and not self._captures.is_own("first")
+        return needed and not there
 
     def _only_makes_state(self, batch: Batch) -> bool:
         """Whether a step is that of ``torch.distributed.checkpoint``, which makes state to load into by
@@ -640,17 +615,10 @@ class RoseFusedAdamW(Checkpointed):
         """Which sample a selection takes: another one in every step, and for every seed."""
         return (self.settings.seed * 0x9E3779B1 + self._steps_done) & 0xFFFFFFFF
 
-    def _agreed(self, found_inf: Tensor | float, ranks: Ranks) -> Tensor:
-        """Whether any process has seen an overflow."""
-        if not isinstance(found_inf, Tensor):  # GradScaler's sum over no gradients
-            found_inf = torch.full((), float(found_inf), device=ranks.device)
-        self.found_inf = ranks.any(local(found_inf))
-        return self.found_inf
-
     def _update(self, batch: Batch, selects: bool) -> None:
         found_inf = getattr(self, "found_inf", None)
         if found_inf is not None and self._engine.ranks is not None:
-            found_inf = self._agreed(found_inf, self._engine.ranks)
+            found_inf = self.found_inf = agreed(found_inf, self._engine.ranks)
         if found_inf is not None and found_inf.device.type == "cpu" and found_inf.item() != 0:
             return  # nothing to read back here; on a GPU the kernels look
         scaling = self._clip(batch, _reciprocal(getattr(self, "grad_scale", None)))
@@ -659,22 +627,9 @@ class RoseFusedAdamW(Checkpointed):
         tables = Tables(
             self._tables.hyper(groups, selects), layout.group, self._tables.lr(groups), layout.offset
         )
-        captured = {
-            kind: [state.get(MASKS[kind]) for state in batch.states]
-            for kind in (self._captures.kinds if selects else ())
-        }
-        given = self._given if selects else {}
-        if given and is_recording(batch.device):
-            raise NotImplementedError(
-                "a CUDA graph cannot be recorded with masks of set_masks(), which it would not own; "
-                "call clear_masks() before recording"
-            )
-        for kind, one in given.items():
-            if not one.limit:
-                captured[kind] = [one.bits.get(p) for p in batch.params]
-        limits = {kind: one.masks for kind, one in given.items() if one.limit}
         selective = self._selective(batch) if selects else None
-        self._engine.step(batch, selective, captured, tables, scaling, self._draw, found_inf, limits)
+        masks, limits = (self._captures.of(batch), self._captures.limits) if selects else ({}, {})
+        self._engine.step(batch, selective, masks, tables, scaling, self._draw, found_inf, limits)
         # As after any in-place operation: a backward that still needs the old values is an error.
         torch.autograd.graph.increment_version(batch.members)
         self._steps_done += 1

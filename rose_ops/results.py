@@ -7,7 +7,7 @@ from typing import NamedTuple, TypedDict
 import torch
 from torch import Tensor
 
-from rose_ops.reference import Field
+from rose_ops.definitions import Field
 
 
 class Selection(NamedTuple):

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from rose_ops import backends
-from rose_ops.reference import FRACTION_UNIT
+from rose_ops.definitions import FRACTION_UNIT
 
 ORDERS = {"first": ("first",), "second": ("second",), "ensemble": ("first", "second")}
 SELECTIONS = ("exact", "bracket", "approx")

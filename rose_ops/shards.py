@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from rose_ops.definitions import pack, unpack
 from rose_ops.layout import memory_order
-from rose_ops.reference import pack, unpack
 
 _MODULE = "torch.distributed.tensor"  # who has a DTensor has imported it; it takes half a second
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from rose_ops import RoseFusedAdamW, rose_accumulate, rose_backward, symmetric_kl
-from rose_ops.reference import unpack
+from rose_ops.definitions import unpack
 
 RANKS = 2
 FEATURES, HIDDEN, CLASSES, ROWS = 6, 24, 3, 32

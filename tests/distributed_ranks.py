@@ -25,7 +25,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 from torch.nn.parallel import DistributedDataParallel
 
 from rose_ops import RoseFusedAdamW, rose_backward, unwrap
-from rose_ops.distributed import Ranks
+from rose_ops.ranks import Ranks
 
 # Of parameters: fewer rows than ranks, not divisible by them, no dimension at all, nothing in it.
 SHAPES = ((33, 17), (2, 40), (5,), (), (7, 4, 3), (64, 16), (0, 3), (1,))
@@ -209,16 +209,19 @@ def of_any_size() -> Iterator[None]:
 
 
 def train_in_one_pass(
-    rank: int, size: int, *, steps: int = 4, jump: int = -1, **arguments: Any
+    rank: int, size: int, *, steps: int = 4, jump: int = -1, forgets: int = -1, **arguments: Any
 ) -> dict[str, Any]:
     """Like :func:`train`, with what became of the latest bracket of each step.
 
     Args:
         jump: a step whose gradients are a thousand times larger, and with them the threshold.
+        forgets: a rank that does not know the threshold of the step before the last one.
     """
     training, reports = Training(rank, size, **arguments), []
     with of_any_size():
         for step in range(steps):
+            if rank == forgets and step == steps - 1:
+                training.optimizer._engine.ranks.latest.clear()
             training.step(step, 1e3 if step == jump else 1.0)
             reports.append(torch.ops.rose_ops.latest_bracket_report().tolist())
     return {**training.result(), "reports": reports}

@@ -2,7 +2,7 @@
 
 THRESHOLDS, THRESHOLDS_H = "csrc/cpu/thresholds.cpp", "csrc/cpu/thresholds.h"
 STATISTICS = "csrc/include/rose/threshold.h"
-PASS_CPP = "csrc/cpu/pass.cpp"
+PASS_CPP, KNOWN = "csrc/cpu/pass.cpp", "csrc/cpu/given.cpp"
 LOGS, SAMPLE, SAMPLE_H = "csrc/cpu/logs.h", "csrc/cpu/sample.cpp", "csrc/cpu/sample.h"
 SELECT = "csrc/cpu/select.cpp"
 
@@ -132,9 +132,9 @@ MUTANTS = {
         STATISTICS, "&& is_surely_behind(upto, half_width)", "&& is_surely_behind(upto, 0)",
         NO_COLLAPSE,
     ),
-    "collapsed, a miss below": (THRESHOLDS_H, "k <= before || k > upto}", "k > upto}", MISSED_TIES),
-    "collapsed, a miss above": (THRESHOLDS_H, "k <= before || k > upto}", "k <= before}", MISSED_TIES),
-    "collapsed, the count": (THRESHOLDS_H, "upto = before + bins_[", "upto = bins_[", COLLAPSE),
+    "collapsed, a miss below": (THRESHOLDS, "k <= before || k > upto}", "k > upto}", MISSED_TIES),
+    "collapsed, a miss above": (THRESHOLDS, "k <= before || k > upto}", "k <= before}", MISSED_TIES),
+    "collapsed, the count": (THRESHOLDS, "upto = before + bins_[", "upto = bins_[", COLLAPSE),
     "collapsed, and tightened": (THRESHOLDS, "if (!fixed_) narrow", "narrow", COLLAPSE),
     "collapsed, counts of a phase": (
         PASS_CPP, "(notes.at_pivot[t]);", "(notes.at_pivot[0]);", COLLAPSE,
@@ -142,11 +142,11 @@ MUTANTS = {
     "counted, and logged by another bracket": (
         PASS_CPP, "<= span && key != pivot", "<= span", TWO_CLASSES,
     ),
-    "counted, what is above it in a bin": (THRESHOLDS_H, "at -= at_pivot;", "", COUNTED),
-    "counted, at or below what is above it": (THRESHOLDS_H, "before += at_pivot;", "", COUNTED),
-    "counted, its first": (THRESHOLDS_H, "at >= under && at <", "at > under && at <", COUNTED),
-    "counted, its last": (THRESHOLDS_H, "at < under + at_pivot)", "at <= under + at_pivot)", COUNTED),
-    "counted, at or below it": (THRESHOLDS_H, "+ under + at_pivot, false", "+ under, false", COUNTED),
+    "counted, what is above it in a bin": (THRESHOLDS, "at -= at_pivot;", "", COUNTED),
+    "counted, at or below what is above it": (THRESHOLDS, "before += at_pivot;", "", COUNTED),
+    "counted, its first": (THRESHOLDS, "at >= under && at <", "at > under && at <", COUNTED),
+    "counted, its last": (THRESHOLDS, "at < under + at_pivot)", "at <= under + at_pivot)", COUNTED),
+    "counted, at or below it": (THRESHOLDS, "+ under + at_pivot, false", "+ under, false", COUNTED),
     # ------------------------------------------------------------------------- the misses and the key
     "misses of the lower threshold": (
         PASS_CPP, "found[0].missed || found[1].missed", "found[0].missed", ALONE,
@@ -155,18 +155,18 @@ MUTANTS = {
         PASS_CPP, "found[0].missed || found[1].missed", "found[1].missed", ALONE,
     ),
     "miss below, the threshold": (
-        THRESHOLDS_H, ".low} - 1, before, true}", ".low}, before, true}", MISSES,
+        THRESHOLDS, ".low} - 1, before, true}", ".low}, before, true}", MISSES,
     ),
-    "miss below, not reported": (THRESHOLDS_H, "- 1, before, true}", "- 1, before, false}", MISSES),
-    "miss above, not reported": (THRESHOLDS_H, "high, before, true}", "high, before, false}", MISSES),
+    "miss below, not reported": (THRESHOLDS, "- 1, before, true}", "- 1, before, false}", MISSES),
+    "miss above, not reported": (THRESHOLDS, "high, before, true}", "high, before, false}", MISSES),
     "miss above, the threshold": (
-        THRESHOLDS_H, "high, before, true}", "high + 1, before, true}", MISSES,
+        THRESHOLDS, "high, before, true}", "high + 1, before, true}", MISSES,
     ),
     "logged below the bracket": (
-        THRESHOLDS_H, "b < first_bin_; ++b) before +=", "b < 0; ++b) before +=", USE,
+        THRESHOLDS, "b < first_bin_; ++b) before +=", "b < 0; ++b) before +=", USE,
     ),
-    "equals of a threshold": (THRESHOLDS_H, "x <= key;", "x < key;", USE),
-    "rank inside of a bin": (THRESHOLDS_H, "at = k - before - 1;", "at = k - before;", USE),
+    "equals of a threshold": (THRESHOLDS, "x <= key;", "x < key;", USE),
+    "rank inside of a bin": (THRESHOLDS, "high - low, k - before - 1,", "high - low, k - before,", USE),
     "kept between two thresholds": (
         PASS_CPP, "found[0].at_or_below - found[1].at_or_below", "found[0].at_or_below", USE,
     ),
@@ -243,15 +243,15 @@ MUTANTS = {
         SELECT, "elements() >= kFewestOfApprox", "elements() > kFewestOfApprox", APPROX_FEW,
     ),
     "given thresholds, what is ranked": (
-        PASS_CPP, "if (is_ranked[index]) own_elements", "own_elements", APPROX_PLAIN,
+        KNOWN, "if (is_ranked[index]) own_elements", "own_elements", APPROX_PLAIN,
     ),
-    "given thresholds, what is kept": (PASS_CPP, "(stage.count == 2 ? upto(1) : 0)", "0", APPROX),
+    "given thresholds, what is kept": (KNOWN, "(stage.count == 2 ? upto(1) : 0)", "0", APPROX),
     "given thresholds, their equals": (
-        PASS_CPP, "+ total.at_pivot[t]; };", "; };", f"{APPROX} {APPROX_UPDATE}",
+        KNOWN, "+ total.at_pivot[t]; };", "; };", f"{APPROX} {APPROX_UPDATE}",
     ),
-    "given thresholds, inactive": (PASS_CPP, "selection.inactive = total.inactive;", "", APPROX),
+    "given thresholds, inactive": (KNOWN, "selection.inactive = total.inactive;", "", APPROX),
     "given thresholds, the lower one": (
-        PASS_CPP, "selection.low >= 0 ? 2 : 1", "1", f"{APPROX} {APPROX_UPDATE}",
+        KNOWN, "selection.low >= 0 ? 2 : 1", "1", f"{APPROX} {APPROX_UPDATE}",
     ),
     # -------------------------------------------------------------------------------------- two passes
     "rank of a digit": (SELECT, "bins[digit] < k)", "bins[digit] <= k)", SAMPLED),

@@ -2,8 +2,15 @@
 fail)."""
 
 DISTRIBUTED, SHARDS, ENGINE = "rose_ops/distributed.py", "rose_ops/shards.py", "rose_ops/engine.py"
-OPTIM, BATCH, REFERENCE = "rose_ops/optim.py", "rose_ops/batch.py", "rose_ops/reference.py"
+OPTIM, BATCH, PORTABLE = "rose_ops/optim.py", "rose_ops/batch.py", "rose_ops/portable.py"
+MEETING, RANKS = "rose_ops/meeting.py", "rose_ops/ranks.py"
 TESTS = "tests/test_distributed.py"
+ONE_PASS = f"{TESTS}::test_one_pass_is_that_of_one_process"
+TIES = f"{TESTS}::test_a_threshold_that_most_elements_share"
+ELSEWHERE = f"{TESTS}::test_a_threshold_that_is_elsewhere"
+LOST = f"{TESTS}::test_a_rank_that_is_lost_on_the_way"
+PASS_CPP, OPS = "csrc/cpu/pass.cpp", "csrc/cpu/ops_cpu.cpp"
+THRESHOLDS, RANKS_H = "csrc/cpu/thresholds.cpp", "csrc/cpu/ranks.h"
 MASKS, WHOLE = f"{TESTS}::test_masks_are_those_of_one_process", f"{TESTS}::test_whole_tensors"
 SAMPLE, PARTS = f"{TESTS}::test_a_sample_is_that_of_one_process", f"{TESTS}::test_no_sample_of_parts"
 ROUNDING = f"{TESTS}::test_rounding_is_that_of_one_process"
@@ -16,11 +23,11 @@ MUTANTS = {
     # ------------------------------------------------------------------------------- who counts what
     "copies along a mesh": (SHARDS, "not any(copies), start)", "True, start)", MASKS),
     "copies on the rest of a mesh": (
-        DISTRIBUTED, "return Shard.of(param).is_first and bool((mesh == self._first).any())",
+        RANKS, "return Shard.of(param).is_first and bool((mesh == self._first).any())",
         "return Shard.of(param).is_first", MASKS,
     ),
     "plain tensors beside DTensors": (
-        DISTRIBUTED, "return dist.get_rank() == self._first", "return True", MASKS,
+        RANKS, "return dist.get_rank() == self._first", "return True", MASKS,
     ),
     "a rank without gradients": (
         OPTIM, "        if batch.params or ranks is not None:\n            with",
@@ -49,9 +56,39 @@ MUTANTS = {
         "_record(found, at_or_below, ranked, *classes.flip(0))", MASKS,
     ),
     "keys that are counted": (
-        REFERENCE, "keys & (LOW_DIGITS - 1), LOW_DIGITS)",
-        "keys & (LOW_DIGITS - 2), LOW_DIGITS)", COUNTS,
+        PORTABLE, "key & (LOW_DIGITS - 1), LOW_DIGITS)",
+        "key & (LOW_DIGITS - 2), LOW_DIGITS)", COUNTS,
     ),
+    # ------------------------------------------------------------------------------------ in one pass
+    "thresholds that differ": (
+        RANKS_H, "return ranks() * numbers_[2] == numbers_[1] * numbers_[1] &&", "return true ||",
+        f"{TESTS}::test_a_rank_that_knows_no_threshold",
+    ),
+    "what others count": (
+        PASS_CPP, "is_aside = others_count_ && !is_ranked_[index]", "is_aside = false", ONE_PASS,
+    ),
+    "what others count, in the sample": (
+        OPS, "      chosen.erase(chosen.begin() + static_cast<int64_t>(*other));\n", "", ONE_PASS,
+    ),
+    "what others count, again": (PASS_CPP, "{&blocks_, &blocks_aside_}", "{&blocks_}", ONE_PASS),
+    "counts of the pass": (
+        PASS_CPP, "if (ranked_.shared) share_counts(*ranked_.shared);", "", ONE_PASS,
+    ),
+    "counts of keys": (
+        PASS_CPP, "for (int64_t& count : of_threshold) visit(count);", "", ONE_PASS,
+    ),
+    "a bracket that is tightened": (PASS_CPP, "if (ranked_.shared) threshold.fix();", "", ONE_PASS),
+    "no collapse onto a threshold": (
+        PASS_CPP, "|| threshold.collapse_onto_middle()", "", TIES,
+    ),
+    "elements of a key": (
+        THRESHOLDS, "while (upto <= place.at)", "while (upto < place.at)", ONE_PASS,
+    ),
+    "where it did nothing": (
+        ENGINE, "if record is None or record[Field.MISSES] < 0:", "if record is None:", ELSEWHERE,
+    ),
+    "an error of others": (RANKS, "                raise self._failure from None\n", "", LOST),
+    "an error that is not passed on": (RANKS, "ranks._failure is None\n", "True\n", LOST),
     # --------------------------------------------------------------------------------------- samples
     "places of a sample": (
         SHARDS, "inside = inside * size + at",
@@ -85,17 +122,17 @@ MUTANTS = {
     ),
     # ---------------------------------------------------------------------------------------- faults
     "places that differ": (
-        DISTRIBUTED, "if (self.size * two - one * one) % 2**32:",
+        RANKS, "if (self.size * two - one * one) % 2**32:",
         "if False:", PLACES,
     ),
-    "steps in the place": (OPTIM, "place = [what, self._steps_done,", "place = [what,", PLACES),
+    "steps in the place": (MEETING, "place = [what, steps,", "place = [what,", PLACES),
     "hyperparameters in the place": (
-        OPTIM, "            place += [self._tables.hyper(self.param_groups).tolist()]\n", "", PLACES,
+        MEETING, "place += [hyper.tolist(), ", "place += [", PLACES,
     ),
-    "captures in the place": (OPTIM, "sorted(self._captures.kinds), masks]", "masks]", PLACES),
-    "optimizers in the place": (DISTRIBUTED, "repr((self._number, *place))", "repr(place)", PLACES),
+    "captures in the place": (MEETING, "sorted(captures.kinds), own]", "own]", PLACES),
+    "optimizers in the place": (RANKS, "repr((self._number, *place))", "repr(place)", PLACES),
     "stages": (
-        DISTRIBUTED, "is_uniform = members == set(dist.get_process_group_ranks(group))",
+        RANKS, "is_uniform = members == set(dist.get_process_group_ranks(group))",
         "is_uniform = bool(spread)", f"{TESTS}::test_stages",
     ),
     "steps of others": (
@@ -107,13 +144,13 @@ MUTANTS = {
         "        if False:\n            some =",
         f"{TESTS}::test_a_learning_rate_of_0_and_no_mask",
     ),
-    "settings that differ": (DISTRIBUTED, "        if differences:\n", "        if False:\n", MADE),
+    "settings that differ": (RANKS, "        if differences:\n", "        if False:\n", MADE),
     "an overflow elsewhere": (
-        OPTIM, "self.found_inf = ranks.any(local(found_inf))", "self.found_inf = local(found_inf)",
+        MEETING, "return ranks.any(local(found_inf))", "return local(found_inf)",
         f"{TESTS}::test_an_overflow_that_one_rank_has_seen",
     ),
     "a mesh of fewer ranks": (
-        DISTRIBUTED, "if len(members) < dist.get_world_size():", "if False:", REFUSED,
+        RANKS, "if len(members) < dist.get_world_size():", "if False:", REFUSED,
     ),
     "sums that are not taken": (
         SHARDS, "if any(placement.is_partial()",

@@ -49,7 +49,8 @@ MUTANTS = {
     ),
     "done again, its first mask": (UPDATE, ">> (element % 8) & 1", ">> (element % 4) & 1", ENSEMBLE),
     "done again, counted twice": (
-        UPDATE, "return (kind != 0) - (has_first || !selected);", "return selected ? 1 : -1;", ENSEMBLE,
+        UPDATE, "return (weight != 0) - (has_first || !selected);", "return selected ? 1 : -1;",
+        ENSEMBLE,
     ),
     "done again, its kind": (
         UPDATE, "(selected ? plan_.weights.second : 0)", "(selected ? 3 : 0)", ENSEMBLE,
@@ -81,12 +82,12 @@ MUTANTS = {
     "below the lower bracket, by lanes that are open": (
         RANK, "count(both(lower.below, sure))", "count(lower.below)", EVIDENCE,
     ),
-    # ------------------------------------------------------------------------------ sides of brackets
-    "sides without a lower margin": (RANK, "(1 - 8 * u) - 2 * u, y", "(1 + 8 * u) + 2 * u, y", CLOSE),
-    "sides without an upper margin": (RANK, "(1 + 8 * u) + 2 * u;", "(1 - 8 * u) - 2 * u;", CLOSE),
-    "small moments by sides": (RANK, "kSmall = 0x1p-100f", "kSmall = 0x1p-149f", FEW_UNITS),
+    # ------------------------------------------------------------------------------ fences
+    "fences without a lower margin": (RANK, "(1 - 8 * u) - 2 * u, y", "(1 + 8 * u) + 2 * u, y", CLOSE),
+    "fences without an upper margin": (RANK, "(1 + 8 * u) + 2 * u;", "(1 - 8 * u) - 2 * u;", CLOSE),
+    "small moments by fences": (RANK, "kSmall = 0x1p-100f", "kSmall = 0x1p-149f", FEW_UNITS),
     "above, with a small moment": (
-        RANK, "less(mul(small, sides.above), s)", "less(all_lanes(0.0f), s)", FEW_UNITS,
+        RANK, "less(mul(small, fence.above), s)", "less(all_lanes(0.0f), s)", FEW_UNITS,
     ),
     "inactive with a gradient that is not finite": (
         RANK, "both(at_most(b, all_lanes(0.0f)), less(s, all_lanes(bits_float(kInfinityBits))))",
@@ -94,10 +95,10 @@ MUTANTS = {
     ),
     "first order, zeros": (RANK, "risk.rank_inactive ? -1.0f : 0.0f", "-1.0f", EVIDENCE),
     "first order, the end of a bracket": (
-        RANK, "less(fit, a, all_lanes(sides.below))", "at_most(fit, a, all_lanes(sides.below))", MISSES,
+        RANK, "less(fit, a, all_lanes(fence.below))", "at_most(fit, a, all_lanes(fence.below))", MISSES,
     ),
     "inactive elements that are ranked": (RANK, "if (!risk.rank_inactive) {", "{", EVIDENCE),
-    "two thresholds, by sides": (RANK, "{both(under, lower.above),", "{under,", USE),
+    "two thresholds, by fences": (RANK, "{both(under, lower.above),", "{under,", USE),
     "two thresholds, by keys": (
         RANK, "if (two) is_selected = except", "if (false) is_selected = except", FEW_UNITS,
     ),
@@ -186,7 +187,7 @@ MUTANTS = {
     "weights of a mask that is alone": (
         ELEMENT, "kWeightsOfOne = {3, 3}", "kWeightsOfOne = {3, 2}", USE,
     ),
-    "groups of what is ranked": (OPS, "plan.groups.row(i)", "0", GROUPS),
+    "groups of what is ranked": (OPS, "groups.row(i)", "0", GROUPS),
     "quantile of tensors": (OPS, "threshold(lower) - 1;", "threshold(lower);", OF_TENSORS),
     "norms of tensors that are clipped": (
         OPS, "mul(norm_of(squares[i]), factor)", "norm_of(squares[i])", OF_TENSORS,

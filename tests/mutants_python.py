@@ -7,6 +7,7 @@ WRAPPERS, MEMORY, LAYOUT = "rose_ops/wrappers.py", "rose_ops/memory.py", "rose_o
 CHECKS, RESULTS, SHARDS = "rose_ops/checks.py", "rose_ops/results.py", "rose_ops/shards.py"
 ACCUMULATE, DIVERGENCE = "rose_ops/accumulate.py", "rose_ops/divergence.py"
 TRAINER = "rose_ops/integrations/transformers.py"
+OPERANDS = "rose_ops/operands.py"
 ENGINE, GROUPS, CAPTURES = "rose_ops/engine.py", "rose_ops/groups.py", "rose_ops/captures.py"
 MASKS, OF_MASKS = "rose_ops/masks.py", "tests/test_masks.py"
 
@@ -74,8 +75,7 @@ MUTANTS = {
         TENSORS,
     ),
     "masks that were used": (
-        OPTIM, "drop(kind, self.state.values())\n        self._given = {kind",
-        "kinds\n        self._given = {kind",
+        CAPTURES, "            self.drop(kind, states)\n", "            pass\n",
         f"{OF_OPTIMIZER}::test_a_mask_serves_one_step",
     ),
     "masks of an earlier capture": (
@@ -104,7 +104,7 @@ MUTANTS = {
         OPTIM, "(self.settings.seed * 0x9E3779B1 + self._steps_done)", "self._steps_done", DRAWS,
     ),
     "mode of a ranking": (
-        ENGINE, "else Mode[self.selection.upper()])", "else Mode.BRACKET)", DRAWS,
+        OPERANDS, "else Mode[self.selection.upper()])", "else Mode.BRACKET)", DRAWS,
     ),
     "gradients of a step, used again": (
         OPTIM, "        self._captures.refuse_used(kind, batch)\n", "",
@@ -149,17 +149,16 @@ MUTANTS = {
         f"{OF_CLIPPING}::test_as_the_reference",
     ),
     "masks of one's own that stay": (
-        OPTIM, "for kind, one in self._given.items() if one.keep}",
-        "for kind, one in self._given.items()}",
+        CAPTURES, "own in self.own.items() if own.keep}", "own in self.own.items()}",
         f"{OF_MASKS}::test_a_mask_is_for_one_step_or_until_it_is_taken_away",
     ),
     "masks of one's own with nothing to rank": (
-        OPTIM, "selects = bool(self._given) or not settings.is_adamw",
+        OPTIM, "selects = bool(self._captures.own) or not settings.is_adamw",
         "selects = not settings.is_adamw",
         f"{OF_MASKS}::test_parameters_without_a_mask_are_updated_and_those_without_upper_too",
     ),
     "masks of one's own in place of a limit": (
-        OPTIM, "limit = None if given is None else given.masks", "limit = None",
+        OPTIM, "limit = self._captures.limits.get(kind)", "limit = None",
         f"{OF_MASKS}::test_a_limit_ranks_what_is_in_it_and_leaves_the_rest",
     ),
     # -------------------------------------------------------------------------------------- masks.py
@@ -382,11 +381,12 @@ MUTANTS = {
     ),
     # ----------------------------------------------------------------------- masks that are used again
     "a mask's last step": (
-        OPTIM, "if kind == \"second\" or not self._reuses_first:", "if kind == \"second\":",
+        CAPTURES, "({\"first\"} if keeps_first else set())", "{\"first\"}",
         f"{OF_REUSE}::test_a_mask_is_not_used_longer",
     ),
     "a second-order mask is used once": (
-        OPTIM, "if kind == \"second\" or not self._reuses_first:", "if not self._reuses_first:",
+        CAPTURES, "self.kinds - ({\"first\"} if keeps_first else set())",
+        "set() if keeps_first else set(self.kinds)",
         f"{OF_REUSE}::test_a_second_order_mask_is_used_once",
     ),
     "masks from the end of the warm-up on": (
@@ -398,7 +398,7 @@ MUTANTS = {
         "there = self._reuses_first", f"{OF_REUSE}::test_a_mask_that_was_lost_is_made_anew",
     ),
     "a mask of one's own": (
-        OPTIM, "        if given is not None and not given.limit:\n            return False\n", "",
+        OPTIM, " and not self._captures.is_own(\"first\")", "",
         f"{OF_REUSE}::test_masks_of_ones_own",
     ),
     "needed where a mask is due": (

@@ -26,7 +26,7 @@ from support import (
 from torch import Tensor
 
 from rose_ops import reference
-from rose_ops.reference import Field
+from rose_ops.definitions import Field
 
 T = TypeVar("T")
 CPU = torch.ops.rose_ops

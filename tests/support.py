@@ -13,14 +13,14 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from rose_ops import reference
+from rose_ops import definitions, portable, reference
 from rose_ops._ops import bracket_width
-from rose_ops.reference import Field, Hyper, Mode
+from rose_ops.definitions import Field, Hyper, Mode
 
 T = TypeVar("T")
 
 FLOAT, BF16, HALF = torch.float32, torch.bfloat16, torch.float16
-ONE = reference.FRACTION_UNIT
+ONE = definitions.FRACTION_UNIT
 FLT_MAX = torch.finfo(FLOAT).max
 U = 2.0**-24  # unit roundoff of float32
 WIDTH = 1 + 2.0**-40  # of brackets: as in use, but however little data there is
@@ -514,7 +514,7 @@ def assert_consistent(problem: Problem, record: Tensor, *, first: bool = False) 
 
 
 def tensor_norms(ops, tensors: list[Tensor], inv_scale: Tensor | None) -> Tensor:
-    return reference.norm_of(ops.sums_of_squares(tensors, inv_scale))
+    return portable.norm_of(ops.sums_of_squares(tensors, inv_scale))
 
 
 def compare_update(ops, problem: Problem, first=(), second=(), selection=None) -> Problem:

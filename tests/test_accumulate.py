@@ -17,7 +17,7 @@ from rose_ops import (
     rose_accumulate,
     rose_backward,
 )
-from rose_ops.reference import unpack
+from rose_ops.definitions import unpack
 
 SIZES = (5, 1, 10)
 ORDERS = [(order, r_drop) for order in ("first", "second", "ensemble") for r_drop in (0.0, 0.3)]

@@ -24,7 +24,7 @@ from support import (
 )
 
 from rose_ops import backends, reference
-from rose_ops.reference import APPROX_FEWEST, LINE, Field
+from rose_ops.definitions import APPROX_FEWEST, LINE, Field
 
 N = APPROX_FEWEST + 1303  # no multiple of anything
 KEPT = 600_000_000, 0

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from rose_ops import reference
 from rose_ops._ops import OPERATORS
-from rose_ops.reference import Mode
+from rose_ops.definitions import Mode
 
 ROOT = Path(__file__).parents[1]
 SHAPE = (4, 10)

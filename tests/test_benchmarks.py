@@ -31,6 +31,7 @@ from benchmarks import (  # noqa: E402
     device,
     machine,
     memory,
+    ours,
     parity,
     preset,
     record,
@@ -138,12 +139,12 @@ def test_seeds_make_other_numbers():
 
 def test_the_share_of_tensors_is_the_nearest(generator):
     problem = Problem(Work("mixed", SHAPES), "gaussian", CPU)
-    upper, kept = contenders.share_of_tensors(problem, 0.4)
-    contender = contenders.RoseTensor(problem, 0.4)
+    upper, kept = ours.share_of_tensors(problem, 0.4)
+    contender = ours.RoseTensor(problem, 0.4)
     contender.restore()
     contender.step(Clock())
     assert contender.kept() == pytest.approx(kept)
-    shares = [contenders.share_of_tensors(problem, x / 20)[1] for x in range(1, 20)]
+    shares = [ours.share_of_tensors(problem, x / 20)[1] for x in range(1, 20)]
     assert abs(kept - 0.4) == min(abs(share - 0.4) for share in shares)
     assert 0 < upper < 1
 
@@ -254,10 +255,10 @@ def test_a_peer_that_clips_by_a_wrong_norm_stays_out(monkeypatch):
         _check("AdamW fused, clip", problem)
 
 
-@pytest.mark.parametrize("module", ["parity", "contenders"])
+@pytest.mark.parametrize("module", ["parity", "ours"])
 def test_a_threshold_one_rank_off_is_noticed(monkeypatch, module):
     problem = Problem(work.flat(1000), "gaussian", CPU)
-    owner = {"parity": parity, "contenders": contenders}[module]
+    owner = {"parity": parity, "ours": ours}[module]
     right = owner.select_threshold
 
     def wrong(*args, upper, **how):
@@ -486,7 +487,7 @@ def test_settings_that_are_not_there_yet_are_listed(tmp_path, monkeypatch):
             raise NotImplementedError("not in this year")
         return RoseFusedAdamW(*args, selection=selection, **settings)
 
-    monkeypatch.setattr(contenders, "RoseFusedAdamW", old)
+    monkeypatch.setattr(ours, "RoseFusedAdamW", old)
     status, frame = _main(
         tmp_path, "--works", "flat", "--sizes", "2000", "--data", "gaussian", "--repeats", "1",
         "--only", "rose bracket", "--no-memory",
@@ -954,7 +955,7 @@ def capturable(monkeypatch):
     def without_capturable(make):
         return lambda *args, capturable=False, **how: make(*args, **how)
 
-    monkeypatch.setattr(contenders, "RoseFusedAdamW", without_capturable(RoseFusedAdamW))
+    monkeypatch.setattr(ours, "RoseFusedAdamW", without_capturable(RoseFusedAdamW))
     monkeypatch.setattr(torch.optim, "AdamW", without_capturable(torch.optim.AdamW))
 
 

@@ -30,8 +30,8 @@ from support import (
     values,
 )
 
-from rose_ops import reference
-from rose_ops.reference import Field
+from rose_ops import definitions, reference
+from rose_ops.definitions import Field
 
 LARGE = (1 << 17) + 1303  # no multiple of anything; twice what brackets need
 DATA = {
@@ -209,5 +209,5 @@ optimizer.step()
 
 def test_a_step_misses_with_less_than_the_promised_probability():
     """Two rankings of an ensemble, two thresholds each, 16 brackets each, three bounds each."""
-    assert 2 * 2 * 16 * 3 * math.exp(-reference.LOG_OF_FAILURE) < 1e-9
-    assert str(round(reference.LOG_OF_FAILURE)) in reference.step_.__doc__
+    assert 2 * 2 * 16 * 3 * math.exp(-definitions.LOG_OF_FAILURE) < 1e-9
+    assert str(round(definitions.LOG_OF_FAILURE)) in reference.step_.__doc__

@@ -31,7 +31,7 @@ from support import (
 )
 
 from rose_ops import RoseFusedAdamW, reference
-from rose_ops.reference import Mode
+from rose_ops.definitions import Mode
 
 # ------------------------------------------------------------------------------ trajectories
 

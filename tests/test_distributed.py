@@ -266,6 +266,13 @@ def test_a_threshold_that_most_elements_share(processes, seed):
     assert [report[:5:4] for report in results[0]["reports"]] == [[0, 0], *[[1, 1]] * 3]
 
 
+def test_a_rank_that_knows_no_threshold(processes, seed):
+    arguments = {"data_seed": seed, "shapes": WIDE, "upper": 0.3, "order": "first"}
+    results = processes("train_in_one_pass", 3, layout="rows", forgets=2, **arguments)
+    assert_as_one(results, train(0, 1, layout="whole", steps=4, **arguments), "rows")
+    assert [report[0] for report in results[0]["reports"]] == [0, 1, 1, 0]
+
+
 @pytest.mark.parametrize("at", [0, 1, 2])
 def test_a_rank_that_is_lost_on_the_way(processes, seed, at):
     """Before the pass nothing is changed; after it, the step is a whole one, by an estimate."""

@@ -15,8 +15,8 @@ import rose_ops
 from rose_ops import backends, cli, reference
 from rose_ops._ops import OPERATORS
 from rose_ops.backends import Backend
+from rose_ops.definitions import Mode
 from rose_ops.doctor import check
-from rose_ops.reference import Mode
 
 
 @pytest.fixture

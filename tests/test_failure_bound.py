@@ -16,13 +16,13 @@ import torch
 from one_pass import CPU, LINE, Report, keys_of, sorted_ranks, split
 from support import WIDTH, Problem
 
-from rose_ops import reference
-from rose_ops.reference import Field
+from rose_ops import definitions, reference
+from rose_ops.definitions import Field
 
 MOST_BRACKETS = 16  # of a threshold, says step_ of reference.py
 DRAWS = 300
 CHANCE = 1e-4  # that a sound implementation is outside of the limits, for each case and side
-L = reference.LOG_OF_FAILURE
+L = definitions.LOG_OF_FAILURE
 
 
 def line_deviations(keys: torch.Tensor, units: int) -> torch.Tensor:

@@ -19,7 +19,7 @@ from support import BF16, FLOAT, HALF, Problem, assert_all_same_bits, assert_sam
 from torch import Tensor
 
 from rose_ops import backends, reference
-from rose_ops.reference import Field
+from rose_ops.definitions import Field
 
 GIB = 1 << 30
 ALPHA = reference.float32(1.0 - 0.9)

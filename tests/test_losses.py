@@ -12,9 +12,9 @@ from torch.distributions import Categorical, kl_divergence
 from torch.utils.checkpoint import checkpoint
 
 from rose_ops import RoseFusedAdamW, rose_backward, symmetric_kl, unwrap
+from rose_ops.definitions import rank_of, unpack
 from rose_ops.finetune import recipes
 from rose_ops.finetune import train as finetune
-from rose_ops.reference import rank_of, unpack
 
 SEED = 0  # of the model, the data and the dropout: drawn anew for every test
 

@@ -21,7 +21,7 @@ from support import ONE, PLAIN, ROSE, WIDTH, Problem, assert_all_same_bits
 from torch import Tensor
 
 from rose_ops import reference
-from rose_ops.reference import Field
+from rose_ops.definitions import Field
 
 LARGE = (1 << 20) + 1303  # so large that a log cannot hold a class of most elements
 LITTLE = (1 << 19) + 1303

@@ -28,7 +28,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from rose_ops import reference
 from rose_ops._ops import OPERATORS
-from rose_ops.reference import Field, Mode
+from rose_ops.definitions import Field, Mode
 
 rose = torch.ops.rose_ops
 
@@ -459,7 +459,7 @@ def test_update_refuses_two_second_order_masks(ops, mode):
     masks = random_masks([N] * 3)
     assert_refused(
         problem, lambda: problem.step(ops, (), masks, record, ranking(mode)),
-        "both selection and second_masks are given",
+        "both record and second_masks are given",
     )  # fmt: skip
 
 

@@ -34,8 +34,16 @@ from training import (
 )
 from training import one_thread as one_thread
 
-from rose_ops import RoseFusedAdamW, Selection, UpdateCounts, reference, rose_param_groups
-from rose_ops.reference import Field
+from rose_ops import (
+    RoseFusedAdamW,
+    Selection,
+    UpdateCounts,
+    definitions,
+    portable,
+    reference,
+    rose_param_groups,
+)
+from rose_ops.definitions import Field
 
 each_backend = pytest.mark.parametrize("backend", ["cpu", "reference"])
 
@@ -99,7 +107,7 @@ class ByHand:
             value = self.settings[name]
             if isinstance(value, tuple):
                 value = value[kind == "second"]
-            return round(value * reference.FRACTION_UNIT)
+            return round(value * definitions.FRACTION_UNIT)
 
         rank_inactive = self.settings["inactive"] == "rank"
         gs = [grads[i] for i in ranked]
@@ -109,7 +117,7 @@ class ByHand:
             alpha = (1.0 - self.hyper()[rows, 0]).float()
             norms = tensor_norms(reference, gs, None)
             m_norms = tensor_norms(reference, ms, None) if kind == "second" else None
-            chosen, record = reference.select_tensors(
+            chosen, record = portable.select_tensors(
                 norms, m_norms, alpha, fraction("upper"), fraction("lower"), rank_inactive
             )
             found = list(chosen.unbind())

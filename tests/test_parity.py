@@ -41,8 +41,8 @@ from support import (
     values,
 )
 
-from rose_ops import reference
-from rose_ops.reference import Field, Mode
+from rose_ops import definitions, portable, reference
+from rose_ops.definitions import Field, Mode
 
 # ---------------------------------------------------------------------------------- any mixture
 
@@ -246,7 +246,7 @@ def test_overflow_and_underflow_of_the_risk(ops):
     m = torch.tensor([0.05, tiny, -tiny, tiny, tiny, 2.0**-126, largest, largest])
     key = reference.risk_key(g, m, reference.float32(1.0 - 0.9), False)
     infinite = [True, True, True, False, False, False, False, False]
-    assert (key == reference.INFINITY_KEY).tolist() == infinite
+    assert (key == definitions.INFINITY_KEY).tolist() == infinite
     one = 0x3F800000  # alpha*|g| fell to 0, so the risk is |0 - 1|
     assert key.tolist()[3] == key.tolist()[6] == one
     problem = Problem.of([g], [m])
@@ -517,7 +517,7 @@ def test_all_ways_to_select_everything_are_adamw(ops, generator):
     ones = [torch.full(((n + 7) // 8,), 255, dtype=torch.uint8)]
     true, empty = [torch.tensor(True)], [torch.empty(0, dtype=torch.uint8)]
     record = torch.zeros(Field.SIZE, dtype=torch.int64)
-    record[Field.HIGH], record[Field.LOW] = reference.INFINITY_KEY, -1
+    record[Field.HIGH], record[Field.LOW] = definitions.INFINITY_KEY, -1
     for masks in ((ones,), (true,), (empty,), ((), ones), (ones, ones), (empty, true)):
         assert_all_same_bits(updated(ROSE, *masks), expected, "written")
     for first in ((), ones):
@@ -707,7 +707,7 @@ def test_selection_of_tensors_by_exact_quantiles(generator, n, upper, lower):
     """In floating point 0.7 of 91 loses a tensor: 0.7 * 90 is below 63."""
     g = torch.rand(n, generator=generator) + 0.5
     fractions_ = [Fraction(upper), Fraction(lower)]
-    mask, record = reference.select_tensors(
+    mask, record = portable.select_tensors(
         g, None, torch.full((n,), 0.1), *(int(f * ONE) for f in fractions_), False
     )
     risks = sorted(Fraction(x) for x in g.tolist())
@@ -725,7 +725,7 @@ def test_selection_of_tensors_by_exact_quantiles(generator, n, upper, lower):
 def test_selection_of_tensors_is_that_of_torch_quantile(generator):
     g, m = (torch.rand(257, generator=generator) + 0.1 for _ in range(2))
     alpha = torch.full((257,), 0.1)
-    mask, _ = reference.select_tensors(g, m, alpha, 500_000_000, 250_000_000, False)
+    mask, _ = portable.select_tensors(g, m, alpha, 500_000_000, 250_000_000, False)
     risk = (0.1 * g / m - 1).abs()
     high, low = risk.quantile(torch.tensor([0.5, 0.25]))
     assert torch.equal(mask, (risk >= low) & (risk <= high))
@@ -734,7 +734,7 @@ def test_selection_of_tensors_is_that_of_torch_quantile(generator):
 def test_tensors_without_history_or_finite_norm(generator):
     g = torch.tensor([1.0, 2.0, math.nan, 4.0, math.inf, 3.0])
     m = torch.tensor([1.0, 0.0, 1.0, math.inf, 1.0, 1.0])
-    mask, record = reference.select_tensors(g, m, torch.full((6,), 0.1), ONE // 2, 0, False)
+    mask, record = portable.select_tensors(g, m, torch.full((6,), 0.1), ONE // 2, 0, False)
     assert mask.tolist() == [False, True, False, False, False, True]  # risks 0.9 and 0.7
     assert record[Field.RANKED] == 2
     assert record[Field.INACTIVE] == 1

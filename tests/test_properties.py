@@ -30,8 +30,8 @@ from support import (
 )
 
 import rose_ops
-from rose_ops import reference
-from rose_ops.reference import Field, Mode
+from rose_ops import definitions, reference
+from rose_ops.definitions import Field, Mode
 from rose_ops.settings import check_fractions
 
 # ------------------------------------------------------------------- risks, by exact arithmetic
@@ -295,7 +295,7 @@ def test_what_is_not_finite_is_never_updated(any_ops, generator, value, where, m
     target = problem.grads if where == "gradient" else problem.exp_avgs
     ones = [torch.full((129,), 255, dtype=torch.uint8)]
     record = torch.zeros(Field.SIZE, dtype=torch.int64)
-    record[Field.HIGH], record[Field.LOW] = reference.INFINITY_KEY, -1
+    record[Field.HIGH], record[Field.LOW] = definitions.INFINITY_KEY, -1
     arguments = {
         "first": (ones,), "second": ((), ones), "selection": ((), (), record),
         "both": (ones, ones), "first+selection": (ones, (), record),

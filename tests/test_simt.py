@@ -31,7 +31,7 @@ from support import (
 )
 
 from rose_ops import reference
-from rose_ops.reference import Field
+from rose_ops.definitions import Field
 
 MIX = ("normal", "zero", "ties", "nan", "denormal", "inf")
 
@@ -787,8 +787,8 @@ MUTANTS: dict[str, tuple[str, ...]] = {
         "find_leading(a, state.histogram, true);",
     ),
     "shift of the last digit": (
-        "select.cuh", "shift[t] = target.bits > 11 ? target.bits - 11 : 0;",
-        "shift[t] = target.bits > 10 ? target.bits - 10 : 0;",
+        "select.cuh", "shift[t] = threshold.bits > 11 ? threshold.bits - 11 : 0;",
+        "shift[t] = threshold.bits > 10 ? threshold.bits - 10 : 0;",
     ),
     "sign of a logged key": (
         "select.cuh", "read<uint32_t>(a.log.keys, i) & ~kInactiveKey, of_log",
@@ -809,7 +809,7 @@ MUTANTS: dict[str, tuple[str, ...]] = {
     "stale histogram between digits": (
         "select.cuh", "if (!kLast || a.approx) clear<2", "if (a.approx) clear<2",
     ),
-    "keys below a digit": ("select.cuh", "      target.below += bin.below;\n", ""),
+    "keys below a digit": ("select.cuh", "      threshold.below += bin.below;\n", ""),
     # Of a sample that gives the thresholds.
     "barrier before a sample is logged": (
         "select.cuh", "  clear<kBins>(bins);\n  __syncthreads();", "  clear<kBins>(bins);",
@@ -831,13 +831,13 @@ MUTANTS: dict[str, tuple[str, ...]] = {
         "select.cuh", "if (!kLast || a.approx) clear<2", "if (!kLast) clear<2",
     ),
     "window of a sample's threshold": (
-        "select.cuh", "(uint32_t)thresholds[t], 0, 0, false", "(uint32_t)thresholds[0], 0, 0, false",
+        "select.cuh", "(uint32_t)keys[t], 0, 0, false", "(uint32_t)keys[0], 0, 0, false",
     ),
     "estimate of a sample's threshold": (
-        "select.cuh", "{(int32_t)thresholds[0], (int32_t)thresholds[1]}",
-        "{(int32_t)thresholds[0], -1}",
+        "select.cuh", "{(int32_t)keys[0], (int32_t)keys[1]}",
+        "{(int32_t)keys[0], -1}",
     ),
-    "sample without a threshold": ("select.cuh", "    if (a.selection[t] < 0) continue;\n", ""),
+    "sample without a threshold": ("select.cuh", "    if (a.record[t] < 0) continue;\n", ""),
     "elements at a sample's threshold": ("select.cuh", " + __ldcg(&state.of_windows[t][0]);", ";"),
     "atomic of the counts by a sample": (
         "select.cuh", "if (!is_last_block(&state.tickets[0]) || threadIdx.x != 0) return;",
@@ -847,13 +847,13 @@ MUTANTS: dict[str, tuple[str, ...]] = {
     "tie rule, low": ("../include/rose/element.h", "k > bounds.low", "k >= bounds.low"),
     # ------------------------------------------------------------------- update.cuh
     "second byte of a mask": (
-        "update.cuh", "      write<uint8_t>(bits, i / 8 + 1, (uint8_t)(selected >> 8));\n", "",
+        "capture.cuh", "      write<uint8_t>(bits, i / 8 + 1, (uint8_t)(selected >> 8));\n", "",
     ),
-    "half of a byte": ("update.cuh", "(selected | next << 4)", "(selected | next << 3)"),
+    "half of a byte": ("capture.cuh", "(selected | next << 4)", "(selected | next << 3)"),
     "byte beyond the mask": (
-        "update.cuh", "lane() % 8 == 0 && (there >> lane() & 1u) != 0", "lane() % 8 == 0",
+        "capture.cuh", "lane() % 8 == 0 && (there >> lane() & 1u) != 0", "lane() % 8 == 0",
     ),
-    "byte of a mask": ("update.cuh", "(uint8_t)(word >> lane())", "(uint8_t)word"),
+    "byte of a mask": ("capture.cuh", "(uint8_t)(word >> lane())", "(uint8_t)word"),
     "sign of a gradient": (
         "update.cuh", "mul(segment.sign, scalar_or_one(a.inv_scale))", "scalar_or_one(a.inv_scale)",
     ),
@@ -863,21 +863,21 @@ MUTANTS: dict[str, tuple[str, ...]] = {
     "learning rate of a group": ("update.cuh", "a.few_lrs[segment.group]", "a.few_lrs[0]"),
     "learning rate of a group, of many": ("update.cuh", "a.lrs[segment.group]", "a.lrs[0]"),
     "tensor that is ruled out": (
-        "update.cuh", "prepared.base_kind == 0 && !has_bits && a.selection == nullptr", "false",
+        "update.cuh", "prepared.base_weight == 0 && !has_bits && a.known == nullptr", "false",
     ),
     "tensor that bits may select": (
-        "update.cuh", "prepared.base_kind == 0 && !has_bits &&", "prepared.base_kind == 0 &&",
+        "update.cuh", "prepared.base_weight == 0 && !has_bits &&", "prepared.base_weight == 0 &&",
     ),
     "infinity found, steps": (
         "update.cuh", "i < a.table.count && is_finite", "i < a.table.count",
     ),
     "infinity found, the record": (
-        "update.cuh", "copy_record(is_finite ? a.selection : nullptr, a.record);",
-        "copy_record(a.selection, a.record);",
+        "update.cuh", "copy_record(is_finite ? a.known : nullptr, a.record);",
+        "copy_record(a.known, a.record);",
     ),
-    "record of a selection": ("update.cuh", "from != nullptr ? from[i] :", "false ? 0 :"),
+    "record of a selection": ("capture.cuh", "from != nullptr ? from[i] :", "false ? 0 :"),
     "record of a capture": (
-        "update.cuh", "threadIdx.x == 0) copy_record(a.selection, a.record);", "threadIdx.x == 0) {}",
+        "capture.cuh", "threadIdx.x == 0) copy_record(a.known, a.record);", "threadIdx.x == 0) {}",
     ),
     "infinity found": ("update.cuh", "if (!is_set(a.found_inf)) update<", "update<"),
     "infinity found, by thresholds": (
@@ -952,7 +952,7 @@ MUTANTS: dict[str, tuple[str, ...]] = {
     "non-finite element": (
         "update.cuh", "(first | second) & kAll) & ~nonfinite;", "(first | second) & kAll);",
     ),
-    "non-finite element, one at a time": ("update.cuh", "    if (nonfinite != 0) kind = 0;\n", ""),
+    "non-finite element, one at a time": ("update.cuh", "    if (nonfinite != 0) weight = 0;\n", ""),
     "elements that are updated": ("update.cuh", "(first | second) & kAll)", "(first | second))"),
     "elements that are settled by their keys": (
         "update.cuh", "        if (kRanked) second = selected;\n", "",
@@ -983,13 +983,13 @@ MUTANTS: dict[str, tuple[str, ...]] = {
         "bracket.cuh", "counts[kBelowUpper + t]), in_window", "counts[kBelowUpper]), in_window",
     ),
     "miss below, the threshold": (
-        "bracket.cuh", "target.low = window.low - 1;", "target.low = window.low;",
+        "bracket.cuh", "threshold.low = window.low - 1;", "threshold.low = window.low;",
     ),
-    "miss above, the count": ("bracket.cuh", "    target.inside = (Count)inside;\n", ""),
+    "miss above, the count": ("bracket.cuh", "    threshold.inside = (Count)inside;\n", ""),
     "miss that is not reported": ("bracket.cuh", "state.missed = true;", "state.missed = false;"),
     "overflow that is not reported": (
-        "bracket.cuh", "if (overflowed || (missed && target.searching))",
-        "if (missed && target.searching)",
+        "bracket.cuh", "if (overflowed || (missed && threshold.searching))",
+        "if (missed && threshold.searching)",
     ),
     "overflow, the threshold": (
         "bracket.cuh", "if (overflowed || !window.logged) {", "if (!window.logged) {",

@@ -12,7 +12,7 @@ import pytest
 import torch
 from test_failure_bound import half_width
 
-from rose_ops import reference
+from rose_ops import definitions, reference
 
 CSRC = Path(__file__).parents[1] / "csrc"
 U = (0.0, 1.0, 1e4, 1e9)
@@ -52,7 +52,7 @@ def numbers(tmp_path_factory) -> list[float]:
 
 def test_as_the_reference_has_them(numbers):
     mine = [
-        reference.LINE, reference.SAMPLE_KEY, reference.LOG_OF_FAILURE, reference.APPROX_FEWEST,
+        definitions.LINE, definitions.SAMPLE_KEY, definitions.LOG_OF_FAILURE, reference.APPROX_FEWEST,
     ]  # fmt: skip
     assert numbers[:4] == mine
     widths = half_width(torch.tensor(U, dtype=torch.float64))
@@ -60,17 +60,17 @@ def test_as_the_reference_has_them(numbers):
     strata = numbers[8 : 8 + 2 * len(LINES)]
     for lines, size, count in zip(LINES, strata[::2], strata[1::2], strict=True):
         # One line of each stratum, but where the last is shorter and its line not there.
-        drawn = len(reference.sampled([lines * reference.LINE], 3)) // reference.LINE
+        drawn = len(reference.sampled([lines * definitions.LINE], 3)) // definitions.LINE
         assert count - 1 <= drawn <= count
         assert size == max(1, lines // max(1, wanted_of_approx(lines)))
     rest = numbers[8 + 2 * len(LINES) :]
     for sampled, of_all, of_some in zip(SAMPLED, rest[:8:2], rest[1:8:2], strict=True):
         assert of_all == sampled
-        half = reference.LINE / 2 * reference.LOG_OF_FAILURE
+        half = definitions.LINE / 2 * definitions.LOG_OF_FAILURE
         root = math.sqrt(sampled + half) + math.sqrt(half)
         assert of_some == pytest.approx(10 * root**2, rel=1e-12)
     strata_numbers = torch.arange(100)
-    random = reference.hash_u32(strata_numbers, 9, reference.SAMPLE_KEY)
+    random = reference.hash_u32(strata_numbers, 9, definitions.SAMPLE_KEY)
     assert rest[8:] == (strata_numbers * 1000 + (random * 1000 >> 32)).tolist()
 
 

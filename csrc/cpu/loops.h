@@ -27,10 +27,10 @@ struct Stage {
   Bounds bounds = {-1, -1};  // by which elements are treated
 };
 
-// What loops note of a ranking: classes, what is below brackets and at pivots, and a log of what is
-// inside. A key in the log has its sign bit set where the element was treated as selected. `places` are
-// null where keys alone are logged, `old` (p, m, v before, and g) where nothing is updated. The arrays
-// need room for kRun + kMostLanes more than are in them.
+// What loops note of a ranking: what is below brackets and at pivots, or not ranked, and a log of what
+// is inside. A key in the log has its sign bit set where the element was treated as selected. `places`
+// are null where keys alone are logged, `old` (p, m, v before, and g) where nothing is updated. The
+// arrays need room for kRun + kMostLanes more than are in them.
 struct Notes {
   int64_t below[2] = {}, at_pivot[2] = {}, inactive = 0, nonfinite = 0;
   uint32_t *keys = nullptr, *places = nullptr;
@@ -106,7 +106,7 @@ struct Loops {
   // Notes a ranking, and writes its mask from bit 0 of bits[0] on, unless that is null.
   void (*rank)(const Run& run, const Risk& risk, const Stage& stage, uint8_t* bits, Notes& notes);
   // Counts digits, (key >> shift) & (bins - 1), of keys whose bits above them equal `prefix`; bins, a
-  // power of two, is `counts`' length. Classes are counted in the notes.
+  // power of two, is `counts`' length. Those that are not ranked are counted in the notes.
   void (*digits)(const Run& run, const Risk& risk, uint32_t prefix, int shift, int bins,
                  uint32_t* counts, Notes& notes);
   // Counts lines by `windows` windows each, and appends their keys inside to `inside`, which has room

@@ -32,11 +32,11 @@ ROSE_INLINE Words keys_of(G g_type, M m_type, const At& at, const Run& run, cons
 // a risk of at most x is |a - b| <= x b but for roundings: u = 2^-24 of each operation, and of the
 // quotient where that is near 1. Widened by more than these (8 u x + 2 u), the comparison is sure of
 // its answer. Moments so small that products would lose digits, and what is not finite, are never sure.
-struct Sides {
+struct Fence {
   float below, above;
 };
 
-ROSE_INLINE Sides sides_of_bracket(Bracket bracket, const Risk& risk) {
+ROSE_INLINE Fence fence_of(Bracket bracket, const Risk& risk) {
   const float low = bits_float((uint32_t)bracket.low), high = bits_float((uint32_t)bracket.high);
   if (!risk.second_order) return {low, high};
   const double u = 0x1p-24;
@@ -57,8 +57,8 @@ struct SecondOrder {
       : g(g), m(m), a(mul(risk.alpha, magnitude(g))), b(magnitude(m)), s(magnitude(sub(a, b))) {
     fit = less(at_most(all_lanes(kSmall), b), s, all_lanes(kLarge));
   }
-  ROSE_MEMBER Compared compare(const Sides& sides) const {
-    return {at_most(fit, s, mul(b, sides.below)), less(fit, mul(b, sides.above), s)};
+  ROSE_MEMBER Compared compare(const Fence& fence) const {
+    return {at_most(fit, s, mul(b, fence.below)), less(fit, mul(b, fence.above), s)};
   }
   // Lanes whose keys are those of plain_keys(), and the keys of all.
   ROSE_MEMBER Condition plain() const { return fit; }
@@ -68,9 +68,9 @@ struct SecondOrder {
     return both(at_most(b, all_lanes(0.0f)), less(s, all_lanes(bits_float(kInfinityBits))));
   }
   // Above although the moment, which is not 0, is small: it would be if that were larger.
-  ROSE_MEMBER Condition above_if_small(const Sides& sides) const {
+  ROSE_MEMBER Condition above_if_small(const Fence& fence) const {
     const Lanes small = all_lanes(kSmall);
-    return both(both(less(mul(small, sides.above), s), less(s, all_lanes(kLarge))),
+    return both(both(less(mul(small, fence.above), s), less(s, all_lanes(kLarge))),
                 both(less(all_lanes(0.0f), b), less(b, small)));
   }
 
@@ -86,14 +86,14 @@ struct FirstOrder {  // zeros are inactive, unless they are ranked
     fit = less(less(all_lanes(risk.rank_inactive ? -1.0f : 0.0f), a), a,
                all_lanes(bits_float(kInfinityBits)));
   }
-  ROSE_MEMBER Compared compare(const Sides& sides) const {
-    return {less(fit, a, all_lanes(sides.below)), less(fit, all_lanes(sides.above), a)};
+  ROSE_MEMBER Compared compare(const Fence& fence) const {
+    return {less(fit, a, all_lanes(fence.below)), less(fit, all_lanes(fence.above), a)};
   }
   ROSE_MEMBER Condition plain() const { return fit; }
   ROSE_MEMBER Words plain_keys() const { return as_words(a); }
   ROSE_MEMBER Words keys(const Risk& risk) const { return first_order_keys(g, risk); }
   ROSE_MEMBER Condition inactive() const { return at_most(a, all_lanes(0.0f)); }
-  ROSE_MEMBER Condition above_if_small(const Sides&) const { return condition(0); }
+  ROSE_MEMBER Condition above_if_small(const Fence&) const { return condition(0); }
 };
 
 // What a ranking says of a vector: which lanes are selected, and which are not finite.
@@ -106,7 +106,7 @@ struct Ranking {
   const Risk& risk;
   const Stage& stage;
   Notes& notes;
-  Sides sides[2];
+  Fence fences[2];
   bool two;
   int below[2] = {}, inactive = 0, selected = 0;  // counted where it is frequent
 
@@ -114,7 +114,7 @@ struct Ranking {
       : risk(risk),
         stage(stage),
         notes(notes),
-        sides{sides_of_bracket(stage.brackets[0], risk), sides_of_bracket(stage.brackets[1], risk)},
+        fences{fence_of(stage.brackets[0], risk), fence_of(stage.brackets[1], risk)},
         two(stage.count == 2) {}
 
   ROSE_MEMBER void finish() {
@@ -128,7 +128,7 @@ struct Ranking {
   template <typename Order, typename Log>
   ROSE_MEMBER Answers answer(const Order& order, int lanes, Log log) {
     const Condition valid = first_lanes(lanes);
-    const Compared upper = order.compare(sides[0]);
+    const Compared upper = order.compare(fences[0]);
     if (__builtin_expect(two, 0)) return answer_two(order, upper, valid, log);
     Answers answers = {both(upper.below, valid), condition(0)};
     below[0] += count(answers.selected);
@@ -141,7 +141,7 @@ struct Ranking {
  private:
   template <typename Order, typename Log>
   ROSE_MEMBER Answers answer_two(const Order& order, const Compared& upper, Condition valid, Log log) {
-    const Compared lower = order.compare(sides[1]);
+    const Compared lower = order.compare(fences[1]);
     const Condition sure =
         both(both(either(upper.below, upper.above), valid), either(lower.below, lower.above));
     const Condition under = both(upper.below, sure);
@@ -167,7 +167,7 @@ struct Ranking {
         inactive += count(zeros);
         selected += count(zeros);
         answers.selected = either(answers.selected, zeros);
-        open = except(open, either(zeros, order.above_if_small(sides[0])));
+        open = except(open, either(zeros, order.above_if_small(fences[0])));
         if (!any(open)) return;
       }
       key = order.keys(risk);

@@ -25,7 +25,7 @@ class Counter final : public Body {
 
 // How many keys with the bits `prefix` above them have each digit: `bins` of them, from bit `shift` on.
 std::vector<int64_t> count_digits(const RiskSource& source, uint32_t prefix, int shift, size_t bins,
-                                  Notes& classes) {
+                                  Notes& unranked) {
   const Chunks chunks(source.segments.tiles());
   std::vector<int64_t> total(bins);
   std::mutex mutex;
@@ -52,8 +52,8 @@ std::vector<int64_t> count_digits(const RiskSource& source, uint32_t prefix, int
     move();
     std::lock_guard<std::mutex> lock(mutex);
     for (size_t i = 0; i < bins; ++i) total[i] += own[i];
-    classes.inactive += notes.inactive;
-    classes.nonfinite += notes.nonfinite;
+    unranked.inactive += notes.inactive;
+    unranked.nonfinite += notes.nonfinite;
   });
   return total;
 }
@@ -107,11 +107,11 @@ Selection approx_thresholds(const Ranked& ranked) {
 }
 
 std::vector<int64_t> count_keys(const RiskSource& source, std::optional<uint32_t> digit) {
-  Notes classes;
-  if (digit) return count_digits(source, *digit, 0, kLowDigits, classes);
-  std::vector<int64_t> counts = count_digits(source, 0, kLowDigitBits, kHighDigits, classes);
-  counts.push_back(classes.inactive);
-  counts.push_back(classes.nonfinite);
+  Notes unranked;
+  if (digit) return count_digits(source, *digit, 0, kLowDigits, unranked);
+  std::vector<int64_t> counts = count_digits(source, 0, kLowDigitBits, kHighDigits, unranked);
+  counts.push_back(unranked.inactive);
+  counts.push_back(unranked.nonfinite);
   return counts;
 }
 
@@ -127,12 +127,12 @@ Selection select(const Ranked& ranked, bool approx) {
   const std::optional<Selection> found = bracket_pass(source.segments, all, counter, none);
   if (found && found->misses == 0) return *found;
 
-  Notes classes;
-  const std::vector<int64_t> leading = count_digits(source, 0, 20, 2048, classes);
+  Notes unranked;
+  const std::vector<int64_t> leading = count_digits(source, 0, 20, 2048, unranked);
   Selection selection;
-  selection.inactive = classes.inactive;
-  selection.nonfinite = classes.nonfinite;
-  selection.ranked = source.segments.elements() - classes.inactive - classes.nonfinite;
+  selection.inactive = unranked.inactive;
+  selection.nonfinite = unranked.nonfinite;
+  selection.ranked = source.segments.elements() - unranked.inactive - unranked.nonfinite;
   const auto high = radix_select(source, leading, rank_of(ranked.upper, selection.ranked));
   const auto low = radix_select(source, leading, rank_of(ranked.lower, selection.ranked));
   selection.high = high.key;

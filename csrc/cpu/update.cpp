@@ -110,11 +110,11 @@ int Updater::redo(size_t index, int64_t element, const float* old, bool selected
   const bool has_first =
       plan_.fractional && (first.bits ? first.bits[element / 8] >> (element % 8) & 1 : first.all);
   float values[3] = {old[0], old[1], old[2]};
-  const int kind = (has_first ? plan_.weights.first : 0) + (selected ? plan_.weights.second : 0);
+  const int weight = (has_first ? plan_.weights.first : 0) + (selected ? plan_.weights.second : 0);
   if (plan_.fractional) {
-    adamw_element<true>(values[0], values[1], values[2], old[3], kind, updates_[index]);
+    adamw_element<true>(values[0], values[1], values[2], old[3], weight, updates_[index]);
   } else {
-    adamw_element<false>(values[0], values[1], values[2], old[3], kind, updates_[index]);
+    adamw_element<false>(values[0], values[1], values[2], old[3], weight, updates_[index]);
   }
   for (int k = 0; k < 3; ++k) {
     const Operand& to = segment.operands[kWritten[k]];
@@ -135,7 +135,7 @@ int Updater::redo(size_t index, int64_t element, const float* old, bool selected
     }
     std::memcpy(place, &half, sizeof half);
   }
-  return (kind != 0) - (has_first || !selected);
+  return (weight != 0) - (has_first || !selected);
 }
 
 }  // namespace cpu

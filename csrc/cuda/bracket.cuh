@@ -31,29 +31,29 @@ ROSE_DEVICE void resolve(const SelectArguments& a, int t, int64_t rank, Count* s
   const int64_t inside =
       (int64_t)find_bin<kBins>(state.of_windows[t], (Count)(in_window < 1 ? 0 : in_window), bin);
   const bool missed = in_window < 1 || in_window > inside;
-  Target target = {(Count)rank, (Count)below, 0, 0, 0, true, true};
+  Threshold threshold = {(Count)rank, (Count)below, 0, 0, 0, true, true};
   if (overflowed || !window.logged) {  // what the elements were treated by
-    target.low = (uint32_t)(t == 0 ? state.estimate.high : state.estimate.low);
-    const int last = (int)((target.low - window.low) >> window.shift);
+    threshold.low = (uint32_t)(t == 0 ? state.estimate.high : state.estimate.low);
+    const int last = (int)((threshold.low - window.low) >> window.shift);
     Count upto = 0;
     for (int i = threadIdx.x; i <= last; i += kThreads) upto += __ldcg(&state.of_windows[t][i]);
-    target.inside = block_sum(upto, scratch);
+    threshold.inside = block_sum(upto, scratch);
   } else if (rank == 0 && below == 0) {
-    target.searching = false;
+    threshold.searching = false;
   } else if (in_window < 1) {
-    target.low = window.low - 1;
+    threshold.low = window.low - 1;
   } else if (in_window > inside) {
-    target.low = window.low + window.width;
-    target.inside = (Count)inside;
+    threshold.low = window.low + window.width;
+    threshold.inside = (Count)inside;
   } else {
-    target = {(Count)rank,  (Count)below + bin.below,
-              bin.inside,   window.low + (bin.index << window.shift),
-              window.shift, true,
-              true};
+    threshold = {(Count)rank,  (Count)below + bin.below,
+                 bin.inside,   window.low + (bin.index << window.shift),
+                 window.shift, true,
+                 true};
   }
   if (threadIdx.x != 0) return;
-  state.targets[t] = target;
-  if (overflowed || (missed && target.searching)) state.missed = true;
+  state.thresholds[t] = threshold;
+  if (overflowed || (missed && threshold.searching)) state.missed = true;
 }
 
 // Ends a pass: the last block to come here finds the bins of the thresholds.
@@ -136,9 +136,9 @@ ROSE_DEVICE void redo_updates(const StepArguments& step, Bounds bounds) {
     const float g = u.gradient(u.load(1, places[1]));
     float p = read<float>(log.old, 3 * i), m = read<float>(log.old, 3 * i + 1);
     float v = read<float>(log.old, 3 * i + 2);
-    const int rest = u.base_kind + ((u.mask_bits(0, place.element) & 1u) != 0 ? a.weights.first : 0);
-    const int kind = rest + (was_selected ? 0 : a.weights.second);
-    adamw_element<kFractional>(p, m, v, g, kind, u.update);
+    const int rest = u.base_weight + ((u.mask_bits(0, place.element) & 1u) != 0 ? a.weights.first : 0);
+    const int weight = rest + (was_selected ? 0 : a.weights.second);
+    adamw_element<kFractional>(p, m, v, g, weight, u.update);
     u.store(0, place.element, places[0], p);
     u.store(2, place.element, places[2], m);
     u.store(3, place.element, places[3], v);
@@ -196,7 +196,7 @@ template <bool kFractional>
 static __global__ void __launch_bounds__(kThreads, kBlocks) step_finish_kernel(StepArguments a) {
   if (is_set(a.update.found_inf)) return;
   const Course course = a.select.state == nullptr ? Course::kExact : a.select.state->course;
-  if (course == Course::kSpeculative) redo_updates<kFractional>(a, read_bounds(a.select.selection));
+  if (course == Course::kSpeculative) redo_updates<kFractional>(a, read_bounds(a.select.record));
   if (course == Course::kExact) update<kFractional, true>(a.update);
 }
 
@@ -213,7 +213,7 @@ static __global__ void __launch_bounds__(kThreads, 4) capture_pass_kernel(Select
 }
 
 static __global__ void __launch_bounds__(kThreads, 4) capture_finish_kernel(SelectArguments a) {
-  const Bounds bounds = read_bounds(a.selection);
+  const Bounds bounds = read_bounds(a.record);
   if (a.state->course == Course::kSpeculative) {
     redo_bits(a, bounds);
     return;

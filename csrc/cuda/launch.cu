@@ -166,7 +166,7 @@ const char* update(UpdateArguments arguments, Stream stream) {
   ROSE_LAUNCH(prepare_kernel, blocks < 1 ? 1 : blocks, stream, arguments);
   if (const char* failed = text(cudaGetLastError())) return failed;
   const bool fractional = arguments.fractional;
-  if (arguments.selection != nullptr) {
+  if (arguments.known != nullptr) {
     StepArguments step = {};
     step.update = arguments;
     return walk(fractional ? step_finish_kernel<true> : step_finish_kernel<false>, step, stream,

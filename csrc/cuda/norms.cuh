@@ -70,7 +70,7 @@ static __global__ void __launch_bounds__(kThreads) tensors_kernel(TensorsArgumen
                              0,
                              0};
 #pragma unroll
-  for (int k = 0; k < 8; ++k) a.selection[k] = record[k];
+  for (int k = 0; k < 8; ++k) a.record[k] = record[k];
 }
 
 }  // namespace cuda

@@ -33,7 +33,7 @@ const float* floats(const MaybeTensor& tensor, int64_t numel, const char* name,
   return read_from<float>(*tensor, name);
 }
 
-// The arguments of a selection of n ranked elements, and the memory they point to.
+// The arguments of a ranking of n elements, and the memory they point to.
 class Selecting {
  public:
   SelectArguments arguments = {};
@@ -46,7 +46,7 @@ class Selecting {
     arguments.risk = risk;
     arguments.state = write_to<SelectState>(state_);
     arguments.sample = write_to<Sample>(sample_);
-    arguments.selection = record;
+    arguments.record = record;
     arguments.upper = wanted.upper;
     arguments.lower = wanted.lower;
     arguments.draw = random_key(wanted.draw, kSampleKey);
@@ -229,11 +229,11 @@ Tensor Operators::step_(Tensors params, Tensors grads, Tensors exp_avgs, Tensors
   update.found_inf = floats(found_inf, 1, "found_inf", context);
   update.gamma = gamma;
   if (!wanted.finds()) {
-    update.selection = record ? read_record(*record, context.device()) : nullptr;
+    update.known = record ? read_record(*record, context.device()) : nullptr;
     check(cuda::update(update, context.stream()));
     return result;
   }
-  update.selection = own;
+  update.known = own;
   int64_t ranked = 0;
   for (const size_t i : plan.selective) ranked += plan.segments[i].n;
   const Risk risk = {update.table, update.inv_scale, update.clip, true, wanted.rank_inactive, 1};

@@ -18,8 +18,8 @@
 namespace rose {
 namespace cuda {
 
-ROSE_DEVICE void write_selection(const SelectArguments& a, int64_t high, int64_t low, Count upto_high,
-                                 Count upto_low) {
+ROSE_DEVICE void write_record(const SelectArguments& a, int64_t high, int64_t low, Count upto_high,
+                              Count upto_low) {
   const SelectState& state = *a.state;
   const int64_t record[8] = {high,
                              low,
@@ -30,7 +30,7 @@ ROSE_DEVICE void write_selection(const SelectArguments& a, int64_t high, int64_t
                              state.missed ? 1 : 0,
                              0};
 #pragma unroll
-  for (int i = 0; i < 8; ++i) a.selection[i] = record[i];
+  for (int i = 0; i < 8; ++i) a.record[i] = record[i];
 }
 
 // Once all elements are counted.
@@ -139,8 +139,8 @@ ROSE_DEVICE void find_leading(const SelectArguments& a, const T* histogram, bool
     if (rank == 0) continue;
     find_bin<kBins>(histogram, rank, bin);
     if (threadIdx.x != 0) continue;
-    a.state->targets[t] = {rank,          bin.below, bin.inside, bin.index << kLeadingShift,
-                           kLeadingShift, true,      logged};
+    a.state->thresholds[t] = {rank,          bin.below, bin.inside, bin.index << kLeadingShift,
+                              kLeadingShift, true,      logged};
   }
 }
 
@@ -201,10 +201,10 @@ ROSE_DEVICE void end_approx(const SelectArguments& a) {
   Count upto[2] = {0, 0};
 #pragma unroll
   for (int t = 0; t < 2; ++t) {
-    if (a.selection[t] < 0) continue;
+    if (a.record[t] < 0) continue;
     upto[t] = __ldcg(&state.counts[kBelowUpper + t]) + __ldcg(&state.of_windows[t][0]);
   }
-  write_selection(a, a.selection[0], a.selection[1], upto[0], upto[1]);
+  write_record(a, a.record[0], a.record[1], upto[0], upto[1]);
 }
 
 // For a whole grid.
@@ -230,10 +230,10 @@ ROSE_DEVICE void count(const SelectArguments& a, Counts& shared) {
     const Count inside = find_bin<kBins>(state.of_windows[t], rank > below ? rank - below : 0, bin);
     const bool is_inside = below < rank && rank <= below + inside;
     if (threadIdx.x == 0) {
-      state.targets[t] = {rank,         below + bin.below,
-                          bin.inside,   window.low + (bin.index << window.shift),
-                          window.shift, true,
-                          logged};
+      state.thresholds[t] = {rank,         below + bin.below,
+                             bin.inside,   window.low + (bin.index << window.shift),
+                             window.shift, true,
+                             logged};
       if (!is_inside) state.unlucky = true;
     }
     __syncthreads();
@@ -274,15 +274,15 @@ static __global__ void __launch_bounds__(kThreads, 4) narrow_kernel(SelectArgume
   bool counts[2] = {false, false};
 #pragma unroll
   for (int t = 0; t < 2; ++t) {
-    const Target& target = state.targets[t];
-    const bool open = target.searching && target.bits > 0;
-    const uint32_t size = open ? 1u << target.bits : 0;
-    low[t] = target.low;
-    of_log[t] = target.logged ? size : 0;
-    of_all[t] = target.logged ? 0 : size;
+    const Threshold& threshold = state.thresholds[t];
+    const bool open = threshold.searching && threshold.bits > 0;
+    const uint32_t size = open ? 1u << threshold.bits : 0;
+    low[t] = threshold.low;
+    of_log[t] = threshold.logged ? size : 0;
+    of_all[t] = threshold.logged ? 0 : size;
     counts[0] = counts[0] || of_log[t] != 0;
     counts[1] = counts[1] || of_all[t] != 0;
-    shift[t] = target.bits > 11 ? target.bits - 11 : 0;
+    shift[t] = threshold.bits > 11 ? threshold.bits - 11 : 0;
   }
   if (counts[0] || counts[1]) {
     clear<2 * kBins>(histogram[0]);
@@ -309,17 +309,17 @@ static __global__ void __launch_bounds__(kThreads, 4) narrow_kernel(SelectArgume
     if (!is_last_block(&state.tickets[kLast ? 2 : 1])) return;
 #pragma unroll 1
     for (int t = 0; t < 2; ++t) {
-      Target target = state.targets[t];
-      if (!target.searching || target.bits == 0) continue;
+      Threshold threshold = state.thresholds[t];
+      if (!threshold.searching || threshold.bits == 0) continue;
       Bin bin;
-      find_bin<kBins>(state.of_windows[t], target.rank - target.below, bin);
-      const int bits = target.bits > 11 ? target.bits - 11 : 0;
-      target.below += bin.below;
-      target.inside = bin.inside;
-      target.low += bin.index << bits;
-      target.bits = bits;
+      find_bin<kBins>(state.of_windows[t], threshold.rank - threshold.below, bin);
+      const int bits = threshold.bits > 11 ? threshold.bits - 11 : 0;
+      threshold.below += bin.below;
+      threshold.inside = bin.inside;
+      threshold.low += bin.index << bits;
+      threshold.bits = bits;
       __syncthreads();
-      if (threadIdx.x == 0) state.targets[t] = target;
+      if (threadIdx.x == 0) state.thresholds[t] = threshold;
     }
     __syncthreads();
     if (!kLast || a.approx) clear<2 * kBins>(state.of_windows[0]);
@@ -327,21 +327,21 @@ static __global__ void __launch_bounds__(kThreads, 4) narrow_kernel(SelectArgume
     return;
   }
   if (!kLast || threadIdx.x != 0) return;
-  int64_t thresholds[2] = {-1, -1};
+  int64_t keys[2] = {-1, -1};
   Count upto[2] = {0, 0};
 #pragma unroll
   for (int t = 0; t < 2; ++t) {
-    const Target& target = state.targets[t];
-    if (!target.searching) continue;
-    thresholds[t] = target.low;
-    upto[t] = target.below + target.inside;
+    const Threshold& threshold = state.thresholds[t];
+    if (!threshold.searching) continue;
+    keys[t] = threshold.low;
+    upto[t] = threshold.below + threshold.inside;
   }
-  write_selection(a, thresholds[0], thresholds[1], upto[0], upto[1]);
+  write_record(a, keys[0], keys[1], upto[0], upto[1]);
   if (!a.approx) return;
   // Of a sample: what the pass after it goes by, brackets of one key each, of which nothing is logged.
-  state.estimate = {(int32_t)thresholds[0], (int32_t)thresholds[1]};
+  state.estimate = {(int32_t)keys[0], (int32_t)keys[1]};
 #pragma unroll
-  for (int t = 0; t < 2; ++t) state.windows[t] = {(uint32_t)thresholds[t], 0, 0, false};
+  for (int t = 0; t < 2; ++t) state.windows[t] = {(uint32_t)keys[t], 0, 0, false};
 }
 
 }  // namespace cuda

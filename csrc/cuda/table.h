@@ -75,7 +75,7 @@ constexpr int kKeyBits = 31;
 
 // One threshold on its way: the `rank`-th smallest key, which is one of the `inside` keys from `low` on
 // that are less than 2^bits above it; `below` keys are less than `low`.
-struct Target {
+struct Threshold {
   Count rank, below, inside;
   uint32_t low;
   int32_t bits;
@@ -107,7 +107,7 @@ struct SelectState {
   Count ranked;
   Count log_size;
   Window windows[2];
-  Target targets[2];
+  Threshold thresholds[2];
   uint32_t tickets[4];
   Course course;
   Bounds estimate;
@@ -165,8 +165,8 @@ struct SelectArguments {
   uint32_t draw;  // which of them
   SelectState* state;
   Log log;
-  int64_t elements;    // of the ranking
-  int64_t* selection;  // a record
+  int64_t elements;  // of the ranking
+  int64_t* record;   // what comes out
   int64_t upper, lower;
   double width;      // of brackets; 1 unless in tests
   bool speculative;  // brackets may be used
@@ -175,8 +175,8 @@ struct SelectArguments {
 
 struct CaptureArguments {
   Risk risk;
-  const int64_t* selection;
-  int64_t* record;  // where it is copied to
+  const int64_t* known;  // a record, by whose thresholds masks are written
+  int64_t* record;       // where it is copied to
 };
 
 // What all elements of a segment have in common in an update.
@@ -184,8 +184,8 @@ struct Prepared {
   Update update;
   float scale, clip;  // that gradients are multiplied by
   uint32_t random_key;
-  int32_t base_kind;  // that masks add to
-  bool ruled_out;     // nothing of the segment is selected, whatever its gradient
+  int32_t base_weight;  // that masks add to
+  bool ruled_out;       // nothing of the segment is selected, whatever its gradient
 };
 
 // Of so many groups, learning rates that are on the host come by value: a schedule changes them in
@@ -194,17 +194,17 @@ constexpr int kFewGroups = 16;
 
 struct UpdateArguments {
   Table table;
-  const double* lrs;         // of each group; or null: few_lrs
-  const float* inv_scale;    // or null
-  const float* clip;         // or null: of selective segments, and of others
-  const float* found_inf;    // or null
-  const int64_t* selection;  // that the second-order mask is found by; or null
-  Prepared* prepared;        // workspace, one for each segment
-  int64_t* record;           // of that selection, or empty
-  Count* counts;             // updated, nonfinite
+  const double* lrs;       // of each group; or null: few_lrs
+  const float* inv_scale;  // or null
+  const float* clip;       // or null: of selective segments, and of others
+  const float* found_inf;  // or null
+  const int64_t* known;    // a record, by whose thresholds second-order masks are found; or null
+  Prepared* prepared;      // workspace, one for each segment
+  int64_t* record;         // a copy of it, or an empty one
+  Count* counts;           // updated, nonfinite
   double gamma;
   MaskWeights weights;
-  bool fractional;  // kinds 1 and 2 may occur
+  bool fractional;  // weights 1 and 2 may occur
   bool rank_inactive;
   bool stochastic;  // rounding of bfloat16 parameters
   uint32_t seed;
@@ -242,7 +242,7 @@ struct TensorsArguments {
   bool rank_inactive;
   uint32_t* keys;  // workspace
   bool* mask;
-  int64_t* selection;
+  int64_t* record;
 };
 
 }  // namespace cuda

@@ -1,53 +1,10 @@
-// Capturing masks, and the masked AdamW.
+// The masked AdamW, by masks, by thresholds that are known, or by a ranking found on the way.
 #pragma once
 
-#include "log.cuh"
-#include "select.cuh"
+#include "capture.cuh"
 
 namespace rose {
 namespace cuda {
-
-ROSE_DEVICE Bounds read_bounds(const int64_t* selection) {
-  return {(int32_t)selection[0], (int32_t)selection[1]};
-}
-
-// --------------------------------------------------------------------------------------------- capture
-
-// Writes the bits of masks.
-struct Bits {
-  ROSE_METHOD void operator()(const Segment& segment, int64_t i, unsigned selected, int count) const {
-    uint8_t* const bits = segment.bits;
-    if (count == 16) {
-      write<uint8_t>(bits, i / 8, (uint8_t)selected);
-      write<uint8_t>(bits, i / 8 + 1, (uint8_t)(selected >> 8));
-    } else if (count == 8) {
-      write<uint8_t>(bits, i / 8, (uint8_t)selected);
-    } else if (count == 4) {  // two lanes have a byte between them
-      const unsigned next = __shfl_down_sync(kFullWarp, selected, 1);
-      if (lane() % 2 == 0) write<uint8_t>(bits, i / 8, (uint8_t)(selected | next << 4));
-    } else {  // as many lanes as there are elements have one each
-      const unsigned word = __ballot_sync(kFullWarp, selected != 0);
-      const unsigned there = __ballot_sync(kFullWarp, count != 0);
-      if (lane() % 8 == 0 && (there >> lane() & 1u) != 0) {
-        write<uint8_t>(bits, i / 8, (uint8_t)(word >> lane()));
-      }
-    }
-  }
-};
-
-// The record of the selection that is used, or an empty one. One thread.
-ROSE_DEVICE void copy_record(const int64_t* from, int64_t* to) {
-  if (from == to) return;
-  for (int i = 0; i < kFields; ++i) to[i] = from != nullptr ? from[i] : i < 2 ? -1 : 0;
-}
-
-static __global__ void __launch_bounds__(kThreads, 4) capture_kernel(CaptureArguments a) {
-  if (blockIdx.x == 0 && threadIdx.x == 0) copy_record(a.selection, a.record);
-  NoNotes notes = {read_bounds(a.selection), nullptr};
-  settle(a.risk, notes, Bits());
-}
-
-// ---------------------------------------------------------------------------------------------- update
 
 ROSE_DEVICE bool is_set(const float* found_inf) { return found_inf != nullptr && *found_inf != 0; }
 
@@ -62,16 +19,16 @@ ROSE_DEVICE void prepare(const UpdateArguments& a, int i) {
   prepared.scale = mul(segment.sign, scalar_or_one(a.inv_scale));
   prepared.clip = a.clip == nullptr ? 1.0f : a.clip[segment.selective ? 0 : 1];
   prepared.random_key = random_key(a.seed, step_word(step));
-  prepared.base_kind = segment.selective ? 0 : 3;
+  prepared.base_weight = segment.selective ? 0 : 3;
   bool has_bits = false;
   for (int k = 0; k < 2; ++k) {
     const MaskKind kind = segment.mask_kinds[k];
     has_bits = has_bits || kind == MaskKind::kBits;
     if (kind == MaskKind::kAll || (kind == MaskKind::kWhole && *segment.masks[k] != 0)) {
-      prepared.base_kind += k == 0 ? a.weights.first : a.weights.second;
+      prepared.base_weight += k == 0 ? a.weights.first : a.weights.second;
     }
   }
-  prepared.ruled_out = prepared.base_kind == 0 && !has_bits && a.selection == nullptr;
+  prepared.ruled_out = prepared.base_weight == 0 && !has_bits && a.known == nullptr;
 }
 
 static __global__ void __launch_bounds__(kThreads) prepare_kernel(UpdateArguments a) {
@@ -79,7 +36,7 @@ static __global__ void __launch_bounds__(kThreads) prepare_kernel(UpdateArgument
   const bool is_finite = !is_set(a.found_inf);
   if (i == 0) {
     a.counts[0] = a.counts[1] = 0;
-    copy_record(is_finite ? a.selection : nullptr, a.record);
+    copy_record(is_finite ? a.known : nullptr, a.record);
   }
   if (i < a.table.count && is_finite) prepare(a, i);
 }
@@ -94,7 +51,7 @@ struct Updated {
   bool has_one_factor, has_one_threshold;
   Judge<true> judge;
   uint32_t random_key;
-  int base_kind;
+  int base_weight;
   int64_t offset;
   bool stochastic;  // rounding of bfloat16 parameters
   bool ruled_out;
@@ -113,7 +70,7 @@ struct Updated {
     has_one_threshold = notes.has_one_threshold();
     judge = notes.template judge<true>(segment->alpha, a.rank_inactive);
     random_key = prepared.random_key;
-    base_kind = prepared.base_kind;
+    base_weight = prepared.base_weight;
     offset = segment->offset;
     stochastic = a.stochastic;
     ruled_out = prepared.ruled_out;
@@ -128,9 +85,10 @@ struct Updated {
   }
   ROSE_METHOD float gradient(float g) const { return mul(mul(g, scale), clip); }
 
-  // Of M for an element of an ensemble, from the lowest bits of its masks. Not 0: of any M.
-  ROSE_METHOD int kind(unsigned first, unsigned second) const {
-    return base_kind + (int)(first & 1u) + 2 * (int)(second & 1u);
+  // Of M (element.h) for an element, from the lowest bits of its masks. Where M is no fraction, any
+  // but 0 says that it is 1.
+  ROSE_METHOD int weight(unsigned first, unsigned second) const {
+    return base_weight + (int)(first & 1u) + 2 * (int)(second & 1u);
   }
 
   ROSE_METHOD Rounded rounded(int operand) const {
@@ -306,14 +264,14 @@ ROSE_DEVICE void update_run(const Updated& u, bool rank_inactive, const Run& run
             second = verdict.selected;
           }
           constexpr unsigned kAll = (1u << kCount) - 1;
-          const bool base = !kAlone && u.base_kind != 0;
+          const bool base = !kAlone && u.base_weight != 0;
           const unsigned on = (base ? kAll : (first | second) & kAll) & ~nonfinite;
           updated += (unsigned)__popc(on);
           const bool rounds_p = of_p == Dtype::kBFloat16 && u.stochastic;
           const RandomWords<kCount> random_p(u, 0, run.begin + i, rounds_p);
           const RandomWords<kCount> random_v(u, 3, run.begin + i, of_v == Dtype::kBFloat16);
-          const auto kind = [&](int j) {
-            return (on >> j & 1u) == 0 ? 0 : kFractional ? u.kind(first >> j, second >> j) : 3;
+          const auto weight = [&](int j) {
+            return (on >> j & 1u) == 0 ? 0 : kFractional ? u.weight(first >> j, second >> j) : 3;
           };
           bool has_nan = false;
 #pragma unroll
@@ -323,7 +281,7 @@ ROSE_DEVICE void update_run(const Updated& u, bool rank_inactive, const Run& run
             for (int h = 0; h < 2; ++h) {
               const int j = k + h;
               p[h] = get(raw_p, of_p, j), m[h] = get(raw_m, of_m, j), v[h] = get(raw_v, of_v, j);
-              adamw_element<kFractional>(p[h], m[h], v[h], gradient(j), kind(j), u.update);
+              adamw_element<kFractional>(p[h], m[h], v[h], gradient(j), weight(j), u.update);
             }
             has_nan |= put_pair(raw_p, of_p, k, p, rounds_p, random_p);
             has_nan |= put_pair(raw_m, of_m, k, m, false, random_v);
@@ -338,7 +296,7 @@ ROSE_DEVICE void update_run(const Updated& u, bool rank_inactive, const Run& run
             for (int j = 0; j < kCount; ++j) {
               const int64_t at = run.begin + i + j;
               float p = u.load(0, at), m = u.load(2, at), v = u.load(3, at);
-              adamw_element<kFractional>(p, m, v, u.gradient(u.load(1, at)), kind(j), u.update);
+              adamw_element<kFractional>(p, m, v, u.gradient(u.load(1, at)), weight(j), u.update);
               u.store(0, at, at, p);
               u.store(2, at, at, m);
               u.store(3, at, at, v);
@@ -365,11 +323,11 @@ ROSE_DEVICE void update_run(const Updated& u, bool rank_inactive, const Run& run
           [&](int, float& old_p, float& old_m, float& old_v) { old_p = p, old_m = m, old_v = v; });
     }
     if (!is_there) continue;
-    int kind = u.kind(u.mask_bits(0, i), kRanked ? selected : u.mask_bits(1, i));
-    if (nonfinite != 0) kind = 0;
-    if (!kFractional && kind != 0) kind = 3;
-    updated += kind != 0;
-    adamw_element<kFractional>(p, m, v, g, kind, u.update);
+    int weight = u.weight(u.mask_bits(0, i), kRanked ? selected : u.mask_bits(1, i));
+    if (nonfinite != 0) weight = 0;
+    if (!kFractional && weight != 0) weight = 3;
+    updated += weight != 0;
+    adamw_element<kFractional>(p, m, v, g, weight, u.update);
     u.store(0, i, places[0], p);
     u.store(2, i, places[2], m);
     u.store(3, i, places[3], v);
@@ -409,7 +367,7 @@ ROSE_DEVICE void update(const UpdateArguments& a) {
   __shared__ uint32_t counts[kCounts];
   clear<kCounts>(counts);
   __syncthreads();
-  NoNotes notes = {kRanked ? read_bounds(a.selection) : Bounds{-1, -1}, &counts[kNonfinite]};
+  NoNotes notes = {kRanked ? read_bounds(a.known) : Bounds{-1, -1}, &counts[kNonfinite]};
   update_share<kFractional, kRanked>(a, notes, counts);
   __syncthreads();
   flush_counts(a, counts);

@@ -38,8 +38,8 @@ from support import (
     values,
 )
 
-from rose_ops import reference
-from rose_ops.reference import Field
+from rose_ops import definitions, reference
+from rose_ops.definitions import Field
 
 MIXES = (
     ("normal",), ("ties",), ("normal", "zero", "nan", "inf", "denormal"), ("one",), ("zero", "one"),
@@ -237,7 +237,7 @@ def sampled(n: int, of_bracket: bool) -> torch.Tensor:
     lines = n // 16
     apart = lines // int((0.5 if of_bracket else 0.1) * round(n ** (1 / 3), 9) ** 2)
     strata = torch.arange(-(-lines // apart))
-    line = strata * apart + (reference.hash_u32(strata, 0, reference.SAMPLE_KEY) * apart >> 32)
+    line = strata * apart + (reference.hash_u32(strata, 0, definitions.SAMPLE_KEY) * apart >> 32)
     is_sampled = torch.zeros(lines, 16, dtype=torch.bool)
     is_sampled[line[line < lines]] = True
     return is_sampled.reshape(-1)

@@ -129,7 +129,7 @@ uint64_t run(Way way, Loops loops) {
   s.risk = risk;
   s.sample = &sample;
   s.state = state.data();
-  s.selection = record.data();
+  s.record = record.data();
   s.elements = n;
   s.upper = 600000000;
   s.lower = loops == Loops::kGeneral ? 300000000 : 0;
@@ -203,7 +203,7 @@ uint64_t run(Way way, Loops loops) {
   a.table = table;
   a.lrs = &lr;
   a.clip = kClip;
-  a.selection = a.record = record.data();
+  a.known = a.record = record.data();
   a.prepared = prepared.data();
   a.counts = counts.data();
   a.gamma = 0.3;

@@ -129,8 +129,8 @@ ROSE_INLINE int32_t if_selected(uint32_t key, Bounds bounds, int32_t value) {
   return key == kInactiveKey ? value : inside;
 }
 
-// A selection record: the fields of rose_ops/reference.py in the same order. An empty one: nothing is
-// ranked.
+// A record, with names: the fields of rose_ops/definitions.py in the same order. An empty one: nothing
+// is ranked.
 struct Selection {
   int64_t high = -1, low = -1, kept = 0, ranked = 0, inactive = 0, nonfinite = 0, misses = 0;
   int64_t unused = 0;
@@ -150,15 +150,15 @@ enum class MaskKind : uint8_t {
   kAll,    // an empty mask, of a tensor that was not there at the capture: all are selected
 };
 
-// M of an element (Eq. 5) is one of four numbers, by its kind: 0, gamma, 1 - gamma, 1. A kind is the
-// sum of the weights of the masks that select the element: of an ensemble's first and second order, 1
-// and 2; of a mask that is alone, 3.
+// M of an element (Eq. 5) is one of four numbers, by the weight of the masks that select it: 0, gamma,
+// 1 - gamma, 1. The masks of an ensemble weigh 1 and 2 (first and second order), a mask that is
+// alone 3.
 struct MaskWeights {
   int32_t first, second;
 };
 constexpr MaskWeights kWeightsOfEnsemble = {1, 2}, kWeightsOfOne = {3, 3};
 
-// A row of the hyperparameter table, as in rose_ops/reference.py.
+// A row of the hyperparameter table, as in rose_ops/definitions.py.
 struct Hyper {
   double beta1, beta2, eps, weight_decay, sign, selective;
 };
@@ -169,7 +169,7 @@ struct Update {
   float beta2, c2;
   float eps;
   float inv_root_bias2;  // 1 / sqrt(1 - beta2^t)
-  // By kind: M, lr*M / (1 - beta1^t), 1 - lr*M*weight_decay
+  // By weight: M, lr*M / (1 - beta1^t), 1 - lr*M*weight_decay
   float m[4], step_size[4], decay[4];
 };
 
@@ -196,12 +196,12 @@ ROSE_INLINE Update make_update(const Hyper& h, double lr, double step, double ga
   u.c2 = (float)(1.0 - h.beta2);
   u.eps = (float)h.eps;
   u.inv_root_bias2 = (float)(1.0 / sqrt(1.0 - pow(h.beta2, step)));
-  const double weights[4] = {0.0, gamma, 1.0 - gamma, 1.0};
+  const double values[4] = {0.0, gamma, 1.0 - gamma, 1.0};
   const double bias1 = 1.0 - pow(h.beta1, step);
-  for (int kind = 0; kind < 4; ++kind) {
-    u.m[kind] = (float)weights[kind];
-    u.step_size[kind] = (float)(lr * weights[kind] / bias1);
-    u.decay[kind] = (float)(1.0 - lr * weights[kind] * h.weight_decay);
+  for (int i = 0; i < 4; ++i) {
+    u.m[i] = (float)values[i];
+    u.step_size[i] = (float)(lr * values[i] / bias1);
+    u.decay[i] = (float)(1.0 - lr * values[i] * h.weight_decay);
   }
   return u;
 }
@@ -226,19 +226,18 @@ ROSE_INLINE void parameter_step(X& p, X m, X v, Condition on, X step_size, X dec
   p = choose(on, sub(mul(p, decay), mul(step_size, div(m, denom))), p);
 }
 
-// p, m, v of one element in place; `kind` = first bit + 2 * second bit of its mask for an ensemble, or
-// 0 and 3 for a single mask.
+// p, m, v of one element in place, whose masks have this `weight`; unless `kFractional`, 0 or 3.
 template <bool kFractional>
-ROSE_INLINE void adamw_element(float& p, float& m, float& v, float g, int kind, const Update& u) {
+ROSE_INLINE void adamw_element(float& p, float& m, float& v, float g, int weight, const Update& u) {
   float step_size = u.step_size[3], decay = u.decay[3];
-  if (kFractional && (uint32_t)(kind - 1) < 2u) {  // no indices: constants may be in registers
-    const bool is_first = kind == 1;
+  if (kFractional && (uint32_t)(weight - 1) < 2u) {  // no indices: constants may be in registers
+    const bool is_first = weight == 1;
     g = add(mul(is_first ? u.m[1] : u.m[2], g), mul(is_first ? u.m[2] : u.m[1], m));
     step_size = is_first ? u.step_size[1] : u.step_size[2];
     decay = is_first ? u.decay[1] : u.decay[2];
   }
-  moments_step(m, v, g, kind != 0, u);
-  parameter_step(p, m, v, kind != 0, step_size, decay, u);
+  moments_step(m, v, g, weight != 0, u);
+  parameter_step(p, m, v, weight != 0, step_size, decay, u);
 }
 
 // ----------------------------------------------------------------------------------------- narrowing

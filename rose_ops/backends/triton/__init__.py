@@ -12,12 +12,13 @@ import torch
 import triton
 from torch import Tensor
 
-from rose_ops import reference
+from rose_ops import portable
 from rose_ops._arguments import reads_pointers
 from rose_ops.backends.triton import passes
 from rose_ops.backends.triton.passes import INTERPRETED, Factors, Ranking, Update, device_of
 from rose_ops.backends.triton.table import check, check_groups, check_rows, upload
-from rose_ops.reference import Field, Mode, count_keys, keeps_denormals
+from rose_ops.definitions import Field, Mode, keeps_denormals
+from rose_ops.portable import count_keys
 
 __all__ = ["clip_factors", "count_keys", "rank_", "select_tensors_", "step_", "sums_of_squares"]
 
@@ -91,7 +92,7 @@ def sums_of_squares(tensors: list[Tensor], inv_scale: Tensor | None) -> Tensor:
 def clip_factors(sums: Tensor, max_norm: float) -> Tensor:
     """See :func:`rose_ops.reference.clip_factors`."""
     check("sums", sums, torch.float64, sums.numel(), sums.device)
-    return reference.clip_factors(sums, max_norm)
+    return portable.clip_factors(sums, max_norm)
 
 
 @reads_pointers("mask")
@@ -111,9 +112,7 @@ def select_tensors_(
     check_groups(hyper, group, count)
     check_rows(hyper, group.tolist())
     alphas = upload(1.0 - hyper.reshape(-1, 6)[group, 0], device).float()
-    return reference._select_tensors_(
-        mask, sums, exp_avg_sums, alphas, clip, upper, lower, rank_inactive
-    )
+    return portable.select_by_sums_(mask, sums, exp_avg_sums, alphas, clip, upper, lower, rank_inactive)
 
 
 def _set_bracket_width(width: float) -> float:

@@ -25,7 +25,7 @@ import math
 import triton
 import triton.language as tl
 
-from rose_ops import reference
+from rose_ops import definitions
 from rose_ops.backends.triton.kernels import (
     BITS,
     COLUMNS,
@@ -56,16 +56,16 @@ from rose_ops.backends.triton.kernels import (
     _tile,
     kernel,
 )
-from rose_ops.reference import LOG_OF_FAILURE
+from rose_ops.definitions import LOG_OF_FAILURE
 
-LINE: tl.constexpr = tl.constexpr(reference.LINE)
-SAMPLE_WORD: tl.constexpr = tl.constexpr(reference.SAMPLE_KEY * 0x9E3779B9 % 2**32)
+LINE: tl.constexpr = tl.constexpr(definitions.LINE)
+SAMPLE_WORD: tl.constexpr = tl.constexpr(definitions.SAMPLE_KEY * 0x9E3779B9 % 2**32)
 # The statistics of csrc/include/rose/threshold.h, with r of half_width().
 LOG: tl.constexpr = tl.constexpr(LOG_OF_FAILURE)
 ROOT: tl.constexpr = tl.constexpr(math.sqrt(8.0 * LOG_OF_FAILURE))  # of at_most()
 ERRORS: tl.constexpr = tl.constexpr(math.sqrt(2.0 * LOG_OF_FAILURE))
-HALF_R: tl.constexpr = tl.constexpr(reference.LINE * math.sqrt(2.0 * LOG_OF_FAILURE) / 2.0)
-OF_RANGE: tl.constexpr = tl.constexpr(2.0 / 3.0 * reference.LINE * LOG_OF_FAILURE)
+HALF_R: tl.constexpr = tl.constexpr(definitions.LINE * math.sqrt(2.0 * LOG_OF_FAILURE) / 2.0)
+OF_RANGE: tl.constexpr = tl.constexpr(2.0 / 3.0 * definitions.LINE * LOG_OF_FAILURE)
 FEW: tl.constexpr = tl.constexpr(512)  # lines that give the window
 WINDOW_BINS: tl.constexpr = tl.constexpr(2048)
 SCANNED: tl.constexpr = tl.constexpr(512)  # bins at a time

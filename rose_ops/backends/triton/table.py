@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from rose_ops.reference import LINE
+from rose_ops.definitions import LINE
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 COLUMNS = 18  # see kernels.py
