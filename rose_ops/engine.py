@@ -337,10 +337,13 @@ class Engine:
         def use(ranking: Ranking | None, record: Tensor | None) -> Tensor:
             if record is not None and not batch.params:
                 return record
-            found, self.records["update"] = update(
+            found, counts = update(
                 self._ops(batch), operands, (first, second), tables, scaling, settings.gamma, ranking,
                 rounding, record=record, found_inf=found_inf,
             )  # fmt: skip
+            if ranking is not None:
+                self.records["second"] = found
+            self.records["update"] = counts
             return found
 
         if ranking is not None and selective is not None:
