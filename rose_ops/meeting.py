@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
+from rose_ops import backends
 from rose_ops.batch import Batch
 from rose_ops.captures import Captures
 from rose_ops.ranks import Ranks, ranks_of
@@ -39,6 +40,7 @@ def meet(
     if ranks is None:
         return None
     known = settings.to_saved()
+    known["backend"] = backends.resolve(settings.backend, ranks.device, fake=False).name
     if ranks.is_uniform:
         known["parameters"] = [(str(p.dtype), *p.shape) for p in params]
         known["groups"] = hyper.tolist()

@@ -385,6 +385,7 @@ def test_fsdp2_under_a_grad_scaler(processes):
         ({"upper": 0.3}, "upper"),
         ({"order": "first"}, "order"),
         ({"seed": 5}, "seed"),
+        ({"backend": "reference"}, "backend is 'reference' on rank 2 and 'cpu' on rank 0"),
         ({"lr": 0.5}, "lr is .0.5, 0.5. on rank 2"),
         ({"upper": 1.0}, "upper"),
         ({"max_grad_norm": 1.0}, "max_grad_norm"),

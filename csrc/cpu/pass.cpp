@@ -101,7 +101,7 @@ class Pass {
   // That of all processes; false if they know of no threshold, or not of the same one, to look around.
   bool share_sample(const Shared& shared) {
     std::vector<Window> windows;
-    std::vector<Comparison> known;
+    std::vector<Comparison> known{Comparison(static_cast<int32_t>(lines_.weight()))};
     bool all_known = true;
     for (size_t t = 0; t < thresholds_.size(); ++t) {
       known.emplace_back(shared.latest[t]);
