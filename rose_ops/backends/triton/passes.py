@@ -294,9 +294,7 @@ class Update:
         _check("found_inf", found_inf, 1, device)
         flags = hyper.reshape(-1, 6)[:, 5].tolist()
         if from_risk and second_masks:
-            raise RuntimeError(
-                "both record and second_masks are given; expected one second-order mask"
-            )
+            raise RuntimeError("both record and second_masks are given; expected one second-order mask")
         selective = [0 <= row < len(flags) and flags[row] != 0 for row in group.tolist()]
         if any(selective) and not first_masks and not second_masks and not from_risk:
             raise RuntimeError(
