@@ -27,8 +27,8 @@ void check_fractions(int64_t upper, int64_t lower) {
              " and upper ", upper);
 }
 
-Wanted::Wanted(const std::vector<int64_t>& ranking, const std::optional<Tensor>& record,
-               bool may_be_empty)
+Ranking::Ranking(const std::vector<int64_t>& ranking, const std::optional<Tensor>& record,
+                 bool may_be_empty)
     : ranks(!ranking.empty()), bracket_width(latest_width) {
   constexpr size_t kNumbers = 5;
   ROSE_CHECK(ranking.size() == kNumbers || (may_be_empty && ranking.empty()), "ranking has ",

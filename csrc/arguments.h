@@ -16,25 +16,25 @@ void check_table(const Tensor& tensor, ScalarType dtype, int64_t numel, const ch
 
 void check_fractions(int64_t upper, int64_t lower);
 
-// How a ranking's thresholds are found. As rose_ops/reference.py has it.
+// How a ranking's thresholds are found; see rose_ops/definitions.py.
 enum class Mode : int64_t {
-  kGiven,    // they are known: a record says which
-  kExact,    // first, in passes of their own
-  kBracket,  // on the way, in the pass that they are for
-  kApprox,   // those of a sample
+  kGiven,    // not at all: a record has them
+  kExact,    // in passes of their own, before they are used
+  kBracket,  // in the pass that uses them
+  kApprox,   // as those of a sample
 };
 
 // What is asked of a ranking: the `ranking` of an operator, and the record that comes with it.
-struct Wanted {
+struct Ranking {
   bool ranks = false;  // else there is no ranking
   Mode mode = Mode::kGiven;
   int64_t upper = 0, lower = 0;  // fractions
   bool rank_inactive = false;
   uint32_t draw = 0;         // which sample
-  double bracket_width = 1;  // that half-widths are multiplied by; else than 1 in tests
+  double bracket_width = 1;  // that half-widths are multiplied by; 1 but in tests
 
   // Raises unless `ranking` is mode, upper, lower, rank_inactive and draw; or empty, if it may be.
-  Wanted(const std::vector<int64_t>& ranking, const std::optional<Tensor>& record, bool may_be_empty);
+  Ranking(const std::vector<int64_t>& ranking, const std::optional<Tensor>& record, bool may_be_empty);
 
   bool finds() const { return mode != Mode::kGiven; }  // thresholds
 };
@@ -42,7 +42,7 @@ struct Wanted {
 // For tests. Returns what it was.
 double set_bracket_width(double width);
 
-// The arguments of a selection of whole tensors.
+// Raises unless these can be the arguments of a ranking of whole tensors.
 void check_tensors(const Tensor& mask, const Tensor& sums, const std::optional<Tensor>& exp_avg_sums,
                    int64_t upper, int64_t lower);
 
@@ -67,7 +67,7 @@ class Groups {
 std::vector<uint8_t*> mask_bits(const std::vector<Tensor>& masks, const Segments& segments,
                                 torch::stable::Device device);
 
-// The words of a selection record.
+// The numbers of a record.
 const int64_t* read_record(const Tensor& record, torch::stable::Device device);
 
 // What gradients and, for second order, first moments make up.

@@ -38,7 +38,7 @@ struct RankedTensors {
   Ranked ranked;
 
   RankedTensors(const Tensors& grads, const Tensors& exp_avgs, const Tensor& hyper, const Tensor& group,
-                const Factors& factors, const Wanted& wanted)
+                const Factors& factors, const Ranking& wanted)
       : segments(risk_roles(grads, exp_avgs), kTile),
         groups(hyper, group, segments.size()),
         source{
@@ -95,7 +95,7 @@ Selection rank_and_use(const Segments& segments, const Ranked& ranked, Mode mode
 
 // The second-order ranking of the selective tensors of an update, and that.
 Selection rank_and_update(const UpdatePlan& plan, const Tensors& grads, const Tensors& exp_avgs,
-                          const Tensor& hyper, const Factors& factors, const Wanted& wanted,
+                          const Tensor& hyper, const Factors& factors, const Ranking& wanted,
                           Body& updater, UpdateCounts& counts) {
   Tensors chosen_grads, chosen_exp_avgs;
   Tensor rows = torch::stable::empty({static_cast<int64_t>(plan.selective.size())}, ScalarType::Long);
@@ -128,7 +128,7 @@ Tensor latest_bracket_report() {
 Tensor Operators::rank_(Tensors masks, Tensors grads, Tensors exp_avgs, Tensor hyper, Tensor group,
                         MaybeTensor inv_scale, MaybeTensor clip, MaybeTensor record, Integers ranking) {
   FpMode mode;
-  const Wanted wanted(ranking, record, false);
+  const Ranking wanted(ranking, record, false);
   const RankedTensors of(grads, exp_avgs, hyper, group, Factors(inv_scale, clip), wanted);
   if (masks.empty() && wanted.finds()) {
     return record_of(select(of.ranked, wanted.mode == Mode::kApprox));
@@ -149,7 +149,7 @@ Tensor Operators::step_(Tensors params, Tensors grads, Tensors exp_avgs, Tensors
                         MaybeTensor clip, MaybeTensor found_inf, double gamma, Integers ranking,
                         Integers rounding) {
   FpMode mode;
-  const Wanted wanted(ranking, record, true);
+  const Ranking wanted(ranking, record, true);
   const UpdatePlan plan({params, grads, exp_avgs, exp_avg_sqs, steps, first_masks, second_masks},
                         {lr, hyper, group, offsets}, wanted, kCpu, kTile);
   const Factors factors(inv_scale, clip);
@@ -170,7 +170,7 @@ Tensor Operators::count_keys(Tensors grads, Tensors exp_avgs, Tensor hyper, Tens
                              MaybeTensor inv_scale, MaybeTensor clip, bool rank_inactive,
                              MaybeTensor digits) {
   FpMode mode;
-  Wanted wanted({}, std::nullopt, true);
+  Ranking wanted({}, std::nullopt, true);
   wanted.rank_inactive = rank_inactive;
   const RankedTensors of(grads, exp_avgs, hyper, group, Factors(inv_scale, clip), wanted);
   std::vector<int64_t> counts;

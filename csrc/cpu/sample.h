@@ -1,5 +1,5 @@
 // What is ranked, and samples of it: lines, of kLine elements, one from each of many equal strata. See
-// sampled() in rose_ops/reference.py.
+// sampled() in rose_ops/definitions.py.
 #pragma once
 
 #include <array>
