@@ -220,8 +220,8 @@ class _Run:
             "device": self.device.name,
         }
         print(
-            f"\n## {title}\n\n{work.elements:,} elements in {len(work.shapes):,} {case['dtype']} tensors; "
-            f"{DATA[data]}"
+            f"\n## {title}\n\n{work.elements:,} elements in {len(work.shapes):,} {case['dtype']} "
+            f"tensors; {DATA[data]}"
         )
         self.device.release()  # what a case that failed has left
         needs = self.inputs * work.elements * work.dtype.itemsize * 7
