@@ -208,22 +208,21 @@ class _Run:
 
     def _case(self, work: Work, data: str, threads: int, beside: int = 0) -> None:
         title = report.name(work.name, data, threads, beside)
-        dtype = str(work.dtype).removeprefix("torch.")
-        print(
-            f"\n## {title}\n\n{work.elements:,} elements in {len(work.shapes):,} {dtype} tensors; "
-            f"{DATA[data]}"
-        )
-        case = {
+        case: dict[str, object] = {
             "work": work.name,
             "data": data,
             "threads": threads,
             "beside": beside,
             "elements": work.elements,
             "tensors": len(work.shapes),
-            "dtype": dtype,
+            "dtype": str(work.dtype).removeprefix("torch."),
             "full_size": work.full_size,
             "device": self.device.name,
         }
+        print(
+            f"\n## {title}\n\n{work.elements:,} elements in {len(work.shapes):,} {case['dtype']} "
+            f"tensors; {DATA[data]}"
+        )
         self.device.release()  # what a case that failed has left
         needs = self.inputs * work.elements * work.dtype.itemsize * 7
         if needs > (free := self.device.free_bytes()):
@@ -260,6 +259,10 @@ class _Run:
             else:
                 row = measured[name] | self._memory(name, work, threads)
             self.rows.append({**case, "contender": name, **row, **self.machine})
+        self._say(skipped, busy)
+
+    def _say(self, skipped: dict[str, str], busy: float) -> None:
+        """Write what is known so far, and print the latest case."""
         self.frame = report.compare(self.rows)
         self.frame.to_csv(self._path("csv"), index=False, float_format="%.6g")
         print(report.table(self.frame.tail(len(self.specs))))

@@ -27,8 +27,8 @@ void check_fractions(int64_t upper, int64_t lower) {
              " and upper ", upper);
 }
 
-Wanted::Wanted(const std::vector<int64_t>& ranking, const std::optional<Tensor>& record,
-               bool may_be_empty, bool may_be_shared)
+Ranking::Ranking(const std::vector<int64_t>& ranking, const std::optional<Tensor>& record,
+                 bool may_be_empty, bool may_be_shared)
     : ranks(!ranking.empty()), bracket_width(latest_width) {
   constexpr size_t kNumbers = 5, kOfShared = 4;
   const bool is_shared = may_be_shared && ranking.size() >= kNumbers + kOfShared;

@@ -16,12 +16,12 @@ void check_table(const Tensor& tensor, ScalarType dtype, int64_t numel, const ch
 
 void check_fractions(int64_t upper, int64_t lower);
 
-// How a ranking's thresholds are found. As rose_ops/reference.py has it.
+// How a ranking's thresholds are found; see rose_ops/definitions.py.
 enum class Mode : int64_t {
-  kGiven,    // they are known: a record says which
-  kExact,    // first, in passes of their own
-  kBracket,  // on the way, in the pass that they are for
-  kApprox,   // those of a sample
+  kGiven,    // not at all: a record has them
+  kExact,    // in passes of their own, before they are used
+  kBracket,  // in the pass that uses them
+  kApprox,   // as those of a sample
 };
 
 // Of a ranking that processes share: more numbers of the `ranking` of an operator.
@@ -33,7 +33,7 @@ struct Shared {
 };
 
 // What is asked of a ranking: the `ranking` of an operator, and the record that comes with it.
-struct Wanted {
+struct Ranking {
   bool ranks = false;  // else there is no ranking
   Mode mode = Mode::kGiven;
   int64_t upper = 0, lower = 0;  // fractions
@@ -44,8 +44,8 @@ struct Wanted {
 
   // Raises unless `ranking` is mode, upper, lower, rank_inactive and draw, followed by what Shared has,
   // if it may be shared; or empty, if it may be.
-  Wanted(const std::vector<int64_t>& ranking, const std::optional<Tensor>& record, bool may_be_empty,
-         bool may_be_shared = false);
+  Ranking(const std::vector<int64_t>& ranking, const std::optional<Tensor>& record, bool may_be_empty,
+          bool may_be_shared = false);
 
   bool finds() const { return mode != Mode::kGiven; }  // thresholds
 };
@@ -53,7 +53,7 @@ struct Wanted {
 // For tests. Returns what it was.
 double set_bracket_width(double width);
 
-// The arguments of a selection of whole tensors.
+// Raises unless these can be the arguments of a ranking of whole tensors.
 void check_tensors(const Tensor& mask, const Tensor& sums, const std::optional<Tensor>& exp_avg_sums,
                    int64_t upper, int64_t lower);
 
@@ -78,7 +78,7 @@ class Groups {
 std::vector<uint8_t*> mask_bits(const std::vector<Tensor>& masks, const Segments& segments,
                                 torch::stable::Device device);
 
-// The words of a selection record.
+// The numbers of a record.
 const int64_t* read_record(const Tensor& record, torch::stable::Device device);
 
 // What gradients and, for second order, first moments make up.

@@ -22,7 +22,7 @@ Rounding::Rounding(const std::vector<int64_t>& numbers) {
   stochastic = numbers[1] != 0;
 }
 
-UpdatePlan::UpdatePlan(const UpdateTensors& tensors, const UpdateTables& tables, const Wanted& wanted,
+UpdatePlan::UpdatePlan(const UpdateTensors& tensors, const UpdateTables& tables, const Ranking& wanted,
                        torch::stable::Device device, int64_t tile)
     : segments({{"params", &tensors.params, true},
                 {"grads", &tensors.grads, false},

@@ -34,7 +34,7 @@ struct Mask {
 
 struct UpdatePlan {
   // Checks everything, changes nothing.
-  UpdatePlan(const UpdateTensors& tensors, const UpdateTables& tables, const Wanted& wanted,
+  UpdatePlan(const UpdateTensors& tensors, const UpdateTables& tables, const Ranking& wanted,
              torch::stable::Device device, int64_t tile);
 
   Segments segments;

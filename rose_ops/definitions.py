@@ -22,9 +22,9 @@ T = TypeVar("T")
 INFINITY_KEY = 0x7F800000
 INACTIVE_KEY = 1 << 31  # keys of ranked elements have 31 bits
 NONFINITE_KEY = INACTIVE_KEY + (1 << 20)
-LINE = 16  # elements of a line, what samples are made of: a cache line of float32
-APPROX_FEWEST = 1 << 20  # elements, below which Mode.APPROX is exact
-SAMPLE_KEY = 0x5A3B  # keys the sample, with its draw
+LINE = 16  # elements that are sampled together: a cache line of float32
+APPROX_FEWEST = 1 << 20  # with fewer elements, Mode.APPROX is exact
+SAMPLE_KEY = 0x5A3B  # together with the draw, the seed of a sample
 HIGH_DIGITS, LOW_DIGITS = 1 << 16, 1 << 15  # values of the upper 16 and the lower 15 bits of a key
 FRACTION_UNIT = 10**9  # the fractions kept are passed as integers of this unit
 LOG_OF_FAILURE = 26.0  # l in step_; kLogOfFailure in threshold.h
@@ -42,17 +42,18 @@ class Hyper(IntEnum):
 
 
 class Mode(IntEnum):
-    """How the thresholds of a ranking are found. Wherever they are, they are the same, but for those of
-    a sample and for a miss of a bracket."""
+    """How the thresholds of a ranking are found. EXACT and BRACKET give the same ones, unless a bracket
+    misses."""
 
-    GIVEN = 0  # they are known, by a record
-    EXACT = 1  # first, in passes of their own
-    BRACKET = 2  # on the way, in the pass that they are for: see step_
-    APPROX = 3  # those of a sample: see rank_
+    GIVEN = 0  # not at all: a record has them
+    EXACT = 1  # in passes of their own, before they are used
+    BRACKET = 2  # in the pass that uses them: see step_
+    APPROX = 3  # as those of a sample: see rank_
 
 
 class Field(IntEnum):
-    """Entries of a selection record. An empty one: nothing is ranked."""
+    """Entries of a record, which says what came out of a ranking. One without a ranking has -1 for HIGH
+    and LOW, and zeros."""
 
     HIGH = 0  # key of tau_h; -1: nothing ranked is kept
     LOW = 1  # key of tau_l; -1: no lower bound
@@ -70,7 +71,7 @@ def float32(x: float) -> float:
 
 
 def keeps_denormals(function: Callable[P, T]) -> Callable[P, T]:
-    """Run ``function`` with denormals as the numbers they are, whatever this thread is set to."""
+    """Run ``function`` without flushing denormals to zero, whatever this thread is set to."""
 
     @wraps(function)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> T:
@@ -85,8 +86,8 @@ def keeps_denormals(function: Callable[P, T]) -> Callable[P, T]:
 
 
 def operator(function: Callable[P, T]) -> Callable[P, T]:
-    """Of all that stands for an operator: it looks at storages first, and computes with denormals, and
-    on the CPU, whatever this thread is set to."""
+    """Make a function stand for an operator: it checks storages first, keeps denormals, and makes new
+    tensors on the CPU, whatever this thread's defaults are."""
 
     @checks_memory
     @keeps_denormals

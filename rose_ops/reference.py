@@ -14,7 +14,7 @@ Arguments shared by the functions below (N tensors in G parameter groups):
   ``[N]``, the row of each tensor.
 * ``inv_scale``: float32 scalar that gradients are multiplied by first (1 / AMP loss scale), or None.
 * ``clip``: float32 ``[2]`` that they are multiplied by next, or None; see :func:`clip_factors`.
-* ``record``: int64 ``[8]``, what is known of a selection, see :class:`Field`.
+* ``record``: int64 ``[8]``, what came out of a ranking, see :class:`~rose_ops.definitions.Field`.
 * ``ranking``: what is asked of a ranking, five numbers: a :class:`Mode`; ``upper`` and ``lower``,
   fractions in units of 1e-9; ``rank_inactive``, whether elements without evidence are ranked; ``draw``,
   which sample is taken.

@@ -52,7 +52,7 @@ MUTANTS = {
         UPDATE, "return (weight != 0) - (has_first || !selected);", "return selected ? 1 : -1;",
         ENSEMBLE,
     ),
-    "done again, its kind": (
+    "done again, its weight": (
         UPDATE, "(selected ? plan_.weights.second : 0)", "(selected ? 3 : 0)", ENSEMBLE,
     ),
     "done again, its weights": (UPDATE, "adamw_element<true>(", "adamw_element<false>(", ENSEMBLE),

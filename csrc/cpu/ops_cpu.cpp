@@ -38,7 +38,7 @@ struct RankedTensors {
   Ranked ranked;
 
   RankedTensors(const Tensors& grads, const Tensors& exp_avgs, const Tensor& hyper, const Tensor& group,
-                const Factors& factors, const Wanted& wanted)
+                const Factors& factors, const Ranking& wanted)
       : segments(risk_roles(grads, exp_avgs), kTile),
         groups(hyper, group, segments.size()),
         source{
@@ -107,7 +107,7 @@ Selection rank_and_use(const Segments& segments, const Ranked& ranked, Mode mode
 // A ranking of some of the tensors, and what it is for.
 Selection rank_some_and_use(std::vector<size_t> chosen, const Segments& segments, const Groups& groups,
                             const Tensors& grads, const Tensors& exp_avgs, const Tensor& hyper,
-                            const Factors& factors, const Wanted& wanted, Body& body,
+                            const Factors& factors, const Ranking& wanted, Body& body,
                             UpdateCounts& counts) {
   if (wanted.shared) {
     const std::vector<size_t>& others = wanted.shared->others;
@@ -148,7 +148,7 @@ Tensor latest_bracket_report() {
 Tensor Operators::rank_(Tensors masks, Tensors grads, Tensors exp_avgs, Tensor hyper, Tensor group,
                         MaybeTensor inv_scale, MaybeTensor clip, MaybeTensor record, Integers ranking) {
   FpMode mode;
-  const Wanted wanted(ranking, record, false, true);
+  const Ranking wanted(ranking, record, false, true);
   const RankedTensors of(grads, exp_avgs, hyper, group, Factors(inv_scale, clip), wanted);
   if (masks.empty() && wanted.finds() && !wanted.shared) {
     return record_of(select(of.ranked, wanted.mode == Mode::kApprox));
@@ -173,7 +173,7 @@ Tensor Operators::step_(Tensors params, Tensors grads, Tensors exp_avgs, Tensors
                         MaybeTensor clip, MaybeTensor found_inf, double gamma, Integers ranking,
                         Integers rounding) {
   FpMode mode;
-  const Wanted wanted(ranking, record, true, true);
+  const Ranking wanted(ranking, record, true, true);
   const UpdatePlan plan({params, grads, exp_avgs, exp_avg_sqs, steps, first_masks, second_masks},
                         {lr, hyper, group, offsets}, wanted, kCpu, kTile);
   const Factors factors(inv_scale, clip);
@@ -194,7 +194,7 @@ Tensor Operators::count_keys(Tensors grads, Tensors exp_avgs, Tensor hyper, Tens
                              MaybeTensor inv_scale, MaybeTensor clip, bool rank_inactive,
                              MaybeTensor digits) {
   FpMode mode;
-  Wanted wanted({}, std::nullopt, true);
+  Ranking wanted({}, std::nullopt, true);
   wanted.rank_inactive = rank_inactive;
   const RankedTensors of(grads, exp_avgs, hyper, group, Factors(inv_scale, clip), wanted);
   std::vector<int64_t> counts;

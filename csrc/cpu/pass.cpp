@@ -77,11 +77,8 @@ class Pass {
   // Lines that one of the sample stands for; where processes have parts, on all of them.
   static int64_t stratum(const Ranked& ranked, bool counts_only) {
     const int64_t n = ranked.elements();
-    const auto all = static_cast<double>(n);
-    const double lines = counts_only ? std::max(balanced_lines(0.1, n), std::min(4096.0, all / 256))
-                                     : std::max(balanced_lines(0.4, n), std::min(8192.0, all / 128));
-    const int64_t of = ranked.shared ? n / kLine : Lines::count(ranked.source.segments);
-    return strata_of(of, static_cast<int64_t>(lines)).size;
+    const int64_t lines = ranked.shared ? n / kLine : Lines::count(ranked.source.segments);
+    return strata_of(lines, lines_of_bracket(n, counts_only)).size;
   }
 
   size_t phase_of(int64_t chunk) const { return static_cast<size_t>(chunk * kPhases / chunks_.count); }

@@ -101,8 +101,8 @@ struct Answers {
   Condition selected, bad;
 };
 
-// A ranking on its way through a run.
-struct Ranking {
+// What a ranking needs on its way through a run.
+struct RankedRun {
   const Risk& risk;
   const Stage& stage;
   Notes& notes;
@@ -110,7 +110,7 @@ struct Ranking {
   bool two;
   int below[2] = {}, inactive = 0, selected = 0;  // counted where it is frequent
 
-  ROSE_MEMBER Ranking(const Risk& risk, const Stage& stage, Notes& notes)
+  ROSE_MEMBER RankedRun(const Risk& risk, const Stage& stage, Notes& notes)
       : risk(risk),
         stage(stage),
         notes(notes),
@@ -209,7 +209,7 @@ template <bool kSecondOrder, typename G, typename M>
 ROSE_INLINE void rank_as(G g_type, M m_type, const Run& run, const Risk& risk, const Stage& stage,
                          uint8_t* bits, Notes& out) {
   Notes notes = out;
-  Ranking ranking(risk, stage, notes);
+  RankedRun ranking(risk, stage, notes);
   const bool scaled = scales(run);
   for_each_vector(run, reads(risk), 0, [&](const At& at, int lanes) ROSE_ALWAYS_INLINE {
     const auto log = [&](Condition inside, Words marked) ROSE_ALWAYS_INLINE {

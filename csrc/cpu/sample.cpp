@@ -5,6 +5,14 @@
 namespace rose {
 namespace cpu {
 
+int64_t lines_of_bracket(int64_t elements, bool counts_only) {
+  const auto all = static_cast<double>(elements);
+  const double lines = counts_only
+                           ? std::max(balanced_lines(0.1, elements), std::min(4096.0, all / 256))
+                           : std::max(balanced_lines(0.4, elements), std::min(8192.0, all / 128));
+  return static_cast<int64_t>(lines);
+}
+
 Lines::Lines(const RiskSource& source, int64_t stratum, uint32_t draw) : source_(source) {
   const Segments& segments = source.segments;
   sources_.reserve(segments.size() + 1);

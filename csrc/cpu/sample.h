@@ -1,5 +1,5 @@
 // What is ranked, and samples of it: lines, of kLine elements, one from each of many equal strata. See
-// sampled() in rose_ops/reference.py.
+// sampled() in rose_ops/definitions.py.
 #pragma once
 
 #include <algorithm>
@@ -59,6 +59,9 @@ typedef std::array<PhaseSample, kPhases> Sample;
 // worse one makes brackets wider (by 4% where half of the lines are empty and there are half as many of
 // these).
 constexpr int64_t kFirstLines = 512;
+
+// How many lines a bracket's sample should have.
+int64_t lines_of_bracket(int64_t elements, bool counts_only);
 
 class Lines {
  public:

@@ -79,7 +79,7 @@ __attribute__((noinline)) void masked_as(T types, const Run& run, const Step& st
                                          const Stage& stage, Notes& out, UpdateCounts& counts) {
   const Update u = *step.update;
   Notes notes = out;
-  Ranking ranking(risk, stage, notes);
+  RankedRun ranking(risk, stage, notes);
   Random random(step);
   const bool scaled = scales(run);
   int updated = 0, nonfinite = 0;

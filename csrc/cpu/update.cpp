@@ -31,7 +31,7 @@ Factors::Factors(const std::optional<Tensor>& scale, const std::optional<Tensor>
   }
 }
 
-Updater::Updater(const UpdatePlan& plan, const Factors& factors, double gamma, const Wanted& wanted,
+Updater::Updater(const UpdatePlan& plan, const Factors& factors, double gamma, const Ranking& wanted,
                  const Rounding& rounding)
     : plan_(plan),
       factors_(factors),

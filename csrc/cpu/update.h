@@ -17,7 +17,7 @@ struct Factors {
 class Updater final : public Body {
  public:
   // Changes nothing. `wanted`: if it ranks, the second-order mask is found on the way.
-  Updater(const UpdatePlan& plan, const Factors& factors, double gamma, const Wanted& wanted,
+  Updater(const UpdatePlan& plan, const Factors& factors, double gamma, const Ranking& wanted,
           const Rounding& rounding);
 
   // Counts the step; before the first run.

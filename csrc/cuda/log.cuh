@@ -1,4 +1,5 @@
-// What a pass over elements notes of their keys, besides treating them.
+// What a pass takes down about keys while it treats the elements: counts and a log; or nothing, where
+// thresholds are known.
 #pragma once
 
 #include "sample.cuh"
@@ -6,7 +7,7 @@
 namespace rose {
 namespace cuda {
 
-// Nothing but elements that are not finite: the thresholds are known.
+// For passes whose thresholds are known: only elements that are not finite are counted.
 struct NoNotes {
   Bounds known;
   uint32_t* nonfinite;  // of the block, in shared memory; or null
@@ -32,8 +33,8 @@ struct NoNotes {
   ROSE_METHOD void end_run(int64_t) {}
 };
 
-// Elements to be noted, once there are enough of them for a whole warp: a few lanes that go a way of
-// their own take the time of all.
+// Elements that wait until there are enough of them for a whole warp: a branch that only a few lanes
+// take costs as much time as if all did.
 struct Waiting {
   static constexpr int kMost = 2 * kWarp;  // fewer than a warp, and one of each lane
   uint32_t word[kMost];                    // of the log; kNoKey: nothing to note
@@ -41,13 +42,13 @@ struct Waiting {
   float p[kMost], m[kMost], v[kMost];
 };
 
-// Entries of the log that a warp has taken: those from `next` on are free.
+// The part of the log that a warp has reserved: `left` entries from `next` on are free.
 struct Chunk {
   int64_t next;
   int left;
 };
 
-// What a block has in shared memory: counts, and what is needed for few of the elements.
+// What a block has in shared memory.
 struct Counts {
   uint32_t of_windows[2][kBins];
   uint32_t counts[kCounts];

@@ -38,7 +38,7 @@ class Selecting {
  public:
   SelectArguments arguments = {};
 
-  Selecting(const Risk& risk, int64_t n, const Wanted& wanted, int64_t* record, const Context& context)
+  Selecting(const Risk& risk, int64_t n, const Ranking& wanted, int64_t* record, const Context& context)
       : context_(context),
         n_(n),
         state_(context.empty((sizeof(SelectState) + 7) / 8, ScalarType::Long)),
@@ -69,7 +69,7 @@ class Selecting {
   }
 
   // Room for the keys of a sample, whose thresholds are taken for those of all: see `sampled` in
-  // rose_ops/reference.py.
+  // rose_ops/definitions.py.
   void log_sample() {
     if (n_ < kFewestOfApprox) return log_keys();
     sample_lines(static_cast<double>(lines_of_approx(arguments.risk.table.lines)));
@@ -120,7 +120,7 @@ class Updating {
   UpdateArguments arguments = {};
 
   // `record`: that its own and its counts are written to.
-  Updating(const UpdatePlan& plan, const Tensor& lr, const Wanted& wanted, const Rounding& rounding,
+  Updating(const UpdatePlan& plan, const Tensor& lr, const Ranking& wanted, const Rounding& rounding,
            int64_t* record, const Context& context);
 
  private:
@@ -144,7 +144,7 @@ void Updating::set_lrs(const double* lrs, bool on_host, int64_t count, const Con
   }
 }
 
-Updating::Updating(const UpdatePlan& plan, const Tensor& lr, const Wanted& wanted,
+Updating::Updating(const UpdatePlan& plan, const Tensor& lr, const Ranking& wanted,
                    const Rounding& rounding, int64_t* record, const Context& context) {
   const size_t count = plan.segments.size();
   HostTable host(plan.segments, &plan.groups);
@@ -176,7 +176,7 @@ Updating::Updating(const UpdatePlan& plan, const Tensor& lr, const Wanted& wante
 
 Tensor Operators::rank_(Tensors masks, Tensors grads, Tensors exp_avgs, Tensor hyper, Tensor group,
                         MaybeTensor inv_scale, MaybeTensor clip, MaybeTensor record, Integers ranking) {
-  const Wanted wanted(ranking, record, false);
+  const Ranking wanted(ranking, record, false);
   const Context context(device_of(grads));
   const Segments layout(risk_roles(grads, exp_avgs), kTile);
   const Groups groups(hyper, group, layout.size());
@@ -216,7 +216,7 @@ Tensor Operators::step_(Tensors params, Tensors grads, Tensors exp_avgs, Tensors
                         Tensor lr, Tensor hyper, Tensor group, Tensor offsets, MaybeTensor inv_scale,
                         MaybeTensor clip, MaybeTensor found_inf, double gamma, Integers ranking,
                         Integers rounding) {
-  const Wanted wanted(ranking, record, true);
+  const Ranking wanted(ranking, record, true);
   const Context context(device_of(params));
   const UpdatePlan plan({params, grads, exp_avgs, exp_avg_sqs, steps, first_masks, second_masks},
                         {lr, hyper, group, offsets}, wanted, context.device(), kTile);

@@ -45,8 +45,9 @@ ROSE_DEVICE bool is_one_factor(Factors factors) {
   return fabsf(factors.inv_scale) == 1.0f || factors.clip == 1.0f;
 }
 
-// The elements of this block's share are settled by comparisons, or by their keys. write(segment,
-// position of the first, which are selected, how many) of each lane's elements, by whole warps.
+// Finds which elements of this block's share are selected: by comparisons, and by keys where those are
+// not sure. Calls write(segment, position of the first, bits of those that are selected, how many) for
+// the elements of each lane, by whole warps.
 template <bool kSecondOrder, typename Notes, typename Write>
 ROSE_DEVICE void settle(const Risk& risk, Notes& notes, Write write) {
   const Factors factors = factors_of(risk);
@@ -128,7 +129,7 @@ ROSE_DEVICE void settle(const Risk& risk, Notes& notes, Write write) {
 
 constexpr int kLeadingShift = kKeyBits - 11;
 
-// What is left to search for, from a histogram of the leading 11 bits. For a whole block.
+// Begins the search for the thresholds with a histogram of the leading 11 bits. By a whole block.
 template <typename T>
 ROSE_DEVICE void find_leading(const SelectArguments& a, const T* histogram, bool logged) {
   Bin bin;

@@ -73,8 +73,8 @@ using Count = unsigned long long;
 constexpr int kBins = 2048;  // of a pass: an interval of keys shrinks by so much
 constexpr int kKeyBits = 31;
 
-// One threshold on its way: the `rank`-th smallest key, which is one of the `inside` keys from `low` on
-// that are less than 2^bits above it; `below` keys are less than `low`.
+// A threshold while it is looked for. It is the `rank`-th smallest key, and known to lie in [low, low +
+// 2^bits), an interval with `inside` keys; `below` keys are less than `low`.
 struct Threshold {
   Count rank, below, inside;
   uint32_t low;
@@ -83,23 +83,24 @@ struct Threshold {
   bool logged;  // the log holds all keys of the interval
 };
 
-// Keys [low, low + width] around where a sample has the threshold, in bins of 2^shift.
+// The keys [low, low + width], where a threshold seems to be, counted in bins of 2^shift keys.
 struct Window {
   uint32_t low, width;
   int32_t shift;
-  bool logged;  // or else counted only
+  bool logged;  // or only counted
 };
 
 enum class Course : int32_t {
-  kNothing,      // an infinity was found
-  kExact,        // the threshold first, then what it is for
-  kSpeculative,  // both at once: elements are treated by an estimate, and some of them again, if any
+  kNothing,      // found_inf was set: nothing is done
+  kExact,        // the thresholds are found first, and used in a second pass
+  kSpeculative,  // one pass: elements are treated by an estimate, and those it got wrong once more
 };
 
 // What a pass counts: below the window of each threshold, and outside of the ranking.
 enum { kBelowUpper, kBelowLower, kInactive, kNonfinite, kUpdated, kCounts };
 
-// The workspace of a selection. Of two thresholds: upper, lower.
+// The workspace of a ranking. Where there are two of something, they are of the upper and the lower
+// threshold.
 struct SelectState {
   Count histogram[kBins];  // of the leading 11 bits of all keys
   Count of_windows[2][kBins];
@@ -111,13 +112,13 @@ struct SelectState {
   uint32_t tickets[4];
   Course course;
   Bounds estimate;
-  uint32_t overflowed;  // not 0: the log, and entries are missing
-  bool unlucky;         // a threshold is outside of its window, and has to be looked for everywhere
+  uint32_t overflowed;  // not 0: the log was too short, and entries are missing
+  bool unlucky;         // a threshold is outside of its window: all keys have to be looked at
   bool missed;
 };
 
-// Counts of a sample: c (at or below about the threshold) and r (ranked) are those of a line, dc and dr
-// their differences between neighbouring lines.
+// What is counted of a sample. A line has r ranked elements, of which c are at or below the estimated
+// threshold; dr and dc are the differences of these between neighbouring lines. See threshold.h.
 struct SampleSums {
   Count ranked, dr_dr;
   Count dc_dc[2], dc_dr[2];
@@ -149,27 +150,27 @@ struct Risk {
   int32_t operand;  // of the gradient; the first moment follows it
 };
 
-// What is logged of the elements whose risks are in a window, in no order.
+// The elements whose keys are in a window that is logged, in no order.
 struct Log {
-  int64_t capacity;
-  int64_t spare;    // of it, that warps may leave unused
-  uint32_t* keys;   // with the sign for elements that were treated as selected; kNoKey: no entry
-  int64_t* places;  // tile * kTile + position in it; or null
-  float* old;       // p, m, v before the update; or null
+  int64_t capacity;  // entries
+  int64_t spare;     // how many of them warps may leave unused
+  uint32_t* keys;    // their sign bits say which were treated as selected; kNoKey: no entry
+  int64_t* places;   // tile * kTile + position in it; or null
+  float* old;        // p, m, v before the update; or null
 };
 
 struct SelectArguments {
   Risk risk;
   Sample* sample;
-  Strata strata;  // to sample; of no lines: there is nothing to sample
-  uint32_t draw;  // which of them
+  Strata strata;  // that lines are drawn from; none: there is nothing to sample
+  uint32_t draw;  // which lines are drawn
   SelectState* state;
   Log log;
   int64_t elements;  // of the ranking
   int64_t* record;   // what comes out
   int64_t upper, lower;
-  double width;      // of brackets; 1 unless in tests
-  bool speculative;  // brackets may be used
+  double width;      // that half-widths are multiplied by; 1 but in tests
+  bool speculative;  // Course::kSpeculative is allowed
   bool approx;       // the sample's thresholds are taken for those of all elements
 };
 
@@ -188,8 +189,8 @@ struct Prepared {
   bool ruled_out;       // nothing of the segment is selected, whatever its gradient
 };
 
-// Of so many groups, learning rates that are on the host come by value: a schedule changes them in
-// every step, and nothing else.
+// The learning rates of up to so many groups, if they are on the host, are passed by value: a schedule
+// changes them at every step, and often nothing else changes.
 constexpr int kFewGroups = 16;
 
 struct UpdateArguments {
@@ -211,7 +212,7 @@ struct UpdateArguments {
   double few_lrs[kFewGroups];
 };
 
-// Of a bracketed selection with the update.
+// A ranking and the update that it is for, in one pass.
 struct StepArguments {
   SelectArguments select;
   UpdateArguments update;
@@ -231,7 +232,7 @@ struct ClipArguments {
   float* factors;  // norm, factor of selective tensors, of others
 };
 
-// Of a selection of whole tensors.
+// A ranking of whole tensors by their norms.
 struct TensorsArguments {
   const double* sums;          // of squares of gradients
   const double* exp_avg_sums;  // likewise of first moments, or null: first order

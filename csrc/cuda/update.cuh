@@ -8,7 +8,7 @@ namespace cuda {
 
 ROSE_DEVICE bool is_set(const float* found_inf) { return found_inf != nullptr && *found_inf != 0; }
 
-// What all elements of a segment have in common, and its step. One thread for a segment.
+// Counts up the step of segment i, and computes what all its elements have in common. By one thread.
 ROSE_DEVICE void prepare(const UpdateArguments& a, int i) {
   const Segment& segment = a.table.segments[i];
   const float step = next_step(*segment.step);
@@ -79,7 +79,7 @@ struct Updated {
     }
   }
 
-  // Of the masks of the elements from i on, the first in the lowest bit.
+  // The bits of mask k (0: first, 1: second order) for the elements from i on; that of i is the lowest.
   ROSE_METHOD unsigned mask_bits(int k, int64_t i) const {
     return bits[k] == nullptr ? 0u : (unsigned)read<uint8_t>(bits[k], i / 8) >> (i % 8);
   }
@@ -154,7 +154,8 @@ ROSE_DEVICE bool put_pair(Raw<kCount>& raw, Dtype dtype, int k, const float (&x)
   return (x[0] != x[0]) | (x[1] != x[1]);
 }
 
-// A run of a segment that is ruled out: the second moment goes on with the first one for a gradient.
+// Updates a run of a segment that is ruled out: only the second moment changes, which takes the first
+// moment for the gradient.
 ROSE_DEVICE void decay(const Updated& u, const Run& run) {
   const Segment& segment = *u.segment;
   const int vectors =
@@ -188,7 +189,9 @@ ROSE_DEVICE void decay(const Updated& u, const Run& run) {
   }
 }
 
-// A run of a segment. `kRanked`: its second-order mask is found on the way.
+// Updates a run of a segment. `kRanked`: its second-order mask is found on the way.
+//
+// One long function on purpose: what it loads is to stay in registers from the comparison to the store.
 template <bool kFractional, bool kRanked, typename Notes>
 ROSE_DEVICE void update_run(const Updated& u, bool rank_inactive, const Run& run, Notes& notes,
                             unsigned& updated) {
@@ -335,7 +338,7 @@ ROSE_DEVICE void update_run(const Updated& u, bool rank_inactive, const Run& run
   notes.end_run(base);
 }
 
-// The elements of this block's share. `notes` take those that are ranked on the way.
+// Updates this block's share of the elements. `notes` are told of those that are ranked on the way.
 template <bool kFractional, bool kRanked, typename Notes>
 ROSE_DEVICE void update_share(const UpdateArguments& a, Notes& notes, uint32_t* counts) {
   __shared__ Updated u;
@@ -361,7 +364,7 @@ ROSE_DEVICE void flush_counts(const UpdateArguments& a, const uint32_t* counts) 
   if (threadIdx.x == 0 && counts[kNonfinite] != 0) atomicAdd(&a.counts[1], (Count)counts[kNonfinite]);
 }
 
-// By thresholds that are known, or by masks. For a whole block.
+// Updates by thresholds that are known, or by masks alone. By a whole block.
 template <bool kFractional, bool kRanked>
 ROSE_DEVICE void update(const UpdateArguments& a) {
   __shared__ uint32_t counts[kCounts];

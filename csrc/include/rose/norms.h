@@ -1,5 +1,5 @@
 // The arithmetic of norms: clipping, and thresholds between whole tensors. For the host and the device,
-// where products and sums are one by one, too (-fmad=false). Formulas: rose_ops/reference.py.
+// where products and sums are one by one, too (-fmad=false). Formulas: rose_ops/portable.py.
 #pragma once
 
 #include "element.h"
