@@ -109,13 +109,14 @@ def share_of(count, size):
 @triton.jit
 def pointers(t, OPERAND: tl.constexpr, TYPE: tl.constexpr, ACCESS: tl.constexpr):
     """Where the elements of one operand are."""
+    DIMS: tl.constexpr = ACCESS.dims
     at = t.index
-    if ACCESS.dims > 0:
+    if DIMS > 0:
         dims = t.row + tl.load(t.row + words.TO_DIMS)
         rest = t.index
         at = tl.zeros_like(rest)
-        for i in tl.static_range(1, ACCESS.dims):  # the innermost one first
-            dim = dims + (ACCESS.dims - i) * words.DIM
+        for i in tl.static_range(1, DIMS):  # the innermost one first
+            dim = dims + (DIMS - i) * words.DIM
             outer = rest // tl.load(dim)
             at += (rest - outer * tl.load(dim)) * tl.load(dim + 1 + OPERAND)
             rest = outer
@@ -129,19 +130,18 @@ def pointers(t, OPERAND: tl.constexpr, TYPE: tl.constexpr, ACCESS: tl.constexpr)
 @triton.jit
 def load(t, OPERAND: tl.constexpr, ACCESS: tl.constexpr):
     """float32 of any of the dtypes; bfloat16 widens on integers."""
-    DTYPE: tl.constexpr = ACCESS.dtypes[OPERAND]
-    TYPE: tl.constexpr = tl.int16 if tl.bfloat16 == DTYPE else DTYPE
-    x = tl.load(pointers(t, OPERAND, TYPE, ACCESS), mask=t.valid, other=0)
-    if tl.bfloat16 == DTYPE:
-        x = bits_float(x.to(tl.int32) << 16)
+    if ACCESS.dtypes[OPERAND] == tl.bfloat16:
+        bits = tl.load(pointers(t, OPERAND, tl.int16, ACCESS), mask=t.valid, other=0)
+        x = bits_float(bits.to(tl.int32) << 16)
+    else:
+        x = tl.load(pointers(t, OPERAND, ACCESS.dtypes[OPERAND], ACCESS), mask=t.valid, other=0)
     return x.to(tl.float32)
 
 
 @triton.jit
 def store(t, OPERAND: tl.constexpr, x, random_key, STOCHASTIC: tl.constexpr, ACCESS: tl.constexpr):
     """To nearest; bfloat16 that is STOCHASTIC, by random bits of this key and the global index."""
-    DTYPE: tl.constexpr = ACCESS.dtypes[OPERAND]
-    if tl.bfloat16 == DTYPE:
+    if ACCESS.dtypes[OPERAND] == tl.bfloat16:
         if STOCHASTIC:
             index = t.index + tl.load(t.row + words.OFFSET)
             random = rounding_bits(random_key, index, 1 if OPERAND == words.PARAM else 0)
@@ -150,7 +150,8 @@ def store(t, OPERAND: tl.constexpr, x, random_key, STOCHASTIC: tl.constexpr, ACC
             bits = float_to_bf16(x)
         tl.store(pointers(t, OPERAND, tl.int16, ACCESS), bits, mask=t.valid)
     else:
-        tl.store(pointers(t, OPERAND, DTYPE, ACCESS), x.to(DTYPE), mask=t.valid)
+        pointer = pointers(t, OPERAND, ACCESS.dtypes[OPERAND], ACCESS)
+        tl.store(pointer, x.to(ACCESS.dtypes[OPERAND]), mask=t.valid)
 
 
 @triton.jit

@@ -11,8 +11,8 @@ The launches are the same whatever the data: the device decides what each has to
 4. ``select``, 4 times: the threshold, by the log's keys and the counts. EXACT: by all elements.
 5. ``finish``: treats again what was treated wrongly. EXACT: everything, for the first time.
 
-In the course APPROX, the quantiles of the sample (by ``select``, before the pass) are the estimates, and
-there is no bracket: the pass logs nothing, and the record is what it counted.
+In the course APPROX, the quantiles of the sample (by ``select``, before the pass) are the estimates,
+and there is no bracket: the pass logs nothing, and the record is what it counted.
 
 Arguments beyond those in access.py:
 
@@ -42,13 +42,7 @@ from rose_ops.backends.triton.access import (
     store_mask_bits,
     tile_of,
 )
-from rose_ops.backends.triton.elements import (
-    INACTIVE_KEY,
-    NO_KEY,
-    NONFINITE_KEY,
-    is_selected,
-    risk_key,
-)
+from rose_ops.backends.triton.elements import INACTIVE_KEY, NO_KEY, NONFINITE_KEY, is_selected, risk_key
 from rose_ops.backends.triton.select import add, capture_tile
 from rose_ops.backends.triton.update import (
     adamw,

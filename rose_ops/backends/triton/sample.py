@@ -17,12 +17,7 @@ import triton.language as tl
 
 from rose_ops import reference
 from rose_ops.backends.triton import words
-from rose_ops.backends.triton.access import (
-    Tile,
-    kernel,
-    keys_of,
-    share_of,
-)
+from rose_ops.backends.triton.access import Tile, kernel, keys_of, share_of
 from rose_ops.backends.triton.elements import INFINITY_KEY, NO_KEY, mix
 from rose_ops.backends.triton.select import add, fresh, is_last
 from rose_ops.backends.triton.update import prepare
