@@ -491,12 +491,12 @@ def test_bytes_of_a_bracketed_step(triton_ops, counted, generator, approx):
 
 @pytest.mark.slow
 def test_bytes_of_a_bracketed_capture(triton_ops, counted, generator):
-    """The gradient once, a bit for each element, the sample and the log."""
+    """The gradient once, a bit for each element, the sample, and the log, whose keys are read 5 times."""
     problem = _problem(generator, N)
     call = lambda: problem.bracket_capture(triton_ops, 600_000_000, first=True)  # noqa: E731
     found = counted(problem.grads, call)
     assert found["launches"] == 8
-    assert 4 * N < found["read"] <= 4.65 * N, found
+    assert 4 * N < found["read"] <= 4.9 * N, found
     assert found["written"] <= 0.6 * N, found
 
 

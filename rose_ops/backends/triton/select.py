@@ -157,7 +157,7 @@ def _count(counts, key, target, shift, digits, speculative):
     return counts + tl.histogram(tl.where(inside, digit, 0), words.BINS, mask=inside)
 
 
-@kernel(registers=96)
+@kernel(registers=128)
 def select_kernel(
     rows, tile_rows, ranked_tiles, inv_scale, clip, rank_inactive, found_inf, state, record, log_keys,
     capacity, upper, lower, elements, programs, round, first,

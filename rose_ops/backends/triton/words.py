@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import triton.language as tl
 
-from rose_ops import reference
 from rose_ops.reference import Field, Hyper
 
 # Operands of a segment. A ranking has GRAD and, of second order, MOMENT; an update has all.
@@ -51,7 +50,6 @@ UPDATED = FIELDS
 UPDATE_NONFINITE = FIELDS + 1
 RECORD = FIELDS + 2
 
-LINE = tl.constexpr(reference.LINE)
 BINS = tl.constexpr(256)
 ROUNDS = tl.constexpr(4)  # of 8 bits each, but 7 in the last
 WINDOW_BINS = tl.constexpr(2048)
