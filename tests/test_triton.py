@@ -302,6 +302,49 @@ def test_nothing_is_compiled_again_for_other_hyperparameters(monkeypatch, genera
     assert launches(monkeypatch, ops, generator, 3, **changes, scale=0.5, gamma=0.25) == first
 
 
+@pytest.mark.slow
+def test_nothing_is_compiled_again_for_an_equal_class(tmp_path):
+    """As launches do it, with the arguments by name; without the GPU that they would be for."""
+    source = """
+import torch, triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.runtime.driver import driver
+
+class Hopper:
+    get_current_device = get_current_stream = lambda self, device=None: 0
+    get_current_target = lambda self: GPUTarget("cuda", 90, 32)
+    get_active_torch_device = lambda self: torch.device("cpu")
+
+driver.set_active(Hopper())
+from rose_ops.backends.triton import passes
+from rose_ops.backends.triton.access import KERNELS, Access
+
+kernel, options = KERNELS["capture_kernel"]
+words, floats = torch.zeros(64, dtype=torch.int64), torch.zeros(64)
+
+def compiled(moment, dims, tiles, start):
+    given = dict(
+        rows=words, tile_rows=words.view(torch.int32), tiles=tiles, inv_scale=floats[start:],
+        clip=floats, rank_inactive=tiles, record=words[start:], SECOND_ORDER=True, BLOCK=512,
+        ACCESS=Access((None, tl.float32, moment, None), dims, dims == 0),
+    )
+    return kernel.warmup(**given, grid=(1,), **options)
+
+first = compiled(tl.float32, 0, 16, 0)
+assert compiled(tl.float32, 0, 1, 1) is first
+assert compiled(tl.bfloat16, 0, 1, 1) is not first
+assert compiled(tl.float32, 2, 1, 1) is not first
+"""
+    root = str(Path(rose_ops.__file__).parents[1])
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    paths = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH", "")]))
+    environment |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": paths}
+    done = subprocess.run(
+        [sys.executable, "-c", source], capture_output=True, text=True, timeout=300, env=environment
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
 @pytest.mark.parametrize("pieces", [1, 40])
 def test_launches_of_a_step(monkeypatch, generator, pieces):
     """Whatever the number of tensors of the same kind."""
@@ -491,7 +534,7 @@ def test_bytes_of_a_bracketed_step(triton_ops, counted, generator, approx):
 
 @pytest.mark.slow
 def test_bytes_of_a_bracketed_capture(triton_ops, counted, generator):
-    """The gradient once, a bit for each element, the sample, and the log, whose keys are read 5 times."""
+    """The gradient once, a bit for each element, the sample, and the log, whose keys come 5 times."""
     problem = _problem(generator, N)
     call = lambda: problem.bracket_capture(triton_ops, 600_000_000, first=True)  # noqa: E731
     found = counted(problem.grads, call)

@@ -129,7 +129,7 @@ def capture_pass_kernel(
             _append(state, log_keys, log_places, capacity, key, kept, place, logged, count, BLOCK)
 
 
-@kernel(registers=80)
+@kernel(registers=88)
 def update_pass_kernel(
     rows, tile_rows, tiles, rank_inactive, found_inf, prepared, state, log_keys, log_places, log_old,
     capacity, first_place,
