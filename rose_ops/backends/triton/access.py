@@ -2,7 +2,7 @@
 
 Arguments that kernels have in common, and are passed by name:
 
-    rows: of the segments of one class, that is, of equal Access. int64, see the columns below.
+    rows: of the segments of one class, that is, of equal Access. See words.py for what is in them.
     tile_rows, tiles: the row of each tile, which is BLOCK elements of one segment; how many there are.
     inv_scale, clip: what gradients are multiplied by; ``clip`` is [selective tensors, others].
     rank_inactive: whether elements that cannot move are ranked (1), or selected in any case (0).

@@ -17,9 +17,10 @@ and there is no bracket: the pass logs nothing, and the record is what it counte
 Arguments beyond those in access.py:
 
     state: see words.py.
-    log_keys, log_places, log_old: of the elements inside the brackets, in no order: keys, with the sign
-        set where they were treated as selected; places, which are tile * BLOCK + position in the tile,
-        from ``first_place`` of the class on; and of an update, p, m and v before it.
+    log_keys: of the elements inside the brackets, in no order; with the sign set where they were
+        treated as selected.
+    log_places: of these: tile * BLOCK + position in the tile, from ``first_place`` of the class on.
+    log_old: of an update: their p, m and v before it.
     capacity: entries of the log, and what is between those of p, m and v.
     TWO: whether there is a lower threshold.
 """
@@ -136,7 +137,7 @@ def update_pass_kernel(
     TWO: tl.constexpr, FRACTIONAL: tl.constexpr, STOCHASTIC: tl.constexpr, ACCESS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Of selective segments, elements are ranked."""
+    """AdamW by the estimate. Elements of selective segments are ranked."""
     treats = tl.load(state + words.COURSE) != words.EXACT
     if (tiles > 0) & (tl.load(found_inf) == 0) & treats:
         tile = tl.program_id(0).to(tl.int64)
@@ -202,6 +203,7 @@ def capture_finish_kernel(
     capacity, first_place,
     SECOND_ORDER: tl.constexpr, ACCESS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    """The bits that the pass got wrong; or all."""
     logged = tl.load(state + words.LOGGED)
     if tl.load(state + words.COURSE) == words.EXACT:
         begin, end, stride = share_of(tiles, 1)
@@ -244,6 +246,7 @@ def update_finish_kernel(
     log_old, capacity, first_place,
     FRACTIONAL: tl.constexpr, STOCHASTIC: tl.constexpr, ACCESS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    """What the pass got wrong; or all."""
     SCATTERED: tl.constexpr = ACCESS.scattered
     if (tiles > 0) & (tl.load(found_inf) == 0):
         logged = tl.load(state + words.LOGGED)
@@ -257,17 +260,9 @@ def update_finish_kernel(
             begin, end, stride = share_of(logged, BLOCK)
             for entry in range(begin, end, stride):
                 selected, t = _wrong(
-                    rows,
-                    tile_rows,
-                    tiles,
-                    record,
-                    log_keys,
-                    log_places,
-                    entry,
-                    logged,
-                    first_place,
+                    rows, tile_rows, tiles, record, log_keys, log_places, entry, logged, first_place,
                     BLOCK,
-                )
+                )  # fmt: skip
                 if tl.sum(t.valid.to(tl.int32)) > 0:
                     _redo(
                         t, entry, selected, record, log_old, capacity, prepared, FRACTIONAL, STOCHASTIC,

@@ -1,4 +1,4 @@
-"""A bracket around each threshold, from a sample: the first two launches of five, see bracket.py.
+"""A bracket around each threshold, from a sample: how a step in one pass begins, see bracket.py.
 
 The statistics are those of ``csrc/include/rose/threshold.h``, derived at
 :func:`rose_ops.reference.step_`. Arguments of these kernels, and of those in bracket.py:
@@ -60,14 +60,12 @@ def sample_kernel(
     begin, end, stride = share_of(tl.full([], words.STATE, tl.int64), 1024)
     for start in range(begin, end, stride):
         at = start + tl.arange(0, 1024)
-        tl.store(
-            state + at, tl.where(at == words.COURSE, course, 0).to(tl.int64), mask=at < words.STATE
-        )
+        value = tl.where(at == words.COURSE, course, 0).to(tl.int64)
+        tl.store(state + at, value, mask=at < words.STATE)
     if program == 0:
         word = tl.arange(0, 16)
-        tl.store(
-            record + word, tl.where(word < words.KEPT, -1, 0).to(tl.int64), mask=word < words.RECORD
-        )
+        empty = tl.where(word < words.KEPT, -1, 0).to(tl.int64)
+        tl.store(record + word, empty, mask=word < words.RECORD)
     number = program * LINES + tl.arange(0, LINES).to(tl.int64)
     line = _drawn_line(number, draw, stratum)
     # The last segment that starts at or before it.

@@ -153,9 +153,7 @@ def kind_of(t, u, selected, FRACTIONAL: tl.constexpr, BY_RISK: tl.constexpr):
 
 
 @triton.jit
-def store_update(
-    t, u, p, m, v, STOCHASTIC: tl.constexpr, ACCESS: tl.constexpr
-):  # fmt: skip
+def store_update(t, u, p, m, v, STOCHASTIC: tl.constexpr, ACCESS: tl.constexpr):
     """STOCHASTIC: rounding of bfloat16 parameters; that of second moments always is."""
     random_key = tl.load(u + words.RANDOM_KEY).to(tl.uint32, bitcast=True)
     store(t, words.PARAM, p, random_key, STOCHASTIC, ACCESS)
