@@ -7,6 +7,7 @@ import multiprocessing
 import multiprocessing.connection
 import os
 import runpy
+import socket
 import subprocess
 import sys
 import tempfile
@@ -17,6 +18,8 @@ from multiprocessing.forkserver import ensure_running
 from pathlib import Path
 from typing import Any
 from unittest import mock
+
+import torch
 
 ROOT = Path(__file__).parents[1]
 # No hub, and no way to one.
@@ -76,6 +79,21 @@ def command(target: str, *arguments: str, **options: Any) -> subprocess.Complete
     return Command(target, *arguments, **options).wait()
 
 
+def torchrun(target: str, *arguments: str, size: int = 2, **options: Any) -> list[str]:
+    """What a script prints in each of so many processes, with the variables that torchrun sets."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    commands = []
+    for rank in range(size):
+        own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size)}
+        commands.append(Command(target, *arguments, environment={**place, **own}, **options))
+    results = [each.wait() for each in commands]
+    for result in results:
+        assert result.returncode == 0, result.stderr
+    return [result.stdout for result in results]
+
+
 def _become(
     target: str, arguments: Collection[str], folder: Path, environment: Mapping[str, str],
     files: Collection[Path],
@@ -85,6 +103,7 @@ def _become(
     os.environ.update(environment)
     os.chdir(folder)
     sys.argv = [target, *arguments]
+    torch.set_num_threads(1)
     (runpy.run_path if target.endswith(".py") else runpy.run_module)(target, run_name="__main__")
 
 

@@ -687,7 +687,7 @@ class Spec:
         )  # fmt: skip
 
 
-def _any_of(*choices: Sequence[Any]) -> st.SearchStrategy[tuple[Any, ...]]:
+def any_of(*choices: Sequence[Any]) -> st.SearchStrategy[tuple[Any, ...]]:
     """One of each, in a single draw: drawing them one by one takes longer than the tests themselves."""
     counts = [len(c) for c in choices]
 
@@ -703,10 +703,10 @@ def _any_of(*choices: Sequence[Any]) -> st.SearchStrategy[tuple[Any, ...]]:
 
 _WIDE, _NARROW = (FLOAT, BF16, HALF), (FLOAT, BF16)
 # Of p, g, m and v.
-_DTYPES = _any_of(_WIDE, _WIDE, _NARROW, _NARROW)
-_LAYOUTS = _any_of(LAYOUTS, (*LAYOUTS, "expanded"), LAYOUTS, LAYOUTS)
-_OFFSETS = _any_of(*[(0, 1, 3, 7)] * 4)
-_GROUPS = _any_of(
+_DTYPES = any_of(_WIDE, _WIDE, _NARROW, _NARROW)
+_LAYOUTS = any_of(LAYOUTS, (*LAYOUTS, "expanded"), LAYOUTS, LAYOUTS)
+_OFFSETS = any_of(*[(0, 1, 3, 7)] * 4)
+_GROUPS = any_of(
     (0.9, 0.0, 0.5, 0.95, 0.999),
     (0.999, 0.9, 0.95, 0.0),
     (1e-8, 1e-6, 0.0),
@@ -714,7 +714,7 @@ _GROUPS = _any_of(
     (1.0, -1.0),
     (1.0, 1.0, 0.0),
 )
-_OPTIONS = _any_of(
+_OPTIONS = any_of(
     (False, True),  # related
     (None, 1.0, 0.5, 1 / 3, 2.0**-16, 1e-38, 3e38),  # inv_scale
     (None, None, (0.7, 1 / 3), (1.0, 0.3)),  # clip
