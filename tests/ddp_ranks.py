@@ -20,10 +20,10 @@ RANKS = 2
 FEATURES, HIDDEN, CLASSES, ROWS = 6, 24, 3, 32
 
 
-def serve(rank: int, store: str, connection: Any) -> None:
+def serve(rank: int, size: int, store: str, connection: Any) -> None:
     """Run what comes through the connection, until there is no more."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=RANKS)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
     while (task := connection.recv()) is not None:
         name, arguments = task
         try:

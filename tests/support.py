@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -686,44 +687,55 @@ class Spec:
         )  # fmt: skip
 
 
-@st.composite
-def tensor_specs(draw, groups: int) -> TensorSpec:
-    wide, narrow = (FLOAT, BF16, HALF), (FLOAT, BF16)
-    dtypes = tuple(draw(st.sampled_from(d)) for d in (wide, wide, narrow, narrow))
-    of_grad = (*LAYOUTS, "expanded")
-    layouts = tuple(draw(st.sampled_from(of_grad if i == 1 else LAYOUTS)) for i in range(4))
-    offsets = tuple(draw(st.sampled_from((0, 1, 3, 7))) for _ in range(4))
-    shape = draw(st.sampled_from(SHAPES))
-    return TensorSpec(shape, dtypes, layouts, offsets, draw(st.integers(0, groups - 1)))
+def any_of(*choices: Sequence[Any]) -> st.SearchStrategy[tuple[Any, ...]]:
+    """One of each, in a single draw: drawing them one by one takes longer than the tests themselves."""
+    counts = [len(c) for c in choices]
+
+    def of(index: int) -> tuple[Any, ...]:
+        found = []
+        for choice, count in zip(choices, counts, strict=True):
+            index, at = divmod(index, count)
+            found.append(choice[at])
+        return tuple(found)
+
+    return st.integers(0, math.prod(counts) - 1).map(of)
+
+
+_WIDE, _NARROW = (FLOAT, BF16, HALF), (FLOAT, BF16)
+# Of p, g, m and v.
+_DTYPES = any_of(_WIDE, _WIDE, _NARROW, _NARROW)
+_LAYOUTS = any_of(LAYOUTS, (*LAYOUTS, "expanded"), LAYOUTS, LAYOUTS)
+_OFFSETS = any_of(*[(0, 1, 3, 7)] * 4)
+_GROUPS = any_of(
+    (0.9, 0.0, 0.5, 0.95, 0.999),
+    (0.999, 0.9, 0.95, 0.0),
+    (1e-8, 1e-6, 0.0),
+    (1e-2, 0.1, 1e-4),  # never 0: an error in the decay would hide
+    (1.0, -1.0),
+    (1.0, 1.0, 0.0),
+)
+_OPTIONS = any_of(
+    (False, True),  # related
+    (None, 1.0, 0.5, 1 / 3, 2.0**-16, 1e-38, 3e38),  # inv_scale
+    (None, None, (0.7, 1 / 3), (1.0, 0.3)),  # clip
+    (False, True),  # rank_inactive
+    (0.5, 0.3, 0.9, 1e-6),  # gamma
+    (0, 1, 9, 100_000),  # step
+)
+
+
+def _tensor_specs(groups: int) -> st.SearchStrategy[TensorSpec]:
+    group = st.integers(0, groups - 1)
+    return st.builds(TensorSpec, st.sampled_from(SHAPES), _DTYPES, _LAYOUTS, _OFFSETS, group)
 
 
 @st.composite
 def specs(draw, max_tensors: int = 4) -> Spec:
-    row = st.tuples(
-        st.sampled_from((0.9, 0.0, 0.5, 0.95, 0.999)),
-        st.sampled_from((0.999, 0.9, 0.95, 0.0)),
-        st.sampled_from((1e-8, 1e-6, 0.0)),
-        st.sampled_from((1e-2, 0.1, 1e-4)),  # never 0: an error in the decay would hide
-        st.sampled_from((1.0, -1.0)),
-        st.sampled_from((1.0, 1.0, 0.0)),
-    )
-    groups = tuple(draw(st.lists(row, min_size=1, max_size=3)))
+    groups = tuple(draw(st.lists(_GROUPS, min_size=1, max_size=3)))
+    tensors = draw(st.lists(_tensor_specs(len(groups)), max_size=max_tensors))
     mix = st.lists(st.sampled_from(KINDS), min_size=1, max_size=5).map(tuple)
-    tensors = st.lists(tensor_specs(len(groups)), max_size=max_tensors).map(tuple)
-    return Spec(
-        seed=draw(st.integers(0, 2**32)),
-        tensors=draw(tensors),
-        groups=groups,
-        gradient=draw(mix),
-        moment=draw(mix),
-        related=draw(st.booleans()),
-        inv_scale=draw(st.sampled_from((None, 1.0, 0.5, 1 / 3, 2.0**-16, 1e-38, 3e38))),
-        clip=draw(st.sampled_from((None, None, (0.7, 1 / 3), (1.0, 0.3)))),
-        rank_inactive=draw(st.booleans()),
-        gamma=draw(st.sampled_from((0.5, 0.3, 0.9, 1e-6))),
-        step=draw(st.sampled_from((0, 1, 9, 100_000))),
-        rounding_seed=draw(st.integers(-(2**33), 2**33)),
-    )
+    seed, rounding_seed = draw(st.integers(0, 2**32)), draw(st.integers(-(2**33), 2**33))
+    return Spec(seed, tuple(tensors), groups, draw(mix), draw(mix), *draw(_OPTIONS), rounding_seed)
 
 
 @st.composite

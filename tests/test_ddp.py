@@ -1,58 +1,27 @@
 """`rose_backward` under DistributedDataParallel: two processes over gloo."""
 
 import itertools
-import multiprocessing
-from contextlib import suppress
 
 import pytest
 import torch
 from ddp_ranks import RANKS, serve
+from forked import Ranks
 from training import assert_same
-
-SECONDS = 60  # for one task; they take one or two
 
 
 @pytest.fixture(scope="module")
 def processes(tmp_path_factory):
-    """Started once, as most of a short run is the import of torch."""
-    context = multiprocessing.get_context("spawn")
-    store = str(tmp_path_factory.mktemp("ddp") / "store")
-    started = []
-    for rank in range(RANKS):
-        here, there = context.Pipe()
-        process = context.Process(target=serve, args=(rank, store, there), daemon=True)
-        process.start()
-        started.append((process, here))
-    yield started
-    for process, connection in started:
-        with suppress(OSError):
-            connection.send(None)
-        process.join(5)
-        if process.is_alive():
-            process.kill()
+    """Started once."""
+    ranks = Ranks(serve, RANKS, tmp_path_factory.mktemp("ddp"))
+    yield ranks
+    ranks.stop()
 
 
 @pytest.fixture
 def run(processes, generator):
     """run(function, ...) gives what it returned on each rank."""
     seed = int(torch.randint(2**31, (), generator=generator))
-
-    def call(function, **arguments):
-        for process, connection in processes:
-            assert process.is_alive(), "an earlier test has lost the processes"
-            connection.send((function, {"seed": seed, **arguments}))
-        results = []
-        for _, connection in processes:
-            if not connection.poll(SECONDS):
-                for each, _ in processes:
-                    each.kill()
-                pytest.fail(f"{function} hangs")
-            results.append(connection.recv())
-        failures = [text for fine, text in results if not fine]
-        assert not failures, "\n".join(failures)
-        return [value for _, value in results]
-
-    return call
+    return lambda function, **arguments: processes.run((function, {"seed": seed, **arguments}))
 
 
 def assert_alike(one, other):

@@ -3,60 +3,19 @@
 from __future__ import annotations
 
 import itertools
-import multiprocessing.connection
 import re
-import tempfile
-from contextlib import suppress
-from pathlib import Path
 
 import pytest
 import torch
 from distributed_ranks import SHAPES, STAGES, scale, serve, stagger, train, train_in_one_pass
-from forked import context
+from forked import Ranks
 from torch import nn
 
 from rose_ops import RoseFusedAdamW
 
-SECONDS = 90  # for one task; they take one or two
-
 pytestmark = pytest.mark.skipif(
     not torch.distributed.is_available(), reason="this PyTorch has no torch.distributed"
 )
-
-
-class Processes:
-    """Of one process group. Started once, as most of a short run is the import of torch."""
-
-    def __init__(self, size, folder):
-        self.started = []
-        for rank in range(size):
-            here, there = context().Pipe()
-            arguments = (rank, size, str(folder / f"store{size}"), there)
-            process = context().Process(target=serve, args=arguments, daemon=True)
-            process.start()
-            there.close()
-            self.started.append((process, here))
-
-    def run(self, name, *, lost=(), **arguments):
-        """What a function returns on each rank; of those that are lost, None."""
-        for _, connection in self.started:
-            connection.send((name, arguments))
-        results: list = [None] * len(self.started)
-        left = {there: rank for rank, (_, there) in enumerate(self.started) if rank not in lost}
-        while left:
-            ready = multiprocessing.connection.wait(left, SECONDS)
-            assert ready, f"{name} hangs on ranks {[*left.values()]} of {len(self.started)}"
-            for connection in ready:
-                fine, value = connection.recv()
-                assert fine, value
-                results[left.pop(connection)] = value
-        return results
-
-    def stop(self):
-        for process, connection in self.started:
-            with suppress(OSError):
-                connection.send(None)
-            process.kill()
 
 
 @pytest.fixture(scope="module")
@@ -64,14 +23,10 @@ def processes(tmp_path_factory):
     """run(name, size, ...): what a function of ``distributed_ranks`` returns on each rank."""
     folder, groups = tmp_path_factory.mktemp("ranks"), {}
 
-    def run(name, size, **arguments):
+    def run(name, size, *, lost=(), **arguments):
         if size not in groups:
-            groups[size] = Processes(size, Path(tempfile.mkdtemp(dir=folder)))
-        try:
-            return groups[size].run(name, **arguments)
-        except BaseException:  # some of its ranks may wait for others
-            groups.pop(size).stop()
-            raise
+            groups[size] = Ranks(serve, size, folder)
+        return groups[size].run((name, arguments), lost=lost)
 
     yield run
     for group in groups.values():
@@ -457,9 +412,9 @@ def test_replicas_are_no_parts(processes):
 
 @pytest.mark.parametrize("how", ["exits", "hangs"])
 def test_a_rank_that_does_not_come(tmp_path, seed, how):
-    group = Processes(3, tmp_path)
+    group = Ranks(serve, 3, tmp_path)
     lost = (2,) if how == "exits" else ()
-    results = group.run("dies", layout="rows", data_seed=seed, how=how, lost=lost)
+    results = group.run(("dies", {"layout": "rows", "data_seed": seed, "how": how}), lost=lost)
     group.stop()
     for text, seconds in results[:2]:
         assert text != "no error"

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from forked import command, torchrun
 from stacks_support import package
-
-import rose_ops
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 # The arguments, and what is printed.
@@ -42,19 +38,12 @@ def test_example(name: str, options: list[str], said: str, tmp_path: Path) -> No
     if name in ("trainer.py", "fsdp2.py"):
         package("transformers")
         package("accelerate")
-    ranks = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [sys.executable, *(ranks if name == "fsdp2.py" else ()), str(EXAMPLES / name), *options],
-        cwd=tmp_path,
-        env={
-            **os.environ,
-            "PYTHONPATH": str(Path(rose_ops.__file__).parents[1]),
-            "OMP_NUM_THREADS": "1",
-        },
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    assert re.search(said, done.stdout, re.M), done.stdout
+    script = str(EXAMPLES / name)
+    if name == "fsdp2.py":
+        printed = torchrun(script, *options, folder=tmp_path)[0]
+    else:
+        done = command(script, *options, folder=tmp_path)
+        assert done.returncode == 0, done.stderr
+        printed = done.stdout
+    assert re.search(said, printed, re.M), printed
     assert not list(tmp_path.iterdir()), "an example left something behind"

@@ -22,8 +22,9 @@ LIBRARY = PACKAGE / "_C.abi3.so"
 # Imports PyTorch once, and then runs programs in children of its own, each of which is a new process as
 # far as rose_ops is concerned.
 SERVER = """
-import os, sys, traceback
-import torch
+import importlib, os, sys, traceback
+for name in sys.argv[1:]:
+    importlib.import_module(name)
 while request := sys.stdin.readline():
     path, log, code = eval(request)
     child = os.fork()
@@ -44,31 +45,35 @@ while request := sys.stdin.readline():
 """
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[subprocess.Popen[str]]:
+def serve(tmp_path_factory: pytest.TempPathFactory, *modules: str) -> Iterator[Callable[..., str]]:
+    """A function that gives the output of ``code`` in a new process that finds rose_ops in ``path``."""
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    pipe = subprocess.PIPE
-    with subprocess.Popen(
-        [sys.executable, "-c", SERVER], env=environment, stdin=pipe, stdout=pipe, text=True,
-        cwd=PACKAGE.parent.parent,
-    ) as process:  # fmt: skip
-        yield process
-        process.stdin.close()
-
-
-@pytest.fixture
-def python(server, tmp_path: Path) -> Callable[..., str]:
-    """The output of ``code`` in a new process that finds rose_ops in ``path``."""
+    pipe, log = subprocess.PIPE, tmp_path_factory.mktemp("server") / "log"
 
     def run(code: str, path: Path = PACKAGE.parent) -> str:
-        log = tmp_path / "log"
         log.unlink(missing_ok=True)
         print(repr((str(path), str(log), code)), file=server.stdin, flush=True)
         status, said = server.stdout.readline().strip(), log.read_text()
         assert status == "0", said
         return said
 
-    return run
+    with subprocess.Popen(
+        [sys.executable, "-c", SERVER, *modules], env=environment, stdin=pipe, stdout=pipe, text=True,
+        cwd=PACKAGE.parent.parent,
+    ) as server:  # fmt: skip
+        yield run
+        server.stdin.close()
+
+
+@pytest.fixture(scope="module")
+def python(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., str]]:
+    yield from serve(tmp_path_factory, "torch")
+
+
+@pytest.fixture(scope="module")
+def stepping(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., str]]:
+    """For optimizers, the first of which in a process imports what takes longer than all the rest."""
+    yield from serve(tmp_path_factory, "torch", "torch._dynamo")
 
 
 HEAVY = (
@@ -152,7 +157,7 @@ def test_the_cuda_stream_comes_from_pytorch():
     assert re.search(stream, done.stderr)
 
 
-def test_without_triton(python):
+def test_without_triton(stepping):
     """An optional extra: everything but its kernels is there."""
     code = """
 import sys
@@ -166,7 +171,7 @@ assert 0 < optimizer.selection["second"].kept < 10
 from rose_ops.cli import main
 assert main(["doctor"]) == 0
 """
-    assert "Triton is not installed; install it with `pip install triton`" in python(code)
+    assert "Triton is not installed; install it with `pip install triton`" in stepping(code)
 
 
 # ------------------------------------------------------------------------- without the compiled library
@@ -216,9 +221,9 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_without_a_library_the_reference_is_used_and_said_once(damage, package, python):
+def test_without_a_library_the_reference_is_used_and_said_once(damage, package, stepping):
     DAMAGES[damage](package / "rose_ops" / LIBRARY.name)
-    count, warning, auto, error = python(STEP, package).strip().splitlines()
+    count, warning, auto, error = stepping(STEP, package).strip().splitlines()
     assert count == "1"
     says = "UserWarning rose_ops uses the slow backend 'reference': 'cpu': the compiled"
     assert warning.startswith(says)
@@ -231,8 +236,8 @@ def test_without_a_library_the_reference_is_used_and_said_once(damage, package, 
         assert "pip install --no-build-isolation ." in message
 
 
-def test_with_a_library_there_is_nothing_to_say(package, python):
+def test_with_a_library_there_is_nothing_to_say(package, stepping):
     if not LIBRARY.exists():
         pytest.skip("the library is not built")
     shutil.copy(LIBRARY, package / "rose_ops")
-    assert python(STEP, package).split() == ["0", "cpu", "True"]
+    assert stepping(STEP, package).split() == ["0", "cpu", "True"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 import os
 import signal
 import subprocess
@@ -15,11 +14,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from forked import context
-from tiny_tasks import save_tiny_bert, sentences, write_tsv
+from forked import ROOT, Command, command, context
+from tiny_tasks import save_tiny_study
 from torch.nn import functional as F
 
-ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT))
 for module in ("transformers", "tqdm", "psutil", "cpuinfo"):
     pytest.importorskip(module, reason="needs the paper extra")
@@ -179,12 +177,7 @@ def test_real_splits_have_the_published_counts(name, train, dev, adversarial):
 def tiny(tmp_path_factory):
     """A folder with a model and tasks."""
     folder = tmp_path_factory.mktemp("tiny")
-    save_tiny_bert(folder / "model")
-    for name, n, start in (("train", 64, 0), ("dev", 16, 100)):
-        write_tsv(folder / "sst2" / f"{name}.tsv", ("label", "sentence"), sentences(n, start))
-    (folder / "advglue").mkdir()
-    rows = [{"idx": 0, "sentence": "a warm and funny fim take number 5", "label": 1}]
-    (folder / "advglue" / "dev.json").write_text(json.dumps({"sst2": rows}))
+    save_tiny_study(folder)
     return folder
 
 
@@ -308,86 +301,70 @@ def test_a_run_is_claimed_by_one(tmp_path):
 # ------------------------------------------------------------------------------------------- runner
 
 
-def command(tiny: Path, results: Path, *given: str) -> list[str]:
+def arguments_of(tiny: Path, results: Path, *given: str) -> list[str]:
     settings = [f"{name}={value}" for name, value in QUICK.items()]
     return [
-        sys.executable, "-m", "benchmarks.paper", "run", "--data-dir", str(tiny), "--threads", "1",
-        "--tasks", "sst2", "--models", str(tiny / "model"), "--results", str(results),
-        "--set", *settings, *given,
+        "run", "--data-dir", str(tiny), "--threads", "1", "--tasks", "sst2", "--models",
+        str(tiny / "model"), "--results", str(results), "--set", *settings, *given,
     ]  # fmt: skip
 
 
-# No hub, and no way to one.
-OFFLINE = {
-    **os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1",
-    **dict.fromkeys(("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"), "http://127.0.0.1:9"),
-}  # fmt: skip
+def study_of(*given) -> subprocess.CompletedProcess[str]:
+    return command("benchmarks.paper", *arguments_of(*given))
 
 
 def test_resumes_after_being_killed(tiny, tmp_path):
-    given = ("--seeds", "0", "1", "--granularities", "tensor", "--methods", "adamw", "rose-second",
-             "random-mask", "rose-first", "--resume")  # fmt: skip
-    process = subprocess.Popen(command(tiny, tmp_path, *given), cwd=ROOT, env=OFFLINE)
+    given = ("--seeds", "0", "1", "--granularities", "tensor", "--methods", "adamw", "random-mask",
+             "rose-first", "--resume")  # fmt: skip
+    killed = Command("benchmarks.paper", *arguments_of(tiny, tmp_path, *given))
     deadline = time.monotonic() + 120
     while not (tmp_path / "runs.csv").exists() and time.monotonic() < deadline:
-        assert process.poll() is None, "it ended before a run had finished"
+        assert killed.process.is_alive(), "it ended before a run had finished"
         time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    killed.process.kill()
+    assert killed.wait().returncode == -signal.SIGKILL
     finished = rows(tmp_path / "runs.csv")
-    assert 1 <= len(finished) < 8
+    assert 1 <= len(finished) < 6
     orphan = {**rows(tmp_path / "curves.csv")[0], "run": "of nobody"}
     with (tmp_path / "curves.csv").open("a") as file:
         file.write(",".join(orphan.values()) + "\n" + "cut off,ada")
 
-    again = subprocess.run(
-        command(tiny, tmp_path, *given), cwd=ROOT, env=OFFLINE, capture_output=True, text=True
-    )
+    again = study_of(tiny, tmp_path, *given)
     assert again.returncode == 0, again.stderr
     assert "dropped 1 rows of unfinished runs" in again.stdout
     found = rows(tmp_path / "runs.csv")
     assert found[: len(finished)] == finished  # untouched
-    assert len(found) == len({row["run"] for row in found}) == 8
+    assert len(found) == len({row["run"] for row in found}) == 6
     assert {(row["method"], row["seed"]) for row in found} == {
-        (method, seed) for method in given[6:10] for seed in "01"
+        (method, seed) for method in given[6:9] for seed in "01"
     }
     curves = rows(tmp_path / "curves.csv")
-    assert len(curves) == 8 * 2 * 4
+    assert len(curves) == 6 * 2 * 4
     assert {row["run"] for row in curves} == {row["run"] for row in found}
     assert all(row["torch"] == torch.__version__ and row["threads"] == "1" for row in found)
 
 
+TWO = ("--seeds", "0", "--granularities", "tensor", "--methods", "adamw", "rose-second")
+
+
 def test_jobs_share_the_runs_and_time_is_kept(tiny, tmp_path):
-    given = ("--seeds", "0", "--granularities", "tensor", "--methods", "adamw", "rose-second")
-    result = subprocess.run(
-        command(tiny, tmp_path, *given, "--jobs", "2"), cwd=ROOT, env=OFFLINE, capture_output=True,
-        text=True,
-    )  # fmt: skip
+    result = study_of(tiny, tmp_path, *TWO, "--jobs", "2")
     assert result.returncode == 0, result.stderr
     assert sorted(row["method"] for row in rows(tmp_path / "runs.csv")) == ["adamw", "rose-second"]
 
-    refused = subprocess.run(
-        command(tiny, tmp_path, *given), cwd=ROOT, env=OFFLINE, capture_output=True, text=True
-    )
+    refused = study_of(tiny, tmp_path, *TWO)
     assert refused.returncode == 1
     assert "2 of these 2 runs are in" in refused.stderr
     assert "pass --resume" in refused.stderr
 
-    late = subprocess.run(
-        command(tiny, tmp_path / "late", *given, "--minutes", "0"), cwd=ROOT, env=OFFLINE,
-        capture_output=True, text=True,
-    )  # fmt: skip
+    late = study_of(tiny, tmp_path / "late", *TWO, "--minutes", "0")
     assert late.returncode == 0, late.stderr
     assert "0 minutes are over" in late.stderr + late.stdout
     assert not (tmp_path / "late" / "runs.csv").exists()
 
 
 def test_a_run_that_diverges_stops_no_other(tiny, tmp_path):
-    given = ("--seeds", "0", "--granularities", "tensor", "--methods", "adamw", "rose-second")
-    swept = ("--sweep", "max_grad_norm=1.0", "lr=1e30,1e-3")
-    result = subprocess.run(
-        command(tiny, tmp_path, *given, *swept), cwd=ROOT, env=OFFLINE, capture_output=True, text=True
-    )
+    result = study_of(tiny, tmp_path, *TWO, "--sweep", "max_grad_norm=1.0", "lr=1e30,1e-3")
     assert result.returncode == 1
     assert "2 runs diverged" in result.stderr
     assert {(row["method"], row["lr"]) for row in rows(tmp_path / "runs.csv")} == {

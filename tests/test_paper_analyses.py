@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import random
 import subprocess
 import sys
@@ -13,12 +12,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from forked import ROOT, command
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny_tasks import NEGATIVE, POSITIVE, save_tiny_bert, sentences, write_tsv
+from tiny_tasks import NEGATIVE, POSITIVE, save_tiny_study, write_tsv
 from torch.nn import functional as F
 
-ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT))
 for module in ("jinja2", "matplotlib", "pandas", "scipy", "transformers", "tqdm", "psutil", "cpuinfo"):
     pytest.importorskip(module, reason="needs the paper extra")
@@ -31,11 +30,6 @@ from rose_ops.finetune.recipes import Method  # noqa: E402
 from rose_ops.finetune.train import Runtime, load_model, train  # noqa: E402
 
 RUNTIME = Runtime(torch.device("cpu"), "float32")
-# No hub, and no way to one.
-OFFLINE = {
-    **os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1",
-    **dict.fromkeys(("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"), "http://127.0.0.1:9"),
-}  # fmt: skip
 QUICK = ("steps=4", "eval_every=2", "perturbed=5", "batch_size=8", "max_length=16", "precision=float32")
 COMMANDS = {
     "surfaces": ("--points", "3", "--examples", "7", "--methods", "initial", "rose-second"),
@@ -53,12 +47,7 @@ COMMANDS = {
 def tiny(tmp_path_factory):
     """A folder with a model and tasks."""
     folder = tmp_path_factory.mktemp("tiny")
-    save_tiny_bert(folder / "model")
-    for name, n, start in (("train", 64, 0), ("dev", 16, 100)):
-        write_tsv(folder / "sst2" / f"{name}.tsv", ("label", "sentence"), sentences(n, start))
-    (folder / "advglue").mkdir()
-    rows = [{"idx": 0, "sentence": "a warm and funny fim take number 5", "label": 1}]
-    (folder / "advglue" / "dev.json").write_text(json.dumps({"sst2": rows}))
+    save_tiny_study(folder)
     header = ("sentence", "linguistic_label", "surface_label")
     for part, n in (("train", 32), ("inoculating", 8), ("test", 10)):
         content = [((POSITIVE, NEGATIVE)[i % 2][i % 3], i % 2, 1 - i % 2) for i in range(n)]
@@ -66,43 +55,23 @@ def tiny(tmp_path_factory):
     return folder
 
 
-# Several commands in one process, which is not this one: they set the numerics of their process.
-SEVERAL = """
-import contextlib, io, json, runpy, sys
-outcomes = []
-for arguments in json.loads(sys.stdin.read()):
-    sys.argv, texts = ["benchmarks.paper", *arguments], [io.StringIO(), io.StringIO()]
-    with contextlib.redirect_stdout(texts[0]), contextlib.redirect_stderr(texts[1]):
-        try:
-            runpy.run_module("benchmarks.paper", run_name="__main__")
-        except SystemExit as stop:
-            code = stop.code
-    outcomes.append([code, *(text.getvalue() for text in texts)])
-print(json.dumps(outcomes))
-"""
-
-
-def call(tiny: Path, results: Path, *commands: tuple[str, ...]) -> list[tuple[int, str, str]]:
-    """Exit status, output and errors of each command."""
+def call(
+    tiny: Path, results: Path, *commands: tuple[str, ...]
+) -> list[subprocess.CompletedProcess[str]]:
+    """What each command ends with."""
     common = [
         *("--data-dir", str(tiny), "--models", str(tiny / "model"), "--results", str(results)),
         *("--threads", "1", "--set", *QUICK),
     ]
-    arguments = [[*command, *common] for command in commands]
-    done = subprocess.run(
-        [sys.executable, "-c", SEVERAL], cwd=ROOT, env=OFFLINE, capture_output=True, text=True,
-        input=json.dumps(arguments),
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return [tuple(outcome) for outcome in json.loads(done.stdout.splitlines()[-1])]
+    return [command("benchmarks.paper", *one, *common) for one in commands]
 
 
 @pytest.fixture(scope="module")
 def results(tiny, tmp_path_factory):
     """The results folder after every command."""
     folder = tmp_path_factory.mktemp("results")
-    for code, _, errors in call(tiny, folder, *((name, *more) for name, more in COMMANDS.items())):
-        assert code == 0, errors
+    for done in call(tiny, folder, *((name, *more) for name, more in COMMANDS.items())):
+        assert done.returncode == 0, done.stderr
     return folder
 
 
@@ -153,18 +122,18 @@ def test_probing_and_dropout(results):
 
 def test_what_is_there_is_left_out(tiny, results):
     before = (results / "analyses.csv").read_text()
-    ((code, output, errors),) = call(tiny, results, ("surfaces", *COMMANDS["surfaces"]))
-    assert code == 0, errors
-    assert "rose-second, sst2, seed 0 is there already" in output
+    (done,) = call(tiny, results, ("surfaces", *COMMANDS["surfaces"]))
+    assert done.returncode == 0, done.stderr
+    assert "rose-second, sst2, seed 0 is there already" in done.stdout
     assert (results / "analyses.csv").read_text() == before
 
 
 def test_the_report_takes_what_the_commands_wrote(tiny, results):
     some = ("--tasks", "sst2", "--methods", "adamw", "rose-second", "--granularities", "element")
-    ((code, _, errors),) = call(tiny, results, ("run", "--seeds", "0", *some))
-    assert code == 0, errors
-    command = [sys.executable, "-m", "benchmarks.paper", "report", "--results", str(results)]
-    subprocess.run(command, cwd=ROOT, env=OFFLINE, check=True)
+    (done,) = call(tiny, results, ("run", "--seeds", "0", *some))
+    assert done.returncode == 0, done.stderr
+    written = command("benchmarks.paper", "report", "--results", str(results))
+    assert written.returncode == 0, written.stderr
     html = (results / "report.html").read_text()
     assert "Not measured" not in html
     assert html.count("<img") == 4
@@ -184,10 +153,10 @@ ERRORS = {
 
 def test_errors_say_what_to_do(tiny, tmp_path):
     outcomes = call(tiny, tmp_path, *ERRORS)
-    for (code, _, errors), (command, message) in zip(outcomes, ERRORS.items(), strict=True):
-        assert code == 1, command
-        assert errors.splitlines()[-1].startswith("error: "), command
-        assert message in errors, command
+    for done, (asked, message) in zip(outcomes, ERRORS.items(), strict=True):
+        assert done.returncode == 1, asked
+        assert done.stderr.splitlines()[-1].startswith("error: "), asked
+        assert message in done.stderr, asked
     assert not (tmp_path / "analyses.csv").exists()
 
 

@@ -21,6 +21,7 @@ from support import (
     Problem,
     Spec,
     Truth,
+    any_of,
     assert_all_same_bits,
     assert_same_bits,
     bits,
@@ -75,7 +76,7 @@ def compare_selections(ops, problem: Problem, fractions, *, first) -> None:
             assert_all_same_bits(masks, truth.capture(record), "masks")
 
 
-@examples(250)
+@examples(200)
 @given(spec=specs(), kept=fractions(), first=st.booleans(), approx=st.booleans())
 def test_selection_of_any_mixture(ops, spec: Spec, kept, first, approx):
     compare_selection(ops, spec.problem(), *kept, first=first, approx=approx)
@@ -102,41 +103,38 @@ def test_counts_of_keys_of_any_mixture(spec: Spec, first, literally, data):
 
 
 MODES = ("none", "first", "second", "selection", "first+second", "first+selection")
+# Bits, one bool for the whole tensor, or nothing; of up to four tensors.
+MASKS = any_of(*[("bits", "bits", "true", "false", "empty")] * 4)
 
 
-@examples(400)
+@examples(300)
 @given(
     spec=specs(), kept=fractions(), kept_first=fractions(), mode=st.sampled_from(MODES),
-    data=st.data(),
+    kinds_first=MASKS, kinds=MASKS,
 )  # fmt: skip
-def test_update_of_any_mixture(ops, spec: Spec, kept, kept_first, mode, data):
+def test_update_of_any_mixture(ops, spec: Spec, kept, kept_first, mode, kinds_first, kinds):
     problem = spec.problem()
     if mode == "none":
         problem.hyper[:, reference.Hyper.SELECTIVE] = 0
         compare_update(ops, problem)
         return
-    record = problem.select(reference, *kept)
 
-    def masks(kept, first):
-        # Bits, one bool for the whole tensor, or nothing.
+    def masks(kept, first, kinds):
         found = problem.masks(reference, *kept, first=first)
-        kinds = st.sampled_from(("bits", "bits", "true", "false", "empty"))
-        for i, mask in enumerate(found):
-            kind = data.draw(kinds)
-            if kind == "empty":
-                found[i] = torch.empty(0, dtype=torch.uint8)
-            elif kind != "bits":
-                found[i] = torch.tensor(kind == "true")
-            else:
-                found[i] = place(mask, offset=3)  # masks are views of one allocation
-        return found
+        of_kind = {"empty": torch.empty(0, dtype=torch.uint8)}
+        of_kind |= {"true": torch.tensor(True), "false": torch.tensor(False)}
+        # (Masks are views of one allocation.)
+        return [
+            place(mask, offset=3) if kind == "bits" else of_kind[kind]
+            for mask, kind in zip(found, kinds, strict=False)
+        ]
 
     compare_update(
         ops,
         problem,
-        masks(kept_first, True) if "first" in mode else (),
-        masks(kept, False) if "second" in mode else (),
-        record if "selection" in mode else None,
+        masks(kept_first, True, kinds_first) if "first" in mode else (),
+        masks(kept, False, kinds) if "second" in mode else (),
+        problem.select(reference, *kept) if "selection" in mode else None,
     )
 
 
@@ -230,10 +228,12 @@ def test_every_pair_of_classes(ops, generator, kind, moment):
     """Every kind of gradient over every kind of moment, alone and among ordinary elements."""
     for mix_g, mix_m in (((kind,), (moment,)), ((kind, "normal"), (moment, "normal"))):
         g, m = values(83, mix_g, FLOAT, generator), values(83, mix_m, FLOAT, generator)
-        both = (len(mix_g) == 1, len(mix_g) > 1)
+        # What is inactive can be ranked; nothing is without a zero.
+        both = (len(mix_g) == 1, len(mix_g) > 1)[: 2 if "zero" in (kind, moment) else 1]
         for rank_inactive in some(ops, both[: fewer(ops, 2, 1)], generator, 1):
             problem = Problem.of([g], [m], rank_inactive=rank_inactive)
-            compare_selection(ops, problem, 290_000_000, 100_000_000, first=True)
+            if kind == moment:  # the first order is of gradients alone
+                compare_selection(ops, problem, 290_000_000, 100_000_000, first=True)
             record, masks = compare_selection(ops, problem, 500_000_000, 0, first=False)
             compare_update(ops, problem.copy(), selection=record)
             compare_update(ops, problem.copy(), masks)
@@ -307,7 +307,7 @@ def test_no_tensors_at_all(ops):
 
 # -------------------------------------------------------------------------------- sampled window
 
-N = 300_007  # a kernel may take a sample from so many
+N = 263_007  # a kernel may take a sample from so many
 UNSAMPLED = 20_011  # where none does, and it is not the number that counts
 
 
@@ -361,7 +361,7 @@ WINDOW_FRACTIONS = (
 @pytest.mark.parametrize("name", WINDOW_DATA)
 def test_first_order_where_a_sample_is_taken(ops, generator, name):
     problem = Problem.of([_data(name, fewer(ops, N, UNSAMPLED), generator)])
-    compare_selections(ops, problem, some(ops, WINDOW_FRACTIONS, generator), first=True)
+    compare_selections(ops, problem, some(ops, WINDOW_FRACTIONS, generator, 2), first=True)
     compare_selection(ops, problem, 600_000_000, 0, first=True, approx=True)
 
 
@@ -406,11 +406,12 @@ def test_two_large_ties_around_the_rank(ops, generator, above):
         assert record.tolist() == [0x40000000 if above else 0x3F800000, -1, kept, n, 0, 0, 0, 0]
 
 
-@pytest.mark.parametrize("pieces", [3, 400, 4000], ids=lambda n: f"{n}-tensors")
-@pytest.mark.parametrize("dtype", [BF16, HALF], ids=str)
+@pytest.mark.parametrize(
+    ("pieces", "dtype"), [(3, BF16), (3, HALF), (400, HALF), (1500, BF16)], ids=str
+)
 def test_sample_of_scattered_half_precision(ops, generator, pieces, dtype):
     """Many tensors (some empty, some odd views), few distinct keys."""
-    n, pieces = fewer(ops, N, UNSAMPLED), fewer(ops, pieces, min(pieces, 30), min(pieces, 1500))
+    n, pieces = fewer(ops, N, UNSAMPLED), fewer(ops, pieces, min(pieces, 30), min(pieces, 600))
     cuts = torch.randint(0, n, (pieces - 1,), generator=generator).sort().values
     g = values(n, ("normal", "zero"), dtype, generator).tensor_split(cuts)
     m = values(n, ("normal", "ties"), BF16, generator).tensor_split(cuts)
@@ -586,12 +587,13 @@ def test_every_pattern_widens_exactly(ops, dtype, layout):
     problem = Problem.of([place(g, layout, offset=1)], [torch.full(g.shape, -0.0)], (0.0, *PLAIN[1:]))
     problem.update(ops)
     assert_same_bits(problem.exp_avgs[0], g.float())
+    if layout != "contiguous":
+        return
     # First-order keys are the bits of the widened magnitude: one element per selection.
     finite = g[g.isfinite() & (g != 0)].abs().unique()
-    single = Problem.of(list(finite.split(1))[::97])
-    for i, one in enumerate(single.grads[:: fewer(ops, 1, 16)]):
-        record = Problem.of([one]).select(ops, ONE, first=True)
-        assert record[Field.HIGH] == one.float().view(torch.int32).item(), i
+    for one in finite[:: fewer(ops, 97, 16 * 97, 4 * 97)]:
+        record = Problem.of([one.reshape(1)]).select(ops, ONE, first=True)
+        assert record[Field.HIGH] == one.float().view(torch.int32).item(), one
 
 
 @NARROW

@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-import os
 import re
-import socket
-import subprocess
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from forked import ROOT, torchrun
 from stacks_support import accelerator as accelerator
 from stacks_support import package
 from training import one_thread as one_thread
 
-import rose_ops
 from rose_ops import RoseFusedAdamW
 
-ROOT = Path(__file__).parents[1]
 PAGES = ("README.md", *sorted(f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md")))
 OTHERS = ("accelerate", "lightning", "peft", "transformers")
 
@@ -47,7 +41,11 @@ def test_example_runs(source: str, monkeypatch, tmp_path, request) -> None:
         if name in OTHERS:
             package(name)
     if "init_process_group" in source:
-        assert len({digest(process) for process in two_processes(source, tmp_path)}) == 1
+        if not torch.distributed.is_available():
+            pytest.skip("this PyTorch has no torch.distributed")
+        (tmp_path / "train.py").write_text(source + DIGEST)
+        said = torchrun(str(tmp_path / "train.py"), folder=tmp_path)
+        assert len({*map(digest, said)}) == 1
         return
     if "accelerate" in source or "transformers" in source:
         request.getfixturevalue("accelerator")  # what it shares is forgotten afterwards
@@ -75,41 +73,6 @@ import hashlib
 trained = torch.cat([p.detach().reshape(-1) for p in model.parameters()])
 print("digest", hashlib.sha1(trained.numpy().tobytes()).hexdigest())
 """
-
-
-def two_processes(source: str, folder: Path) -> Iterator[str]:
-    """What an example prints in each of two processes, started as torchrun starts them."""
-    if not torch.distributed.is_available():
-        pytest.skip("this PyTorch has no torch.distributed")
-    (folder / "train.py").write_text(source + DIGEST)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    package_path = str(Path(rose_ops.__file__).parents[1])
-    environment = {
-        **os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2",
-        "PYTHONPATH": package_path, "OMP_NUM_THREADS": "1",
-    }  # fmt: skip
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "train.py"],
-            cwd=folder,
-            env={**environment, "RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        for process in processes:
-            out, _ = process.communicate(timeout=120)
-            assert process.returncode == 0, out
-            yield out
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
 
 
 def digest(out: str) -> str:

@@ -5,12 +5,11 @@ from __future__ import annotations
 
 import itertools
 import multiprocessing
-from contextlib import suppress
 from typing import Any
 
 import pytest
 import torch
-from forked import context
+from forked import Ranks
 from training import assert_same
 from training import one_thread as one_thread
 
@@ -23,21 +22,11 @@ if torch.distributed.is_available():
 
 
 @pytest.fixture(scope="module")
-def processes():
+def processes(tmp_path_factory):
     """Started once."""
-    started = []
-    for rank in range(RANKS):
-        here, there = context().Pipe()
-        process = context().Process(target=serve, args=(rank, there), daemon=True)
-        process.start()
-        started.append((process, here))
-    yield started
-    for process, connection in started:
-        with suppress(OSError):
-            connection.send(None)
-        process.join(5)
-        if process.is_alive():
-            process.kill()
+    ranks = Ranks(serve, RANKS, tmp_path_factory.mktemp("ranks"), 2 * SECONDS)
+    yield ranks
+    ranks.stop()
 
 
 @pytest.fixture
@@ -47,19 +36,7 @@ def run(processes, tmp_path):
 
     def call(function: str, size: int, **arguments: Any) -> list[Any]:
         store = str(tmp_path / f"store{next(numbers)}")
-        for process, connection in processes[:size]:
-            assert process.is_alive(), "an earlier test has lost the processes"
-            connection.send((function, size, store, arguments))
-        results = []
-        for _, connection in processes[:size]:
-            if not connection.poll(2 * SECONDS):
-                for each, _ in processes:
-                    each.kill()
-                pytest.fail(f"{function} hangs")
-            results.append(connection.recv())
-        failures = [text for fine, text in results if not fine]
-        assert not failures, "\n".join(failures)
-        return [value for _, value in results]
+        return processes.run((function, size, store, arguments), size)
 
     return call
 

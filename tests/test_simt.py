@@ -65,10 +65,15 @@ CONFIGURATIONS = {
     "many-blocks": {"order": "random", "resident": 61},
     "two-threads": {"order": "random", "os_threads": 2, "resident": 16},
 }
+# Of one tensor, or of many.
+each_configuration = pytest.mark.parametrize(
+    ("name", "pieces"),
+    [("reverse", 40), ("random", 1), ("random", 40), ("one-block", 40), ("many-blocks", 1),
+     ("two-threads", 40)],
+)  # fmt: skip
 
 
-@pytest.mark.parametrize("name", CONFIGURATIONS)
-@pytest.mark.parametrize("pieces", [1, 40], ids=["flat", "scattered"])
+@each_configuration
 def test_any_order_of_threads_and_blocks(simt, ops, generator, name, pieces):
     for seed, mix in enumerate((("normal",), MIX, ("ties",), ("zero", "one"))):
         problem = problem_of(generator, 30_011, mix, pieces, (FLOAT, BF16)[seed % 2])
@@ -87,8 +92,7 @@ def test_any_order_of_threads_and_blocks(simt, ops, generator, name, pieces):
         compare_update(ops, problem, masks, selection=record)
 
 
-@pytest.mark.parametrize("name", CONFIGURATIONS)
-@pytest.mark.parametrize("pieces", [1, 40], ids=["flat", "scattered"])
+@each_configuration
 def test_brackets_in_any_order_of_threads_and_blocks(simt, ops, generator, name, pieces):
     for seed, mix in enumerate((("normal",), MIX)):
         problem = problem_of(generator, 80_011, mix, pieces, (FLOAT, BF16)[seed % 2])
@@ -100,10 +104,7 @@ def test_brackets_in_any_order_of_threads_and_blocks(simt, ops, generator, name,
             compare_bracket(ops, problem.copy(), 700_000_000, 300_000_000, first, width=width)
 
 
-@pytest.mark.parametrize(
-    ("name", "pieces"),
-    [("reverse", 40), ("random", 1), ("one-block", 40), ("many-blocks", 1), ("two-threads", 40)],
-)
+@pytest.mark.parametrize(("name", "pieces"), [("random", 1), ("one-block", 40), ("two-threads", 40)])
 def test_samples_in_any_order_of_threads_and_blocks(simt, ops, generator, name, pieces):
     problem = problem_of(generator, reference.APPROX_FEWEST + 11, MIX, pieces, BF16)
     simt.configure(**CONFIGURATIONS[name])

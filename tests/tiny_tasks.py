@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 POSITIVE = ("a warm and funny film", "clever , moving and bright", "the best thing in years")
@@ -36,3 +38,13 @@ def save_tiny_bert(folder):
     )
     transformers.BertTokenizerFast(str(folder / "vocab.txt")).save_pretrained(folder)
     transformers.BertModel(config).save_pretrained(folder)
+
+
+def save_tiny_study(folder):
+    """A model, and sst2 with examples of AdvGLUE, as ``benchmarks.paper`` looks for them."""
+    save_tiny_bert(folder / "model")
+    for name, n, start in (("train", 64, 0), ("dev", 16, 100)):
+        write_tsv(folder / "sst2" / f"{name}.tsv", ("label", "sentence"), sentences(n, start))
+    (folder / "advglue").mkdir()
+    rows = [{"idx": 0, "sentence": "a warm and funny fim take number 5", "label": 1}]
+    (folder / "advglue" / "dev.json").write_text(json.dumps({"sst2": rows}))
