@@ -5,6 +5,7 @@ What runs on a GPU is rehearsed on the CPU, with the calls of torch.cuda replace
 
 from __future__ import annotations
 
+import functools
 import os
 import subprocess
 import sys
@@ -47,6 +48,7 @@ from rose_ops import RoseFusedAdamW  # noqa: E402
 CPU = torch.device("cpu")
 FLOAT, BF16 = torch.float32, torch.bfloat16
 plot = report.plot  # the real one
+get_cpu_info = functools.cache(machine.cpuinfo.get_cpu_info)  # which takes a second
 SHAPES = [(40, 50), (7,), (3, 4, 5), (1,), (800,), (8,), (64, 9), (33,)]
 
 
@@ -58,6 +60,7 @@ def few(monkeypatch):
     monkeypatch.setattr(work, "_LENGTHS", dict(zip(work.ROLES, (401, 397, 389, 383, 379), strict=True)))
     monkeypatch.setattr(work, "_MAX_CHUNK", 512)
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    monkeypatch.setattr(machine.cpuinfo, "get_cpu_info", get_cpu_info)
     monkeypatch.setattr(report, "plot", lambda frame, path: path.touch())
     work._tiles.cache_clear()
     yield
