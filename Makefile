@@ -10,7 +10,7 @@ ARGS ?=
 # WORKERS=0 is none but pytest's own, as a debugger needs it.
 WORKERS ?= logical --maxprocesses=8
 # Parts of verify-gpu, minutes each, the longest first.
-VERIFY := sanitize verify-triton verify-mutants verify-binaries
+VERIFY := sanitize verify-triton verify-mutants verify-binaries verify-processes
 SOURCES := setup.py $(shell find csrc -type f)
 FIND_CXX := find csrc tests/loops tests/simt -type f ! -name '*.py*' ! -name '*.txt'
 
@@ -58,6 +58,11 @@ verify-mutants: $(VENV)/ready
 verify-triton: $(VENV)/ready
 	ROSE_TEST_THOROUGH=0.1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p no:cacheprovider -m slow \
 		tests/test_parity.py tests/test_ops.py $(ARGS)
+
+# Long runs in several processes: killed a hundred times, and late ones.
+verify-processes: $(VENV)/ready
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p no:cacheprovider -m slow \
+		tests/test_kill.py tests/test_distributed.py $(ARGS)
 
 # The CPU's loops as another architecture computes them: what compiles for it, and what runs that.
 CROSS_CXX ?= aarch64-linux-gnu-g++

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import operator
 import os
@@ -112,6 +113,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if not all(chosen):
         config.hook.pytest_deselected(items=[*itertools.compress(items, map(operator.not_, chosen))])
         items[:] = itertools.compress(items, chosen)
+
+
+def pytest_collection_finish() -> None:
+    """What was imported stays: tests that collect garbage need not look through all of it each time."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(trylast=True)

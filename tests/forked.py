@@ -79,6 +79,14 @@ def command(target: str, *arguments: str, **options: Any) -> subprocess.Complete
     return Command(target, *arguments, **options).wait()
 
 
+def program(source: str, folder: Path) -> None:
+    """Run a program that must come to its end."""
+    script = folder / "program.py"
+    script.write_text(source)
+    done = command(str(script), folder=folder)
+    assert done.returncode == 0, done.stderr
+
+
 def torchrun(target: str, *arguments: str, size: int = 2, **options: Any) -> list[str]:
     """What a script prints in each of so many processes, with the variables that torchrun sets."""
     with socket.socket() as free:

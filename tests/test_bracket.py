@@ -7,11 +7,10 @@ everything show the ways out.
 from __future__ import annotations
 
 import math
-import subprocess
-import sys
 
 import pytest
 import torch
+from forked import program
 from support import (
     BF16,
     FLOAT,
@@ -27,6 +26,7 @@ from support import (
     compare_bracket,
     cut,
     hyper_table,
+    some,
     values,
 )
 
@@ -57,11 +57,11 @@ KEPT = {"0.6": (600_000_000, 0), "few": (1_000_000, 0), "most": (999_999_999, 0)
         "between": (700_000_000, 300_000_000), "top": (ONE, 900_000_000)}  # fmt: skip
 
 
-@pytest.mark.parametrize("kept", KEPT)
 @pytest.mark.parametrize("data", DATA)
-def test_as_select_and_update(ops, generator, data, kept):
-    result = compare_bracket(ops, problem_of(generator, data=data), *KEPT[kept])
-    assert result[Field.MISSES] == 0
+def test_as_select_and_update(ops, generator, data):
+    problem = problem_of(generator, data=data)
+    for kept in some(ops, [*KEPT.values()], generator, 3):
+        assert compare_bracket(ops, problem.copy(), *kept)[Field.MISSES] == 0
 
 
 @pytest.mark.parametrize("kept", ["0.6", "between"])
@@ -190,9 +190,9 @@ def test_refuses_fractions(ops, generator, upper, lower):
     assert_all_same_bits(problem.params, before.params, "params")
 
 
-def test_an_update_with_what_a_capture_left():
+def test_an_update_with_what_a_capture_left(tmp_path):
     """Memory is kept from one to the other. In a process of its own, where none was left before."""
-    script = """
+    source = """
 import torch
 from rose_ops import RoseFusedAdamW
 n = 1 << 23
@@ -204,7 +204,7 @@ optimizer.state[p] = {"step": torch.tensor(9.0), **moments}
 optimizer.capture("first", clear=False)
 optimizer.step()
 """
-    subprocess.run([sys.executable, "-c", script], check=True, timeout=300)
+    program(source, tmp_path)
 
 
 def test_a_step_misses_with_less_than_the_promised_probability():

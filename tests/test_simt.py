@@ -202,8 +202,12 @@ def test_bytes_of_a_first_order_capture(simt, ops, generator):
 
 @pytest.mark.parametrize(
     ("mix", "width", "limit"),
-    [("normal", 1.0, 30.0), ("ties", 1.0, 33.6), ("normal", 1e9, 36.8), ("ties", 1e9, 42.5)],
-    ids=["normal", "ties", "normal-no-bracket", "ties-no-bracket"],
+    [
+        pytest.param("normal", 1.0, 30.0, id="normal"),
+        pytest.param("ties", 1.0, 33.6, id="ties"),
+        pytest.param("normal", 1e9, 36.8, id="normal-no-bracket"),
+        pytest.param("ties", 1e9, 42.5, id="ties-no-bracket", marks=pytest.mark.slow),
+    ],
 )
 def test_bytes_of_a_bracketed_second_order_step(simt, ops, generator, mix, width, limit):
     """AdamW's own 28 bytes, the sample, the log; without a bracket, an exact step and the sample.

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from forked import context
 from stacks_support import (
     BATCH,
     EPOCHS,
@@ -279,7 +280,9 @@ def test_ddp_is_one_process(data, seed, tmp_path):
     """Second order: two processes with half a batch each have what one has from the mean gradient."""
     if not torch.distributed.is_available():
         pytest.skip("this PyTorch has no torch.distributed")
-    torch.multiprocessing.spawn(train_ddp, (2, str(tmp_path), seed, data), nprocs=2)
+    context()  # whose server it takes
+    given = 2, str(tmp_path), seed, data
+    torch.multiprocessing.start_processes(train_ddp, given, nprocs=2, start_method="forkserver")
     model = classifier(seed)
     optimizer = optimizer_of(model)
     for batch in batches(data):

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import copy
 import math
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
+from forked import program
 from support import assert_all_same_bits
 from torch import nn
 from training import assert_same_training, clones, each_order, give, gradients, parameters, train
@@ -191,10 +190,10 @@ def test_an_estimator_of_memory():
 
 
 @pytest.mark.parametrize(("order", "lr"), [("second", "0.1"), ("ensemble", "torch.tensor(0.1)")])
-def test_nothing_is_compiled_again(order, lr):
+def test_nothing_is_compiled_again(order, lr, tmp_path):
     """When learning rates or other options change, the warm-up ends, or a mask is used again: the
     optimizer is outside of the graphs. Statistics and counters are those of eager training."""
-    program = f"""
+    source = f"""
 import torch
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -242,13 +241,13 @@ assert kept == kept_ and all(kept[-1]), kept
 for p, q in zip(eager, compiled):
     torch.testing.assert_close(p, q)
 """
-    subprocess.run([sys.executable, "-c", program], check=True, timeout=300)
+    program(source, tmp_path)
 
 
 @pytest.mark.parametrize(("order", "what"), [("second", "step"), ("ensemble", "loop")])
-def test_compiled_training_is_eager_training(order, what):
+def test_compiled_training_is_eager_training(order, what, tmp_path):
     """Counters included: the warm-up ends. In a process of its own, as the compiler changes a lot."""
-    program = f"""
+    source = f"""
 import torch
 from torch import nn
 from rose_ops import RoseFusedAdamW
@@ -279,4 +278,4 @@ for compiled in (False, True):
 (a, kept_a, steps_a), (b, kept_b, steps_b) = found
 assert all(map(torch.equal, a, b)) and kept_a == kept_b > 0 and steps_a == steps_b == 5
 """
-    subprocess.run([sys.executable, "-c", program], check=True, timeout=300)
+    program(source, tmp_path)
