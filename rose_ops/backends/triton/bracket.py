@@ -240,7 +240,7 @@ def _redo(
     add(record + words.UPDATED, tl.where(t.valid, change, 0))
 
 
-@kernel(registers=144)
+@kernel(registers=128)
 def update_finish_kernel(
     rows, tile_rows, tiles, rank_inactive, found_inf, prepared, state, record, log_keys, log_places,
     log_old, capacity, first_place,

@@ -32,7 +32,7 @@ HALF_R = tl.constexpr(definitions.LINE * math.sqrt(2.0 * LOG_OF_FAILURE) / 2.0)
 ERRORS = tl.constexpr(math.sqrt(2.0 * LOG_OF_FAILURE))
 OF_RANGE = tl.constexpr(2.0 / 3.0 * definitions.LINE * LOG_OF_FAILURE)
 
-FEW = tl.constexpr(256)  # lines that give the window
+FEW = tl.constexpr(512)  # lines that give the window
 
 
 @triton.jit
@@ -248,7 +248,7 @@ def _decide(state, t, fraction, stratum, width):
     return tl.where(collapsed, 0.0, most)
 
 
-@kernel(registers=240, num_warps=8)
+@kernel(registers=128, num_warps=16)
 def bracket_kernel(
     found_inf, state, sample, strata, stratum, upper, lower, width, elements, capacity,
     LINES: tl.constexpr,
