@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, NamedTuple, TypeVar
 
 import torch
-import triton.language as tl
 from torch import Tensor
 
-from rose_ops.backends.triton import words
-from rose_ops.backends.triton.access import Access
-from rose_ops.definitions import LINE, Hyper
+from rose_ops.definitions import LINE
 
-DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-_KEPT = 32  # tables
-CPU = torch.device("cpu")
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+COLUMNS = 18  # see kernels.py
+_INDEX = 16
+_DIM = 5  # size, strides of up to 4 operands
+NO_MASK, BITS, WHOLE, ALL = range(4)
+_KEPT = 32
 T = TypeVar("T")
 
 
@@ -25,16 +26,17 @@ class Role(NamedTuple):
     """A list of tensors that makes up one operand of every segment."""
 
     name: str
-    operand: tl.constexpr
     tensors: Sequence[Tensor]
     written: bool = False
 
 
 class Class(NamedTuple):
-    """Segments that one launch can walk, of equal ``access``."""
+    """Segments that one launch can walk."""
 
-    access: Access
-    rows: Tensor  # [count, words.COLUMNS]
+    dtypes: tuple[int, ...]
+    linear: bool
+    aligned: bool
+    rows: Tensor  # [count, COLUMNS]
     tile_rows: Tensor  # int32: row of each tile
     base: int  # tiles of the classes before
     ranked: int  # segments that are ranked, which are the first ones, in the order of the lists
@@ -44,13 +46,6 @@ class Class(NamedTuple):
     def tiles(self) -> int:
         return len(self.tile_rows)
 
-    @property
-    def arguments(self) -> dict[str, Any]:
-        return {
-            "rows": self.rows, "tile_rows": self.tile_rows, "tiles": self.tiles,
-            "ranked": self.ranked, "ranked_tiles": self.ranked_tiles, "ACCESS": self.access,
-        }  # fmt: skip
-
 
 @dataclass(frozen=True)
 class Table:
@@ -58,20 +53,17 @@ class Table:
 
     classes: tuple[Class, ...]
     rows: Tensor
+    dims: Tensor
     hyper: Tensor
-    gamma: Tensor  # float64
+    extra: Tensor  # float64
     ones: Tensor  # two float32
     zero: Tensor
     elements: int  # that are ranked
-    lines: int  # that those are in, see definitions.sampled
+    lines: int  # that those are in, see reference.sampled
 
     @property
     def tiles(self) -> int:
         return sum(c.tiles for c in self.classes)
-
-
-def device_of(tensors: Sequence[Tensor]) -> torch.device:
-    return tensors[0].device if tensors else CPU
 
 
 def check(name: str, tensor: Tensor, dtype: torch.dtype, numel: int, device: torch.device) -> None:
@@ -100,40 +92,22 @@ def check_counts(roles: Sequence[Role]) -> None:
 
 def check_groups(hyper: Tensor, group: Tensor, count: int) -> None:
     """Raise RuntimeError unless these are the hyperparameters of ``count`` tensors."""
-    check("hyper", hyper, torch.float64, hyper.numel() // len(Hyper) * len(Hyper), CPU)
-    check("group", group, torch.int64, count, CPU)
+    cpu = torch.device("cpu")
+    check("hyper", hyper, torch.float64, hyper.numel() // 6 * 6, cpu)
+    check("group", group, torch.int64, count, cpu)
 
 
-def check_rows(hyper: Tensor, groups: Iterable[int]) -> None:
+def check_rows(hyper: Tensor, groups: Sequence[int]) -> None:
     """Raise RuntimeError unless these are rows of ``hyper``."""
-    count = hyper.numel() // len(Hyper)
+    count = len(hyper.reshape(-1, 6))
     for i, row in enumerate(groups):
         if not 0 <= row < count:
             raise RuntimeError(f"group[{i}] is {row}; expected a row of hyper")
 
 
-def _check_segment(i: int, roles: Sequence[Role], device: torch.device) -> None:
-    """Raise RuntimeError unless the ``i``-th tensors of the lists fit together."""
-    first = roles[0]
-    for role in roles:
-        t, what = role.tensors[i], f"{role.name}[{i}]"
-        if t.device != device:
-            raise RuntimeError(f"{what} is on another device than {first.name}[0]; expected all on one")
-        if t.dtype not in DTYPES:
-            raise RuntimeError(f"{what} has dtype {t.dtype}; expected float32, bfloat16 or float16")
-        if t.shape != first.tensors[i].shape:
-            raise RuntimeError(f"{what} and {first.name}[{i}] have different shapes; expected the same")
-        is_shared = any(s == 0 and n > 1 for s, n in zip(t.stride(), t.shape, strict=True))
-        if role.written and t.numel() and is_shared:
-            raise RuntimeError(
-                f"{what} is an expanded tensor, whose elements share memory; it cannot be updated in "
-                "place (use .contiguous())"
-            )
-
-
 def _dims(tensors: Sequence[Tensor]) -> list[list[int]]:
     """Sizes and strides, with neighbours merged that every operand walks as one; none: linear."""
-    if tensors[0].numel() == 0 or all(t.is_contiguous() for t in tensors):
+    if all(t.is_contiguous() for t in tensors):
         return []
     dims: list[list[int]] = []
     for d, size in enumerate(tensors[0].shape):
@@ -157,100 +131,35 @@ def make(
     hyper: Tensor,
     group: Tensor,
     block: int,
-    gamma: float = 0.0,
-    columns: Mapping[tl.constexpr, Sequence[int]] | None = None,
+    extra: Sequence[float] = (),
+    columns: Mapping[int, Sequence[int]] | None = None,
 ) -> Table:
     """The table of ``roles``.
 
     Args:
         hyper, group: see :mod:`rose_ops.reference`, on the CPU.
         block: elements of a tile.
-        gamma: to go with it.
-        columns: more columns of the rows.
+        extra: numbers to go with it, as float64.
+        columns: more columns of the rows, by number.
 
     Raises:
         RuntimeError: tensors that do not fit together.
     """
     check_counts(roles)
     check_groups(hyper, group, len(roles[0].tensors))
-    device, columns = device_of(roles[0].tensors), columns or {}
+    device = roles[0].tensors[0].device if roles[0].tensors else torch.device("cpu")
     # All that the table depends on, and all that is checked.
     key = (
-        block, hyper.numpy().tobytes(), group.numpy().tobytes(), gamma,
-        *((role.name, role.operand.value, role.written) for role in roles),
-        *((number.value, *values) for number, values in columns.items()),
+        block, hyper.numpy().tobytes(), group.numpy().tobytes(), *extra,
+        *((role.name, role.written) for role in roles),
+        *((number, *values) for number, values in (columns or {}).items()),
         *(t.data_ptr() for role in roles for t in role.tensors),
         *(t.shape for role in roles for t in role.tensors),
         *(t.dtype for role in roles for t in role.tensors),
         *(t.is_contiguous() or t.stride() for role in roles for t in role.tensors),
         *(t.get_device() for role in roles for t in role.tensors),
     )  # fmt: skip
-    return _kept(device, key, lambda: _make(roles, hyper, group, block, gamma, columns))
-
-
-class _Rows:
-    """The rows of a table, class by class, with the dims that they point to."""
-
-    def __init__(self, roles: Sequence[Role], hyper: Tensor, groups: list[int], block: int) -> None:
-        self._roles, self._groups, self._block = roles, groups, block
-        self._alphas = (1.0 - hyper[:, Hyper.BETA1]).float().view(torch.int32).tolist()
-        # An update ranks selective tensors only.
-        updates = any(role.written for role in roles)
-        self._ranks = [not updates or x != 0 for x in hyper[:, Hyper.SELECTIVE].tolist()]
-        self.members: dict[Access, list[list[int]]] = {}
-        self.dims: list[int] = []
-        self.elements = self.lines = 0
-
-    def add(self, i: int, columns: Mapping[tl.constexpr, Sequence[int]]) -> None:
-        """The ``i``-th segment."""
-        tensors = [role.tensors[i] for role in self._roles]
-        dims, group, n = _dims(tensors), self._groups[i], tensors[0].numel()
-        row = [0] * words.COLUMNS.value
-        row[words.N], row[words.INDEX], row[words.GROUP], row[words.TO_DIMS] = (
-            n,
-            i,
-            group,
-            len(self.dims),
-        )
-        row[words.ALPHA], row[words.SELECTIVE] = self._alphas[group], int(self._ranks[group])
-        row[words.FIRST_LINE] = self.lines
-        if row[words.SELECTIVE]:
-            self.elements += n
-            self.lines += -(-n // LINE)
-        dtypes: list[tl.dtype | None] = [None] * words.OPERANDS.value
-        for role, t in zip(self._roles, tensors, strict=True):
-            dtypes[role.operand] = DTYPES[t.dtype]
-            row[words.DATA + role.operand] = t.data_ptr()
-        for column, values in columns.items():
-            row[column] = values[i]
-        for size, *strides in dims:
-            dim = [size] + [0] * words.OPERANDS.value
-            for role, stride in zip(self._roles, strides, strict=True):
-                dim[1 + role.operand] = stride
-            self.dims += dim
-        # What 16-byte accesses take; the number of elements, so that a mask has whole vectors.
-        aligned = not dims and n % 16 == 0 and all(t.data_ptr() % 16 == 0 for t in tensors)
-        self.members.setdefault(Access(tuple(dtypes), len(dims), aligned), []).append(row)
-
-    def finish(self) -> list[int]:
-        """All words, once each class has its ranked segments first, and tiles."""
-        if not self.members:
-            self.members = {Access((tl.float32,) * words.OPERANDS.value, 0, True): []}
-        every = []
-        for rows in self.members.values():
-            rows.sort(key=lambda row: not row[words.SELECTIVE])
-            tiles = 0
-            for row in rows:
-                row[words.FIRST_TILE] = tiles
-                tiles += self.tiles(row)
-            every += rows
-        every = every or [[0] * words.COLUMNS.value]
-        for i, row in enumerate(every):
-            row[words.TO_DIMS] += (len(every) - i) * words.COLUMNS.value
-        return [word for row in every for word in row]
-
-    def tiles(self, *rows: list[int]) -> int:
-        return sum(-(-row[words.N] // self._block) for row in rows)
+    return _kept(device, key, lambda: _make(roles, hyper, group, block, extra, columns or {}))
 
 
 def _make(
@@ -258,40 +167,105 @@ def _make(
     hyper: Tensor,
     group: Tensor,
     block: int,
-    gamma: float,
-    columns: Mapping[tl.constexpr, Sequence[int]],
+    extra: Sequence[float],
+    columns: Mapping[int, Sequence[int]],
 ) -> Table:
-    device, groups = device_of(roles[0].tensors), group.tolist()
+    first = roles[0]
+    count = len(first.tensors)
+    device = first.tensors[0].device if count else torch.device("cpu")
+    groups = group.tolist()
     check_rows(hyper, groups)
-    rows = _Rows(roles, hyper.reshape(-1, len(Hyper)), groups, block)
-    for i in range(len(groups)):
-        _check_segment(i, roles, device)
-        rows.add(i, columns)
-    parts = [
-        torch.tensor(rows.finish(), dtype=torch.int64, device="cpu"),
-        torch.tensor(rows.dims, dtype=torch.int64, device="cpu"),
+    members: dict[tuple[tuple[int, ...], bool, bool], list[list[int]]] = {}
+    pool: list[list[int]] = []
+    # An update ranks selective tensors only.
+    selective = hyper.reshape(-1, 6)[:, 5].tolist()
+    updates = any(role.written for role in roles)
+    is_ranked = [selective[i] != 0 or not updates for i in groups]
+    elements = lines = 0
+    for i, tensors in enumerate(zip(*(role.tensors for role in roles), strict=True)):
+        for role, t in zip(roles, tensors, strict=True):
+            what = f"{role.name}[{i}]"
+            if t.device != device:
+                raise RuntimeError(
+                    f"{what} is on another device than {first.name}[0]; expected all on one"
+                )
+            if t.dtype not in DTYPES:
+                raise RuntimeError(f"{what} has dtype {t.dtype}; expected float32, bfloat16 or float16")
+            if t.shape != tensors[0].shape:
+                raise RuntimeError(
+                    f"{what} and {first.name}[{i}] have different shapes; expected the same"
+                )
+            if (
+                role.written
+                and t.numel()
+                and any(s == 0 and n > 1 for s, n in zip(t.stride(), t.shape, strict=True))
+            ):
+                raise RuntimeError(
+                    f"{what} is an expanded tensor, whose elements share memory; it cannot be updated "
+                    "in place (use .contiguous())"
+                )
+        n = tensors[0].numel()
+        dims = _dims(tensors) if n else []
+        pointers = [t.data_ptr() for t in tensors]
+        row = [
+            n,
+            0,
+            0,
+            *pointers,
+            *[0] * (4 - len(pointers)),
+            *[0] * 6,
+            groups[i],
+            len(dims),
+            len(pool),
+            i,
+            lines,
+        ]
+        if is_ranked[i]:
+            elements += n
+            lines += -(-n // LINE)
+        for column, values in columns.items():
+            row[column] = values[i]
+        pool += [[*dim, *[0] * (_DIM - len(dim))] for dim in dims]
+        # What 16-byte accesses take; the number of elements, so that a mask has whole vectors.
+        aligned = not dims and n % 16 == 0 and all(pointer % 16 == 0 for pointer in pointers)
+        dtypes = tuple(DTYPES[t.dtype] for t in tensors)
+        members.setdefault((dtypes, not dims, aligned), []).append(row)
+    members = members or {((0,) * len(roles), True, True): []}
+
+    tiles: list[list[int]] = []  # of each class: all, and those that are ranked
+    for rows in members.values():
+        rows.sort(key=lambda row: not is_ranked[row[_INDEX]])
+        tiles.append([0, 0])
+        for row in rows:
+            row[1] = tiles[-1][0]
+            tiles[-1][0] += -(-row[0] // block)
+            if is_ranked[row[_INDEX]]:
+                tiles[-1][1] = tiles[-1][0]
+    all_rows = [*chain(*members.values())] or [[0] * COLUMNS]
+    words = [
+        torch.tensor(all_rows, dtype=torch.int64, device="cpu").reshape(-1),
+        torch.tensor(pool or [[0] * _DIM], dtype=torch.int64, device="cpu").reshape(-1),
         hyper.reshape(-1).view(torch.int64),
-        torch.tensor([gamma], dtype=torch.float64, device="cpu").view(torch.int64),
+        torch.tensor([*extra, 0.0], dtype=torch.float64, device="cpu").view(torch.int64),
         torch.tensor([1.0, 1.0, 0.0, 0.0], dtype=torch.float32, device="cpu").view(torch.int64),
     ]
-    blob = _upload(torch.cat(parts), device)
-    rows_, _, hyper_, gamma_, constants = blob.split([len(part) for part in parts])
-    rows_ = rows_.view(-1, words.COLUMNS.value)
+    blob = _upload(torch.cat(words), device)
+    rows_, dims_, hyper_, extra_, constants = blob.split([len(w) for w in words])
+    rows_ = rows_.view(-1, COLUMNS)
     ones, zero = constants.view(torch.float32).split(2)
     classes, at, base = [], 0, 0
-    for access, members in rows.members.items():
-        its_rows, tiles = rows_[at : at + max(len(members), 1)], rows.tiles(*members)
+    for (key, rows), (own, ranked_tiles) in zip(members.items(), tiles, strict=True):
+        its_rows = rows_[at : at + max(len(rows), 1)]
         # The last row that starts at or before a tile: never an empty one.
         of_tiles = torch.searchsorted(
-            its_rows[:, words.FIRST_TILE.value].contiguous(), torch.arange(tiles, device=device),
-            right=True, out_int32=True,
-        ).sub_(1)  # fmt: skip
-        ranked = [row for row in members if row[words.SELECTIVE]]
-        classes.append(Class(access, its_rows, of_tiles, base, len(ranked), rows.tiles(*ranked)))
-        at, base = at + len(members), base + tiles
+            its_rows[:, 1].contiguous(), torch.arange(own, device=device), right=True, out_int32=True
+        ).sub_(1)
+        ranked = sum(is_ranked[row[_INDEX]] for row in rows)
+        classes.append(Class(*key, its_rows, of_tiles, base, ranked, ranked_tiles))
+        at, base = at + len(rows), base + own
     return Table(
-        tuple(classes), rows_, hyper_.view(torch.float64), gamma_.view(torch.float64), ones, zero,
-        rows.elements, rows.lines,
+        tuple(classes), rows_, dims_, hyper_.view(torch.float64), extra_.view(torch.float64), ones,
+        zero, elements, lines,
     )  # fmt: skip
 
 
