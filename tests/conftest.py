@@ -121,6 +121,10 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # extensions complain of what is left at the end
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_runtest_logfinish() -> None:
     """A kernel that fails leaves a process whose device is lost. One of several ends then, and tests go
