@@ -88,7 +88,7 @@ def test_a_constant_is_defined_once():
 
 
 def test_triton_has_the_same(numbers):
-    triton = pytest.importorskip("rose_ops.backends.triton.bracket")
+    triton = pytest.importorskip("rose_ops.backends.triton.sample")
     assert triton.LOG.value == numbers[2]
     assert triton.LINE.value == numbers[0]
     for u, width in zip(U, numbers[4:8], strict=True):

@@ -51,27 +51,27 @@ BF16 = {"D0": 1, "D1": 1, "D2": 1, "D3": 1, "STOCHASTIC": True}
 PASS = {**ADAMW, "TWO": False}
 # kernel, constants, 16-byte loads and stores expected
 CASES = {
-    "select": ("_select_kernel", {**RISK, "BLOCK": 1024}, 4, 0),
-    "select-sample": ("_select_kernel", {**RISK, "D0": 3, "BLOCK": 1024}, 0, 0),
-    "capture": ("_capture_kernel", FIRST, 1, 0),
-    "update": ("_update_kernel", UPDATE, 4, 3),
-    "update-masks": ("_update_kernel", {**UPDATE, "FROM_RISK": False}, 4, 3),
-    "update-bf16": ("_update_kernel", {**UPDATE, **BF16}, 0, 0),
-    "update-fp16": ("_update_kernel", {**UPDATE, "D0": 2, "D1": 2}, 2, 2),
-    "prepare": ("_prepare_kernel", {}, 0, 0),
-    "squares": ("_squares_kernel", BASE, 1, 0),
-    "sample": ("_sample_kernel", SAMPLE, 0, 0),
-    "sample-strided": ("_sample_kernel", {**SAMPLE, "LINEAR": False}, 0, 0),
-    "bracket": ("_bracket_kernel", {"LINES": 64}, 0, 0),
-    "pass-capture": ("_capture_pass_kernel", {**FIRST, "TWO": True}, 1, 0),
-    "pass": ("_update_pass_kernel", {**PASS, "FRACTIONAL": False}, 6, 3),
-    "pass-bf16": ("_update_pass_kernel", {**PASS, **BF16, "FRACTIONAL": False}, 0, 0),
-    "pass-ensemble": ("_update_pass_kernel", PASS, 6, 3),
-    "pass-ensemble-lower": ("_update_pass_kernel", {**PASS, "TWO": True}, 6, 3),
-    "resolve": ("_resolve_kernel", RISK, 2, 0),
-    "fix-capture": ("_capture_fix_kernel", FIRST, 1, 0),
-    "fix": ("_update_fix_kernel", ADAMW, 4, 3),
-    "fix-bf16": ("_update_fix_kernel", {**ADAMW, **BF16}, 0, 0),
+    "select": ("select_kernel", {**RISK, "BLOCK": 1024}, 4, 0),
+    "select-sample": ("select_kernel", {**RISK, "D0": 3, "BLOCK": 1024}, 0, 0),
+    "capture": ("capture_kernel", FIRST, 1, 0),
+    "update": ("update_kernel", UPDATE, 4, 3),
+    "update-masks": ("update_kernel", {**UPDATE, "FROM_RISK": False}, 4, 3),
+    "update-bf16": ("update_kernel", {**UPDATE, **BF16}, 0, 0),
+    "update-fp16": ("update_kernel", {**UPDATE, "D0": 2, "D1": 2}, 2, 2),
+    "prepare": ("prepare_kernel", {}, 0, 0),
+    "squares": ("squares_kernel", BASE, 1, 0),
+    "sample": ("sample_kernel", SAMPLE, 0, 0),
+    "sample-strided": ("sample_kernel", {**SAMPLE, "LINEAR": False}, 0, 0),
+    "bracket": ("bracket_kernel", {"LINES": 64}, 0, 0),
+    "pass-capture": ("capture_pass_kernel", {**FIRST, "TWO": True}, 1, 0),
+    "pass": ("update_pass_kernel", {**PASS, "FRACTIONAL": False}, 6, 3),
+    "pass-bf16": ("update_pass_kernel", {**PASS, **BF16, "FRACTIONAL": False}, 0, 0),
+    "pass-ensemble": ("update_pass_kernel", PASS, 6, 3),
+    "pass-ensemble-lower": ("update_pass_kernel", {**PASS, "TWO": True}, 6, 3),
+    "resolve": ("resolve_kernel", RISK, 2, 0),
+    "fix-capture": ("capture_fix_kernel", FIRST, 1, 0),
+    "fix": ("update_fix_kernel", ADAMW, 4, 3),
+    "fix-bf16": ("update_fix_kernel", {**ADAMW, **BF16}, 0, 0),
 }
 # In double precision, IEEE division begins with an approximate reciprocal.
 FORBIDDEN = re.compile(
@@ -108,12 +108,11 @@ def compile_case(name: str, arch: int) -> None:
     from triton.backends.nvidia.compiler import get_ptxas
     from triton.compiler import ASTSource
 
-    from rose_ops.backends.triton import bracket, kernels
+    from rose_ops.backends.triton.access import KERNELS
 
     if name in CASES:
         kernel, constants, loads, stores = CASES[name]
-        function = getattr(kernels, kernel, None) or getattr(bracket, kernel)
-        options = kernels.OPTIONS[kernel]
+        function, options = KERNELS[kernel]
     else:
         function, constants, loads, stores = triton_faults.kernel, {"FAULT": name}, 1, 1
         options = {"enable_fp_fusion": name == "contraction"}
@@ -226,7 +225,7 @@ def launches(monkeypatch, ops, generator, pieces: int, **changes: float) -> list
     problem = Problem.of(grads, moments, (*row, 1.0, 1.0), changes.get("lr", 1e-3), **options)
     problem.steps = [torch.tensor(changes.get("step", 0.0)) for _ in grads]
     record_of = problem.select(reference, 600_000_000)
-    monkeypatch.setattr(ops.passes, "_launch", record)
+    monkeypatch.setattr(ops.passes, "launch", record)
     problem.select(ops, 600_000_000)
     problem.update(ops, selection=record_of)
     monkeypatch.undo()
@@ -234,7 +233,8 @@ def launches(monkeypatch, ops, generator, pieces: int, **changes: float) -> list
 
 
 def test_launches_have_the_options_that_are_compiled_here(triton_ops):
-    from rose_ops.backends.triton import bracket, kernels, passes
+    from rose_ops.backends.triton import passes
+    from rose_ops.backends.triton.access import KERNELS
 
     seen: dict = {}
 
@@ -245,14 +245,14 @@ def test_launches_have_the_options_that_are_compiled_here(triton_ops):
         def __getitem__(self, grid):
             return lambda **options: seen.update({self.fn.__name__: options})
 
-    for name in kernels.OPTIONS:
-        passes._launch(Kernel(getattr(kernels, name, None) or getattr(bracket, name)), 1)
+    for kernel, _ in KERNELS.values():
+        passes.launch(Kernel(kernel), 1)
     limits = torch.version.cuda is not None
     assert seen == {
         name: {k: v for k, v in options.items() if limits or k != "maxnreg"}
-        for name, options in kernels.OPTIONS.items()
+        for name, (_, options) in KERNELS.items()
     }
-    assert {name for name, *_ in CASES.values()} == {*kernels.OPTIONS} - {"_sums_kernel"}
+    assert {name for name, *_ in CASES.values()} == {*KERNELS} - {"sums_kernel"}
 
 
 @pytest.mark.parametrize(
@@ -293,7 +293,7 @@ def test_launches_of_a_step(monkeypatch, generator, pieces):
     if not ops.INTERPRETED:
         pytest.skip("needs TRITON_INTERPRET=1")
     names = [name for name, *_ in launches(monkeypatch, ops, generator, pieces)]
-    assert names == [*["_select_kernel"] * 4, "_prepare_kernel", "_update_kernel"]
+    assert names == [*["select_kernel"] * 4, "prepare_kernel", "update_kernel"]
 
 
 @pytest.fixture
@@ -430,7 +430,7 @@ def counted(triton_ops, monkeypatch):
 
     wrapped("create_masked_load", "read", 0)
     wrapped("create_masked_store", "written", 1)
-    launch, of = passes._launch, passes.Bracket.of
+    launch, of = passes.launch, passes.Bracket.of
 
     def counted_launch(*args, **options):
         counts["launches"] += 1
@@ -441,7 +441,7 @@ def counted(triton_ops, monkeypatch):
         watch([bracket.sample])
         return bracket
 
-    monkeypatch.setattr(passes, "_launch", counted_launch)
+    monkeypatch.setattr(passes, "launch", counted_launch)
     monkeypatch.setattr(passes.Bracket, "of", watched)
 
     def measure(tensors, call) -> dict[str, int]:
@@ -524,13 +524,13 @@ def test_memory_of_a_bracketed_pass(triton_ops, n, updates):
 @pytest.mark.slow
 def test_a_log_that_overflows_is_a_miss(triton_ops, monkeypatch, generator):
     """Which a sample makes next to impossible: the estimate is the threshold then, and is counted."""
-    from rose_ops.backends.triton import bracket, passes
+    from rose_ops.backends.triton import passes
 
-    launch, of = passes._launch, passes.Bracket.of
-    position = bracket._bracket_kernel.arg_names.index("capacity")
+    launch, of = passes.launch, passes.Bracket.of
+    position = passes.bracket_kernel.arg_names.index("capacity")
 
     def reckless(kernel, programs, *args, **options):
-        if kernel is bracket._bracket_kernel:
+        if kernel is passes.bracket_kernel:
             args = (*args[:position], 1 << 30, *args[position + 1 :])
         launch(kernel, programs, *args, **options)
 
@@ -539,7 +539,7 @@ def test_a_log_that_overflows_is_a_miss(triton_ops, monkeypatch, generator):
         made.capacity = 100
         return made
 
-    monkeypatch.setattr(passes, "_launch", reckless)
+    monkeypatch.setattr(passes, "launch", reckless)
     monkeypatch.setattr(passes.Bracket, "of", small)
     for kept in ((600_000_000, 0), (700_000_000, 200_000_000)):
         result = compare_bracket(triton_ops, _problem(generator, 100_003), *kept)

@@ -15,9 +15,10 @@ from torch import Tensor
 from rose_ops import portable
 from rose_ops._arguments import reads_pointers
 from rose_ops.backends.triton import passes
-from rose_ops.backends.triton.passes import INTERPRETED, Factors, Ranking, Update, device_of
-from rose_ops.backends.triton.table import check, check_groups, check_rows, upload
-from rose_ops.definitions import Field, Mode, keeps_denormals
+from rose_ops.backends.triton.arguments import Factors, Ranking, Update, check_fractions
+from rose_ops.backends.triton.launch import INTERPRETED
+from rose_ops.backends.triton.table import check, check_groups, check_rows, device_of, upload
+from rose_ops.definitions import Field, Hyper, Mode, keeps_denormals
 from rose_ops.portable import count_keys
 
 __all__ = ["clip_factors", "count_keys", "rank_", "select_tensors_", "step_", "sums_of_squares"]
@@ -101,7 +102,7 @@ def select_tensors_(
     clip: Tensor | None, upper: int, lower: int, rank_inactive: bool,
 ) -> Tensor:  # fmt: skip
     """See :func:`rose_ops.reference.select_tensors_`. PyTorch's kernels: there are few tensors."""
-    passes.check_fractions(upper, lower)
+    check_fractions(upper, lower)
     count, device = mask.numel(), mask.device
     check("mask", mask, torch.bool, count, device)
     check("sums", sums, torch.float64, count, device)
@@ -111,7 +112,7 @@ def select_tensors_(
         check("clip", clip, torch.float32, 2, device)
     check_groups(hyper, group, count)
     check_rows(hyper, group.tolist())
-    alphas = upload(1.0 - hyper.reshape(-1, 6)[group, 0], device).float()
+    alphas = upload(1.0 - hyper.reshape(-1, len(Hyper))[group, Hyper.BETA1], device).float()
     return portable.select_by_sums_(mask, sums, exp_avg_sums, alphas, clip, upper, lower, rank_inactive)
 
 

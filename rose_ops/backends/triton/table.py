@@ -11,13 +11,12 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from rose_ops.definitions import LINE
+from rose_ops.backends.triton import words
+from rose_ops.definitions import LINE, Hyper
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-COLUMNS = 18  # see kernels.py
-_INDEX = 16
-_DIM = 5  # size, strides of up to 4 operands
-NO_MASK, BITS, WHOLE, ALL = range(4)
+CPU = torch.device("cpu")
+_COLUMNS, _DIM = words.COLUMNS.value, words.DIM.value
 _KEPT = 32
 T = TypeVar("T")
 
@@ -36,7 +35,7 @@ class Class(NamedTuple):
     dtypes: tuple[int, ...]
     linear: bool
     aligned: bool
-    rows: Tensor  # [count, COLUMNS]
+    rows: Tensor  # [count, COLUMNS], see words.py
     tile_rows: Tensor  # int32: row of each tile
     base: int  # tiles of the classes before
     ranked: int  # segments that are ranked, which are the first ones, in the order of the lists
@@ -66,6 +65,11 @@ class Table:
         return sum(c.tiles for c in self.classes)
 
 
+def device_of(tensors: Sequence[Tensor]) -> torch.device:
+    """That of the first one."""
+    return tensors[0].device if tensors else CPU
+
+
 def check(name: str, tensor: Tensor, dtype: torch.dtype, numel: int, device: torch.device) -> None:
     """Raise RuntimeError unless ``tensor`` is contiguous, of ``dtype`` with ``numel`` elements."""
     if (
@@ -92,14 +96,13 @@ def check_counts(roles: Sequence[Role]) -> None:
 
 def check_groups(hyper: Tensor, group: Tensor, count: int) -> None:
     """Raise RuntimeError unless these are the hyperparameters of ``count`` tensors."""
-    cpu = torch.device("cpu")
-    check("hyper", hyper, torch.float64, hyper.numel() // 6 * 6, cpu)
-    check("group", group, torch.int64, count, cpu)
+    check("hyper", hyper, torch.float64, hyper.numel() // len(Hyper) * len(Hyper), CPU)
+    check("group", group, torch.int64, count, CPU)
 
 
 def check_rows(hyper: Tensor, groups: Sequence[int]) -> None:
     """Raise RuntimeError unless these are rows of ``hyper``."""
-    count = len(hyper.reshape(-1, 6))
+    count = hyper.numel() // len(Hyper)
     for i, row in enumerate(groups):
         if not 0 <= row < count:
             raise RuntimeError(f"group[{i}] is {row}; expected a row of hyper")
@@ -147,7 +150,7 @@ def make(
     """
     check_counts(roles)
     check_groups(hyper, group, len(roles[0].tensors))
-    device = roles[0].tensors[0].device if roles[0].tensors else torch.device("cpu")
+    device = device_of(roles[0].tensors)
     # All that the table depends on, and all that is checked.
     key = (
         block, hyper.numpy().tobytes(), group.numpy().tobytes(), *extra,
@@ -162,6 +165,80 @@ def make(
     return _kept(device, key, lambda: _make(roles, hyper, group, block, extra, columns or {}))
 
 
+def _check_segment(i: int, roles: Sequence[Role], device: torch.device) -> None:
+    """Raise RuntimeError unless the ``i``-th tensors of the lists fit together."""
+    first = roles[0]
+    for role in roles:
+        t, what = role.tensors[i], f"{role.name}[{i}]"
+        if t.device != device:
+            raise RuntimeError(f"{what} is on another device than {first.name}[0]; expected all on one")
+        if t.dtype not in DTYPES:
+            raise RuntimeError(f"{what} has dtype {t.dtype}; expected float32, bfloat16 or float16")
+        if t.shape != first.tensors[i].shape:
+            raise RuntimeError(f"{what} and {first.name}[{i}] have different shapes; expected the same")
+        is_shared = any(s == 0 and n > 1 for s, n in zip(t.stride(), t.shape, strict=True))
+        if role.written and t.numel() and is_shared:
+            raise RuntimeError(
+                f"{what} is an expanded tensor, whose elements share memory; it cannot be updated in "
+                "place (use .contiguous())"
+            )
+
+
+class _Rows:
+    """The rows of a table, class by class, with the dims that they point to."""
+
+    def __init__(self, roles: Sequence[Role], hyper: Tensor, groups: list[int], block: int) -> None:
+        self._roles, self._groups, self._block = roles, groups, block
+        # An update ranks selective tensors only.
+        updates = any(role.written for role in roles)
+        selective = hyper.reshape(-1, len(Hyper))[:, Hyper.SELECTIVE].tolist()
+        self._is_ranked = [selective[group] != 0 or not updates for group in groups]
+        self.members: dict[tuple[tuple[int, ...], bool, bool], list[list[int]]] = {}
+        self.dims: list[list[int]] = []
+        self.elements = self.lines = 0
+
+    def add(self, i: int, columns: Mapping[int, Sequence[int]]) -> None:
+        """The ``i``-th segment."""
+        tensors = [role.tensors[i] for role in self._roles]
+        n = tensors[0].numel()
+        dims = _dims(tensors) if n else []
+        pointers = [t.data_ptr() for t in tensors]
+        row = [0] * _COLUMNS
+        row[words.N] = n
+        row[words.DATA : words.DATA + len(pointers)] = pointers
+        row[words.GROUP] = self._groups[i]
+        row[words.DIMS], row[words.FIRST_DIM] = len(dims), len(self.dims)
+        row[words.INDEX], row[words.FIRST_LINE] = i, self.lines
+        for column, values in columns.items():
+            row[column] = values[i]
+        if self._is_ranked[i]:
+            self.elements += n
+            self.lines += -(-n // LINE)
+        self.dims += [[*dim, *[0] * (_DIM - len(dim))] for dim in dims]
+        # What 16-byte accesses take; the number of elements, so that a mask has whole vectors.
+        aligned = not dims and n % 16 == 0 and all(pointer % 16 == 0 for pointer in pointers)
+        dtypes = tuple(DTYPES[t.dtype] for t in tensors)
+        self.members.setdefault((dtypes, not dims, aligned), []).append(row)
+
+    def finish(self) -> list[list[int]]:
+        """All rows, once each class has its ranked segments first, and tiles."""
+        if not self.members:
+            self.members = {((0,) * len(self._roles), True, True): []}
+        for rows in self.members.values():
+            rows.sort(key=lambda row: not self._is_ranked[row[words.INDEX]])
+            tiles = 0
+            for row in rows:
+                row[words.FIRST_TILE] = tiles
+                tiles += self.tiles([row])
+        return [*chain(*self.members.values())] or [[0] * _COLUMNS]
+
+    def ranked(self, rows: Sequence[list[int]]) -> list[list[int]]:
+        return [row for row in rows if self._is_ranked[row[words.INDEX]]]
+
+    def tiles(self, rows: Sequence[list[int]]) -> int:
+        return sum(-(-row[words.N] // self._block) for row in rows)
+
+
 def _make(
     roles: Sequence[Role],
     hyper: Tensor,
@@ -170,102 +247,37 @@ def _make(
     extra: Sequence[float],
     columns: Mapping[int, Sequence[int]],
 ) -> Table:
-    first = roles[0]
-    count = len(first.tensors)
-    device = first.tensors[0].device if count else torch.device("cpu")
-    groups = group.tolist()
+    device, groups = device_of(roles[0].tensors), group.tolist()
     check_rows(hyper, groups)
-    members: dict[tuple[tuple[int, ...], bool, bool], list[list[int]]] = {}
-    pool: list[list[int]] = []
-    # An update ranks selective tensors only.
-    selective = hyper.reshape(-1, 6)[:, 5].tolist()
-    updates = any(role.written for role in roles)
-    is_ranked = [selective[i] != 0 or not updates for i in groups]
-    elements = lines = 0
-    for i, tensors in enumerate(zip(*(role.tensors for role in roles), strict=True)):
-        for role, t in zip(roles, tensors, strict=True):
-            what = f"{role.name}[{i}]"
-            if t.device != device:
-                raise RuntimeError(
-                    f"{what} is on another device than {first.name}[0]; expected all on one"
-                )
-            if t.dtype not in DTYPES:
-                raise RuntimeError(f"{what} has dtype {t.dtype}; expected float32, bfloat16 or float16")
-            if t.shape != tensors[0].shape:
-                raise RuntimeError(
-                    f"{what} and {first.name}[{i}] have different shapes; expected the same"
-                )
-            if (
-                role.written
-                and t.numel()
-                and any(s == 0 and n > 1 for s, n in zip(t.stride(), t.shape, strict=True))
-            ):
-                raise RuntimeError(
-                    f"{what} is an expanded tensor, whose elements share memory; it cannot be updated "
-                    "in place (use .contiguous())"
-                )
-        n = tensors[0].numel()
-        dims = _dims(tensors) if n else []
-        pointers = [t.data_ptr() for t in tensors]
-        row = [
-            n,
-            0,
-            0,
-            *pointers,
-            *[0] * (4 - len(pointers)),
-            *[0] * 6,
-            groups[i],
-            len(dims),
-            len(pool),
-            i,
-            lines,
-        ]
-        if is_ranked[i]:
-            elements += n
-            lines += -(-n // LINE)
-        for column, values in columns.items():
-            row[column] = values[i]
-        pool += [[*dim, *[0] * (_DIM - len(dim))] for dim in dims]
-        # What 16-byte accesses take; the number of elements, so that a mask has whole vectors.
-        aligned = not dims and n % 16 == 0 and all(pointer % 16 == 0 for pointer in pointers)
-        dtypes = tuple(DTYPES[t.dtype] for t in tensors)
-        members.setdefault((dtypes, not dims, aligned), []).append(row)
-    members = members or {((0,) * len(roles), True, True): []}
-
-    tiles: list[list[int]] = []  # of each class: all, and those that are ranked
-    for rows in members.values():
-        rows.sort(key=lambda row: not is_ranked[row[_INDEX]])
-        tiles.append([0, 0])
-        for row in rows:
-            row[1] = tiles[-1][0]
-            tiles[-1][0] += -(-row[0] // block)
-            if is_ranked[row[_INDEX]]:
-                tiles[-1][1] = tiles[-1][0]
-    all_rows = [*chain(*members.values())] or [[0] * COLUMNS]
-    words = [
-        torch.tensor(all_rows, dtype=torch.int64, device="cpu").reshape(-1),
-        torch.tensor(pool or [[0] * _DIM], dtype=torch.int64, device="cpu").reshape(-1),
+    rows = _Rows(roles, hyper, groups, block)
+    for i in range(len(groups)):
+        _check_segment(i, roles, device)
+        rows.add(i, columns)
+    parts = [
+        torch.tensor(rows.finish(), dtype=torch.int64, device="cpu").reshape(-1),
+        torch.tensor(rows.dims or [[0] * _DIM], dtype=torch.int64, device="cpu").reshape(-1),
         hyper.reshape(-1).view(torch.int64),
         torch.tensor([*extra, 0.0], dtype=torch.float64, device="cpu").view(torch.int64),
         torch.tensor([1.0, 1.0, 0.0, 0.0], dtype=torch.float32, device="cpu").view(torch.int64),
     ]
-    blob = _upload(torch.cat(words), device)
-    rows_, dims_, hyper_, extra_, constants = blob.split([len(w) for w in words])
-    rows_ = rows_.view(-1, COLUMNS)
+    blob = _upload(torch.cat(parts), device)
+    rows_, dims_, hyper_, extra_, constants = blob.split([len(part) for part in parts])
+    rows_ = rows_.view(-1, _COLUMNS)
     ones, zero = constants.view(torch.float32).split(2)
     classes, at, base = [], 0, 0
-    for (key, rows), (own, ranked_tiles) in zip(members.items(), tiles, strict=True):
-        its_rows = rows_[at : at + max(len(rows), 1)]
+    for key, members in rows.members.items():
+        its_rows, tiles = rows_[at : at + max(len(members), 1)], rows.tiles(members)
         # The last row that starts at or before a tile: never an empty one.
         of_tiles = torch.searchsorted(
-            its_rows[:, 1].contiguous(), torch.arange(own, device=device), right=True, out_int32=True
-        ).sub_(1)
-        ranked = sum(is_ranked[row[_INDEX]] for row in rows)
-        classes.append(Class(*key, its_rows, of_tiles, base, ranked, ranked_tiles))
-        at, base = at + len(rows), base + own
+            its_rows[:, words.FIRST_TILE.value].contiguous(), torch.arange(tiles, device=device),
+            right=True, out_int32=True,
+        ).sub_(1)  # fmt: skip
+        ranked = rows.ranked(members)
+        classes.append(Class(*key, its_rows, of_tiles, base, len(ranked), rows.tiles(ranked)))
+        at, base = at + len(members), base + tiles
     return Table(
         tuple(classes), rows_, dims_, hyper_.view(torch.float64), extra_.view(torch.float64), ones,
-        zero, elements, lines,
+        zero, rows.elements, rows.lines,
     )  # fmt: skip
 
 
