@@ -56,7 +56,8 @@ class Command:
     def __init__(
         self, target: str, *arguments: str, folder: Path = ROOT, environment: Mapping[str, str] = {}
     ) -> None:  # fmt: skip
-        self.files = [Path(tempfile.mkstemp()[1]) for _ in range(2)]
+        self.said = tempfile.TemporaryDirectory()
+        self.files = [Path(self.said.name) / name for name in ("output", "errors")]
         given = (target, arguments, folder, {**environment}, self.files)
         self.process = context().Process(target=_become, args=given, daemon=False)
         self.process.start()
@@ -67,9 +68,8 @@ class Command:
         hangs = self.process.is_alive()
         self.process.kill()
         self.process.join()
-        said = [file.read_text() for file in self.files]
-        for file in self.files:
-            file.unlink()
+        said = [file.read_text() if file.exists() else "" for file in self.files]
+        self.said.cleanup()
         assert not hangs, f"no end after {seconds} s: {said}"
         return subprocess.CompletedProcess([], self.process.exitcode, *said)
 
@@ -107,7 +107,7 @@ def _become(
     files: Collection[Path],
 ) -> None:  # fmt: skip
     for stream, file in enumerate(files, start=1):
-        os.dup2(os.open(file, os.O_WRONLY), stream)
+        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), stream)
     os.environ.update(environment)
     os.chdir(folder)
     sys.argv = [target, *arguments]

@@ -30,7 +30,7 @@ RANKS = 3
 SECONDS = 60  # for one task; they take a second or two
 
 
-def serve(rank: int, most: int, unused: str, connection: Any) -> None:
+def serve(rank: int, _size: int, _store: str, connection: Any) -> None:
     """Run what comes through the connection in a world of the size that it wants, until there is no
     more. (A world of its own for each takes some milliseconds.)"""
     torch.set_num_threads(1)
