@@ -46,8 +46,8 @@ Ranking::Ranking(const std::vector<int64_t>& ranking, const std::optional<Tensor
     if (finds()) check_fractions(upper, lower);
   }
   if (is_shared) {
-    ROSE_CHECK(mode == Mode::kBracket, "ranking has ", ranking.size(), " numbers; expected ", kNumbers,
-               ", as its mode is not bracket (2)");
+    ROSE_CHECK(mode == Mode::kBracket || mode == Mode::kExact, "ranking has ", ranking.size(),
+               " numbers; expected ", kNumbers, ", as its mode is neither exact (1) nor bracket (2)");
     const int64_t* const more = ranking.data() + kNumbers;
     shared = {more[0], more[1], {static_cast<int32_t>(more[2]), static_cast<int32_t>(more[3])}, {}};
     shared->others.assign(ranking.begin() + kNumbers + kOfShared, ranking.end());

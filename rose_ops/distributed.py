@@ -8,23 +8,23 @@ Sums of one step (:attr:`rose_ops.ranks.Ranks.sums` counts them), and their byte
 on the number of elements:
 
 ====================================  ====  =======================================================
-a ranking, bracket, on CPUs              3  at most 100 KiB for each bound
-a ranking, exact; bracket elsewhere      2  512 KiB, and 256 KiB for each bound
+a ranking, exact or bracket, on CPUs     3  at most 100 KiB for each bound
+the same on GPUs                         2  512 KiB, and 256 KiB for each bound
 a ranking, approx                        1  4 bytes for each element of the sample, at most 4 MiB
 a ranking of whole tensors               1  8 bytes for each tensor and process
 ``max_grad_norm``                        1  the same, for both together
 ``GradScaler``                           1  8 bytes
 ====================================  ====  =======================================================
 
-A bracket's three, in one pass over the data (csrc/cpu/pass.cpp): of samples, around the threshold of
-the step before; of what lies below and inside of the bracket, when all elements are treated; of the
-keys near the threshold. Where the sample is not enough (there was no threshold; it is more than an
-octave away; too many elements are around it), the two of "exact" follow in the place of the other two.
-Of less than 2^20 elements, there are only these.
+The three, in one pass over the data (csrc/cpu/pass.cpp): of samples, around the threshold of the step
+before; of what lies below and inside of a bracket, when all elements are seen; of the keys near the
+threshold. Where the sample is not enough (there was no threshold; it is more than an octave away; too
+many elements are around it), the two of GPUs follow in the place of the other two. Of less than 2^20
+elements, there are only these.
 
-When a process dies, or hangs until the group's timeout, the others raise. Until the sum of the samples,
-or the last one of the others, nothing is changed. After it, a bracket's elements are all treated, by an
-estimate of the threshold: a whole step, that is not exactly the one of the others.
+When a process dies, or hangs until the group's timeout, the others raise. Until the sum of a bracket's
+samples, or the last one of any other kind of ranking, nothing is changed. After it, the elements of a
+bracket are all treated, by an estimate of the threshold: a whole step, that is not exactly theirs.
 """
 
 from __future__ import annotations
@@ -177,6 +177,7 @@ def record_of(
     hyper: Tensor,
     scaling: Scaling,
     ranking: Ranking,
+    adds_up: str | None = None,
 ) -> Tensor:
     """The record of a ranking over all processes.
 
@@ -184,6 +185,7 @@ def record_of(
         ops: a backend's operators, which count what is here.
         batch: of what is ranked, what is here; it may be empty.
         exp_avgs: empty: first order.
+        adds_up: the kind of an exact ranking, if the operators add up on their way through the data.
     """
     layout, counts = batch.layout, [ranks.counts(p) for p in batch.params]
     shards = layout.shards or list(map(Shard.of, batch.parts))
@@ -209,6 +211,17 @@ def record_of(
         )
     mine = batch.subset(counts)
     grads, exp_avgs = mine.grads, mine.state("exp_avg") if exp_avgs else []
+
+    if adds_up is not None and ranking.selection == "exact":
+        on_the_way = ranks.one_pass(adds_up, ranking, mine.params)
+        if on_the_way is not None:
+            with ranks.raising():
+                record = ops.rank_(
+                    [], grads, exp_avgs, hyper, mine.layout.group, scaling.inv_scale, scaling.clip,
+                    None, on_the_way.numbers(),
+                )  # fmt: skip
+            if record[Field.MISSES] == 0:
+                return record
 
     def count_keys(digits: Tensor | None) -> Tensor:
         if not grads:

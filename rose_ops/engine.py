@@ -225,14 +225,15 @@ class Engine:
         if ranks is None:
             self.records[kind] = use(ranking, None)
             return
-        ops = self._ops(batch)
-        on_the_way = ranks.one_pass(kind, ranking, batch.params) if self._adds_up else None
-        record = None
-        if on_the_way is not None:
-            with ranks.raising():
-                record = use(on_the_way, None)
+        ops, record = self._ops(batch), None
+        if self._adds_up and ranking.selection == "bracket":
+            on_the_way = ranks.one_pass(kind, ranking, batch.params)
+            if on_the_way is not None:
+                with ranks.raising():
+                    record = use(on_the_way, None)
         if record is None or record[Field.MISSES] < 0:  # it did nothing
-            known = record_of(ranks, ops, batch, exp_avgs, hyper, scaling, ranking)
+            counted = kind if self._adds_up else None
+            known = record_of(ranks, ops, batch, exp_avgs, hyper, scaling, ranking, counted)
             record = use(ranking, known)
         if self._adds_up:
             ranks.latest[kind] = record[:2].tolist()

@@ -160,13 +160,13 @@ class Ranks:
         self.begin = 0 if self.is_uniform else sum(numel for _, numel, *_ in found[: self.rank])
 
     def one_pass(self, kind: str, ranking: Ranking, params: Sequence[Tensor]) -> Ranking | None:
-        """A bracket's ranking as the CPU's operators share it, which add up on their way through the
-        data; None: they do not.
+        """A ranking as the CPU's operators share it, which add up on their way through the data; None:
+        they do not. They find an exact one's threshold, and use a bracket's.
 
         Args:
             params: what is ranked here.
         """
-        if ranking.selection != "bracket" or self.numel < self.fewest:
+        if ranking.selection == "approx" or self.numel < self.fewest:
             return None
         others = [i for i, p in enumerate(params) if not self.counts(p)]
         latest = self.latest.get(kind, [-1, -1])

@@ -187,6 +187,7 @@ WIDE = ((400, 500), (37, 33), (200, 100))
     [
         {},
         {"lower": 0.2},
+        {"selection": "exact", "lower": 0.2},
         {"order": "first", "upper": 0.3},
         {"order": "ensemble", "upper": (0.7, 0.4), "hostile": False},
         {"max_grad_norm": 0.5, "hostile": False},
@@ -204,6 +205,8 @@ def test_one_pass_is_that_of_one_process(processes, seed, layout, size, options)
     arguments = {"layout": layout, "data_seed": seed, "shapes": WIDE, **options}
     results = processes("train_in_one_pass", size, **arguments)
     assert_as_one(results, train(0, 1, steps=4, **{**arguments, "layout": "whole"}), layout)
+    if options.get("selection") == "exact":  # its passes are not reported
+        return
     taken = [[report[0] for report in result["reports"]] for result in results]
     assert taken == taken[:1] * size
     assert sum(taken[0]) >= 1  # in a small sample the window may miss a bracket
@@ -269,7 +272,7 @@ def test_a_rank_that_is_lost_on_the_way(processes, seed, at):
     [
         ({"selection": "bracket"}, 3, 110_000),
         ({"selection": "bracket", "lower": 0.1}, 3, 220_000),
-        ({"selection": "exact", "lower": 0.1}, 2, 1_100_000),
+        ({"selection": "exact", "lower": 0.1}, 3, 220_000),
         ({"selection": "approx"}, 1, 4_200_000),
         ({"granularity": "tensor"}, 1, 100),
         ({"selection": "bracket", "max_grad_norm": 1.0}, 4, 110_000),

@@ -94,11 +94,7 @@ Selection rank_and_use(const Segments& segments, const Ranked& ranked, Mode mode
   if (mode == Mode::kBracket) {
     if (const auto selection = bracket_pass(segments, ranked, body, counts)) return *selection;
   }
-  if (ranked.shared) {  // nothing was done
-    Selection none;
-    none.misses = -1;
-    return none;
-  }
+  if (ranked.shared) return nothing_done();
   const Selection selection = select(ranked);
   given_pass(segments, ranked.chosen, selection, body, counts);
   return selection;
@@ -150,7 +146,8 @@ Tensor Operators::rank_(Tensors masks, Tensors grads, Tensors exp_avgs, Tensor h
   FpMode mode;
   const Ranking wanted(ranking, record, false, true);
   const RankedTensors of(grads, exp_avgs, hyper, group, Factors(inv_scale, clip), wanted);
-  if (masks.empty() && wanted.finds() && !wanted.shared) {
+  const bool counts_only = wanted.shared ? wanted.mode == Mode::kExact : masks.empty();
+  if (counts_only && wanted.finds()) {
     return record_of(select(of.ranked, wanted.mode == Mode::kApprox));
   }
   Capturer capturer(of.source, mask_bits(masks, of.segments, kCpu));

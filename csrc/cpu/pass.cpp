@@ -41,7 +41,7 @@ class Pass {
   }
 
   std::optional<Selection> run(BracketReport& report) {
-    const bool logs_all = counts_only_ && segments_.elements() <= kLogAll;
+    const bool logs_all = counts_only_ && !ranked_.shared && segments_.elements() <= kLogAll;
     if (!logs_all && !(ranked_.shared ? share_sample(*ranked_.shared) : take_sample())) {
       return std::nullopt;
     }

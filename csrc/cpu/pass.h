@@ -58,6 +58,13 @@ struct BracketReport {
 // Of the latest call by this thread.
 BracketReport& latest_bracket();
 
+// What is returned where processes share a ranking and have to find it in another way.
+inline Selection nothing_done() {
+  Selection none;
+  none.misses = -1;
+  return none;
+}
+
 // Walks `segments`, those that are not chosen too. Null, and nothing was done, where a pass that counts
 // and one for the body are better or necessary: little data, a bracket around too much of it, processes
 // that know of no earlier threshold. What processes do is the same on all of them. If one is lost after

@@ -125,6 +125,9 @@ void add(Profile& to, const Profile& from) {
     to.cc[k] += from.cc[k];
     to.cr[k] += from.cr[k];
   }
+  for (int b = 0; b < kBins; ++b) to.bins[b] += from.bins[b];
+  to.under_middle += from.under_middle;
+  to.at_middle += from.at_middle;
 }
 
 }  // namespace cpu

@@ -32,6 +32,7 @@ struct RiskSource {
 
 // Parts of the index space, by tiles, that are one after the other.
 constexpr int kPhases = 16;
+constexpr int kBins = 2048;  // of a window
 
 // What a sample has of one phase, by one threshold: lines' counts, and their keys inside the window. Of
 // elements that are ranked (r) and of those at or below the window's middle, too (c), sums of products
@@ -43,16 +44,20 @@ struct PhaseSample {
 
 // The sums with c at the end of each cell of the window, where it is not known which is close to the
 // threshold.
+// And how many keys each bin of the window has, and how many are under its middle and at it: this is
+// instead of the keys.
 struct Profile {
   static constexpr int kCells = 32;
   int64_t cc[kCells] = {}, cr[kCells] = {};
-
-  static int shift(Window window) {
-    int shift = 0;
-    while ((window.high - window.low) >> shift >= kCells) ++shift;
-    return shift;
-  }
+  int64_t bins[kBins] = {}, under_middle = 0, at_middle = 0;
 };
+
+// The smallest one by which a window has at most so many parts.
+inline int shift_of(Window window, int parts) {
+  int shift = 0;
+  while ((window.high - window.low) >> shift >= static_cast<uint32_t>(parts)) ++shift;
+  return shift;
+}
 typedef std::array<PhaseSample, kPhases> Sample;
 
 // Of a first sample, that says where to look. The variance is taken at its guess of the threshold: a
@@ -75,7 +80,7 @@ class Lines {
   double weight() const { return static_cast<double>(strata_.size); }
 
   // The sample, by each of `windows`. `phase_of`: of element `start` of segment `index`. `profiles`: of
-  // each window, or null.
+  // each window, in the place of keys; or null. There is one phase then.
   template <typename PhaseOf>
   std::vector<Sample> take(const std::vector<Window>& windows, PhaseOf phase_of,
                            Profile* profiles = nullptr) const;
@@ -139,13 +144,22 @@ void add(Profile& to, const Profile& from);
 // Of a line and the one after it.
 class ProfileOfLines {
  public:
-  explicit ProfileOfLines(Window window) : window_(window), shift_(Profile::shift(window)) {}
+  explicit ProfileOfLines(Window window)
+      : window_(window),
+        shift_(shift_of(window, Profile::kCells)),
+        bin_shift_(shift_of(window, kBins)) {}
 
   // `keys` are those inside the window. A last line without neighbour is alone.
   void add(const LineCounts& of_line, const uint32_t* keys, bool is_second, bool is_alone) {
     int* const upto = upto_[is_second];
     std::fill(upto, upto + Profile::kCells, 0);
-    for (int i = 0; i < of_line.inside; ++i) ++upto[(keys[i] - window_.low) >> shift_];
+    for (int i = 0; i < of_line.inside; ++i) {
+      const uint32_t key = keys[i], offset = key - window_.low;
+      ++upto[offset >> shift_];
+      ++profile_.bins[offset >> bin_shift_];
+      profile_.under_middle += key < window_.middle;
+      profile_.at_middle += key == window_.middle;
+    }
     upto[0] += of_line.below;
     std::partial_sum(upto, upto + Profile::kCells, upto);
     ranked_[is_second] = of_line.ranked;
@@ -161,7 +175,7 @@ class ProfileOfLines {
 
  private:
   Window window_;
-  int shift_, upto_[2][Profile::kCells], ranked_[2];
+  int shift_, bin_shift_, upto_[2][Profile::kCells], ranked_[2];
   Profile profile_;
 };
 
@@ -210,7 +224,7 @@ std::vector<Sample> Lines::take(const std::vector<Window>& windows, PhaseOf phas
             }
             earlier[t] = of_line;
           }
-          if (from == to)
+          if (from == to && !profiles)
             own[t][from].keys.insert(own[t][from].keys.end(), inside[t].data(),
                                      inside[t].data() + (keys - room[t]));
         }

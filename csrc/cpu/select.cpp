@@ -126,6 +126,7 @@ Selection select(const Ranked& ranked, bool approx) {
   }
   const std::optional<Selection> found = bracket_pass(source.segments, all, counter, none);
   if (found && found->misses == 0) return *found;
+  if (ranked.shared) return nothing_done();
 
   Notes unranked;
   const std::vector<int64_t> leading = count_digits(source, 0, 20, 2048, unranked);

@@ -8,7 +8,8 @@ namespace cpu {
 void Threshold::set_window(int32_t low, int32_t high) {
   low_ = low;
   high_ = high;
-  for (shift_ = 0; (high - low) >> shift_ >= Tally::kBins;) ++shift_;
+  const auto first = static_cast<uint32_t>(low);
+  shift_ = shift_of({first, static_cast<uint32_t>(high), first}, kBins);
   first_bin_ = 0;
   last_bin_ = (high - low) >> shift_;
   bracket_ = {low, high, -1};
@@ -44,14 +45,12 @@ Window Threshold::window_around(int32_t key) {
 
 void Threshold::set_sample(Sample&& sample, const Profile* profile) {
   sample_ = std::move(sample);
-  if (profile) profile_ = *profile;
-  const auto middle = static_cast<uint32_t>(middle_);
+  if (profile) {
+    profile_ = *profile;
+    std::copy(profile->bins, profile->bins + kBins, to_come_.begin());
+  }
   for (const PhaseSample& phase : sample_) {
-    for (const uint32_t key : phase.keys) {
-      ++to_come_[static_cast<size_t>(bin(key))];
-      under_middle_ += key < middle;
-      at_middle_ += key == middle;
-    }
+    for (const uint32_t key : phase.keys) ++to_come_[static_cast<size_t>(bin(key))];
   }
 }
 
@@ -63,7 +62,7 @@ double Threshold::profile_at_estimate() const {
     estimate = b;
   }
   const auto low = static_cast<uint32_t>(low_), high = static_cast<uint32_t>(high_);
-  const int cell = (estimate << shift_) >> Profile::shift({low, high, low});
+  const int cell = (estimate << shift_) >> shift_of({low, high, low}, Profile::kCells);
   double u = 0;
   for (int k = std::max(cell - 1, 0); k <= std::min(cell + 1, Profile::kCells - 1); ++k) {
     u = std::max(u, squared_differences(static_cast<double>(profile_->cc[k]),
@@ -170,8 +169,8 @@ bool Threshold::collapse() {
 }
 
 bool Threshold::collapse_onto_middle() {
-  const double under = start_of_window(0, 0) + weight_ * static_cast<double>(under_middle_);
-  const double upto = under + weight_ * static_cast<double>(at_middle_);
+  const double under = start_of_window(0, 0) + weight_ * static_cast<double>(profile_->under_middle);
+  const double upto = under + weight_ * static_cast<double>(profile_->at_middle);
   if (!is_surely_between(under, upto, margin(0))) return false;
   estimate_ = middle_;
   bracket_ = {middle_, middle_, middle_};

@@ -15,7 +15,6 @@ constexpr int32_t kMaxKey = static_cast<int32_t>(kInfinityBits);
 
 // What one thread counted, by phase: below the bracket, and inside it, by bins of the window.
 struct Tally {
-  static constexpr int kBins = 2048;
   int64_t below[kPhases] = {};
   uint32_t bins[kPhases][kBins] = {};
 };
@@ -70,7 +69,8 @@ class Threshold {
   template <typename Visit>
   void visit_sample(Visit visit) {
     PhaseSample& all = sample_[0];
-    for (int64_t* number : {&all.ranked, &all.below, &all.rr, &under_middle_, &at_middle_}) {
+    for (int64_t* number :
+         {&all.ranked, &all.below, &all.rr, &profile_->under_middle, &profile_->at_middle}) {
       visit(*number);
     }
     for (int64_t& sum : profile_->cc) visit(sum);
@@ -108,7 +108,7 @@ class Threshold {
   std::optional<uint32_t> of_sample(int64_t k);
 
  private:
-  typedef std::array<int64_t, Tally::kBins> Bins;
+  typedef std::array<int64_t, kBins> Bins;
 
   void set_window(int32_t low, int32_t high);
   double margin(int phase) const;
@@ -131,9 +131,8 @@ class Threshold {
   int shift_ = 21, first_bin_ = 0, last_bin_ = kMaxKey >> 21;
   Sample sample_;
   std::optional<Profile> profile_;
-  int64_t under_middle_ = 0, at_middle_ = 0;  // of the sample, in the window
-  Bins to_come_{};                            // of the sample, what lies in phases that are to come
-  int64_t below_ = 0;                         // counted
+  Bins to_come_{};     // of the sample, what lies in phases that are to come
+  int64_t below_ = 0;  // counted
   Bins bins_{};
   Bracket bracket_{0, kMaxKey, -1};
   int32_t estimate_ = kMaxKey;
