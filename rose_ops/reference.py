@@ -17,7 +17,8 @@ Arguments shared by the functions below (N tensors in G parameter groups):
 * ``record``: int64 ``[8]``, what came out of a ranking, see :class:`~rose_ops.definitions.Field`.
 * ``ranking``: what is asked of a ranking, five numbers: a :class:`Mode`; ``upper`` and ``lower``,
   fractions in units of 1e-9; ``rank_inactive``, whether elements without evidence are ranked; ``draw``,
-  which sample is taken.
+  which sample is taken. (The CPU's operators take more, of a ranking that processes share; see
+  :meth:`rose_ops.ranks.Ranks.one_pass`.)
 
 Masks are bits, 8 elements per byte, lowest bit first; a bool mask of one element speaks for its
 whole tensor, and an empty one selects all of it.
