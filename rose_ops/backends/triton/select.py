@@ -3,11 +3,17 @@
 # Kernels are compiled, not run: their annotations are Triton's.
 from __future__ import annotations
 
+import triton
 import triton.language as tl
 
 from rose_ops.backends.triton import words
 from rose_ops.backends.triton.access import kernel, keys_of_tile, store_mask_bits, tile_of
 from rose_ops.backends.triton.elements import INACTIVE_KEY, NONFINITE_KEY, is_selected, rank_of
+
+
+@triton.jit
+def _word(state, TARGET: tl.constexpr, WORD: tl.constexpr):
+    return tl.load(state + words.SELECT_TARGETS + (TARGET * words.SELECT_TARGET + WORD))
 
 
 @kernel(registers=96)
@@ -28,12 +34,10 @@ def select_kernel(
     upper_counts = tl.zeros([words.BINS], tl.int32)
     lower_counts = tl.zeros([words.BINS], tl.int32)
     unranked = tl.zeros([BLOCK], tl.int32)  # 16 bits for inactive ones, 16 for others
-    upper_target = state + words.SELECT_TARGETS
-    lower_target = upper_target + words.SELECT_TARGET
-    high = tl.load(upper_target + words.RANK)
-    low = tl.load(lower_target + words.RANK)
-    upper_prefix = tl.load(upper_target + words.PREFIX).to(tl.int32)
-    lower_prefix = tl.load(lower_target + words.PREFIX).to(tl.int32)
+    high = _word(state, 0, words.RANK)
+    low = _word(state, 1, words.RANK)
+    upper_prefix = _word(state, 0, words.PREFIX).to(tl.int32)
+    lower_prefix = _word(state, 1, words.PREFIX).to(tl.int32)
     is_first = number == 0
     if is_first | (high + low > 0):  # else there is nothing to look for
         for tile in range(tl.program_id(0).to(tl.int64), tiles, tl.num_programs(0)):
@@ -98,8 +102,8 @@ def select_kernel(
                     record + t,
                     tl.where(tl.load(target + words.RANK) > 0, tl.load(target + words.PREFIX), -1),
                 )
-            upto_high = tl.load(upper_target + words.BELOW) + tl.load(upper_target + words.INSIDE)
-            upto_low = tl.load(lower_target + words.BELOW) + tl.load(lower_target + words.INSIDE)
+            upto_high = _word(state, 0, words.BELOW) + _word(state, 0, words.INSIDE)
+            upto_low = _word(state, 1, words.BELOW) + _word(state, 1, words.INSIDE)
             tl.store(record + words.KEPT, tl.maximum(upto_high - upto_low, 0))
             tl.store(record + words.RANKED, tl.load(state + words.SELECT_RANKED))
             tl.store(
