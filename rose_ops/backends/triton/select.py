@@ -28,12 +28,12 @@ def select_kernel(
     upper_counts = tl.zeros([words.BINS], tl.int32)
     lower_counts = tl.zeros([words.BINS], tl.int32)
     unranked = tl.zeros([BLOCK], tl.int32)  # 16 bits for inactive ones, 16 for others
-    upper_target = state + words.SELECT_TARGETS
-    lower_target = upper_target + words.SELECT_TARGET
-    high = tl.load(upper_target + words.RANK)
-    low = tl.load(lower_target + words.RANK)
-    upper_prefix = tl.load(upper_target + words.PREFIX).to(tl.int32)
-    lower_prefix = tl.load(lower_target + words.PREFIX).to(tl.int32)
+    targets = state + words.SELECT_TARGETS
+    LOWER: tl.constexpr = words.SELECT_TARGET
+    high = tl.load(targets + words.RANK)
+    low = tl.load(targets + (LOWER + words.RANK))
+    upper_prefix = tl.load(targets + words.PREFIX).to(tl.int32)
+    lower_prefix = tl.load(targets + (LOWER + words.PREFIX)).to(tl.int32)
     is_first = number == 0
     if is_first | (high + low > 0):  # else there is nothing to look for
         for tile in range(tl.program_id(0).to(tl.int64), tiles, tl.num_programs(0)):
@@ -77,7 +77,7 @@ def select_kernel(
             low = rank_of(lower, n)
         for t in tl.static_range(2):
             rank = high if t == 0 else low
-            target = state + words.SELECT_TARGETS + t * words.SELECT_TARGET
+            target = targets + t * words.SELECT_TARGET
             counts = tl.load(histogram + tl.where(is_first, 0, t * words.BINS), cache_modifier=".cg")
             upto = tl.cumsum(counts, 0)
             below = tl.load(target + words.BELOW)
@@ -93,13 +93,15 @@ def select_kernel(
         tl.store(histogram + words.BINS, tl.zeros([words.BINS], tl.int64))
         if shift == 0:
             for t in tl.static_range(2):
-                target = state + words.SELECT_TARGETS + t * words.SELECT_TARGET
+                target = targets + t * words.SELECT_TARGET
                 tl.store(
                     record + t,
                     tl.where(tl.load(target + words.RANK) > 0, tl.load(target + words.PREFIX), -1),
                 )
-            upto_high = tl.load(upper_target + words.BELOW) + tl.load(upper_target + words.INSIDE)
-            upto_low = tl.load(lower_target + words.BELOW) + tl.load(lower_target + words.INSIDE)
+            upto_high = tl.load(targets + words.BELOW) + tl.load(targets + words.INSIDE)
+            upto_low = tl.load(targets + (LOWER + words.BELOW)) + tl.load(
+                targets + (LOWER + words.INSIDE)
+            )
             tl.store(record + words.KEPT, tl.maximum(upto_high - upto_low, 0))
             tl.store(record + words.RANKED, tl.load(state + words.SELECT_RANKED))
             tl.store(
