@@ -31,7 +31,16 @@ def prepare(
     rows, count, hyper, lr, found_inf, prepared, keys, gamma, seed, first_weight, second_weight,
     rules_out,
 ):  # fmt: skip
-    """What all elements of a segment have in common in an update, and its step."""
+    """What all elements of a segment have in common in an update, and its step. A program each.
+
+    Args:
+        prepared: float32 ``[count, PREPARED]``, see words.py.
+        keys: int32 ``[count, 2]``: what random bits are keyed by, and the kind of an element that no
+            captured mask selects; -1: nothing of the segment is selected.
+        first_weight, second_weight: what a mask that selects an element adds to its kind: 1 and 2
+            where there are both, or 3.
+        rules_out: whether masks of one value may say that nothing is selected.
+    """
     i = tl.program_id(0).to(tl.int64)
     if (i < count) & (tl.load(found_inf) == 0):
         row = rows + i * words.COLUMNS
