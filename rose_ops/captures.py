@@ -58,7 +58,7 @@ class Captures:
 
     def of(self, batch: Batch) -> dict[str, list[Tensor | None]]:
         """The masks that are there, as operators read them; None of a parameter that has none."""
-        if self.own and is_recording(batch.device):
+        if self.own and batch.params and is_recording(batch.device):
             raise NotImplementedError(
                 "a CUDA graph cannot be recorded with masks of set_masks(), which it would not own; "
                 "call clear_masks() before recording"

@@ -342,6 +342,8 @@ class Engine:
                 self._ops(batch), operands, (first, second), tables, scaling, settings.gamma, ranking,
                 rounding, record=record, found_inf=found_inf,
             )  # fmt: skip
+            if ranking is not None and ranking.shared and found[Field.MISSES] < 0:  # it did nothing
+                return found
             if ranking is not None:
                 self.records["second"] = found
             self.records["update"] = counts

@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from rose_ops.batch import Batch, Collector, init_state, inside_backward_of
 from rose_ops.captures import Captures, Capturing
-from rose_ops.checkpoint import Checkpointed
+from rose_ops.checkpoint import Checkpointed, steps_of
 from rose_ops.checks import (
     check_graph,
     check_maker,
@@ -629,7 +629,13 @@ class RoseFusedAdamW(Checkpointed):
         )
         selective = self._selective(batch) if selects else None
         masks, limits = (self._captures.of(batch), self._captures.limits) if selects else ({}, {})
-        self._engine.step(batch, selective, masks, tables, scaling, self._draw, found_inf, limits)
+        try:
+            self._engine.step(batch, selective, masks, tables, scaling, self._draw, found_inf, limits)
+        except BaseException:
+            if self._engine.ranks is not None:  # a process that is lost after the pass leaves a step
+                self._steps_done = max(self._steps_done, steps_of(self.state))
+                torch.autograd.graph.increment_version(batch.members)
+            raise
         # As after any in-place operation: a backward that still needs the old values is an error.
         torch.autograd.graph.increment_version(batch.members)
         self._steps_done += 1

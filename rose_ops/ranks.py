@@ -177,13 +177,13 @@ class Ranks:
     @contextmanager
     def raising(self) -> Iterator[None]:
         """In the block, operators may add up; what goes wrong with that is raised as it is."""
-        self._failure = None
         try:
             yield
         except RuntimeError:
-            if self._failure is not None:
-                raise self._failure from None
-            raise
+            failure, self._failure = self._failure, None  # it would keep the user's frames
+            if failure is None:
+                raise
+            raise failure from failure.__cause__
 
     @classmethod
     def add_for_operator_(cls, state: Tensor, handle: int) -> bool:

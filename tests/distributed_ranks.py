@@ -107,12 +107,14 @@ def whole_of(tensor: Tensor) -> Tensor:
 
 def values(seed: int, shapes: Any, scale: float, hostile: bool | str) -> list[Tensor]:
     """Seeded: the same on every rank. Hostile: zeros, ties, denormals, and what is not finite; "tied":
-    two in three have the same magnitude."""
+    two in three have the same magnitude; "largest": half are the largest number."""
     generator = torch.Generator().manual_seed(seed)
     found = []
     for shape in shapes:
         x = torch.randn(shape, generator=generator) * scale
-        if hostile == "tied":
+        if hostile == "largest":
+            x = x.where(x < 0, torch.finfo(torch.float32).max)
+        elif hostile == "tied":
             x = x.sign() * x.abs().clamp(min=scale)
         elif hostile:
             kind = torch.rand(shape, generator=generator)
@@ -243,14 +245,22 @@ def lost_on_the_way(rank: int, size: int, *, at: int, **arguments: Any) -> dict[
         for step in range(2):
             training.step(step)
         before = snapshot(training)
+        (p,) = training.params.values()
+        version = p._version
         Ranks.add_ = add_
         try:
             with pytest.raises(ConnectionError, match="lost"):
                 training.step(2)
         finally:
             Ranks.add_ = add
-    (p,) = training.params.values()
-    return {"before": before, "after": snapshot(training), "grad": p.grad}
+    return {
+        "before": before,
+        "after": snapshot(training),
+        "grad": p.grad,
+        "steps": training.optimizer._steps_done,
+        "versions": p._version - version,
+        "is_let_go": training.optimizer._engine.ranks._failure is None,
+    }
 
 
 def count(rank: int, size: int, *, n: int, **arguments: Any) -> tuple[list[int], list[int]]:
@@ -366,6 +376,18 @@ def nothing_here(rank: int, size: int, **arguments: Any) -> dict[str, Any]:
     """The last rank has no gradients."""
     kept = () if rank == size - 1 else None
     return train(rank, size, hostile=False, kept=kept, **arguments)
+
+
+def own_masks(rank: int, size: int, *, limit: bool) -> int:
+    """Masks of one's own, and a last rank without gradients."""
+    torch.manual_seed(rank)
+    p = nn.Parameter(torch.randn(64))
+    optimizer = RoseFusedAdamW([p], process_group=dist.group.WORLD)
+    for step in range(3):
+        optimizer.set_masks({p: torch.arange(64) < 32}, kind="second", limit=limit)
+        p.grad = None if rank == size - 1 and step == 1 else torch.randn(64)
+        optimizer.step()
+    return optimizer._steps_done
 
 
 def refused(rank: int, size: int) -> None:

@@ -232,6 +232,17 @@ def test_a_threshold_that_most_elements_share(processes, seed):
     assert [report[:5:4] for report in results[0]["reports"]] == [[0, 0], *[[1, 1]] * 3]
 
 
+@pytest.mark.parametrize("selection", ["bracket", "exact"])
+def test_a_bracket_of_one_key(processes, seed, selection):
+    """The last bin of a window that ends at the largest key: it is no collapsed bracket."""
+    arguments = {
+        "data_seed": seed, "shapes": ((1200, 1000),), "hostile": "largest", "order": "first",
+        "selection": selection,
+    }  # fmt: skip
+    results = processes("train_in_one_pass", 2, layout="rows", **arguments)
+    assert_as_one(results, train(0, 1, layout="whole", steps=4, **arguments), "rows")
+
+
 def test_a_rank_that_knows_no_threshold(processes, seed):
     arguments = {"data_seed": seed, "shapes": WIDE, "upper": 0.3, "order": "first"}
     results = processes("train_in_one_pass", 3, layout="rows", forgets=2, **arguments)
@@ -246,11 +257,14 @@ def test_a_rank_that_is_lost_on_the_way(processes, seed, at):
     for result in processes("lost_on_the_way", 2, layout="cut", **arguments):
         p, step, m, v = result["before"]
         new_p, new_step, new_m, new_v = result["after"]
+        assert result["is_let_go"]
         if at == 0:
             for old, new in zip(result["before"], result["after"], strict=True):
                 assert torch.equal(old, new)
             continue
         assert new_step == step + 1
+        assert result["steps"] == 3
+        assert result["versions"] == 1
         selected = new_m != m
         risk = (0.1 * result["grad"].abs() / m.abs() - 1).abs()
         assert risk[selected].max() <= risk[~selected].min() * (1 + 1e-5)
@@ -317,6 +331,11 @@ def test_a_rank_without_gradients(processes, seed, order):
     fewer = [i for i in range(len(SHAPES)) if i % 3 != 2]
     one = train(0, 1, layout="whole", data_seed=seed, order=order, hostile=False, kept=fewer)
     assert_as_one(results, one, "dealt")
+
+
+@pytest.mark.parametrize("limit", [False, True])
+def test_own_masks_on_a_rank_without_gradients(processes, limit):
+    assert processes("own_masks", 2, limit=limit) == [3, 3]
 
 
 # --------------------------------------------------------------------------------------- engines

@@ -59,7 +59,7 @@ class Threshold {
 
   Bracket bracket() const { return bracket_; }
   int32_t estimate() const { return estimate_; }
-  bool collapsed() const { return fixed_ && bracket_.low == bracket_.high; }
+  bool collapsed() const { return fixed_ && bracket_.pivot >= 0 && bracket_.low == bracket_.high; }
   int bin(uint32_t key) const {
     return static_cast<int>((key - static_cast<uint32_t>(low_)) >> shift_);
   }
