@@ -87,7 +87,7 @@ MUTANTS = {
     "where it did nothing": (
         ENGINE, "if record is None or record[Field.MISSES] < 0:", "if record is None:", ELSEWHERE,
     ),
-    "an error of others": (RANKS, "raise self._failure from None", "raise", LOST),
+    "an error of others": (RANKS, "raise failure from failure.__cause__", "raise", LOST),
     "an error that is not passed on": (RANKS, "ranks._failure is None\n", "True\n", LOST),
     # --------------------------------------------------------------------------------------- samples
     "places of a sample": (

@@ -123,7 +123,8 @@ MUTANTS = {
         f"{CORNERS}::test_the_threshold_is_a_risk",
     ),
     "versions of parameters": (
-        OPTIM, "        torch.autograd.graph.increment_version(batch.members)\n        self", "        self",
+        OPTIM, "        torch.autograd.graph.increment_version(batch.members)\n        self",
+        "        self",
         f"{OF_FLAT}::test_backward_through_an_old_graph_is_refused",
     ),
     "a step that makes state": (
