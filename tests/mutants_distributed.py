@@ -81,6 +81,10 @@ MUTANTS = {
     "no collapse onto a threshold": (
         PASS_CPP, "|| threshold.collapse_onto_middle()", "", TIES,
     ),
+    "a bracket of one key": (
+        "csrc/cpu/thresholds.h", "fixed_ && bracket_.pivot >= 0 &&", "fixed_ &&",
+        f"{TESTS}::test_a_bracket_of_one_key",
+    ),
     "elements of a key": (
         THRESHOLDS, "while (upto <= place.at)", "while (upto < place.at)", ONE_PASS,
     ),
