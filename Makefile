@@ -10,12 +10,12 @@ ARGS ?=
 # WORKERS=0 is none but pytest's own, as a debugger needs it.
 WORKERS ?= logical --maxprocesses=8
 # Parts of verify-gpu, minutes each, the longest first.
-VERIFY := sanitize verify-triton verify-mutants verify-binaries verify-processes
+VERIFY := sanitize verify-triton verify-mutants verify-binaries
 SOURCES := setup.py $(shell find csrc -type f)
 FIND_CXX := find csrc tests/loops tests/simt -type f ! -name '*.py*' ! -name '*.txt'
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test gpu verify-gpu $(VERIFY) verify-triton-release verify-arm verify-abi lint format \
+.PHONY: help demo test gpu verify-gpu $(VERIFY) verify-long verify-triton-release verify-arm verify-abi lint format \
 	bench bench-all bench-compare paper docs wheel clean
 .DELETE_ON_ERROR:
 
@@ -59,10 +59,9 @@ verify-triton: $(VENV)/ready
 	ROSE_TEST_THOROUGH=0.1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p no:cacheprovider -m slow \
 		tests/test_parity.py tests/test_ops.py $(ARGS)
 
-# Long runs in several processes: killed a hundred times, and late ones.
-verify-processes: $(VENV)/ready
+verify-long: $(VENV)/ready  ## runs that are killed a hundred times, late processes, more than 2^31 elements
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p no:cacheprovider -m slow \
-		tests/test_kill.py tests/test_distributed.py $(ARGS)
+		tests/test_kill.py tests/test_distributed.py tests/test_huge.py $(ARGS)
 
 # The CPU's loops as another architecture computes them: what compiles for it, and what runs that.
 CROSS_CXX ?= aarch64-linux-gnu-g++

@@ -73,8 +73,11 @@ def counts_of_keys(g: torch.Tensor, pattern: torch.Tensor, special) -> torch.Ten
 
 @pytest.mark.parametrize(
     ("upper", "lower", "approx"),
-    [(600_000_000, 0, False), (900_000_000, 100_000_001, False), (600_000_000, 0, True)],
-    ids=["upper", "between", "approx"],
+    [
+        pytest.param(600_000_000, 0, False, id="upper", marks=pytest.mark.slow),
+        pytest.param(900_000_000, 100_000_001, False, id="between"),
+        pytest.param(600_000_000, 0, True, id="approx"),
+    ],
 )
 def test_one_tensor_beyond_2_31(real_ops, huge, upper, lower, approx):
     """Record from the counts of bit patterns, masks from the pattern's mask, bit for bit."""
@@ -166,13 +169,19 @@ PIECE = 2_000_003
 @pytest.mark.parametrize(
     ("mix", "upper", "lower", "first"),
     [
-        (("normal",), 600_000_000, 0, False),
-        (("normal", "zero", "nan"), 700_000_000, 200_000_000, True),
-        (("normal", "zero", "nan"), 700_000_000, 200_000_000, False),
-        (("ties",), 600_000_000, 0, True),
-        (("ties", "one"), ONE, 999_999_999, False),
+        pytest.param(("normal",), 600_000_000, 0, False, id="distinct-second"),
+        pytest.param(("normal", "zero", "nan"), 700_000_000, 200_000_000, True, id="classes-first"),
+        pytest.param(
+            ("normal", "zero", "nan"),
+            700_000_000,
+            200_000_000,
+            False,
+            id="classes-second",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(("ties",), 600_000_000, 0, True, id="ties-first"),
+        pytest.param(("ties", "one"), ONE, 999_999_999, False, id="all-second", marks=pytest.mark.slow),
     ],
-    ids=["distinct-second", "classes-first", "classes-second", "ties-first", "all-second"],
 )
 def test_index_space_beyond_2_31(real_ops, generator, mix, upper, lower, first):
     """One tensor REPEATS times: counts multiply, and rank k is rank ceil(k / REPEATS) of one."""

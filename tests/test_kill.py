@@ -81,7 +81,7 @@ def is_torn(folder: Path) -> bool:
 
 
 @pytest.mark.parametrize("size", [1, 2])
-@pytest.mark.parametrize("times", [10, pytest.param(100, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("times", [4, pytest.param(100, marks=pytest.mark.slow)])
 def test_killed_at_random_moments(size, times, tmp_path, generator, record_property):
     """During saves, too, all processes or one of them: parameters, moments, masks and random numbers at
     the end are, bit for bit and every time, those of a run that was not killed. (100 times in the slow
