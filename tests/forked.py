@@ -102,6 +102,9 @@ def torchrun(target: str, *arguments: str, size: int = 2, **options: Any) -> lis
     return [result.stdout for result in results]
 
 
+_kept: list[dict[str, Any]] = []
+
+
 def _become(
     target: str, arguments: Collection[str], folder: Path, environment: Mapping[str, str],
     files: Collection[Path],
@@ -112,7 +115,10 @@ def _become(
     os.chdir(folder)
     sys.argv = [target, *arguments]
     torch.set_num_threads(1)
-    (runpy.run_path if target.endswith(".py") else runpy.run_module)(target, run_name="__main__")
+    run = runpy.run_path if target.endswith(".py") else runpy.run_module
+    # Kept to the end: the destructor of DistributedDataParallel's reducer waits for gloo's threads with
+    # the lock of the interpreter in its hands, which one of them may need.
+    _kept.append(run(target, run_name="__main__"))
 
 
 # --------------------------------------------------------------------------------------------- ranks
