@@ -89,7 +89,7 @@ TOPICS = {
     "optimizer_corners optimizer_kept reuse state steps surroundings tensor_granularity "
     "torch_optim_table",
     "stacks": "accumulate ddp distributed losses reshard sharded stacks stacks_amp stacks_torch "
-    "trainer wrappers",
+    "trainer trainer_fsdp2 wrappers",
     "package": "cli doctor examples habits hub import readme setup tune wheel",
     "bench": "benchmarks paper paper_analyses paper_geometry paper_methods paper_report paper_stats "
     "profile_gpu",
