@@ -1,5 +1,5 @@
-"""A Trainer's run in several processes, for test_trainer_fsdp2.py: with an order and "fsdp2" or "ddp" on
-the command line, and the variables of torchrun, it prints what came out."""
+"""A run of RoseTrainer in several processes, for test_trainer_fsdp2.py: with an order and "fsdp2" or
+"ddp" on the command line, and the variables of torchrun, it prints what came out."""
 
 from __future__ import annotations
 
