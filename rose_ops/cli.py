@@ -10,8 +10,8 @@ from typing import Any
 from rose_ops.doctor import doctor
 from rose_ops.finetune import UserError
 from rose_ops.finetune.data import TASKS
+from rose_ops.finetune.recipes import METHODS
 from rose_ops.finetune.run import evaluate, finetune
-from rose_ops.finetune.train import METHODS
 from rose_ops.finetune.tune import tune
 
 _MODEL = "minilm, or mpnet (109M, eight times as slow), both from PyPI; or a folder or hub name"

@@ -23,9 +23,10 @@ from tiny_tasks import save_tiny_bert, sentences, write_tsv
 from rose_ops.cli import main
 from rose_ops.finetune import UserError, data, report, require
 from rose_ops.finetune.data import GLUE, load_task
+from rose_ops.finetune.models import bundled_model
 from rose_ops.finetune.perturb import PERTURBATIONS, perturb
-from rose_ops.finetune.recipes import Recipe
-from rose_ops.finetune.train import METHODS, batches, bundled_model
+from rose_ops.finetune.recipes import METHODS, Recipe
+from rose_ops.finetune.train import batches
 
 SHARED_DATA = Path(os.environ.get("ROSE_DATA_DIR", ROOT.parent / "shared" / "data"))
 PNG = b"\x89PNG\r\n"

@@ -14,9 +14,11 @@ from torch.nn import functional as F
 from benchmarks.paper.methods import METHODS
 from benchmarks.paper.runs import Run
 from benchmarks.paper.vocabulary import prune
+from rose_ops.finetune.classifier import Encoder, load_model, predict
 from rose_ops.finetune.data import Examples, Task
 from rose_ops.finetune.perturb import PERTURBATIONS, perturb
-from rose_ops.finetune.train import Encoder, Runtime, load_model, predict, train
+from rose_ops.finetune.runtime import Runtime
+from rose_ops.finetune.train import train
 
 _BINS = 15
 
