@@ -104,10 +104,10 @@ def results(optimizer: RoseFusedAdamW) -> dict[str, list[Tensor]]:
     return found
 
 
-def assert_same_results(actual: RoseFusedAdamW, expected: RoseFusedAdamW, what: str = "") -> None:
+def assert_same_results(actual: RoseFusedAdamW, expected: RoseFusedAdamW) -> None:
     found, wanted = results(actual), results(expected)
     for key in wanted:
-        assert_all_same_bits(found[key], wanted[key], f"{what} {key}")
+        assert_all_same_bits(found[key], wanted[key], key)
 
 
 def moved(start: Sequence[Tensor], optimizer: RoseFusedAdamW) -> bool:

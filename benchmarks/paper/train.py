@@ -72,7 +72,7 @@ class Trained:
         return self.curve[-1].scores
 
 
-def splits(task: Task, limit: int | None = None) -> dict[str, Examples]:
+def splits(task: Task, limit: int) -> dict[str, Examples]:
     """What runs are measured on: `clean` (GLUE dev), `adversarial` (AdvGLUE dev of the task) where the
     task has it, and perturbed copies of clean, `characters` and `words`.
 
