@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import copy
-import traceback
 from contextlib import nullcontext
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from forked import answer
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -21,15 +21,10 @@ FEATURES, HIDDEN, CLASSES, ROWS = 6, 24, 3, 32
 
 
 def serve(rank: int, size: int, store: str, connection: Any) -> None:
-    """Run what comes through the connection, until there is no more."""
+    """Call the functions below by their names."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
-    while (task := connection.recv()) is not None:
-        name, arguments = task
-        try:
-            connection.send((True, globals()[name](rank, **arguments)))
-        except Exception:
-            connection.send((False, traceback.format_exc()))
+    answer(connection, lambda task: globals()[task[0]](rank, **task[1]))
     dist.destroy_process_group()
 
 

@@ -123,6 +123,16 @@ def captured(function: Callable[[], object]) -> torch.cuda.CUDAGraph:
     return graph
 
 
+def paused_streams(count: int) -> list[torch.cuda.Stream]:
+    """Each with a pause, behind which work can be queued up that then is in all of them at once."""
+    streams = [torch.cuda.Stream() for _ in range(count)]
+    torch.cuda.synchronize()
+    for stream in streams:
+        with torch.cuda.stream(stream):
+            torch.cuda._sleep(50_000_000)
+    return streams
+
+
 @contextmanager
 def no_synchronisation() -> Iterator[None]:
     """An operation that waits for the device raises."""

@@ -5,12 +5,27 @@ predicts, `report` turns correct predictions into intervals, a table and a plot.
 beyond torch is an extra, imported where it is used.
 """
 
+import argparse
 import importlib
+import sys
 from typing import Any
 
 
 class UserError(Exception):
     """Something the user can put right; the message says what was wrong and what to do."""
+
+
+def exit_status(args: argparse.Namespace) -> int:
+    """Run a command, which is `args.run`: 0, 1 for a `UserError`, which is printed, 130 for Ctrl-C."""
+    try:
+        args.run(args)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    return 0
 
 
 def require(module: str, extra: str = "demo") -> Any:
