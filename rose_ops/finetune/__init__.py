@@ -1,7 +1,8 @@
 """Fine-tuning a real encoder with AdamW and with ROSE, and comparing both: `cli.py` runs it.
 
-`data` reads the tasks, `perturb` makes the noisy copies of the test sentences, `train` trains and
-predicts, `report` turns correct predictions into intervals, a table and a plot. What they need
+`data` reads the tasks, `perturb` makes the noisy copies of the test sentences, `classifier` loads a
+model and predicts, `recipes` has the methods and `train` trains by them, `report` turns correct
+predictions into intervals, a table and a plot. What they need
 beyond torch is an extra, imported where it is used.
 """
 
