@@ -29,9 +29,12 @@ from tqdm import tqdm
 
 from rose_ops import RoseFusedAdamW, rose_param_groups
 from rose_ops.finetune import require
+from rose_ops.finetune.classifier import Encoded, load_model
 from rose_ops.finetune.data import Task, load_task
+from rose_ops.finetune.models import bundled_model
 from rose_ops.finetune.report import environment
-from rose_ops.finetune.train import Encoded, batches, bundled_model, choose_runtime, load_model
+from rose_ops.finetune.runtime import choose_runtime
+from rose_ops.finetune.train import batches
 
 FLOAT, BF16 = torch.float32, torch.bfloat16
 STOCHASTIC = {"param_rounding": "stochastic"}

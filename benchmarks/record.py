@@ -93,8 +93,11 @@ def main() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     torch.set_flush_denormal(True)  # as the demo does: they cost about as much as the rest
     from rose_ops.finetune import UserError
+    from rose_ops.finetune.classifier import load_model
     from rose_ops.finetune.data import load_task
-    from rose_ops.finetune.train import Runtime, batches, bundled_model, load_model
+    from rose_ops.finetune.models import bundled_model
+    from rose_ops.finetune.runtime import Runtime
+    from rose_ops.finetune.train import batches
 
     try:
         task = load_task("movies")

@@ -129,7 +129,7 @@ def _adamw_cpu() -> Iterator[Spec]:
         DeepSpeed,
         _STEP,
         rtol=1e-4,  # it subtracts beta2 from 1 in float32: 1.3e-5 off
-        why_not=_float32(_deepspeed_missing, "it keeps moments in float32"),
+        why_not=_float32_only(_deepspeed_missing),
     )
 
 
@@ -140,9 +140,7 @@ def _adamw_gpu(device: Device) -> Iterator[Spec]:
     for name, how in peers.items():
         spec = _torch_adamw(f"{name}, graph", needs=8, graph=device.graph, **how)
         yield replace(spec, peak=False)
-    yield Spec(
-        "apex FusedAdam", Apex, _STEP, why_not=_float32(_apex_missing, "it keeps moments in float32")
-    )
+    yield Spec("apex FusedAdam", Apex, _STEP, why_not=_float32_only(_apex_missing))
 
 
 def _eager() -> Iterator[Spec]:
@@ -318,7 +316,8 @@ def _why_not(backend: str) -> str | None:
 # ------------------------------------------------------------------------------ installed or not
 
 
-def _float32(missing: Callable[[], str | None], why: str) -> Callable[[Problem], str | None]:
+def _float32_only(missing: Callable[[], str | None]) -> Callable[[Problem], str | None]:
+    why = "it keeps moments in float32"
     return lambda problem: why if problem.work.dtype != torch.float32 else missing()
 
 

@@ -12,16 +12,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rose_ops.captures import copy_of_view
-from rose_ops.divergence import symmetric_kl
 from rose_ops.flat import members
 from rose_ops.losses import (
     RoseLosses,
-    check_dropout,
+    ce_and_kl,
     check_no_gradients,
     check_r_drop,
     clip_,
     logits_of,
-    loss_of,
+    masks_to_capture,
+    without_autocast,
 )
 from rose_ops.settings import check_limit
 from rose_ops.wrappers import Precision, Replicas, unwrap
@@ -61,10 +61,7 @@ class Accumulation:
     ) -> None:
         self.r_drop = check_r_drop(r_drop)
         self._rose = unwrap(optimizer)
-        kinds = self._rose.settings.kinds if self._rose else ()
-        self._first = self._rose is not None and self._rose.needs_first_mask
-        # Without R-Drop the update's gradient is that of the loss, and step() takes the mask from it.
-        self._second = "second" in kinds and self.r_drop > 0.0
+        self._first, self._second = masks_to_capture(self._rose, self.r_drop)
         self._own = [p for group in (self._rose or optimizer).param_groups for p in group["params"]]
         every = dict.fromkeys([*model.parameters(), *(m for p in self._own for m in members(p))])
         check_no_gradients(model, every)
@@ -203,14 +200,11 @@ def rose_accumulate(
             for _ in range(2 if step.needs_kl else 1):
                 with step.forward(), autocast():
                     passes.append(logits_of(model, inputs, forward))
-            device = passes[0].device.type
-            with nullcontext() if device == "meta" else torch.autocast(device, enabled=False):
-                passes = [x.to(torch.promote_types(x.dtype, torch.float32)) for x in passes]
-                ce = torch.stack([loss_of(criterion, x, labels) for x in passes]).mean() * weight
-                kl = None
-                if step.needs_kl:
-                    kl = symmetric_kl(passes[0], passes[1]) * weight
-                    check_dropout(model, kl)
+            with without_autocast(passes[0]):
+                ce, kl = ce_and_kl(model, passes, labels, criterion)
+                ce = ce * weight
+                if kl is not None:
+                    kl = kl * weight
                     divergence.append(kl.detach())
                 total.append(ce.detach())
                 step.backward(ce, kl)

@@ -2,16 +2,15 @@
 
 import argparse
 import math
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from rose_ops.doctor import doctor
-from rose_ops.finetune import UserError
+from rose_ops.finetune import exit_status
 from rose_ops.finetune.data import TASKS
+from rose_ops.finetune.recipes import METHODS
 from rose_ops.finetune.run import evaluate, finetune
-from rose_ops.finetune.train import METHODS
 from rose_ops.finetune.tune import tune
 
 _MODEL = "minilm, or mpnet (109M, eight times as slow), both from PyPI; or a folder or hub name"
@@ -19,16 +18,7 @@ _MODEL = "minilm, or mpnet (109M, eight times as slow), both from PyPI; or a fol
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return the exit status: 0, 1 for an error, 2 for a wrong call."""
-    args = _parser().parse_args(argv)
-    try:
-        args.run(args)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    return 0
+    return exit_status(_parser().parse_args(argv))
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -82,7 +82,7 @@ def _extent(tensor: Tensor) -> int:
     )
 
 
-def empty_masks(numels: Sequence[int], device: torch.device | None = None) -> list[Tensor]:
+def empty_masks(numels: Sequence[int], device: torch.device) -> list[Tensor]:
     """One bit per element: a uint8 tensor of ``ceil(n / 8)`` for each n, all in one allocation."""
     sizes = [(n + 7) // 8 for n in numels]
     if not sizes:

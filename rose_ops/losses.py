@@ -1,8 +1,8 @@
 """The two-pass training step."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from numbers import Real
 from typing import Any, NamedTuple
 
@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rose_ops.divergence import check_logits, symmetric_kl
+from rose_ops.optim import RoseFusedAdamW
 from rose_ops.settings import check_limit
 from rose_ops.wrappers import Precision, Replicas, unwrap
 
@@ -141,16 +142,13 @@ def rose_backward(
     r_drop = check_r_drop(r_drop)
     rose = unwrap(optimizer)
     check_limit(max_grad_norm, rose.settings.max_grad_norm if rose else None)
-    kinds = rose.settings.kinds if rose else ()
-    first = rose is not None and rose.needs_first_mask
-    # Without R-Drop the update's gradient is that of ce, and step() takes the mask from it.
-    second = "second" in kinds and r_drop > 0.0
+    first, second = masks_to_capture(rose, r_drop)
     own = [p for group in (rose or optimizer).param_groups for p in group["params"]]
     parameters = dict.fromkeys([*model.parameters(), *own])
     precision = Precision.of(optimizer, scaler)
     if gradient_accumulation_steps != 1:
         precision = precision.accumulating(gradient_accumulation_steps)
-    if "first" in kinds or second:
+    if second or (rose and "first" in rose.settings.kinds):
         precision.check_captures()
         check_no_gradients(model, parameters)
     clips = max_grad_norm is not None and precision.steps
@@ -162,10 +160,7 @@ def rose_backward(
             return logits_of(model, inputs, forward)
 
     def backward(loss: Tensor, **options: Any) -> None:
-        if precision.accumulation > 1:
-            loss = loss / precision.accumulation
-        scaled = loss if precision.scaler is None else precision.scaler.scale(loss)
-        torch.autograd.backward(scaled, **options)
+        torch.autograd.backward(precision.scaled(loss), **options)
         replicas.average_()
 
     with replicas.quiet(rose):
@@ -173,17 +168,9 @@ def rose_backward(
         if first or r_drop > 0.0:
             passes.append(run())
             check_logits(*passes)
-        # A backward runs in the dtypes its forward chose; under autocast it would choose anew.
-        device = passes[0].device.type
-        with nullcontext() if device == "meta" else torch.autocast(device, enabled=False):
-            # Half precision would round the loss, and some criteria have no half-precision kernel.
-            passes = [x.to(torch.promote_types(x.dtype, torch.float32)) for x in passes]
-            loss = ce = torch.stack([loss_of(criterion, logits, labels) for logits in passes]).mean()
-            kl: Any = None
-            if len(passes) == 2:
-                kl = symmetric_kl(passes[0], passes[1])
-                check_dropout(model, kl)
-                loss = ce + r_drop * kl if r_drop > 0.0 else ce
+        with without_autocast(passes[0]):
+            ce, kl = ce_and_kl(model, passes, labels, criterion)
+            loss = ce + r_drop * kl if r_drop > 0.0 else ce
             # A second-order risk is not the same for scaled gradients, so captures are told the
             # scale; the norm to clip to is of unscaled ones, too.
             scale = None
@@ -209,6 +196,44 @@ def check_r_drop(r_drop: object) -> float:
         kind = type(r_drop).__name__
         raise ValueError(f"r_drop={r_drop!r} ({kind}); expected a finite number >= 0")
     return float(r_drop)
+
+
+def masks_to_capture(rose: RoseFusedAdamW | None, r_drop: float) -> tuple[bool, bool]:
+    """Whether the coming step needs a first-order and a second-order mask that `step()` cannot make.
+
+    Without R-Drop the update's gradient is that of ce, and `step()` ranks it itself.
+    """
+    if rose is None:
+        return False, False
+    return rose.needs_first_mask, "second" in rose.settings.kinds and r_drop > 0.0
+
+
+def without_autocast(logits: Tensor) -> AbstractContextManager[Any]:
+    """Around losses and backwards: a backward runs in the dtypes that its forward chose, and under
+    autocast it would choose anew."""
+    device = logits.device.type
+    return nullcontext() if device == "meta" else torch.autocast(device, enabled=False)
+
+
+def ce_and_kl(
+    model: nn.Module,
+    passes: Sequence[Tensor],
+    labels: Any,
+    criterion: Callable[[Tensor, Any], Tensor],
+) -> tuple[Tensor, Any]:
+    """The mean of the classification losses of one or two passes, and the KL between two, or None.
+
+    Raises:
+        ValueError: No dropout is active in two passes, or a loss is not 0-dim.
+    """
+    # Half precision would round the loss, and some criteria have no half-precision kernel.
+    passes = [x.to(torch.promote_types(x.dtype, torch.float32)) for x in passes]
+    ce = torch.stack([loss_of(criterion, logits, labels) for logits in passes]).mean()
+    if len(passes) == 1:
+        return ce, None
+    kl = symmetric_kl(passes[0], passes[1])
+    check_dropout(model, kl)
+    return ce, kl
 
 
 def logits_of(model: nn.Module, inputs: Any, forward: Callable[[nn.Module, Any], Any] | None) -> Tensor:

@@ -200,6 +200,12 @@ class Precision(NamedTuple):
             )
         return self._replace(accumulation=int(steps))
 
+    def scaled(self, loss: Tensor) -> Tensor:
+        """The loss as it is backpropagated: divided for accumulation, and scaled."""
+        if self.accumulation > 1:
+            loss = loss / self.accumulation
+        return loss if self.scaler is None else self.scaler.scale(loss)
+
     def check_captures(self) -> None:
         """Raise where a mask would come from one of several micro-batches."""
         if self.accumulation > 1:

@@ -27,6 +27,7 @@ if not HAS_GPU:
 # --import-mode=importlib leaves the path alone, and the tests share support.py.
 sys.path.insert(0, str(Path(__file__).parent))
 
+from gpu_support import generator_on  # noqa: E402
 from support import OnDevice  # noqa: E402
 
 import rose_ops  # noqa: E402
@@ -66,6 +67,12 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 def generator(request: pytest.FixtureRequest) -> torch.Generator:
     """Random numbers of this test: fresh, unless ROSE_TEST_SEED says which."""
     return torch.Generator().manual_seed(SEED + zlib.crc32(request.node.name.encode()))
+
+
+@pytest.fixture
+def on_device(generator: torch.Generator) -> torch.Generator:
+    """Random numbers of a GPU."""
+    return generator_on("cuda", generator)
 
 
 def pytest_configure(config: pytest.Config) -> None:

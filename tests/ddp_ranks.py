@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import copy
-import traceback
 from contextlib import nullcontext
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from forked import answer
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -21,15 +21,10 @@ FEATURES, HIDDEN, CLASSES, ROWS = 6, 24, 3, 32
 
 
 def serve(rank: int, size: int, store: str, connection: Any) -> None:
-    """Run what comes through the connection, until there is no more."""
+    """Call the functions below by their names."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
-    while (task := connection.recv()) is not None:
-        name, arguments = task
-        try:
-            connection.send((True, globals()[name](rank, **arguments)))
-        except Exception:
-            connection.send((False, traceback.format_exc()))
+    answer(connection, lambda task: globals()[task[0]](rank, **task[1]))
     dist.destroy_process_group()
 
 
@@ -130,7 +125,7 @@ class Recorder(RoseFusedAdamW):
             self.near[p] = self.near.get(p, torch.zeros_like(near)) | near
 
 
-def replicas(rank: int, seed: int, options: dict, model: dict | None = None, **ddp: Any):
+def replicas(seed: int, options: dict, model: dict | None = None, **ddp: Any):
     torch.manual_seed(seed)
     module = Classifier(**(model or {}))
     wrapped = DistributedDataParallel(module, **ddp)
@@ -156,7 +151,7 @@ def train(
     """Several steps; all that must be alike on both ranks. With ``twin`` also how many elements
     differ from one process with the whole batch for no reason of rounding, in each step."""
     settings = {"order": order, "first_order_every": every}
-    wrapped, optimizer = replicas(rank, seed, settings, model, **ddp)
+    wrapped, optimizer = replicas(seed, settings, model, **ddp)
     module = wrapped.module
     called = torch.compile(wrapped, backend="eager") if compiled else wrapped
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8) if scaled else None
@@ -227,7 +222,7 @@ def differing(one: Recorder, other: Recorder) -> int:
 
 def buffers(rank: int, seed: int, order: str) -> list[tuple[list[Tensor], list[Tensor], bool]]:
     """Buffers after steps, and those of plain DDP after as many forwards."""
-    wrapped, optimizer = replicas(rank, seed, {"order": order}, {"norm": True})
+    wrapped, optimizer = replicas(seed, {"order": order}, {"norm": True})
     plain = DistributedDataParallel(copy.deepcopy(wrapped.module), find_unused_parameters=True)
     found = []
     for step in range(3):
@@ -253,7 +248,7 @@ def buffers(rank: int, seed: int, order: str) -> list[tuple[list[Tensor], list[T
 def refused(rank: int, seed: int, how: str, order: str, r_drop: float, **options: Any) -> str:
     """The message, once it is clear that nothing was changed."""
     ddp = {"static_graph": True} if how == "static graph" else {}
-    wrapped, optimizer = replicas(rank, seed, {"order": order}, **ddp)
+    wrapped, optimizer = replicas(seed, {"order": order}, **ddp)
     if how == "hook":
         wrapped.register_comm_hook(None, lambda state, bucket: None)
     elif how == "builtin hook":
@@ -277,7 +272,7 @@ def refused(rank: int, seed: int, how: str, order: str, r_drop: float, **options
 
 def accumulation(rank: int, seed: int) -> tuple[list[Tensor], list[Tensor]]:
     """Gradients of two micro-batches with no_sync(), and those of one process with both."""
-    wrapped, optimizer = replicas(rank, seed, {"order": "second"}, find_unused_parameters=True)
+    wrapped, optimizer = replicas(seed, {"order": "second"}, find_unused_parameters=True)
     with wrapped.no_sync():
         rose_backward(wrapped, *batch(seed, rank), optimizer)
     wrapped.module.dropout.passes = 0
@@ -304,7 +299,7 @@ def ignored(rank: int, seed: int) -> tuple[Tensor, Tensor]:
 
 def overflow(rank: int, seed: int, order: str) -> tuple[bool, float]:
     """Whether parameters are as they were after a step in which rank 1 saw an infinite gradient."""
-    wrapped, optimizer = replicas(rank, seed, {"order": order}, find_unused_parameters=True)
+    wrapped, optimizer = replicas(seed, {"order": order}, find_unused_parameters=True)
     scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
     before = [p.detach().clone() for p in wrapped.parameters()]
 
@@ -345,7 +340,7 @@ def inside_forward(rank: int, seed: int, order: str, sync: bool) -> list[Tensor 
 
 def two_phases(rank: int, seed: int) -> tuple[list[Tensor], list[Tensor]]:
     """Gradients of the recipe for accumulation, under DDP as it is."""
-    wrapped, optimizer = replicas(rank, seed, {"order": "first"}, find_unused_parameters=True)
+    wrapped, optimizer = replicas(seed, {"order": "first"}, find_unused_parameters=True)
     micro_batches = [batch(seed + i, rank) for i in range(2)]
     for inputs, _ in micro_batches:
         (symmetric_kl(wrapped(inputs), wrapped(inputs)) / 2).backward()

@@ -7,7 +7,6 @@ import copy
 import os
 import random
 import time
-import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -17,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from forked import answer
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
@@ -32,15 +32,10 @@ SHAPES = ((33, 17), (2, 40), (5,), (), (7, 4, 3), (64, 16), (0, 3), (1,))
 
 
 def serve(rank: int, size: int, store: str, connection: Any) -> None:
-    """Run what comes through the connection, until there is no more."""
+    """Call the functions below by their names."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
-    while (task := connection.recv()) is not None:
-        name, arguments = task
-        try:
-            connection.send((True, globals()[name](rank, size, **arguments)))
-        except Exception:
-            connection.send((False, traceback.format_exc()))
+    answer(connection, lambda task: globals()[task[0]](rank, size, **task[1]))
 
 
 # ------------------------------------------------------------------------------------- placements

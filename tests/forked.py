@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import traceback
 from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from multiprocessing.context import ForkServerContext
@@ -122,6 +123,16 @@ def _become(
 
 
 # --------------------------------------------------------------------------------------------- ranks
+
+
+def answer(connection: Any, call: Callable[[Any], Any]) -> None:
+    """Send what ``call`` makes of each task that comes through the connection, or what was wrong,
+    until there is no more."""
+    while (task := connection.recv()) is not None:
+        try:
+            connection.send((True, call(task)))
+        except BaseException:  # noqa: PERF203 (torch.distributed.checkpoint's are no Exception)
+            connection.send((False, traceback.format_exc()))
 
 
 class Ranks:

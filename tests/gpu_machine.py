@@ -19,9 +19,9 @@ ROOT = Path(__file__).resolve().parents[1]
 LIBRARY = ROOT / "rose_ops" / "_C.abi3.so"
 
 
-def load_setup() -> ModuleType:
+def load_setup(folder: Path = ROOT) -> ModuleType:
     """setup.py, which knows how the library is built."""
-    spec = importlib.util.spec_from_file_location("rose_ops_setup", ROOT / "setup.py")
+    spec = importlib.util.spec_from_file_location("rose_ops_setup", folder / "setup.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)

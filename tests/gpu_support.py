@@ -104,10 +104,10 @@ def results(optimizer: RoseFusedAdamW) -> dict[str, list[Tensor]]:
     return found
 
 
-def assert_same_results(actual: RoseFusedAdamW, expected: RoseFusedAdamW, what: str = "") -> None:
+def assert_same_results(actual: RoseFusedAdamW, expected: RoseFusedAdamW) -> None:
     found, wanted = results(actual), results(expected)
     for key in wanted:
-        assert_all_same_bits(found[key], wanted[key], f"{what} {key}")
+        assert_all_same_bits(found[key], wanted[key], key)
 
 
 def moved(start: Sequence[Tensor], optimizer: RoseFusedAdamW) -> bool:
@@ -121,6 +121,16 @@ def captured(function: Callable[[], object]) -> torch.cuda.CUDAGraph:
     with torch.cuda.graph(graph):
         function()
     return graph
+
+
+def paused_streams(count: int) -> list[torch.cuda.Stream]:
+    """Each with a pause, behind which work can be queued up that then is in all of them at once."""
+    streams = [torch.cuda.Stream() for _ in range(count)]
+    torch.cuda.synchronize()
+    for stream in streams:
+        with torch.cuda.stream(stream):
+            torch.cuda._sleep(50_000_000)
+    return streams
 
 
 @contextmanager

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import importlib.util
 import os
 import re
 import shutil
@@ -13,6 +12,7 @@ import sys
 from pathlib import Path
 
 import torch
+from gpu_machine import load_setup
 from torch.utils.cpp_extension import include_paths
 
 ROOT = Path(__file__).parents[1]
@@ -29,12 +29,7 @@ ISA = {"AVX512": "avx512", "AVX2": "avx2"}.get(torch.backends.cpu.get_cpu_capabi
 @functools.cache
 def setup_flags() -> list[str]:
     """What setup.py tells the compiler."""
-    spec = importlib.util.spec_from_file_location("rose_setup", ROOT / "setup.py")
-    assert spec is not None
-    assert spec.loader is not None
-    setup = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(setup)
-    return setup.compile_args
+    return load_setup().compile_args
 
 
 def _flags() -> list[str]:

@@ -408,15 +408,15 @@ MUTANTS = {
         f"{OF_REUSE}::test_two_captures_before_a_step",
     ),
     "no second pass": (
-        LOSSES, "first = rose is not None and rose.needs_first_mask", "first = \"first\" in kinds",
+        LOSSES, "return rose.needs_first_mask, ", "return \"first\" in rose.settings.kinds, ",
         f"{OF_REUSE}::test_no_second_pass_where_one_does",
     ),
     "no second pass over micro-batches": (
-        ACCUMULATE, "self._first = self._rose is not None and self._rose.needs_first_mask",
-        "self._first = \"first\" in kinds", f"{OF_REUSE}::test_no_second_pass_where_one_does",
+        ACCUMULATE, "return self._first or self.r_drop > 0.0", "return True",
+        f"{OF_REUSE}::test_no_second_pass_where_one_does",
     ),
     "micro-batches between two masks": (
-        LOSSES, "    if \"first\" in kinds or second:\n", "    if first or second:\n",
+        LOSSES, "second or (rose and \"first\" in rose.settings.kinds):\n", "first or second:\n",
         f"{OF_REUSE}::test_micro_batches_one_at_a_time_are_refused_in_every_step",
     ),
     "settings that came later": (
@@ -449,7 +449,7 @@ MUTANTS = {
         f"{OF_LOSSES}::test_parameters_of_another_optimizer_get_no_kl_gradient",
     ),
     "losses that are accumulated": (
-        LOSSES, "            loss = loss / precision.accumulation\n", "            pass\n",
+        WRAPPERS, "            loss = loss / self.accumulation\n", "            pass\n",
         f"{OF_LOSSES}::test_accelerate_divides_for_accumulation_and_clips_at_the_end",
     ),
     "norm of scaled gradients": (

@@ -74,9 +74,9 @@ class Report(NamedTuple):
 # ---------------------------------------------------------------------------------------- problems
 
 
-def risky(risk: Tensor, m: Tensor, beta1: float = 0.9, dtype: torch.dtype = FLOAT) -> Tensor:
+def risky(risk: Tensor, m: Tensor) -> Tensor:
     """Gradients whose second-order risks with these moments are about ``risk``; signs are m's."""
-    return ((1 + risk) * m.float() / (1 - beta1)).to(dtype)
+    return (1 + risk) * m.float() / (1 - 0.9)  # by beta1
 
 
 class Layouts:

@@ -7,7 +7,6 @@ must not depend on how many there are.
 
 from __future__ import annotations
 
-import traceback
 import warnings
 from collections.abc import Sequence
 from datetime import timedelta
@@ -17,6 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from forked import answer
 from torch import Tensor, nn
 from torch.distributed.checkpoint import state_dict as states
 from torch.distributed.checkpoint.state_dict import StateDictOptions
@@ -31,22 +31,22 @@ SECONDS = 60  # for one task; they take a second or two
 
 
 def serve(rank: int, _size: int, _store: str, connection: Any) -> None:
-    """Run what comes through the connection in a world of the size that it wants, until there is no
-    more. (A world of its own for each takes some milliseconds.)"""
+    """Call the functions below by their names, in a world of the size that each call wants. (A world
+    of its own for each takes some milliseconds.)"""
     torch.set_num_threads(1)
-    while (task := connection.recv()) is not None:
+
+    def call(task: tuple[str, int, str, dict[str, Any]]) -> Any:
         name, size, store, arguments = task
+        dist.init_process_group(
+            "gloo", init_method=f"file://{store}", rank=rank, world_size=size,
+            timeout=timedelta(seconds=SECONDS),
+        )  # fmt: skip
         try:
-            dist.init_process_group(
-                "gloo", init_method=f"file://{store}", rank=rank, world_size=size,
-                timeout=timedelta(seconds=SECONDS),
-            )  # fmt: skip
-            try:
-                connection.send((True, globals()[name](**arguments)))
-            finally:
-                dist.destroy_process_group()
-        except BaseException:  # torch.distributed.checkpoint's are no Exception
-            connection.send((False, traceback.format_exc()))
+            return globals()[name](**arguments)
+        finally:
+            dist.destroy_process_group()
+
+    answer(connection, call)
 
 
 def columns(param: Tensor) -> Shard | None:

@@ -310,8 +310,8 @@ def test_what_is_written_into_a_group_is_honoured(key, value, generator):
 # ---------------------------------------------------------------------------------------- storages
 
 
-def large(count: int = 6, n: int = 700_000) -> list[nn.Parameter]:
-    return [nn.Parameter(torch.randn(n)) for _ in range(count)]
+def large() -> list[nn.Parameter]:
+    return [nn.Parameter(torch.randn(700_000)) for _ in range(6)]
 
 
 def captured(params: list[nn.Parameter], **options: Any) -> RoseFusedAdamW:

@@ -23,9 +23,10 @@ from tiny_tasks import save_tiny_bert, sentences, write_tsv
 from rose_ops.cli import main
 from rose_ops.finetune import UserError, data, report, require
 from rose_ops.finetune.data import GLUE, load_task
+from rose_ops.finetune.models import bundled_model
 from rose_ops.finetune.perturb import PERTURBATIONS, perturb
-from rose_ops.finetune.recipes import Recipe
-from rose_ops.finetune.train import METHODS, batches, bundled_model
+from rose_ops.finetune.recipes import METHODS, Recipe
+from rose_ops.finetune.train import batches
 
 SHARED_DATA = Path(os.environ.get("ROSE_DATA_DIR", ROOT.parent / "shared" / "data"))
 PNG = b"\x89PNG\r\n"
@@ -380,18 +381,18 @@ def test_difference_is_paired():
     assert report.difference(base, base) == {"difference": 0.0, "low": 0.0, "high": 0.0}
 
 
-def run_of(method, seed, *points):
+def run_of(method, *points):
     curve = [{"step": s, "clean": c, "characters": r - 0.1, "words": r + 0.1} for s, c, r in points]
-    return {"method": method, "seed": seed, "curve": curve}
+    return {"method": method, "seed": 0, "curve": curve}
 
 
 def test_methods_are_compared_at_the_same_clean_accuracy():
     runs = [
-        run_of("adamw", 0, (10, 0.6, 0.5), (20, 0.8, 0.7), (30, 0.9, 0.6)),
-        run_of("second", 0, (10, 0.5, 0.5), (30, 0.7, 0.65)),  # adamw: halfway between 10 and 20
-        run_of("first", 0, (30, 0.55, 0.4)),  # adamw was there at once
-        run_of("random", 0, (30, 0.95, 0.7)),  # adamw never
-        run_of("none", 0),
+        run_of("adamw", (10, 0.6, 0.5), (20, 0.8, 0.7), (30, 0.9, 0.6)),
+        run_of("second", (10, 0.5, 0.5), (30, 0.7, 0.65)),  # adamw: halfway between 10 and 20
+        run_of("first", (30, 0.55, 0.4)),  # adamw was there at once
+        run_of("random", (30, 0.95, 0.7)),  # adamw never
+        run_of("none"),
     ]
     found = {x["method"]: x for x in report.matched(runs, "adamw")}
     assert found.keys() == {"second", "first", "random"}

@@ -24,9 +24,9 @@ def gradients(generator, dtype=FLOAT) -> list[Tensor]:
     return [torch.randn(s, generator=generator).to(dtype) for s in SHAPES]
 
 
-def step_gradients(generator, order: str, dtype=FLOAT) -> list[list[Tensor]]:
+def step_gradients(generator, order: str) -> list[list[Tensor]]:
     """For the first-order mask, where there is one, and to update with."""
-    return [gradients(generator, dtype) for _ in range(1 + ("first" in ORDERS[order]))]
+    return [gradients(generator) for _ in range(1 + ("first" in ORDERS[order]))]
 
 
 def train(optimizer: RoseFusedAdamW, params, steps, max_norm: float | None = None) -> list[float]:

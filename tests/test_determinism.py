@@ -51,8 +51,8 @@ def threads(count: int):
 
 
 @contextmanager
-def flushed_denormals(wanted: bool = True):
-    """The calling thread flushes denormals; as before afterwards (which is: it does not)."""
+def flushed_denormals(wanted: bool):
+    """The calling thread flushes denormals if that is wanted; afterwards it does not, as before."""
     if wanted and not torch.set_flush_denormal(True):
         pytest.skip("this CPU cannot flush denormals")
     try:

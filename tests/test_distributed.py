@@ -42,11 +42,10 @@ def bits(tensor):
     return tensor.contiguous().view(torch.int16 if tensor.dtype == torch.bfloat16 else torch.int32)
 
 
-def assert_as_one(results, one, layout, counts=True):
+def assert_as_one(results, one, layout):
     """Every rank has what one process has."""
     for rank, result in enumerate(results):
-        if counts:
-            assert repr(result["selection"]) == repr(one["selection"]), rank  # of NaN, too
+        assert repr(result["selection"]) == repr(one["selection"]), rank  # of NaN, too
         assert result.get("norm") == one["norm"]
     for key, wholes in one["tensors"].items():
         if layout == "cut":

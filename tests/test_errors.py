@@ -616,13 +616,13 @@ def test_an_error_in_the_closure_changes_nothing(order, generator):
 # ------------------------------------------------------------------------------- the functional API
 
 
-def lists(generator: torch.Generator, n: int = 3) -> list[list[Tensor]]:
-    """params, grads, exp_avgs, exp_avg_sqs, steps."""
-    made = [[torch.randn(4, generator=generator) for _ in range(n)] for _ in range(3)]
+def lists(generator: torch.Generator) -> list[list[Tensor]]:
+    """params, grads, exp_avgs, exp_avg_sqs, steps; of three tensors."""
+    made = [[torch.randn(4, generator=generator) for _ in range(3)] for _ in range(3)]
     return [
         *made,
-        [torch.rand(4, generator=generator) for _ in range(n)],
-        [torch.ones(()) for _ in range(n)],
+        [torch.rand(4, generator=generator) for _ in range(3)],
+        [torch.ones(()) for _ in range(3)],
     ]
 
 

@@ -49,11 +49,10 @@ def half_width(u: torch.Tensor) -> torch.Tensor:
     return math.sqrt(2 * L) * deviation + 2 / 3 * LINE * L
 
 
-def misses_of_the_derivation(
-    y: torch.Tensor, lines: int, width: float, draws: int
-) -> tuple[float, float]:
+def misses_of_the_derivation(y: torch.Tensor, lines: int, width: float) -> tuple[float, float]:
     """The share of draws in which the first bracket misses, and in which one of those does that may
     follow when parts of all lines have been counted: half-widths are of what is left."""
+    draws = 1000
     generator = torch.Generator().manual_seed(1)
     strata = strata_of(y, lines)
     random = torch.randint(0, strata.shape[1], (draws, lines), generator=generator)
@@ -127,7 +126,7 @@ def test_misses_are_as_many_as_the_derivation_says(case):
     # Two passes, where the one cannot hold a bracket, are exact. That may be where the estimate is far
     # off, so that of the rest fewer miss.
     assert tried > DRAWS / 2
-    first, any_of_them = misses_of_the_derivation(line_deviations(keys, units), lines, width, 1000)
+    first, any_of_them = misses_of_the_derivation(line_deviations(keys, units), lines, width)
     low, high = binomial_limits(first * (tried / DRAWS), any_of_them, tried)
     assert low <= missed <= high
     assert 0.01 < first < 0.5
@@ -189,7 +188,7 @@ def test_misses_of_a_lower_threshold(lower):
             missed[units] += report.one_pass and not report.low[i] <= exact <= report.high[i]
     assert tried > DRAWS / 2
     for units, count in missed.items():
-        first, any_of_them = misses_of_the_derivation(line_deviations(keys, units), lines, width, 1000)
+        first, any_of_them = misses_of_the_derivation(line_deviations(keys, units), lines, width)
         low, high = binomial_limits(first * (tried / DRAWS), any_of_them, tried)
         assert low <= count <= high
 

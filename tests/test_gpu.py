@@ -24,6 +24,7 @@ from gpu_support import (
     parameters,
     params_of,
     passes_of,
+    paused_streams,
     results,
     set_gradients,
     step,
@@ -122,11 +123,7 @@ def test_two_optimizers_on_two_streams_at_once(generator, way):
             step(optimizer, grads)
         torch.cuda.synchronize()
     together = [optimizer_of(start, WAYS[way]) for start, _ in work]
-    streams = [torch.cuda.Stream() for _ in work]
-    torch.cuda.synchronize()
-    for stream in streams:
-        with torch.cuda.stream(stream):
-            torch.cuda._sleep(50_000_000)
+    streams = paused_streams(len(work))
     for i in range(6):
         for stream, optimizer, (_, steps) in zip(streams, together, work, strict=True):
             with torch.cuda.stream(stream):

@@ -10,23 +10,18 @@ from gpu_support import (
     WAYS,
     assert_same_results,
     captured,
-    generator_on,
     gradients,
     moved,
     optimizer_of,
     parameters,
     passes_of,
+    paused_streams,
     step,
 )
 from support import BF16, FLOAT
 from torch import Tensor
 
 pytestmark = pytest.mark.gpu
-
-
-@pytest.fixture
-def on_device(generator) -> torch.Generator:
-    return generator_on("cuda", generator)
 
 
 class Twins:
@@ -145,11 +140,7 @@ def test_graphs_of_two_optimizers_at_once(on_device):
     """Replayed on two streams, queued up behind a pause."""
     pairs = [Twins(on_device, way, made=True) for way in ("bracket", "clipping-ensemble")]
     graphs = [captured(lambda twins=twins: twins.run(twins.captured)) for twins in pairs]
-    streams = [torch.cuda.Stream() for _ in pairs]
-    torch.cuda.synchronize()
-    for stream in streams:
-        with torch.cuda.stream(stream):
-            torch.cuda._sleep(50_000_000)
+    streams = paused_streams(len(pairs))
     for _ in range(5):
         for stream, graph in zip(streams, graphs, strict=True):
             with torch.cuda.stream(stream):

@@ -9,7 +9,7 @@ from itertools import chain
 
 import pytest
 import torch
-from gpu_support import WAYS, generator_on, gradients, optimizer_of, parameters, passes_of, step
+from gpu_support import WAYS, gradients, optimizer_of, parameters, passes_of, step
 from support import BF16, FLOAT
 from torch.autograd import DeviceType
 
@@ -17,11 +17,6 @@ from rose_ops import backends
 
 NOT_BUILT = None if not torch.cuda.is_available() else backends.BACKENDS["cuda"].why_not()
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(NOT_BUILT is not None, reason=str(NOT_BUILT))]
-
-
-@pytest.fixture
-def on_device(generator) -> torch.Generator:
-    return generator_on("cuda", generator)
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -9,7 +9,6 @@ from gpu_support import (
     SAMPLED,
     WAYS,
     assert_same_results,
-    generator_on,
     gradients,
     moved,
     no_synchronisation,
@@ -25,11 +24,6 @@ from torch import Tensor, nn
 from rose_ops import RoseFusedAdamW, flatten_parameters, rose_backward
 
 pytestmark = pytest.mark.gpu
-
-
-@pytest.fixture
-def on_device(generator) -> torch.Generator:
-    return generator_on("cuda", generator)
 
 
 def steps_of(on_device: torch.Generator, way: str, count: int, dtype=FLOAT) -> list[list[list[Tensor]]]:

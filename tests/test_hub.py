@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 from glob import glob
 from pathlib import Path
 from typing import Any
 
 import pytest
+from gpu_machine import load_setup
 
 ROOT = Path(__file__).parents[1]
 
@@ -16,15 +16,6 @@ ROOT = Path(__file__).parents[1]
 def build_toml() -> dict[str, Any]:
     tomllib = pytest.importorskip("tomllib", reason="Python 3.10 has no tomllib")
     return tomllib.loads((ROOT / "build.toml").read_text(encoding="utf-8"))
-
-
-def setup_module() -> Any:
-    spec = importlib.util.spec_from_file_location("setup_of_project", ROOT / "setup.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def test_the_hub_s_build_is_setup_py_s():
@@ -56,7 +47,7 @@ def test_the_hub_s_build_is_setup_py_s():
 
 
 def test_the_hub_s_flags_are_setup_py_s():
-    build, setup = build_toml(), setup_module()
+    build, setup = build_toml(), load_setup()
     ours = {x for x in setup.compile_args if not x.startswith(("-W", "-g", "-DTORCH_TARGET"))}
     shared, kernels = build["torch"]["cxx-flags"], build["kernel"]
     assert set(shared) == set(kernels["cpu"]["cxx-flags"]) == ours

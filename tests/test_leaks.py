@@ -21,9 +21,9 @@ def model_of(seed: int = 0) -> nn.Sequential:
         return nn.Sequential(nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, 3))
 
 
-def mask_of(optimizer: RoseFusedAdamW, kind: str = "first") -> list[Tensor]:
+def mask_of(optimizer: RoseFusedAdamW) -> list[Tensor]:
     params = [p for group in optimizer.param_groups for p in group["params"]]
-    return [optimizer.state[p][f"{kind}_mask"].clone() for p in params]
+    return [optimizer.state[p]["first_mask"].clone() for p in params]
 
 
 @pytest.fixture

@@ -14,7 +14,8 @@ from torch.utils.checkpoint import checkpoint
 from rose_ops import RoseFusedAdamW, rose_backward, symmetric_kl, unwrap
 from rose_ops.definitions import rank_of, unpack
 from rose_ops.finetune import recipes
-from rose_ops.finetune import train as finetune
+from rose_ops.finetune.runtime import Runtime
+from rose_ops.finetune.train import train
 
 SEED = 0  # of the model, the data and the dropout: drawn anew for every test
 
@@ -707,13 +708,13 @@ def test_the_demo_clips_before_it_ranks(method, monkeypatch):
 
     monkeypatch.setattr(recipes, "rose_backward", recorded)
     data = types.SimpleNamespace(lengths=[1] * 12, batch=lambda indices: batch())
-    settings = finetune.Settings(
+    settings = recipes.Settings(
         steps=2, batch_size=4, lr=1e-2, weight_decay=0.1, warmup=0.1, max_grad_norm=0.02, r_drop=2.0,
         upper=0.6, lower=0.0, gamma=0.5, granularity="element", selection="bracket",
         inactive="update", selective="all", selection_warmup_steps=0, backend="auto",
     )  # fmt: skip
-    runtime = finetune.Runtime(torch.device("cpu"), "float32")
-    finetune.train(classifier(), data, finetune.METHODS[method], settings, runtime, seed=1)
+    runtime = Runtime(torch.device("cpu"), "float32")
+    train(classifier(), data, recipes.METHODS[method], settings, runtime, seed=1)
     assert len(norms) == 2
     for (before, after), optimizer in zip(norms, optimizers, strict=True):
         if method == "adamw":

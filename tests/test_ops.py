@@ -199,9 +199,9 @@ def good(**options) -> Problem:
     return Problem.of(g, m, params=p, exp_avg_sqs=[t.abs() for t in v], **options)
 
 
-def set_item(name: str, value, index=1):
+def set_item(name: str, value):
     def change(p: Problem) -> None:
-        getattr(p, name)[index] = value
+        getattr(p, name)[1] = value
 
     return change
 

@@ -29,8 +29,9 @@ from benchmarks.paper.runs import PUBLISHED, Run, published, small, study  # noq
 from benchmarks.paper.train import Evaluation, Trained, score, splits, train_run  # noqa: E402
 from benchmarks.paper.vocabulary import prune  # noqa: E402
 from rose_ops.finetune import UserError, models  # noqa: E402
+from rose_ops.finetune.classifier import load_model, predict  # noqa: E402
 from rose_ops.finetune.data import load_task  # noqa: E402
-from rose_ops.finetune.train import Runtime, load_model, predict  # noqa: E402
+from rose_ops.finetune.runtime import Runtime  # noqa: E402
 
 SHARED_DATA = Path(os.environ.get("ROSE_DATA_DIR", ROOT.parent / "shared" / "data"))
 RUNTIME = Runtime(torch.device("cpu"), "float32")

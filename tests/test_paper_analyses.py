@@ -25,9 +25,11 @@ for module in ("jinja2", "matplotlib", "pandas", "scipy", "transformers", "tqdm"
 from benchmarks.paper import geometry, probing, upper  # noqa: E402
 from benchmarks.paper.runs import Run  # noqa: E402
 from rose_ops.finetune import UserError  # noqa: E402
+from rose_ops.finetune.classifier import load_model  # noqa: E402
 from rose_ops.finetune.data import Examples, load_task  # noqa: E402
 from rose_ops.finetune.recipes import Method  # noqa: E402
-from rose_ops.finetune.train import Runtime, load_model, train  # noqa: E402
+from rose_ops.finetune.runtime import Runtime  # noqa: E402
+from rose_ops.finetune.train import train  # noqa: E402
 
 RUNTIME = Runtime(torch.device("cpu"), "float32")
 QUICK = ("steps=4", "eval_every=2", "perturbed=5", "batch_size=8", "max_length=16", "precision=float32")

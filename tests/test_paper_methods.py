@@ -19,7 +19,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from benchmarks.paper.methods import METHODS, has_granularity
 from benchmarks.paper.runs import Run
 from rose_ops.finetune.recipes import Context, Method, Settings
-from rose_ops.finetune.train import Runtime, batches
+from rose_ops.finetune.runtime import Runtime
+from rose_ops.finetune.train import batches
 
 RUNTIME = Runtime(torch.device("cpu"), "float32")
 RUN = Run("adamw", "sst2", lr=0.01, upper=0.6, r_drop=0.7, batch_size=4, max_grad_norm=0.05)

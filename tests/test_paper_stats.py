@@ -27,14 +27,14 @@ def runs_of(method, clean, adv, **setting):
     )
 
 
-def curve_of(points, method="adamw", seed=0, first_step=0):
+def curve_of(points, method="adamw", seed=0):
     """Rows of one run's evaluations, at steps 0, 10, ..."""
     return pd.DataFrame(
         {
             **SETTING,
             "method": method,
             "seed": seed,
-            "step": first_step + 10 * i,
+            "step": 10 * i,
             "clean_accuracy": x,
             "adversarial_accuracy": y,
         }

@@ -259,9 +259,9 @@ def test_approximate_thresholds_of_little_data_are_exact(any_ops, spec: Spec, ke
 # -------------------------------------------------------------------------------------- update
 
 
-def training_problem(generator, n=1025, dtype=FLOAT, row=ROSE, **options) -> Problem:
+def training_problem(generator, n=1025, dtype=FLOAT, **options) -> Problem:
     p, g, m, v = (values(n, ("normal",), FLOAT, generator) for _ in range(4))
-    return Problem.of([g.to(dtype)], [m], row, params=[p.to(dtype)], exp_avg_sqs=[v.abs()], **options)
+    return Problem.of([g.to(dtype)], [m], ROSE, params=[p.to(dtype)], exp_avg_sqs=[v.abs()], **options)
 
 
 @pytest.mark.parametrize("dtype", [FLOAT, BF16, HALF], ids=str)

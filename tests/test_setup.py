@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import email
 import ensurepip
-import importlib.util
 import os
 import re
 import shutil
@@ -14,14 +13,11 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from gpu_machine import load_setup
 from setuptools.errors import OptionError, PlatformError
 
 SETUP = Path(__file__).parents[1] / "setup.py"
-spec = importlib.util.spec_from_file_location("rose_ops_setup", SETUP)
-assert spec is not None
-assert spec.loader is not None
-setup = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(setup)
+setup = load_setup()
 
 KNOWN = {"75", "80", "86", "90", "100", "120"}
 
@@ -127,22 +123,15 @@ def test_a_fingerprint_is_of_every_source(tmp_path):
     """And of nothing else: not of the folder, nor of dates."""
     shutil.copy(SETUP, tmp_path)
     shutil.copytree(SETUP.parent / "csrc", tmp_path / "csrc")
-
-    def fingerprint() -> str:
-        spec = importlib.util.spec_from_file_location("copied_setup", tmp_path / "setup.py")
-        copy = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(copy)
-        return copy.fingerprint()
-
-    before = fingerprint()
+    before = load_setup(tmp_path).fingerprint()
     assert before == setup.fingerprint()
     for name in ("csrc/cuda/launch.cu", "csrc/include/rose/element.h"):
         source = tmp_path / name
         text = source.read_text()
         source.write_text(text + "// more\n")
-        assert fingerprint() != before, name
+        assert load_setup(tmp_path).fingerprint() != before, name
         source.write_text(text)
-        assert fingerprint() == before
+        assert load_setup(tmp_path).fingerprint() == before
 
 
 # ------------------------------------------------------------------------------------------ metadata

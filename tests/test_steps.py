@@ -18,9 +18,9 @@ LATE = [2.0**24 - 2, 2.0**24 - 1, *(2.0**24 + k for k in (0, 2, 4)), 2.0**25, 2.
         2.0**32 - 256, 2.0**32, 2.0**32 + 512, 2.0**33, 2.0**40, 2.0**100]  # fmt: skip
 
 
-def problem_at(steps: list[float], seed: int = 5) -> Problem:
+def problem_at(steps: list[float]) -> Problem:
     """Everything that is rounded stochastically, the same for every call."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(5)
     p, g, m, v = (
         [
             place(values(300, ("normal",), BF16, generator), layout)

@@ -69,6 +69,25 @@ def trained(
     return trainer
 
 
+def by_hand(
+    trainer: Any, model: nn.Module, weight_decay: float, **options: Any
+) -> tuple[RoseFusedAdamW, list[tuple[dict[str, Tensor], Tensor]]]:
+    """For a plain loop from where ``trainer`` began: an optimizer of its groups, and its batches."""
+    names = set(trainer.get_decay_parameter_names(model))
+    groups = [
+        {"params": [p for n, p in model.named_parameters() if (n in names) == decays],
+         "weight_decay": weight_decay if decays else 0.0}
+        for decays in (True, False)
+    ]  # fmt: skip
+    batches = [
+        ({k: v for k, v in batch.items() if k != "labels"}, batch["labels"])
+        for batch in trainer.batches
+    ]
+    model.train()
+    torch.set_rng_state(trainer.random)
+    return RoseFusedAdamW(groups, lr=1e-2, **options), batches
+
+
 def assert_alike(model: nn.Module, other: nn.Module) -> None:
     for (name, p), q in zip(model.named_parameters(), other.parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6, msg=name)
@@ -98,21 +117,7 @@ def test_as_a_plain_loop(tmp_path, order, r_drop, accumulation):
         max_grad_norm=0.05, weight_decay=0.1, adam_beta2=0.98, lr_scheduler_type="constant",
         compute_loss_func=loss_by_items,
     )  # fmt: skip
-    names = set(trainer.get_decay_parameter_names(other))
-    optimizer = RoseFusedAdamW(
-        [
-            {"params": [p for n, p in other.named_parameters() if (n in names) == decays],
-             "weight_decay": 0.1 if decays else 0.0}
-            for decays in (True, False)
-        ],
-        lr=1e-2, betas=(0.9, 0.98), max_grad_norm=0.05, **rose,
-    )  # fmt: skip
-    other.train()
-    torch.set_rng_state(trainer.random)
-    batches = [
-        ({k: v for k, v in batch.items() if k != "labels"}, batch["labels"])
-        for batch in trainer.batches
-    ]
+    optimizer, batches = by_hand(trainer, other, 0.1, betas=(0.9, 0.98), max_grad_norm=0.05, **rose)
     assert len(batches) == STEPS * accumulation
     for step in range(STEPS):
         part = batches[step * accumulation : (step + 1) * accumulation]
@@ -369,20 +374,7 @@ def test_first_order_masks_that_are_used_again(tmp_path, r_drop):
         compute_loss_func=loss_by_items, lr_scheduler_type="constant", max_grad_norm=0,
     )  # fmt: skip
     assert trainer.passes == ([2, 2, 1, 1, 2, 2] if r_drop == 0 else [2] * 6)
-    names = set(trainer.get_decay_parameter_names(other))
-    optimizer = RoseFusedAdamW(
-        [
-            {"params": [p for n, p in other.named_parameters() if (n in names) == decays]}
-            for decays in (True, False)
-        ],
-        lr=1e-2, weight_decay=0.0, **rose,
-    )  # fmt: skip
-    other.train()
-    torch.set_rng_state(trainer.random)
-    batches = [
-        ({k: v for k, v in batch.items() if k != "labels"}, batch["labels"])
-        for batch in trainer.batches
-    ]
+    optimizer, batches = by_hand(trainer, other, 0.0, **rose)
     for step in range(STEPS):
         rose_accumulate(other, batches[2 * step : 2 * step + 2], optimizer, r_drop=r_drop)
         optimizer.step()

@@ -97,12 +97,12 @@ class Trainer:
         return scores
 
 
-def search_in(folder, asked=None, pruner=None, name="search"):
+def search_in(folder, asked=None, pruner=None):
     def sampler(seed):
         return optuna.samplers.RandomSampler(seed=seed)
 
     asked = {"task": "sst2"} if asked is None else asked
-    return Search(name, folder / "study.log", asked, sampler, pruner or optuna.pruners.NopPruner())
+    return Search("search", folder / "study.log", asked, sampler, pruner or optuna.pruners.NopPruner())
 
 
 def draw(trial):

@@ -5,7 +5,7 @@ import sys
 
 try:
     from benchmarks.paper import landscape, probing, report, runner, upper
-    from rose_ops.finetune import UserError
+    from rose_ops.finetune import exit_status
 except ModuleNotFoundError as error:
     sys.exit(f"error: {error}; `make paper` installs what is needed: pip install -e '.[paper]'")
 
@@ -40,16 +40,7 @@ def main() -> int:
         )
         add_arguments(command)
         command.set_defaults(run=run)
-    args = parser.parse_args()
-    try:
-        args.run(args)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    return 0
+    return exit_status(parser.parse_args())
 
 
 sys.exit(main())

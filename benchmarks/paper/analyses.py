@@ -29,7 +29,7 @@ from benchmarks.paper.train import Trained, train_run
 from rose_ops.finetune import UserError
 from rose_ops.finetune.data import GLUE, Examples, Task
 from rose_ops.finetune.models import model_folder
-from rose_ops.finetune.train import Runtime, choose_runtime
+from rose_ops.finetune.runtime import Runtime, choose_runtime
 
 ANALYSES = (
     *("analysis", "command", "run", *KEY, "preset", "steps", "lr", "upper", "gamma", "options"),

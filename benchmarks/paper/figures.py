@@ -54,10 +54,8 @@ def _legend(figure: Any, axes: Any) -> None:
         )
 
 
-def robust_against_clean(
-    curves: pd.DataFrame, methods: Sequence[str], robust: str = "adversarial_accuracy"
-) -> bytes:
-    """Robust against clean accuracy along the way, one panel for each task.
+def robust_against_clean(curves: pd.DataFrame, methods: Sequence[str]) -> bytes:
+    """Adversarial against clean accuracy along the way, one panel for each task.
 
     Lines are means over seeds at equal clean accuracy (`matched.curve_over_seeds`); a faint line is one
     run, evaluation by evaluation; a dot is where a run has ended.
@@ -65,7 +63,6 @@ def robust_against_clean(
     Args:
         curves: evaluations of one model and granularity.
         methods: what is drawn, in the order of the legend.
-        robust: the column on the vertical axis.
     """
     pyplot = _pyplot()
     curves = curves[curves["method"].isin(methods)]
@@ -79,15 +76,15 @@ def robust_against_clean(
         for method, rows in of_task.groupby("method", sort=False):
             colour, line = styles[method]
             for _, run in rows.groupby("seed"):
-                run = 100 * run.sort_values("step")[["clean_accuracy", robust]]
+                run = 100 * run.sort_values("step")[["clean_accuracy", "adversarial_accuracy"]]
                 axis.plot(*run.T.to_numpy(), line, color=colour, alpha=0.2, linewidth=0.7)
                 axis.plot(*run.iloc[-1], "o", color=colour, markersize=3)
             levels = np.linspace(*rows["clean_accuracy"].agg(["min", "max"]), _LEVELS)
-            mean = matched.curve_over_seeds(rows, levels, robust)
+            mean = matched.curve_over_seeds(rows, levels)
             # Where some runs have no part, a mean is one of other runs.
             mean = 100 * mean[mean["n"] == rows["seed"].nunique()]
             axis.plot(mean["clean"], mean["mean"], line, color=colour, label=method)
-        axis.set(title=task, xlabel="clean accuracy (%)", ylabel=f"{robust.split('_')[0]} accuracy (%)")
+        axis.set(title=task, xlabel="clean accuracy (%)", ylabel="adversarial accuracy (%)")
         axis.grid(linewidth=0.3)
     _legend(figure, axes)
     return _png(figure)

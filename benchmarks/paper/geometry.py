@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rose_ops.finetune.train import Encoded, Runtime, predict
+from rose_ops.finetune.classifier import Encoded, predict
+from rose_ops.finetune.runtime import Runtime
 
 Weights = Mapping[str, Tensor]
 

@@ -20,8 +20,10 @@ from benchmarks.paper.methods import METHODS
 from benchmarks.paper.runs import Run
 from benchmarks.paper.vocabulary import prune
 from rose_ops.finetune import UserError
+from rose_ops.finetune.classifier import Encoded, load_model, predict
 from rose_ops.finetune.data import Examples, Task
-from rose_ops.finetune.train import Encoded, Runtime, load_model, predict, train
+from rose_ops.finetune.runtime import Runtime
+from rose_ops.finetune.train import train
 
 PROBING, DROPOUT = "probing", "dropout"
 PROBING_COLUMNS = ("inoculated", "matthews", "training_accuracy", "n")

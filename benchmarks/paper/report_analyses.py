@@ -44,16 +44,23 @@ def _ran(frame: pd.DataFrame, known: pd.DataFrame) -> str:
     return f"{ran(entries)} Measured with {'; '.join(shown)}."
 
 
+def _is_missing(section: Section, frame: pd.DataFrame, known: pd.DataFrame, command: str) -> bool:
+    """Whether the command has measured nothing. Says so in the section, or else what was run."""
+    if frame.empty:
+        section.missing = f"Not measured: python -m benchmarks.paper {command}"
+    else:
+        section.ran = _ran(frame, known)
+    return frame.empty
+
+
 def _dropout(frame: pd.DataFrame, known: pd.DataFrame) -> Section:
     section = Section(
         "Table 4: predictions of two dropout passes",
         "How many training examples get another label in a second pass with dropout: how strong the "
         "perturbation is that first-order ROSE ranks by.",
     )
-    if frame.empty:
-        section.missing = "Not measured: python -m benchmarks.paper dropout"
+    if _is_missing(section, frame, known, "dropout"):
         return section
-    section.ran = _ran(frame, known)
     section.tables.append(tables.inconsistent(frame))
     return section
 
@@ -66,10 +73,8 @@ def _surfaces(frame: pd.DataFrame, known: pd.DataFrame) -> Section:
         "norms. One colour scale in each figure. The red cross is the model. One seed and one pair of "
         "directions show what a surface can look like, and are no test of a difference.",
     )
-    if frame.empty:
-        section.missing = "Not measured: python -m benchmarks.paper surfaces"
+    if _is_missing(section, frame, known, "surfaces"):
         return section
-    section.ran = _ran(frame, known)
     for (model, options), group in frame.groupby(["model", "options"], sort=False):
         for granularity in [x for x in group["granularity"].unique() if x != "none"] or ["none"]:
             members = group[group["granularity"].isin([granularity, "none"])]
@@ -85,10 +90,8 @@ def _probing(frame: pd.DataFrame, known: pd.DataFrame) -> Section:
         "superficial one. One point for each seed, a line for their mean. A model that has not learnt "
         "its training sentences (see their accuracy) is near 0 without preferring either.",
     )
-    if frame.empty:
-        section.missing = "Not measured: python -m benchmarks.paper probe"
+    if _is_missing(section, frame, known, "probe"):
         return section
-    section.ran = _ran(frame, known)
     section.tables.append(tables.probing(frame))
     for (model, task), group in frame.groupby(["model", "task"], sort=False):
         section.draw(figures.probing(group), f"{model}, {task}")
@@ -101,10 +104,8 @@ def _interpolation(frame: pd.DataFrame, known: pd.DataFrame) -> Section:
         "Cross-entropy (solid, left) and accuracy (dashed, right) on the line between two fine-tuned "
         "models, (1 - α) θ + α θ', without dropout; one line for each seed.",
     )
-    if frame.empty:
-        section.missing = "Not measured: python -m benchmarks.paper interpolate"
+    if _is_missing(section, frame, known, "interpolate"):
         return section
-    section.ran = _ran(frame, known)
     ends = frame.assign(
         first=frame["method"], second=[json.loads(x)["second"] for x in frame["options"]]
     )

@@ -31,7 +31,8 @@ from benchmarks.paper.train import splits, train_run
 from rose_ops.finetune import UserError, require
 from rose_ops.finetune.data import GLUE, Task, load_task
 from rose_ops.finetune.models import MODELS, model_folder
-from rose_ops.finetune.train import Diverged, choose_runtime
+from rose_ops.finetune.runtime import choose_runtime
+from rose_ops.finetune.train import Diverged
 
 RESULTS = Path(__file__).parent / "results"
 _JOB = "ROSE_PAPER_JOB"  # set in processes that --jobs started

@@ -14,9 +14,11 @@ from torch.nn import functional as F
 from benchmarks.paper.methods import METHODS
 from benchmarks.paper.runs import Run
 from benchmarks.paper.vocabulary import prune
+from rose_ops.finetune.classifier import Encoder, load_model, predict
 from rose_ops.finetune.data import Examples, Task
 from rose_ops.finetune.perturb import PERTURBATIONS, perturb
-from rose_ops.finetune.train import Encoder, Runtime, load_model, predict, train
+from rose_ops.finetune.runtime import Runtime
+from rose_ops.finetune.train import train
 
 _BINS = 15
 
@@ -70,7 +72,7 @@ class Trained:
         return self.curve[-1].scores
 
 
-def splits(task: Task, limit: int | None = None) -> dict[str, Examples]:
+def splits(task: Task, limit: int) -> dict[str, Examples]:
     """What runs are measured on: `clean` (GLUE dev), `adversarial` (AdvGLUE dev of the task) where the
     task has it, and perturbed copies of clean, `characters` and `words`.
 

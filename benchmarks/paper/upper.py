@@ -27,10 +27,11 @@ from benchmarks.paper.train import splits
 from benchmarks.paper.vocabulary import prune
 from rose_ops import RoseFusedAdamW
 from rose_ops.finetune import UserError
+from rose_ops.finetune.classifier import load_model
 from rose_ops.finetune.data import Examples, Task
 from rose_ops.finetune.perturb import PERTURBATIONS, perturb
 from rose_ops.finetune.recipes import Context, Method, Recipe
-from rose_ops.finetune.train import load_model, train
+from rose_ops.finetune.train import train
 
 RISKS, TRIALS = "risks", "uppers"
 RISK_COLUMNS = ("step", "rule", "upper", "ranked")

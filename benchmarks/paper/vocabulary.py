@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from rose_ops.finetune.classifier import Encoded, Encoder
 from rose_ops.finetune.data import Examples
-from rose_ops.finetune.train import Encoded, Encoder
 
 
 @dataclass(frozen=True)

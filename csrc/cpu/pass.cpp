@@ -1,8 +1,3 @@
-// Who finishes a chunk adds its counts to those of its phase. When a phase and all before it are
-// counted, the next one's bracket is known, whoever finds that out first: from then on chunks are
-// treated by it. Nobody waits for it: it lies in the brackets before, so that those serve as well, and
-// what it is does not depend on who treated what by which. So the brackets, the threshold and even a
-// miss are the same in every run.
 #include "pass.h"
 
 #include "logs.h"
@@ -12,13 +7,12 @@ namespace rose {
 namespace cpu {
 namespace {
 
-constexpr int64_t kFewest = int64_t{1} << 20;  // elements: below, the sample would be too large a part
+constexpr int64_t kFewest = int64_t{1} << 20;  // elements; of fewer, the sample is too large a part
 constexpr int64_t kFewestInTests = int64_t{1} << 16;
-constexpr int64_t kLogAll =
-    1 << 17;  // elements: up to so many, every key is logged where only they are
-constexpr int64_t kPartOfLog = 1024;  // entries that are looked at together
+constexpr int64_t kLogAll = 1 << 17;  // elements: of so few, every key is logged, if keys alone are
+constexpr int64_t kPartOfLog = 1024;  // entries of the log that are looked at together
 
-// The bracket's pass, by one ranking.
+// One call of bracket_pass().
 class Pass {
  public:
   Pass(const Segments& segments, const Ranked& ranked, Body& body, UpdateCounts& counts)
@@ -57,7 +51,7 @@ class Pass {
     publish(0);
     body_.begin();
     walk();
-    tighten_locked();  // if the last chunks came in together
+    tighten_locked();  // if threads finished the last chunks together, none of them may have done it
     if (ranked_.shared) share_counts(*ranked_.shared);
     report.one_pass = 1;
     for (size_t t = 0; t < thresholds_.size(); ++t) {
@@ -74,7 +68,7 @@ class Pass {
   }
 
  private:
-  // Lines that one of the sample stands for; where processes have parts, on all of them.
+  // How many lines a sampled one stands for, of those of all processes that share the ranking.
   static int64_t stratum(const Ranked& ranked, bool counts_only) {
     const int64_t n = ranked.elements();
     const int64_t lines = ranked.shared ? n / kLine : Lines::count(ranked.source.segments);
@@ -95,7 +89,8 @@ class Pass {
     return true;
   }
 
-  // That of all processes; false if they know of no threshold, or not of the same one, to look around.
+  // Takes the sample of all processes, in windows around the thresholds of an earlier step. False if
+  // there are none, or if processes do not know the same ones.
   bool share_sample(const Shared& shared) {
     std::vector<Window> windows;
     std::vector<Comparison> known{Comparison(static_cast<int32_t>(lines_.weight()))};
@@ -126,14 +121,14 @@ class Pass {
     });
   }
 
-  // Whether the log will be within its bytes, with room to be wrong.
+  // Sees to it that the log will be within its bytes, with room to be wrong. False if it cannot be.
   bool fits(Threshold& threshold) {
-    // 24 bytes, and what blocks of the log leave free.
+    // Bytes of an entry: of a key alone; or key, place, four numbers, and what blocks leave free.
     const double entry = counts_only_ ? 4 : 28;
     const int64_t elements = ranked_.shared ? ranked_.elements() / ranks_ : segments_.elements();
     const auto bytes = static_cast<double>(ranks_ * bytes_of_log(elements));
     const double room = bytes / (1.25 * entry) / static_cast<double>(thresholds_.size());
-    constexpr double kShrinks = 0.75;  // the bracket, during the pass
+    constexpr double kShrinks = 0.75;  // the bracket shrinks during the pass: the share that is logged
     if (ranked_.shared) return threshold.inside() <= room || threshold.collapse_onto_middle();
     if (kShrinks * threshold.inside() <= room || threshold.collapse()) return true;
     return counts_only_ && kShrinks * threshold.set_pivot() <= room;
@@ -148,8 +143,8 @@ class Pass {
     latest_.store(phase, std::memory_order_release);
   }
 
-  // Whether a phase and those before it are counted is for somebody to see who has counted the last
-  // chunk: either who is at it already, or who comes then.
+  // Looks for phases that have been counted. If another thread is looking already, it may see what this
+  // one has counted, or not: then one that counts a later phase does, or run() at the end.
   void tighten() {
     std::unique_lock<std::mutex> lock(tightening_, std::try_to_lock);
     if (lock) tighten_locked();
@@ -173,10 +168,10 @@ class Pass {
     }
   }
 
-  // Of one thread.
+  // What one thread has counted.
   struct Tallies {
     int64_t ranked[kPhases] = {};
-    std::vector<Tally> of;
+    std::vector<Tally> of;  // each threshold
   };
 
   Tallies& register_thread() {
@@ -228,6 +223,8 @@ class Pass {
     });
   }
 
+  // Adds what was noted of a chunk, which was treated by `stage`, to a thread's tallies. Its ranked
+  // segments have so many `elements` there, and its keys are the latest of `log`.
   void count(size_t phase, const Stage& stage, const Notes& notes, int64_t elements,
              const ThreadLog& log, Tallies& tallies) {
     for (size_t t = 0; t < thresholds_.size(); ++t) {
@@ -297,6 +294,7 @@ class Pass {
     return selection;
   }
 
+  // Treats again what was not treated as the thresholds `bounds` have it.
   void redo(Bounds bounds, BracketReport& report) {
     struct Part {
       const LogBlock* block;
@@ -322,6 +320,7 @@ class Pass {
     report.redone = redone;
   }
 
+  // Of the entries [begin, begin + n) of a block of the log, whose places count from tile `first_tile`.
   void redo(const LogBlock& block, int64_t first_tile, int64_t begin, int n, Bounds bounds,
             std::atomic<int64_t>& updated, std::atomic<int64_t>& redone) {
     struct Element {
@@ -354,25 +353,25 @@ class Pass {
 
   const Segments& segments_;
   const Ranked& ranked_;
-  std::vector<char> is_ranked_;
+  std::vector<char> is_ranked_;  // of each segment: whether this process counts it
   Body& body_;
   UpdateCounts& counts_;
   const Chunks chunks_;
-  const bool counts_only_;
-  const bool others_count_;  // some of what is ranked here, on other processes
+  const bool counts_only_;   // nothing is updated: keys are all that is logged
+  const bool others_count_;  // some ranked segments of this process are counted by another one
   const Lines lines_;
   std::vector<Threshold> thresholds_;                 // upper, lower if there is one
-  std::array<std::atomic<int64_t>, kPhases> left_{};  // chunks
-  size_t counted_ = 0;                                // phases
-  int64_t ranked_elements_ = 0;                       // in those
-  std::mutex registering_;
+  std::array<std::atomic<int64_t>, kPhases> left_{};  // chunks of each phase that are not counted yet
+  size_t counted_ = 0;                                // phases that are
+  int64_t ranked_elements_ = 0;                       // elements in those
+  std::mutex registering_;                            // guards tallies_
   std::vector<std::unique_ptr<Tallies>> tallies_;
-  std::array<Stage, kPhases> stages_;
-  std::atomic<int> latest_{0};
-  std::mutex tightening_;
-  int64_t ranks_ = 1;  // that share the ranking
+  std::array<Stage, kPhases> stages_;  // of each phase
+  std::atomic<int> latest_{0};         // which of them is known
+  std::mutex tightening_;              // one thread at a time finds the next
+  int64_t ranks_ = 1;                  // processes that share the ranking
   int64_t inactive_ = 0, nonfinite_ = 0, at_pivot_[2] = {};
-  // Of what is ranked; and of what other processes count.
+  // The log: of elements that this process counts, and of those that other processes count.
   std::vector<std::unique_ptr<LogBlock>> blocks_, blocks_aside_;
 };
 

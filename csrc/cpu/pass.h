@@ -1,5 +1,15 @@
 // A ranking and its use in one pass over the data: what lies outside a bracket around the threshold is
 // settled on the way, what lies inside is logged and settled afterwards.
+//
+// The elements are cut into chunks, which threads take one after the other. Chunks belong to
+// phases: the first sixteenth of all chunks, the second one, and so on.
+//
+// A thread that finishes a chunk adds its counts to those of the chunk's phase. When a phase and all
+// phases before it are counted, the bracket of the next phase follows from the counts, and from then on
+// chunks are treated by that bracket, whichever thread found it. No thread waits for it: it is a part
+// of the brackets before, so a chunk may be treated by an older one, too. A bracket depends only on
+// what was counted and sampled, and not on which chunks were treated by which bracket. Therefore the
+// brackets, the threshold, and even a miss are the same in every run, however many threads there are.
 #pragma once
 
 #include <optional>

@@ -98,6 +98,7 @@ double Threshold::start_of_window(int phase, int64_t ranked) const {
 
 bool Threshold::narrow(int phase, int64_t ranked) {
   const double t = margin(phase);
+  // From bin to bin: the estimated number of elements up to there, less the rank of the threshold.
   double d = start_of_window(phase, ranked);
   int first = -1, middle = -1, last = -1;
   if (phase == 0 && low_ > 0 && !is_surely_before(d, t)) return false;
@@ -199,7 +200,7 @@ Threshold::Place Threshold::place(int64_t ranked) const {
   const int64_t k = rank_of(units_, ranked);
   int64_t before = below_;
   for (int b = 0; b < first_bin_; ++b) before += bins_[static_cast<size_t>(b)];
-  if (collapsed()) {  // nothing is logged: that key is the threshold, whatever comes out
+  if (collapsed()) {  // nothing is logged: that key is the threshold, whatever the counts say
     const int64_t upto = before + bins_[static_cast<size_t>(first_bin_)];
     return {{bracket_.pivot, upto, k <= before || k > upto}};
   }
@@ -222,7 +223,7 @@ Threshold::Found Threshold::find(const Place& place, std::vector<uint32_t> keys,
   int64_t at = place.at, before = place.before;
   const auto pivot = static_cast<uint32_t>(bracket_.pivot);
   if (pivot - place.low <= place.span) {
-    // Those that another threshold's bracket has logged are counted already.
+    // Elements at the pivot are counted; the bracket of the other threshold may have logged them, too.
     keys.erase(std::remove(keys.begin(), keys.end(), pivot), keys.end());
     const int64_t under =
         std::count_if(keys.begin(), keys.end(), [=](uint32_t x) { return x < pivot; });

@@ -3,7 +3,7 @@
 
 #include "table.h"
 
-// The host build in tests counts bytes and checks alignment here.
+// Where tests compile the kernels for the host, these count bytes and check that accesses are aligned.
 #ifndef ROSE_GLOBAL_READ
 #define ROSE_GLOBAL_READ(pointer, bytes)
 #define ROSE_GLOBAL_WRITE(pointer, bytes)
@@ -17,12 +17,14 @@ constexpr unsigned kFullWarp = 0xFFFFFFFFu;
 #define ROSE_DEVICE static __device__ __forceinline__
 #define ROSE_METHOD __device__ __forceinline__
 
+// The number of this thread in its warp, and below that of its warp in the block.
 ROSE_DEVICE int lane() { return (int)threadIdx.x % kWarp; }
 
-// The lanes before this one.
+// A mask of the lanes of a warp that come before this one.
 ROSE_DEVICE unsigned lanes_below() { return (1u << lane()) - 1; }
 
-// What is in shared memory is read anew after this, rather than kept in registers that are needed.
+// After this, the compiler has to read shared memory again. It would keep what it has read in
+// registers, and there are too few of those.
 ROSE_DEVICE void keep_in_memory() {
 #if defined(__CUDA_ARCH__)
   asm volatile("" ::: "memory");
@@ -30,14 +32,17 @@ ROSE_DEVICE void keep_in_memory() {
 }
 ROSE_DEVICE int warp() { return (int)threadIdx.x / kWarp; }
 
-// A pointer that was itself read from memory could point anywhere: without the assumptions, accesses
-// would be of the slower generic kind.
+// Addresses of tensors are read from memory, so that the compiler cannot know which kind of memory they
+// point to. Without being told that it is global memory, it would use slower instructions, which work
+// for any kind.
 #if !defined(__CUDA_ARCH__)
 #define ROSE_ASSUME_GLOBAL(pointer)
 #else
 #define ROSE_ASSUME_GLOBAL(pointer) __builtin_assume(__isGlobal(pointer))
 #endif
 
+// Reads and writes a T, at `index` in units of T. All global memory that is as large as the parameters
+// is accessed by these two functions, since they are what tests count.
 template <typename T>
 ROSE_DEVICE T read(const void* pointer, int64_t index) {
   const T* at = (const T*)pointer + index;
@@ -56,7 +61,8 @@ ROSE_DEVICE void write(void* pointer, int64_t index, T value) {
 
 ROSE_DEVICE float scalar_or_one(const float* scalar) { return scalar == nullptr ? 1.0f : *scalar; }
 
-// Segment that holds a tile (or line): the last that starts at or before it, so never an empty one.
+// The index of the segment that holds a tile (with &Segment::first_line, a line). It is the last one
+// that starts at or before the tile, so it is never an empty one.
 template <int64_t Segment::* kFirst = &Segment::first_tile>
 ROSE_DEVICE int find_segment(const Table& table, int64_t tile) {
   int low = 0, high = table.count;
@@ -71,19 +77,21 @@ ROSE_DEVICE int find_segment(const Table& table, int64_t tile) {
   return low;
 }
 
-// Elements of one segment that a block walks: few enough to be counted by an int.
+// Consecutive elements of one segment, which a block treats together: few enough to be counted by an
+// int.
 struct Run {
-  int segment;
-  int count;
-  int64_t begin;
+  int segment;    // its index in the table
+  int count;      // of elements
+  int64_t begin;  // index of the first one in the segment
 };
 
-// body(run, in shared memory) for this block's share of the tiles. For a whole block.
+// Calls body(run) for every run of this block's share of the tiles. The run is in shared memory. All
+// threads of a block have to call it.
 template <typename Body>
 ROSE_DEVICE void for_each_run(const Table& table, Body body) {
   constexpr int64_t kMostTiles = 1 << 16;
   __shared__ Run run;
-  __shared__ int64_t tile, stop;  // that are left
+  __shared__ int64_t tile, stop;  // the tiles from `tile` on, before `stop`, are left
   if (threadIdx.x == 0) {
     tile = (int64_t)table.share * blockIdx.x;
     stop = tile + table.share < table.tiles ? tile + table.share : table.tiles;
@@ -113,7 +121,8 @@ ROSE_DEVICE void for_each_run(const Table& table, Body body) {
   }
 }
 
-// Where element `index` of a segment (row-major) is in the memory of each operand from `operand` on.
+// Sets at[k] to where element `index` of a segment, in row-major order, is in the memory of operand
+// `operand` + k, in elements from its start.
 template <int kCount>
 ROSE_DEVICE void locate(const Dim* dims, const Segment& segment, int64_t index, int64_t (&at)[kCount],
                         int operand = 0) {
@@ -122,7 +131,9 @@ ROSE_DEVICE void locate(const Dim* dims, const Segment& segment, int64_t index, 
 #pragma unroll 1
   for (int d = segment.dims - 1; d >= 0; --d) {
     const Dim& dim = dims[segment.first_dim + d];
-    // A 64-bit division would be a call that spills. The quotient is off by one at most, below 2^52.
+    // A 64-bit division would be a call of a function, for which registers have to be spilled to
+    // memory. The product is a quotient that is off by at most one, for numbers below 2^52; that is
+    // corrected.
     int64_t rest = (int64_t)((double)index * dim.inverse);
     int64_t coordinate = index - rest * dim.size;
     if (coordinate < 0) {
@@ -138,6 +149,7 @@ ROSE_DEVICE void locate(const Dim* dims, const Segment& segment, int64_t index, 
   }
 }
 
+// Elements of 16 bits as float32, and below (`narrow`) float32 rounded to them.
 ROSE_DEVICE float widen(uint16_t bits, Dtype dtype) {
   return dtype == Dtype::kBFloat16 ? bf16_to_float(bits) : half_to_float(bits);
 }
@@ -146,7 +158,8 @@ ROSE_DEVICE float read_element(const void* data, Dtype dtype, int64_t at) {
   return dtype == Dtype::kFloat32 ? read<float>(data, at) : widen(read<uint16_t>(data, at), dtype);
 }
 
-// The same in two steps, of which the first has the load.
+// read_element() in two steps, for those who want several loads to be under way before the first result
+// is needed.
 ROSE_DEVICE uint32_t read_bits(const void* data, Dtype dtype, int64_t at) {
   return dtype == Dtype::kFloat32 ? read<uint32_t>(data, at) : read<uint16_t>(data, at);
 }
@@ -166,13 +179,14 @@ ROSE_DEVICE void write_element(void* data, Dtype dtype, int64_t at, float x) {
   }
 }
 
-// kCount elements as they lie in memory: a word for each, or for two of 16 bits. Reading all operands
-// before widening any lets the loads overlap.
+// kCount elements as they are in memory: a word holds one float32, or two elements of 16 bits. Kernels
+// read all operands like this before they convert any to float32, so that the loads overlap.
 template <int kCount>
 struct Raw {
   uint32_t words[kCount];
 };
 
+// Reads kCount elements from `index` on, which is a multiple of kCount, in accesses of up to 16 bytes.
 template <int kCount>
 ROSE_DEVICE Raw<kCount> read_vector(const void* data, Dtype dtype, int index) {
   Raw<kCount> raw = {};
@@ -210,6 +224,7 @@ ROSE_DEVICE void write_vector(void* data, Dtype dtype, int index, const Raw<kCou
   }
 }
 
+// Element j of a vector, as float32.
 template <int kCount>
 ROSE_DEVICE float get(const Raw<kCount>& raw, Dtype dtype, int j) {
   if (dtype == Dtype::kFloat32) return bits_float(raw.words[j]);
@@ -218,10 +233,11 @@ ROSE_DEVICE float get(const Raw<kCount>& raw, Dtype dtype, int j) {
   return half_to_float((uint16_t)(word >> (j % 2 * 16)));
 }
 
-// Two numbers to nearest, the first in the lower half; not for NaN.
+// Two numbers, rounded to the nearest bfloat16, in one word: the first is in its lower half. Not for
+// NaN.
 ROSE_DEVICE uint32_t pack_bf16(float first, float second) {
 #if defined(__CUDA_ARCH__)
-  uint32_t word;  // keeps denormals: tests/test_gpu.py tries all numbers
+  uint32_t word;  // this instruction does not flush denormals: tests/test_gpu.py tries all numbers
   asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(second), "f"(first));
   return word;
 #else
@@ -229,10 +245,12 @@ ROSE_DEVICE uint32_t pack_bf16(float first, float second) {
 #endif
 }
 
+// The upper halves of two words in one: two float32 as bfloat16, without rounding.
 ROSE_DEVICE uint32_t high_halves(uint32_t first, uint32_t second) {
   return first >> 16 | (second & 0xFFFF0000u);
 }
 
+// Sets element j of a vector: of 16 bits, or rounded to its dtype.
 template <int kCount>
 ROSE_DEVICE void put(Raw<kCount>& raw, int j, uint16_t bits) {
   uint32_t& word = raw.words[j / 2];
@@ -250,9 +268,11 @@ ROSE_DEVICE void put(Raw<kCount>& raw, Dtype dtype, int j, float x) {
 
 // ------------------------------------------------------------------------------- loops by data types
 
-// What a loop knows of its operands when it is compiled: how many elements a thread has of each, and
-// the dtypes of parameters with gradients, and of moments. Those of Mixed are looked up, and it is for
-// what is not usual in other ways, too (see their users).
+// A loop is compiled once for each usual combination of dtypes, and then knows the dtype of parameters
+// and gradients (kValues), that of moments (kMoments), and how many elements of each a thread has
+// (kCount). It is compiled once more for all the rest, with `Mixed`: dtypes are looked up, and a kernel
+// may use that loop for what is not usual in other ways, too. of(operand, dtype) is the dtype of an
+// operand, by what is known or by what was looked up.
 template <Dtype kValues, Dtype kMoments>
 struct Known {
   static constexpr bool kIsUsual = true;
@@ -266,9 +286,11 @@ struct Mixed {
   static ROSE_METHOD Dtype of(int, Dtype dtype) { return dtype; }
 };
 
-// loop(types, middle) for the elements before `middle` of a run of `count`: vectors, by whole warps.
-// A thread has kTimes as many elements as the types say. Returns `middle`; the others, fewer than a
-// warp has in its vectors or all of a segment that has none, come one at a time.
+// Calls loop(types, middle) to treat the elements before `middle` of a run of `count` elements as
+// vectors, with `types` a Known or Mixed; all lanes of a warp have work in every round. A thread takes
+// kTimes as many elements as the types say. Returns `middle`: the caller treats the others one at a
+// time, fewer than a warp takes in one round, or all of a segment that is not fit for vectors. With
+// `is_usual` false, the types are Mixed.
 template <int kTimes = 1, typename Loop>
 ROSE_DEVICE int for_vectors(const Segment& segment, bool is_usual, int count, Loop loop) {
   constexpr Dtype kFloat = Dtype::kFloat32, kBf16 = Dtype::kBFloat16;
@@ -294,14 +316,15 @@ ROSE_DEVICE int for_vectors(const Segment& segment, bool is_usual, int count, Lo
   }
 }
 
-// Where the elements from `begin` on of a linear operand are.
+// The address of element `begin` of an operand that is contiguous.
 ROSE_DEVICE char* data_from(const Segment& segment, int operand, Dtype dtype, int64_t begin) {
   return segment.data[operand] + begin * (dtype == Dtype::kFloat32 ? 4 : 2);
 }
 
 // ---------------------------------------------------------------------------------------- reductions
 
-// Sum over the block in a fixed order, for thread 0. `scratch` is shared, one for each warp.
+// The sum of x over all threads of a block, in a fixed order. Only thread 0 gets it. `scratch` is
+// shared memory with a place for each warp.
 template <typename T>
 ROSE_DEVICE T block_sum(T x, T* scratch) {
 #pragma unroll
@@ -316,7 +339,8 @@ ROSE_DEVICE T block_sum(T x, T* scratch) {
   return x;
 }
 
-// Whether this block is the last to come here, so that it sees what all others wrote before.
+// Whether this block is the last one of the grid to call this. If so, it sees what all other blocks
+// have written before. `ticket` counts the calls, and is 0 before the first one.
 ROSE_DEVICE bool is_last_block(uint32_t* ticket) {
   __shared__ bool last;
   __threadfence();

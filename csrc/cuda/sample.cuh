@@ -1,4 +1,9 @@
-// A sample of the risks: where the thresholds are, and how sure that is.
+// A sample of the risks: it says between which keys the thresholds are, and how sure that is.
+//
+// Every block reads the same small part of the sample first, the pilot, which says where to look
+// closely: a view of each threshold. Then the blocks share the whole sample, and count its keys in bins
+// of those views. The last block to finish decides from the sums: a plan for each threshold, and the
+// course.
 #pragma once
 
 #include "keys.cuh"
@@ -6,13 +11,15 @@
 namespace rose {
 namespace cuda {
 
-// Bin of a histogram that holds the `rank`-th smallest, from 1, and how many are in the bins before it
-// (zeros if it has fewer, or for rank 0); returns the sum of all bins. For a whole block.
+// A bin of a histogram: how many elements are in the bins before it, and how many in it.
 struct Bin {
   uint32_t index;
   Count below, inside;
 };
 
+// Sets `bin` to the bin of a histogram of kCount bins that holds the `rank`-th smallest element, from
+// 1; to zeros if there are fewer elements, or if the rank is 0. Returns the sum of all bins. All
+// threads of a block have to call it.
 template <int kCount, typename T>
 ROSE_DEVICE Count find_bin(const T* histogram, Count rank, Bin& bin) {
   constexpr int kOwn = kCount / kThreads;
@@ -49,7 +56,7 @@ ROSE_DEVICE Count find_bin(const T* histogram, Count rank, Bin& bin) {
   return total;
 }
 
-// Adds a block's counts to those of all blocks, once.
+// Adds the counts that a block has in shared memory to those of all blocks, at its end.
 template <int kCount, typename From, typename To>
 ROSE_DEVICE void flush(const From* block, To* all) {
   for (int i = threadIdx.x; i < kCount; i += kThreads) {
@@ -62,18 +69,18 @@ ROSE_DEVICE void clear(T* block) {
   for (int i = threadIdx.x; i < kCount; i += kThreads) block[i] = 0;
 }
 
-// Where a sample is looked at closely, from a pilot that every block reads: around its quantile, whose
-// variance is measured there, and at a key that many elements have, if there is one.
+// Where the sample is looked at closely for one threshold, as the pilot says.
 struct View {
-  Window window;
-  uint32_t middle;  // the quantile
-  uint32_t pivot;   // that key, or kNoKey
+  Window window;    // some standard errors on each side of the pilot's quantile
+  uint32_t middle;  // that quantile: at it, the variance of the sample is measured
+  uint32_t pivot;   // a key near it that many elements have, or kNoKey
 };
 
-constexpr int kPilot = 2 * kThreads;  // keys
+constexpr int kPilot = 2 * kThreads;  // keys of the pilot
 
-// Keys of an element each of lines that are drawn from their strata; kNoKey if it is not ranked or not
-// there. First all places, then all loads, so that these overlap.
+// Sets keys[k] to the key of one element, number `element`, of the line that is drawn from stratum
+// strata[k]; to kNoKey if it is not ranked, or if there is no such element. The loop is split: first
+// all places are found, then all elements are loaded, so that the loads overlap.
 template <int kCount>
 ROSE_DEVICE void sampled_keys(const SelectArguments& a, Factors factors,
                               const int64_t (&strata)[kCount], int element, uint32_t (&keys)[kCount]) {
@@ -112,7 +119,8 @@ ROSE_DEVICE void sampled_keys(const SelectArguments& a, Factors factors,
   }
 }
 
-// Sorts 2 * kThreads keys in shared memory. Bitonic: every thread has a pair in every step.
+// Sorts the pilot's keys in shared memory. It is a bitonic sort, in which every thread compares one
+// pair in every step.
 ROSE_DEVICE void sort(uint32_t* keys) {
 #pragma unroll 1
   for (int size = 2; size <= kPilot; size *= 2) {
@@ -130,7 +138,8 @@ ROSE_DEVICE void sort(uint32_t* keys) {
   __syncthreads();
 }
 
-// `keys`: sorted, of which `size` are ranked.
+// The view of a threshold by the pilot: its `keys` are sorted, and the first `size` are of ranked
+// elements. `fraction` is that of the threshold, in units of 1e-9.
 ROSE_DEVICE View view_of(const uint32_t* keys, int size, int64_t fraction) {
   const double q = (double)fraction * 1e-9, position = q * size;
   const double margin = window_margin(5.0, q, (double)size);
@@ -142,7 +151,8 @@ ROSE_DEVICE View view_of(const uint32_t* keys, int size, int64_t fraction) {
   view.window.width = (upto < size ? keys[(int)upto] : kInfinityBits) - view.window.low;
   while (view.window.width >> view.window.shift >= kBins) ++view.window.shift;
   view.middle = keys[middle];
-  // A run of equal keys, looked for from the quantile outwards.
+  // If many elements have one key, there is a run of equal keys in the pilot: it is looked for from the
+  // quantile outwards.
   constexpr int kRun = 8, kFarthest = 48;
 #pragma unroll 1
   for (int distance = 0; distance <= kFarthest; distance += kRun) {
@@ -157,8 +167,11 @@ ROSE_DEVICE View view_of(const uint32_t* keys, int size, int64_t fraction) {
   return view;
 }
 
+// The view of a threshold that is not asked for.
 ROSE_DEVICE View no_view() { return {{kNoKey, 0, 0, false}, kNoKey, kNoKey}; }
 
+// Draws the pilot, which is the same in every block, and makes the views of the upper and the lower
+// threshold of it. All threads of a block have to call it; `views` are in shared memory.
 ROSE_DEVICE void read_pilot(const SelectArguments& a, Factors factors, View* views) {
   __shared__ uint32_t keys[kPilot];
   __shared__ int size;
@@ -181,15 +194,18 @@ ROSE_DEVICE void read_pilot(const SelectArguments& a, Factors factors, View* vie
   __syncthreads();
 }
 
-// What the sample says of a threshold.
+// What is to be done about a threshold in the pass over all elements, as the sample says.
 struct Plan {
-  Window window;
-  uint32_t estimate;  // of the threshold, the last key of a bin; kNoKey if there is none
-  double logged;      // keys to log, at most; infinite if the window does not hold the bracket
+  Window window;      // to count keys in, and to log those elements whose keys are in it
+  uint32_t estimate;  // of the threshold: the last key of a bin; kNoKey if there is no threshold
+  double logged;      // how many elements are logged, at most; infinite if the view's window does not
+                      // hold the whole bracket, so that the plan is of no use
 };
 
-// A window is a few standard errors wide, and missing it costs time. A bracket must not be missed. For
-// a whole block.
+// The plan for threshold t (0: upper, 1: lower). If `is_bracket`, its window is a bracket: the
+// threshold is in it except with a negligible probability, since elements outside are settled for good.
+// Else the window is a few standard errors wide, and a threshold outside of it only costs time. All
+// threads of a block have to call it.
 ROSE_DEVICE Plan plan_of(const SelectArguments& a, const View& view, int t, bool is_bracket) {
   const uint32_t* bins = a.sample->bins[t];
   const SampleSums& sums = a.sample->sums;
@@ -201,14 +217,15 @@ ROSE_DEVICE Plan plan_of(const SelectArguments& a, const View& view, int t, bool
       squared_differences((double)(int64_t)__ldcg(&sums.dc_dc[t]),
                           (double)(int64_t)__ldcg(&sums.dc_dr[t]), (double)__ldcg(&sums.dr_dr), q);
   const double margin = is_bracket ? a.width * half_width(u, kLogOfFailure) : 3.0 * sqrt(u) + kLine;
-  if (is_bracket && view.pivot != kNoKey) {  // is that surely the threshold?
+  if (is_bracket && view.pivot != kNoKey) {  // if that surely is the threshold, nothing is logged
     const double below = (double)__ldcg(&sums.below_pivot[t]) - q * ranked;
     const double upto = below + (double)__ldcg(&sums.at_pivot[t]);
     if (is_surely_between(below, upto, margin)) {
       return {{view.pivot, 0, 0, false}, view.pivot, 0.0};
     }
   }
-  // Ranks in the window, of its first bin to log, of the estimate, and of the last bin to log.
+  // Ranks, counted from the start of the view's window: those of the first bin of the plan's window, of
+  // the estimate, and of the last bin. `rank` is where the threshold seems to be in the sample.
   const double rank = q * ranked - (double)__ldcg(&sums.below_window[t]);
   const double ranks[3] = {ceil(rank - margin - 1.0), ceil(rank), floor(rank + margin) + 1.0};
   const uint32_t last_bin = window.width >> window.shift;
@@ -222,6 +239,7 @@ ROSE_DEVICE Plan plan_of(const SelectArguments& a, const View& view, int t, bool
   }
   const bool is_lowest = ranks[0]<1.0, is_highest = ranks[2]> total;
   if (is_lowest) found[0] = {0, 0, 0};
+  // The plan's window would have to begin before the view's, or to end behind it.
   const bool is_open =
       (is_lowest && window.low > 0) || (is_highest && window.low + window.width < kInfinityBits);
   const auto end_of = [&](const Bin& bin) {
@@ -239,7 +257,9 @@ ROSE_DEVICE Plan plan_of(const SelectArguments& a, const View& view, int t, bool
   return plan;
 }
 
-// The windows of both thresholds, and the course. For a whole block.
+// Makes the plans for both thresholds, and decides on the course: one speculative pass with brackets,
+// if what it would log fits into the log; else an exact ranking, with windows that are narrower (the
+// second attempt). All threads of a block have to call it.
 ROSE_DEVICE void make_plans(const SelectArguments& a, const View* views) {
   SelectState& state = *a.state;
   bool speculates = a.speculative && a.strata.count > 0;
@@ -263,6 +283,7 @@ ROSE_DEVICE void make_plans(const SelectArguments& a, const View* views) {
   if (threadIdx.x == 0) state.course = speculates ? Course::kSpeculative : Course::kExact;
 }
 
+// Sets the workspace of a ranking to zero, by all threads of the grid.
 ROSE_DEVICE void clear_state(SelectState& state) {
   for (int i = (int)(blockIdx.x * kThreads + threadIdx.x); i < (int)(sizeof(state) / sizeof(uint32_t));
        i += (int)(gridDim.x * kThreads)) {
@@ -270,7 +291,9 @@ ROSE_DEVICE void clear_state(SelectState& state) {
   }
 }
 
-// For a whole grid. Two lines for each warp at a time, which are neighbours in the sample.
+// Takes the sample and decides what follows from it; see the top of this file. All threads of the grid
+// have to call it. A warp takes two lines at a time, one with each half, which are neighbours in the
+// sample: their differences say how large its variance is.
 ROSE_DEVICE void take_sample(const SelectArguments& a) {
   constexpr int kSums = sizeof(SampleSums) / sizeof(Count), kAtOnce = 4;
   __shared__ uint32_t bins[2][kBins];
@@ -281,7 +304,7 @@ ROSE_DEVICE void take_sample(const SelectArguments& a) {
   clear<kSums>(of_block);
   read_pilot(a, factors, views);
   const int64_t warps = (int64_t)gridDim.x * (kThreads / kWarp);
-  int sums[kSums] = {};  // the same for all lanes of a warp
+  int sums[kSums] = {};  // likewise, of this warp: all of its lanes have the same
 #pragma unroll 1
   for (int64_t pair = (int64_t)blockIdx.x * (kThreads / kWarp) + warp(); 2 * pair < a.strata.count;
        pair += kAtOnce * warps) {

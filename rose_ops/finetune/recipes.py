@@ -7,16 +7,15 @@ them. Others than these few, from the paper's comparison, are in the repository'
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from rose_ops import RoseFusedAdamW, rose_param_groups
+from rose_ops.finetune.classifier import Encoded
+from rose_ops.finetune.runtime import Runtime
 from rose_ops.losses import RoseLosses, rose_backward
-
-if TYPE_CHECKING:
-    from rose_ops.finetune.train import Encoded, Runtime
 
 
 @dataclass(frozen=True)
@@ -58,8 +57,8 @@ class Context:
 
     method: "Method"
     settings: Settings
-    data: "Encoded | None"
-    runtime: "Runtime"
+    data: Encoded | None
+    runtime: Runtime
     seed: int
 
 
@@ -160,6 +159,19 @@ class Method:
     def forwards(self) -> float:
         """Forward and backward passes of one step, for an estimate of its cost."""
         return self.recipe.forwards * (2.0 if self.r_drop or self.order in ("first", "ensemble") else 1)
+
+
+METHODS = {
+    "adamw": Method(None),
+    "first": Method("first"),
+    "second": Method("second"),
+    "ensemble": Method("ensemble"),
+    "rdrop": Method(None, r_drop=True),
+    "rdrop-first": Method("first", r_drop=True),
+    "rdrop-second": Method("second", r_drop=True),
+    "rdrop-ensemble": Method("ensemble", r_drop=True),
+    "random": Method("second", recipe=RandomMask),
+}
 
 
 def make_optimizer(model: nn.Module, method: Method, settings: Settings) -> torch.optim.Optimizer:

@@ -16,20 +16,13 @@ from typing import Any
 import torch
 
 from rose_ops.finetune import UserError, report, require
+from rose_ops.finetune.classifier import Encoder, correct, load_model
 from rose_ops.finetune.data import Examples, Task, load_task
 from rose_ops.finetune.models import model_folder
 from rose_ops.finetune.perturb import PERTURBATIONS, perturb
-from rose_ops.finetune.recipes import Settings
-from rose_ops.finetune.train import (
-    METHODS,
-    Encoder,
-    Runtime,
-    check_settings,
-    choose_runtime,
-    correct,
-    load_model,
-    train,
-)
+from rose_ops.finetune.recipes import METHODS, Settings
+from rose_ops.finetune.runtime import Runtime, choose_runtime
+from rose_ops.finetune.train import check_settings, train
 
 _RECORD = "run.json"
 # Of the validation split, for each evaluation along the way and each of its copies.

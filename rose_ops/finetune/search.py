@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from rose_ops.finetune import UserError, require
+from rose_ops.finetune.classifier import correct, load_model
 from rose_ops.finetune.data import Examples, Task
 from rose_ops.finetune.recipes import Method, Settings
 from rose_ops.finetune.run import progress
-from rose_ops.finetune.train import Runtime, correct, load_model, train
+from rose_ops.finetune.runtime import Runtime
+from rose_ops.finetune.train import train
 
 Choice = dict[str, float]  # lr, upper and, for an ensemble, gamma
 Scores = dict[str, float]  # accuracy by set of examples

@@ -20,10 +20,11 @@ from rose_ops.finetune import UserError, report, require
 from rose_ops.finetune.data import Examples, load_task
 from rose_ops.finetune.models import model_folder
 from rose_ops.finetune.presets import PUBLISHED_GAMMA, candidates
-from rose_ops.finetune.recipes import Settings
+from rose_ops.finetune.recipes import METHODS, Settings
 from rose_ops.finetune.run import measured_sets, plain, prepare
+from rose_ops.finetune.runtime import Runtime
 from rose_ops.finetune.search import Choice, Scores, Search, Trainer, rungs
-from rose_ops.finetune.train import METHODS, Runtime, check_settings
+from rose_ops.finetune.train import check_settings
 
 _RECORD = "tune.json"
 _JOURNAL = "study.log"

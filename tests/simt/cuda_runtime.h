@@ -70,14 +70,13 @@ struct Counters {
 Counters take_counters();  // since the last call
 
 struct Thread {
-  dim3 thread, block, blocks, threads;
+  dim3 thread, block, blocks;
 };
 // The one that runs. (Neither a call nor a constructor to see to, as thread_local has in a library.)
 extern __thread const Thread* running;
 inline const Thread& self() { return *running; }
 
 void launch(unsigned blocks, unsigned threads, const std::function<void()>& kernel);
-void count_launch();
 void count_upload();
 const char* take_error();  // of launches since the last call, or null
 
@@ -111,7 +110,6 @@ inline int lane() { return static_cast<int>(self().thread.x % kWarp); }
 
 #define threadIdx (simt::self().thread)
 #define blockIdx (simt::self().block)
-#define blockDim (simt::self().threads)
 #define gridDim (simt::self().blocks)
 
 inline void __syncthreads() { simt::barrier(); }
@@ -179,11 +177,6 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
 template <typename Kernel>
 cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, Kernel, int, size_t) {
   *blocks = 1;
-  return cudaSuccess;
-}
-inline cudaError_t cudaMemsetAsync(void* data, int value, size_t bytes, cudaStream_t) {
-  simt::count_launch();
-  std::memset(data, value, bytes);
   return cudaSuccess;
 }
 inline cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus* status) {

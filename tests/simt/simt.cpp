@@ -234,7 +234,7 @@ void Worker::run_block(unsigned block, unsigned blocks, unsigned threads, std::m
   tsan = __tsan_get_current_fiber();
 #endif
   for (unsigned i = 0; i < threads; ++i) {
-    fibers[i].thread = {{i, 0, 0}, {block, 0, 0}, {blocks, 1, 1}, {threads, 1, 1}};
+    fibers[i].thread = {{i, 0, 0}, {block, 0, 0}, {blocks, 1, 1}};
     start(fibers[i]);
 #if defined(ROSE_TSAN)
     fibers[i].tsan = __tsan_create_fiber(0);
@@ -331,7 +331,6 @@ void check_access(const void* pointer, size_t bytes, bool writes) {
   (writes ? w.written : w.read) += static_cast<int64_t>(bytes);
 }
 
-void count_launch() { ++launches; }
 void count_upload() { ++uploads; }
 
 void launch(unsigned blocks, unsigned threads, const std::function<void()>& kernel) {
@@ -339,7 +338,7 @@ void launch(unsigned blocks, unsigned threads, const std::function<void()>& kern
     capturing->launches.push_back([=] { launch(blocks, threads, kernel); });
     return;
   }
-  count_launch();
+  ++launches;
   std::mt19937_64 random(settings.seed + static_cast<uint64_t>(launches));
   std::vector<unsigned> order(blocks);
   std::iota(order.begin(), order.end(), 0u);

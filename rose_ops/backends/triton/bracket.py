@@ -252,6 +252,13 @@ def _wrong(
     return at, wrong, place // BLOCK, place % BLOCK, selected
 
 
+@triton.jit
+def _element_of(rows, tile_rows, tile, element, wrong, BLOCK: tl.constexpr):
+    """The rows of segments that wrong elements belong to, and their indices there."""
+    row = rows + tl.load(tile_rows + tile, mask=wrong, other=0).to(tl.int64) * words.COLUMNS
+    return row, (tile - tl.load(row + words.FIRST_TILE)) * BLOCK + element
+
+
 @kernel()
 def capture_fix_kernel(
     rows, tile_rows, tiles, dims, hyper, inv_scale, clip, rank_inactive, state, record, log_keys,
@@ -276,8 +283,7 @@ def capture_fix_kernel(
                 record, log_keys, log_places, entry, logged, first_place, tiles, BLOCK
             )
             if tl.sum(wrong.to(tl.int32)) > 0:
-                row = rows + tl.load(tile_rows + tile, mask=wrong, other=0).to(tl.int64) * words.COLUMNS
-                index = (tile - tl.load(row + words.FIRST_TILE)) * BLOCK + element
+                row, index = _element_of(rows, tile_rows, tile, element, wrong, BLOCK)
                 # Bits are flipped in whole words, as several may have to be in one byte.
                 byte = tl.load(row + words.BITS) + index // 8
                 bit = (index % 8 + byte % 4 * 8).to(tl.int32)
@@ -325,11 +331,7 @@ def update_fix_kernel(
                     record, log_keys, log_places, entry, logged, first_place, tiles, BLOCK
                 )
                 if tl.sum(wrong.to(tl.int32)) > 0:
-                    row = (
-                        rows
-                        + tl.load(tile_rows + tile, mask=wrong, other=0).to(tl.int64) * words.COLUMNS
-                    )
-                    index = (tile - tl.load(row + words.FIRST_TILE)) * BLOCK + element
+                    row, index = _element_of(rows, tile_rows, tile, element, wrong, BLOCK)
                     p = tl.load(log_old + at, mask=wrong, other=0.0)
                     m = tl.load(log_old + capacity + at, mask=wrong, other=0.0)
                     v = tl.load(log_old + 2 * capacity + at, mask=wrong, other=0.0)

@@ -218,6 +218,58 @@ def count_digits(bins, digit, inside, BLOCK: tl.constexpr):
     )  # fmt: skip
 
 
+@triton.jit
+def _count_sample(state, t, sample, lines, low, middle, high, shift, LINES: tl.constexpr):
+    """A program's share of the sample, counted for target ``t``: the bins of its window from ``low`` to
+    ``high``, elements below the window and up to the ``middle``, and the squares that the bracket's
+    width follows from."""
+    target = state + words.TARGETS + t * words.TARGET
+    # Of each line, 8 bits for each of four numbers, which are 16 at most.
+    sampled = tl.zeros([LINES], tl.int32)
+    upto_middle = tl.zeros([LINES], tl.int32)
+    at_middle = tl.zeros([LINES], tl.int32)
+    below = tl.zeros([LINES], tl.int32)
+    cc = tl.zeros([LINES // 2], tl.int32)
+    cr = tl.zeros([LINES // 2], tl.int32)
+    rr = tl.zeros([LINES // 2], tl.int32)
+    begin, end, stride = share_of(lines, LINES)
+    for start in range(begin, end, stride):
+        number = start + tl.arange(0, LINES).to(tl.int64)
+        at = number[:, None] * LINE + tl.arange(0, LINE)[None, :]
+        key = tl.load(sample + at, mask=(number < lines)[:, None], other=NONFINITE_KEY)
+        ranked = key >= 0
+        four = (
+            ranked.to(tl.int32)
+            + ((ranked & (key <= middle)).to(tl.int32) << 8)
+            + ((key == middle).to(tl.int32) << 16)
+            + ((ranked & (key < low)).to(tl.int32) << 24)
+        )
+        four = tl.sum(four, axis=1)
+        r = four & 0xFF
+        c = (four >> 8) & 0xFF
+        sampled += r
+        upto_middle += c
+        at_middle += (four >> 16) & 0xFF
+        below += four >> 24
+        even_r, odd_r = tl.split(r.reshape([LINES // 2, 2]))
+        even_c, odd_c = tl.split(c.reshape([LINES // 2, 2]))
+        rr += (even_r - odd_r) * (even_r - odd_r)
+        cr += (even_c - odd_c) * (even_r - odd_r)
+        cc += (even_c - odd_c) * (even_c - odd_c)
+        flat = key.reshape([LINES * LINE])
+        inside = (flat >= low) & (flat <= high)
+        digit = tl.where(inside, (flat - low) >> shift, 0)
+        count_digits(state + words.WINDOWS + t * words.WINDOW_BINS, digit, inside, LINES * LINE)
+    _add(target + words.BELOW_WINDOW, below)
+    _add(target + words.UPTO_MIDDLE, upto_middle)
+    _add(target + words.AT_MIDDLE, at_middle)
+    _add(target + words.CC, cc)
+    _add(target + words.CR, cr)
+    _add(target + words.RR, rr)
+    if t == 0:
+        _add(state + words.SAMPLED, sampled)
+
+
 @kernel(registers=128, num_warps=16)
 def bracket_kernel(
     found_inf, state, sample, lines, stratum, upper, lower, width, elements, capacity,
@@ -238,50 +290,7 @@ def bracket_kernel(
             tl.store(target + words.WINDOW_LOW, low.to(tl.int64))
             tl.store(target + words.WINDOW_HIGH, high.to(tl.int64))
             tl.store(target + words.MIDDLE, middle.to(tl.int64))
-            # Of each line, 8 bits for each of four numbers, which are 16 at most.
-            sampled = tl.zeros([LINES], tl.int32)
-            upto_middle = tl.zeros([LINES], tl.int32)
-            at_middle = tl.zeros([LINES], tl.int32)
-            below = tl.zeros([LINES], tl.int32)
-            cc = tl.zeros([LINES // 2], tl.int32)
-            cr = tl.zeros([LINES // 2], tl.int32)
-            rr = tl.zeros([LINES // 2], tl.int32)
-            begin, end, stride = share_of(lines, LINES)
-            for start in range(begin, end, stride):
-                number = start + tl.arange(0, LINES).to(tl.int64)
-                at = number[:, None] * LINE + tl.arange(0, LINE)[None, :]
-                key = tl.load(sample + at, mask=(number < lines)[:, None], other=NONFINITE_KEY)
-                ranked = key >= 0
-                four = (
-                    ranked.to(tl.int32)
-                    + ((ranked & (key <= middle)).to(tl.int32) << 8)
-                    + ((key == middle).to(tl.int32) << 16)
-                    + ((ranked & (key < low)).to(tl.int32) << 24)
-                )
-                four = tl.sum(four, axis=1)
-                r = four & 0xFF
-                c = (four >> 8) & 0xFF
-                sampled += r
-                upto_middle += c
-                at_middle += (four >> 16) & 0xFF
-                below += four >> 24
-                even_r, odd_r = tl.split(r.reshape([LINES // 2, 2]))
-                even_c, odd_c = tl.split(c.reshape([LINES // 2, 2]))
-                rr += (even_r - odd_r) * (even_r - odd_r)
-                cr += (even_c - odd_c) * (even_r - odd_r)
-                cc += (even_c - odd_c) * (even_c - odd_c)
-                flat = key.reshape([LINES * LINE])
-                inside = (flat >= low) & (flat <= high)
-                digit = tl.where(inside, (flat - low) >> shift, 0)
-                count_digits(state + words.WINDOWS + t * words.WINDOW_BINS, digit, inside, LINES * LINE)
-            _add(target + words.BELOW_WINDOW, below)
-            _add(target + words.UPTO_MIDDLE, upto_middle)
-            _add(target + words.AT_MIDDLE, at_middle)
-            _add(target + words.CC, cc)
-            _add(target + words.CR, cr)
-            _add(target + words.RR, rr)
-            if t == 0:
-                _add(state + words.SAMPLED, sampled)
+            _count_sample(state, t, sample, lines, low, middle, high, shift, LINES)
         tl.debug_barrier()
         # Releases what all programs have added to the last one.
         if tl.atomic_add(state + words.BRACKET_TICKET, 1, sem="acq_rel") == tl.num_programs(0) - 1:

@@ -3,11 +3,52 @@
 # Kernels are compiled, not run: their annotations are Triton's.
 from __future__ import annotations
 
+import triton
 import triton.language as tl
 
 from rose_ops.backends.triton import words
 from rose_ops.backends.triton.access import kernel, keys_of_tile, store_mask_bits, tile_of
 from rose_ops.backends.triton.elements import INACTIVE_KEY, NONFINITE_KEY, is_selected, rank_of
+
+
+@triton.jit
+def _next_digits(state, histogram, high, low, digits, number):
+    """The next digit of both targets, whose ranks are ``high`` and ``low``, from the keys that all
+    programs have counted in ``histogram``."""
+    bins = tl.arange(0, words.BINS)
+    for t in tl.static_range(2):
+        rank = high if t == 0 else low
+        target = state + words.SELECT_TARGETS + t * words.SELECT_TARGET
+        # In the first launch all keys count for both targets, and are counted once.
+        counts = tl.load(histogram + tl.where(number == 0, 0, t * words.BINS), cache_modifier=".cg")
+        upto = tl.cumsum(counts, 0)
+        below = tl.load(target + words.BELOW)
+        wanted = rank - below
+        here = (upto >= wanted) & (upto - counts < wanted) & (rank > 0)
+        digit = tl.sum(tl.where(here, bins.to(tl.int64), 0))
+        tl.store(target + words.RANK, rank)
+        tl.store(target + words.BELOW, below + tl.sum(tl.where(here, upto - counts, 0)))
+        tl.store(target + words.PREFIX, (tl.load(target + words.PREFIX) << digits) + digit)
+        tl.store(target + words.INSIDE, tl.sum(tl.where(here, counts, 0)))
+
+
+@triton.jit
+def _write_record(state, record):
+    """Thresholds and counts, when all digits of both targets are known."""
+    targets = state + words.SELECT_TARGETS
+    LOWER: tl.constexpr = words.SELECT_TARGET
+    for t in tl.static_range(2):
+        target = targets + t * words.SELECT_TARGET
+        tl.store(
+            record + t,
+            tl.where(tl.load(target + words.RANK) > 0, tl.load(target + words.PREFIX), -1),
+        )
+    upto_high = tl.load(targets + words.BELOW) + tl.load(targets + words.INSIDE)
+    upto_low = tl.load(targets + (LOWER + words.BELOW)) + tl.load(targets + (LOWER + words.INSIDE))
+    tl.store(record + words.KEPT, tl.maximum(upto_high - upto_low, 0))
+    tl.store(record + words.RANKED, tl.load(state + words.SELECT_RANKED))
+    tl.store(record + words.INACTIVE, tl.load(state + words.SELECT_INACTIVE, cache_modifier=".cg"))
+    tl.store(record + words.NONFINITE, tl.load(state + words.SELECT_NONFINITE, cache_modifier=".cg"))
 
 
 @kernel(registers=96)
@@ -18,7 +59,7 @@ def select_kernel(
     SECOND: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The next bits of both thresholds, from the highest on: launch ``number`` of 4. The last program
-    scans. With KEYS, ``tile_rows`` are the keys themselves.
+    scans. Where D0 is KEYS, ``tile_rows`` are the keys themselves.
 
     8 bits at a time: a histogram counts by ballots, in registers, and takes time for every bin.
     """
@@ -75,41 +116,12 @@ def select_kernel(
             tl.store(state + words.SELECT_RANKED, n)
             high = rank_of(upper, n)
             low = rank_of(lower, n)
-        for t in tl.static_range(2):
-            rank = high if t == 0 else low
-            target = targets + t * words.SELECT_TARGET
-            counts = tl.load(histogram + tl.where(is_first, 0, t * words.BINS), cache_modifier=".cg")
-            upto = tl.cumsum(counts, 0)
-            below = tl.load(target + words.BELOW)
-            wanted = rank - below
-            here = (upto >= wanted) & (upto - counts < wanted) & (rank > 0)
-            digit = tl.sum(tl.where(here, bins.to(tl.int64), 0))
-            tl.store(target + words.RANK, rank)
-            tl.store(target + words.BELOW, below + tl.sum(tl.where(here, upto - counts, 0)))
-            tl.store(target + words.PREFIX, (tl.load(target + words.PREFIX) << digits) + digit)
-            tl.store(target + words.INSIDE, tl.sum(tl.where(here, counts, 0)))
+        _next_digits(state, histogram, high, low, digits, number)
         tl.debug_barrier()
         tl.store(histogram, tl.zeros([words.BINS], tl.int64))
         tl.store(histogram + words.BINS, tl.zeros([words.BINS], tl.int64))
         if shift == 0:
-            for t in tl.static_range(2):
-                target = targets + t * words.SELECT_TARGET
-                tl.store(
-                    record + t,
-                    tl.where(tl.load(target + words.RANK) > 0, tl.load(target + words.PREFIX), -1),
-                )
-            upto_high = tl.load(targets + words.BELOW) + tl.load(targets + words.INSIDE)
-            upto_low = tl.load(targets + (LOWER + words.BELOW)) + tl.load(
-                targets + (LOWER + words.INSIDE)
-            )
-            tl.store(record + words.KEPT, tl.maximum(upto_high - upto_low, 0))
-            tl.store(record + words.RANKED, tl.load(state + words.SELECT_RANKED))
-            tl.store(
-                record + words.INACTIVE, tl.load(state + words.SELECT_INACTIVE, cache_modifier=".cg")
-            )
-            tl.store(
-                record + words.NONFINITE, tl.load(state + words.SELECT_NONFINITE, cache_modifier=".cg")
-            )
+            _write_record(state, record)
 
 
 @kernel()
