@@ -525,7 +525,7 @@ def test_recordings_that_fail_are_a_reason(tmp_path, monkeypatch, capsys):
 
 
 def test_temporaries_are_those_of_the_step():
-    n = 1 << 23
+    n = 1 << 22
     foreach = memory.measure("AdamW foreach", work.flat(n), Cpu(), 1)
     exact = memory.measure("rose exact", work.flat(n), Cpu(), 1)
     if isinstance(foreach, str) or isinstance(exact, str):

@@ -106,17 +106,20 @@ def test_norms_of_scaled_gradients(processes, seed):
     assert_as_one(results, scale(0, 1, layout="whole", **arguments), "rows")
 
 
-@pytest.mark.parametrize("order", ["first", "second", "ensemble"])
-@pytest.mark.parametrize(
-    ("layout", "size"), [x for x in LAYOUTS if x[0] not in ("cut", "dealt") and x[1] > 2]
-)
-def test_whole_tensors(processes, seed, layout, size, order):
-    """Norms are of the whole, whose order of summation is another: with a NaN they are the same."""
-    arguments = {"layout": layout, "data_seed": seed, "granularity": "tensor", "order": order}
-    for extra in ({"hostile": False}, {"hostile": False, "max_grad_norm": 0.3}, {}):
-        results = processes("train", size, **arguments, **extra)
-        one = train(0, 1, **{**arguments, **extra, "layout": "whole"})
-        assert_as_one(results, one, layout)
+# Norms are of the whole, whose order of summation is another: with a NaN (hostile) they are the same.
+WHOLE = ({"hostile": False}, {"hostile": False, "max_grad_norm": 0.3}, {})
+WHOLE_CASES = [
+    pytest.param(layout, size, {"order": order, **WHOLE[(i + j) % 3]}, id=f"{layout}-{size}-{order}")
+    for i, (layout, size) in enumerate(x for x in LAYOUTS if x[0] not in ("cut", "dealt") and x[1] > 2)
+    for j, order in enumerate(("first", "second", "ensemble"))
+]
+
+
+@pytest.mark.parametrize(("layout", "size", "options"), WHOLE_CASES)
+def test_whole_tensors(processes, seed, layout, size, options):
+    arguments = {"layout": layout, "data_seed": seed, "granularity": "tensor", **options}
+    results = processes("train", size, **arguments)
+    assert_as_one(results, train(0, 1, **{**arguments, "layout": "whole"}), layout)
 
 
 @pytest.mark.parametrize(("layout", "size"), [("rows", 2), ("rows", 3), ("hybrid", 4), ("nested", 4)])
@@ -181,24 +184,26 @@ def test_no_sample_of_parts(processes, seed, layout):
 WIDE = ((400, 500), (37, 33), (200, 100))
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"lower": 0.2},
-        {"selection": "exact", "lower": 0.2},
-        {"order": "first", "upper": 0.3},
-        {"order": "ensemble", "upper": (0.7, 0.4), "hostile": False},
-        {"max_grad_norm": 0.5, "hostile": False},
-        {"plain": (1,), "without": (0,)},
-        {"dtype": torch.bfloat16, "hostile": False},
-    ],
-    ids=str,
-)
-@pytest.mark.parametrize(
-    ("layout", "size"),
-    [("rows", 2), ("cut", 3), ("dealt", 2), ("beside", 3), ("hybrid", 4), ("meshes", 4)],
-)
+WIDE_OPTIONS = {
+    "second": {},
+    "lower": {"lower": 0.2},
+    "exact": {"selection": "exact", "lower": 0.2},
+    "first": {"order": "first", "upper": 0.3},
+    "ensemble": {"order": "ensemble", "upper": (0.7, 0.4), "hostile": False},
+    "clipped": {"max_grad_norm": 0.5, "hostile": False},
+    "plain": {"plain": (1,), "without": (0,)},
+    "bf16": {"dtype": torch.bfloat16, "hostile": False},
+}
+WIDE_LAYOUTS = (("rows", 2), ("cut", 3), ("dealt", 2), ("beside", 3), ("hybrid", 4), ("meshes", 4))
+WIDE_CASES = [
+    pytest.param(layout, size, options, id=f"{layout}-{size}-{name}")
+    for i, (layout, size) in enumerate(WIDE_LAYOUTS)
+    for j, (name, options) in enumerate(WIDE_OPTIONS.items())
+    if (i + j) % 2 == 0
+]
+
+
+@pytest.mark.parametrize(("layout", "size", "options"), WIDE_CASES)
 def test_one_pass_is_that_of_one_process(processes, seed, layout, size, options):
     """Sums between the sample, the pass and its log: brackets, also around what other ranks count."""
     arguments = {"layout": layout, "data_seed": seed, "shapes": WIDE, **options}

@@ -76,7 +76,7 @@ def counts_of_keys(g: torch.Tensor, pattern: torch.Tensor, special) -> torch.Ten
     [
         pytest.param(600_000_000, 0, False, id="upper", marks=pytest.mark.slow),
         pytest.param(900_000_000, 100_000_001, False, id="between"),
-        pytest.param(600_000_000, 0, True, id="approx"),
+        pytest.param(600_000_000, 0, True, id="approx", marks=pytest.mark.slow),
     ],
 )
 def test_one_tensor_beyond_2_31(real_ops, huge, upper, lower, approx):
@@ -179,7 +179,7 @@ PIECE = 2_000_003
             id="classes-second",
             marks=pytest.mark.slow,
         ),
-        pytest.param(("ties",), 600_000_000, 0, True, id="ties-first"),
+        pytest.param(("ties",), 600_000_000, 0, True, id="ties-first", marks=pytest.mark.slow),
         pytest.param(("ties", "one"), ONE, 999_999_999, False, id="all-second", marks=pytest.mark.slow),
     ],
 )
@@ -208,6 +208,7 @@ def test_index_space_beyond_2_31(real_ops, generator, mix, upper, lower, first):
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_histogram_of_one_bin_beyond_2_31(real_ops):
     """All keys in one bin, on one thread: 32-bit counters, even four in turn, would wrap."""
     repeats = 8600

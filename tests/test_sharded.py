@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from forked import context
 from support import assert_all_same_bits
 from torch import Tensor, nn
 
@@ -168,7 +169,8 @@ def work(rank: int, folder: str) -> None:
 
 
 def test_parts_are_refused_where_the_whole_is_needed(tmp_path):
-    torch.multiprocessing.spawn(work, (str(tmp_path),), nprocs=2)
+    context()  # of processes that need not import torch
+    torch.multiprocessing.start_processes(work, (str(tmp_path),), nprocs=2, start_method="forkserver")
 
 
 def test_one_process_has_the_whole(tmp_path):
