@@ -10,7 +10,7 @@ ARGS ?=
 # WORKERS=0 is none but pytest's own, as a debugger needs it.
 WORKERS ?= logical --maxprocesses=8
 # Parts of verify-gpu, minutes each, the longest first.
-VERIFY := sanitize verify-triton verify-mutants verify-binaries
+VERIFY := sanitize verify-triton verify-mutants verify-binaries verify-cases
 SOURCES := setup.py $(shell find csrc -type f)
 FIND_CXX := find csrc tests/loops tests/simt -type f ! -name '*.py*' ! -name '*.txt'
 
@@ -54,6 +54,10 @@ MUTANTS ?= slow
 verify-mutants: $(VENV)/ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p no:cacheprovider -m "slow and $(MUTANTS)" \
 		tests/test_simt.py tests/test_mutants.py $(ARGS)
+
+# All cases of those tests of which make test takes a few.
+verify-cases: $(VENV)/ready
+	ROSE_TEST_ALL=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p no:cacheprovider -m "thin and not slow" $(ARGS)
 
 verify-triton: $(VENV)/ready
 	ROSE_TEST_THOROUGH=0.1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p no:cacheprovider -m slow \

@@ -64,7 +64,7 @@ def table(run: Run, facts: Mapping[str, str], work: Path, rehearse: bool) -> dic
         [f"tests/{name}" for name in sorted(part)] for part in (of_optimizer, names - of_optimizer)
     )
     # One seed, or every worker had its own.
-    env = {"ROSE_TEST_SEED": facts["seed"], "ROSE_TEST_AT_ONCE": "1"}
+    env = {"ROSE_TEST_SEED": facts["seed"], "ROSE_TEST_ALL": "1", "ROSE_TEST_AT_ONCE": "1"}
     of_contract = env | {"OMP_NUM_THREADS": "4"}
     shared = env | {"OMP_NUM_THREADS": "2"}
     thin = shared | {"ROSE_TEST_SHARE": "0.1", "ROSE_TEST_THOROUGH": "0.1"}

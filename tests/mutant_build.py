@@ -115,8 +115,8 @@ def run_tests(folder: Path, tests: list[str], timeout: float) -> subprocess.Comp
     # Processes that tests start import the tests, too: from here, but the package from ``folder``.
     path = os.pathsep.join(map(str, (folder, ROOT)))
     environment = {
-        **os.environ, "PYTHONPATH": path, "ROSE_TEST_SEED": "0", "OMP_NUM_THREADS": "1",
-        "OMP_WAIT_POLICY": "passive", "PYTHONDONTWRITEBYTECODE": "1",
+        **os.environ, "PYTHONPATH": path, "ROSE_TEST_SEED": "0", "ROSE_TEST_ALL": "1",
+        "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", "PYTHONDONTWRITEBYTECODE": "1",
     }  # fmt: skip
     paths = [str(ROOT / test) for test in tests]
     return subprocess.run(

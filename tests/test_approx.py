@@ -83,6 +83,7 @@ DATA = {
 }
 
 
+@pytest.mark.thin(3)
 @pytest.mark.parametrize("data", DATA)
 def test_selection(ops, generator, data):
     g = DATA[data](torch.arange(N), generator).float()
@@ -119,6 +120,7 @@ UPDATES = {
 }
 
 
+@pytest.mark.thin(3)
 @pytest.mark.parametrize("name", UPDATES)
 def test_update(ops, generator, name):
     pieces, dtypes, kept = UPDATES[name]
@@ -143,6 +145,7 @@ def test_update_of_an_ensemble(ops, generator):
     compare_bracket(ops, problem, *BETWEEN, problem.random_masks(), draw=5, approx=True)
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("n", [0, 1, 1000, APPROX_FEWEST - 1, APPROX_FEWEST])
 def test_few_elements_need_no_sample(ops, generator, n):
     """One that misleads shows where it is taken."""

@@ -57,6 +57,7 @@ KEPT = {"0.6": (600_000_000, 0), "few": (1_000_000, 0), "most": (999_999_999, 0)
         "between": (700_000_000, 300_000_000), "top": (ONE, 900_000_000)}  # fmt: skip
 
 
+@pytest.mark.thin(3)
 @pytest.mark.parametrize("data", DATA)
 def test_as_select_and_update(ops, generator, data):
     problem = problem_of(generator, data=data)

@@ -391,15 +391,15 @@ from torch import nn
 from rose_ops import RoseFusedAdamW
 child = os.fork()
 kind = RoseFusedAdamW if child == 0 else torch.optim.AdamW
-params = [nn.Parameter(torch.ones(1 << 20)) for _ in range(24)]
+params = [nn.Parameter(torch.ones(1 << 20)) for _ in range(8)]
 moments = ("exp_avg", "exp_avg_sq")
 state = {i: {"step": torch.tensor(1.0), **{key: torch.ones(1 << 20) for key in moments}}
-         for i in range(24)}
+         for i in range(8)}
 optimizer = kind(params)
 state_dict = {**optimizer.state_dict(), "state": state}
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 optimizer.load_state_dict(state_dict)
-peak = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / (8 * 24 * 1024)
+peak = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / (8 * 8 * 1024)
 print(kind.__name__, peak, flush=True)
 if child:
     os.wait()

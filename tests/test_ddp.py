@@ -69,6 +69,7 @@ def test_masks_that_are_used_again(run, r_drop):
     assert ["first" in step["masks"] for step in one["steps"]] == [True, False, False, True]
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize(
     "options",
     [

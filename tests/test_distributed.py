@@ -85,6 +85,7 @@ CASES = [
 ]
 
 
+@pytest.mark.thin(3)
 @pytest.mark.parametrize(("layout", "size", "options"), CASES)
 def test_masks_are_those_of_one_process(processes, seed, layout, size, options):
     arguments = {"layout": layout, "data_seed": seed, **options}
@@ -115,6 +116,7 @@ WHOLE_CASES = [
 ]
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize(("layout", "size", "options"), WHOLE_CASES)
 def test_whole_tensors(processes, seed, layout, size, options):
     arguments = {"layout": layout, "data_seed": seed, "granularity": "tensor", **options}
@@ -149,6 +151,7 @@ def test_copies_are_rounded_alike(processes, seed, layout):
 LARGE = ((1100, 1000), (37, 33))
 
 
+@pytest.mark.thin(3)
 @pytest.mark.parametrize(
     ("layout", "size"), [("rows", 2), ("rows", 3), ("grid", 4), ("nested", 4), ("meshes", 4)]
 )
@@ -203,6 +206,7 @@ WIDE_CASES = [
 ]
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize(("layout", "size", "options"), WIDE_CASES)
 def test_one_pass_is_that_of_one_process(processes, seed, layout, size, options):
     """Sums between the sample, the pass and its log: brackets, also around what other ranks count."""

@@ -56,6 +56,7 @@ PLACES = {  # ranks of a class; the k-th element is at k - 1
 }  # fmt: skip
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("order", ["first", "second"])
 @pytest.mark.parametrize("at", ["upper", "lower"])
@@ -70,6 +71,7 @@ def test_a_class_next_to_a_threshold(generator, at, order, place):
         assert report.logged > 0 or report.collapsed
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("order", ["first", "second"])
 @pytest.mark.parametrize(
     ("classes", "lower", "collapsed"),

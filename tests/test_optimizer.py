@@ -188,6 +188,7 @@ GROUPS = (
 ROWS = [0, 0, 1, 1, 2, 2]
 
 
+@pytest.mark.thin(3)
 @each_backend
 @each_granularity
 @each_order

@@ -319,7 +319,8 @@ def test_resumes_after_being_killed(tiny, tmp_path):
              "rose-first", "--resume")  # fmt: skip
     killed = Command("benchmarks.paper", *arguments_of(tiny, tmp_path, *given))
     deadline = time.monotonic() + 120
-    while not (tmp_path / "runs.csv").exists() and time.monotonic() < deadline:
+    runs = tmp_path / "runs.csv"  # which is there before it has a row
+    while not (runs.exists() and rows(runs)) and time.monotonic() < deadline:
         assert killed.process.is_alive(), "it ended before a run had finished"
         time.sleep(0.01)
     killed.process.kill()

@@ -157,6 +157,7 @@ def test_nothing_moves_when_an_infinity_was_found(ops, spec: Spec):
         assert torch.equal(old, bits(t))
 
 
+@pytest.mark.thin(3)
 @pytest.mark.parametrize("moment", [FLOAT, BF16], ids=["fp32-moments", "bf16-moments"])
 @pytest.mark.parametrize("dtype", [FLOAT, BF16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("clip", [(0.7, 1 / 3), (1.0, 0.7), (0.7, 1.0)], ids=str)
@@ -189,6 +190,7 @@ def test_gradients_are_multiplied_by_two_factors(ops, generator, dtype, moment, 
 CLASSES = ("normal", "zero", "nan", "ties", "denormal")
 
 
+@pytest.mark.thin(3)
 @pytest.mark.parametrize("first", [True, False], ids=["first", "second"])
 @pytest.mark.parametrize("n", SIZES, ids=lambda n: f"n{n}")
 def test_every_rank_at_every_boundary(ops, generator, n, first):
@@ -205,6 +207,7 @@ def test_every_rank_at_every_boundary(ops, generator, n, first):
         compare_selections(ops, problem, kept, first=first)
 
 
+@pytest.mark.thin(3)
 @pytest.mark.parametrize("dtype", [FLOAT, BF16, HALF], ids=str)
 @pytest.mark.parametrize("n", SIZES, ids=lambda n: f"n{n}")
 def test_update_at_every_boundary(ops, generator, n, dtype):
@@ -222,6 +225,7 @@ def test_update_at_every_boundary(ops, generator, n, dtype):
         compare_update(ops, problem, first, selection=record)
 
 
+@pytest.mark.thin(3)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("moment", KINDS)
 def test_every_pair_of_classes(ops, generator, kind, moment):
@@ -358,6 +362,7 @@ WINDOW_FRACTIONS = (
 )
 
 
+@pytest.mark.thin(3)
 @pytest.mark.parametrize("name", WINDOW_DATA)
 def test_first_order_where_a_sample_is_taken(ops, generator, name):
     problem = Problem.of([_data(name, fewer(ops, N, UNSAMPLED), generator)])
@@ -365,6 +370,7 @@ def test_first_order_where_a_sample_is_taken(ops, generator, name):
     compare_selection(ops, problem, 600_000_000, 0, first=True, approx=True)
 
 
+@pytest.mark.thin(3)
 @pytest.mark.parametrize("name", WINDOW_DATA)
 def test_second_order_where_a_sample_is_taken(ops, generator, name):
     """The same data as the gradient over moments of one, and as moments under noise."""
@@ -406,6 +412,7 @@ def test_two_large_ties_around_the_rank(ops, generator, above):
         assert record.tolist() == [0x40000000 if above else 0x3F800000, -1, kept, n, 0, 0, 0, 0]
 
 
+@pytest.mark.thin(3)
 @pytest.mark.parametrize(
     ("pieces", "dtype"), [(3, BF16), (3, HALF), (400, HALF), (1500, BF16)], ids=str
 )
@@ -482,6 +489,7 @@ def truth_of(problem: Problem, *masks) -> Problem:
 CONDITIONS = pytest.mark.parametrize("well", [True, False], ids=["conditioned", "any"])
 
 
+@pytest.mark.thin(3)
 @CONDITIONS
 @pytest.mark.parametrize("lr", [1e-3, 0.1, 1.0], ids=lambda lr: f"lr{lr}")
 @pytest.mark.parametrize("step", [0, 6, 99_999], ids=lambda t: f"step{t + 1}")

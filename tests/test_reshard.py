@@ -72,12 +72,14 @@ def assert_unstopped(run, folder, way: str, journey: Any = JOURNEY, **options: A
 each_way = pytest.mark.parametrize("way", ["by name", "flattened", "by number", "full"])
 
 
+@pytest.mark.thin(2)
 @each_way
 @pytest.mark.parametrize("order", ["second", "ensemble"])
 def test_another_number_of_processes(run, tmp_path, way, order):
     assert_unstopped(run, tmp_path, way, order=order, lower=0.1)
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize(
     ("way", "options"),
     [

@@ -74,6 +74,7 @@ each_configuration = pytest.mark.parametrize(
 )  # fmt: skip
 
 
+@pytest.mark.thin(3)
 @each_configuration
 def test_any_order_of_threads_and_blocks(simt, ops, generator, name, pieces):
     for seed, mix in enumerate((("normal",), MIX, ("ties",), ("zero", "one"))):
@@ -93,6 +94,7 @@ def test_any_order_of_threads_and_blocks(simt, ops, generator, name, pieces):
         compare_update(ops, problem, masks, selection=record)
 
 
+@pytest.mark.thin(3)
 @each_configuration
 def test_brackets_in_any_order_of_threads_and_blocks(simt, ops, generator, name, pieces):
     for seed, mix in enumerate((("normal",), MIX)):
@@ -105,6 +107,7 @@ def test_brackets_in_any_order_of_threads_and_blocks(simt, ops, generator, name,
             compare_bracket(ops, problem.copy(), 700_000_000, 300_000_000, first, width=width)
 
 
+@pytest.mark.thin(3)
 @pytest.mark.parametrize(("name", "pieces"), [("random", 1), ("one-block", 40), ("two-threads", 40)])
 def test_samples_in_any_order_of_threads_and_blocks(simt, ops, generator, name, pieces):
     problem = problem_of(generator, reference.APPROX_FEWEST + 11, MIX, pieces, BF16)
@@ -174,6 +177,7 @@ def test_what_is_made_of_norms_is_one_launch(simt, ops, generator):
     assert launches == 1
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize(("mix", "share"), [("normal", 0.0), ("ties", 0.25)])
 def test_bytes_of_an_exact_second_order_step(simt, ops, generator, mix, share):
     """fp32: AdamW's own 28 bytes per element, and what finding the threshold reads and writes.
@@ -205,6 +209,7 @@ def test_bytes_of_a_first_order_capture(simt, ops, generator):
     assert 2 * N / 8 <= written <= (1 / 8 + 0.06) * 2 * N
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize(
     ("mix", "width", "limit"),
     [
@@ -393,6 +398,7 @@ def compare_replay(graph, result, problem: Problem, approx: bool = False) -> Non
         assert torch.equal(bits(a), bits(b))
 
 
+@pytest.mark.thin(3)
 @pytest.mark.parametrize("way", ["bracket", "exact", "approx"])
 @pytest.mark.parametrize("before", [True, False], ids=["after-a-step", "at-once"])
 def test_a_graph_owns_what_it_reads(simt, ops, generator, way, before):

@@ -214,6 +214,7 @@ def run(optimizer, params: list[nn.Parameter], steps: range, seed: int) -> list[
     return updated
 
 
+@pytest.mark.thin(3)
 @each_order
 @each_granularity
 @pytest.mark.parametrize(

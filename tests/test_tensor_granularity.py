@@ -132,6 +132,7 @@ def test_against_a_direct_implementation(upper, lower, order, backend, generator
 FRACTIONS = (0.7, 0.1, 0.3, 0.6, 0.9, 0.05, 0.55, 0.123456789, 0.999)
 
 
+@pytest.mark.thin(2)
 @each_backend
 @pytest.mark.parametrize("upper", FRACTIONS, ids=str)
 def test_ranks_come_from_exact_fractions(upper, backend, generator):
