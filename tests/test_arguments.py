@@ -177,6 +177,7 @@ def resized(t: Tensor, nbytes: int) -> Tensor:
     return alone
 
 
+@pytest.mark.thin(3)
 @pytest.mark.parametrize("size", ["freed", "a byte short"])
 @pytest.mark.parametrize(("call", "name", "index"), PLACES, ids=IDS)
 def test_refuses_a_storage_that_is_too_small(every_ops, call, name, index, size):
@@ -237,6 +238,7 @@ def of_numbers(call: str, name: str, index: int) -> bool:
     return (values if index < 0 else values[index]).dtype != torch.bool
 
 
+@pytest.mark.thin(3)
 @pytest.mark.parametrize(
     ("call", "name", "index"), [p for p in PLACES if of_numbers(*p)],
     ids=[i for i, p in zip(IDS, PLACES, strict=True) if of_numbers(*p)],

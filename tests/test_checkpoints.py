@@ -389,6 +389,7 @@ PEAK = """
 import os, resource, torch
 from torch import nn
 from rose_ops import RoseFusedAdamW
+torch.optim.AdamW([nn.Parameter(torch.ones(1))])  # the first one imports for seconds
 child = os.fork()
 kind = RoseFusedAdamW if child == 0 else torch.optim.AdamW
 params = [nn.Parameter(torch.ones(1 << 20)) for _ in range(8)]

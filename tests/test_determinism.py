@@ -160,6 +160,7 @@ def order_and_trajectory(request, data):
         return request.param, trajectory(data, request.param)
 
 
+@pytest.mark.thin(3)
 @pytest.mark.parametrize("count", [1, 2, 3, 7], ids=lambda n: f"threads{n}")
 def test_threads_and_runs(data, order_and_trajectory, count):
     order, expected = order_and_trajectory
@@ -167,6 +168,7 @@ def test_threads_and_runs(data, order_and_trajectory, count):
         assert_same_trajectory(trajectory(data, order), expected)
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("odd", [False, True], ids=["contiguous", "views"])
 def test_flat_and_scattered(data, order_and_trajectory, generator, odd):
     """One tensor, and the same cut into many, in views with odd offsets and strides, too."""
@@ -175,6 +177,7 @@ def test_flat_and_scattered(data, order_and_trajectory, generator, odd):
     assert_same_trajectory(trajectory(data, order, sizes=sizes, odd=odd), expected)
 
 
+@pytest.mark.thin(2)
 @ORDERS
 def test_flat_and_scattered_in_bfloat16(data, generator, order):
     """Second moments are rounded by random bits, which are those of the element's index."""
@@ -184,6 +187,7 @@ def test_flat_and_scattered_in_bfloat16(data, generator, order):
     assert_same_trajectory(trajectory(data, order, sizes=sizes, odd=True, **options), expected)
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("count", [1, 2], ids=lambda n: f"threads{n}")
 def test_flushed_denormals(data, order_and_trajectory, count):
     """In the calling thread, whose share of the work must not differ from the others'."""

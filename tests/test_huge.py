@@ -71,6 +71,7 @@ def counts_of_keys(g: torch.Tensor, pattern: torch.Tensor, special) -> torch.Ten
     return counts - count(pattern[where % PERIOD]) + count(g[where])
 
 
+@pytest.mark.thin(3)
 @pytest.mark.parametrize(
     ("upper", "lower", "approx"),
     [
@@ -166,6 +167,7 @@ REPEATS = 1100
 PIECE = 2_000_003
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize(
     ("mix", "upper", "lower", "first"),
     [

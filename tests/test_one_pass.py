@@ -243,6 +243,7 @@ def test_the_same_from_any_number_of_threads(generator, width, lower):
         assert_all_same_bits(other, results[0], "other numbers of threads")
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("kept", ["0.6", "between", "close"])
 @pytest.mark.parametrize("data", ["normal", "drifting", "coarse"])
 def test_misses_of_either_threshold(generator, data, kept):

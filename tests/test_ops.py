@@ -134,6 +134,7 @@ def _cases():
 CASES = _cases()
 
 
+@pytest.mark.thin(3)
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize(
     "check",

@@ -383,6 +383,7 @@ def test_second_order_where_a_sample_is_taken(ops, generator, name):
         compare_selections(ops, problem, some(ops, chosen, generator, few), first=False)
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("run", [0.1, 0.9], ids=["low", "high"])
 def test_a_run_that_a_sample_misses(ops, generator, run):
     """Every line of 16 has 8 elements below the median, so a sample has no variance and its window is
@@ -398,6 +399,7 @@ def test_a_run_that_a_sample_misses(ops, generator, run):
         compare_selections(ops, Problem.of([data]), kept, first=True)
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("above", [0, 1], ids=["last-of-the-lower", "first-of-the-upper"])
 def test_two_large_ties_around_the_rank(ops, generator, above):
     """Two values only, and the rank is the last of the one or the first of the other: one of them is

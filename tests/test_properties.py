@@ -66,6 +66,7 @@ def float_bits(x: float) -> int:
     return torch.tensor(x, dtype=FLOAT).view(torch.int32).item()
 
 
+@pytest.mark.thin(3)
 @pytest.mark.parametrize("beta1", [0.9, 0.999, 0.0, 0.3], ids=lambda b: f"beta{b}")
 @pytest.mark.parametrize(
     "kinds",

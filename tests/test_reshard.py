@@ -99,6 +99,7 @@ def test_what_depends_on_the_step_goes_on(run, tmp_path, way, options):
 TENSORS = {"order": "ensemble", "granularity": "tensor"}
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize(
     ("way", "options"),
     [

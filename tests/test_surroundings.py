@@ -39,6 +39,7 @@ def other_default(what: str) -> Iterator[None]:
 each_default = pytest.mark.parametrize("default", ["device", "dtype"])
 
 
+@pytest.mark.thin(3)
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 @pytest.mark.parametrize(
     "options",

@@ -16,6 +16,7 @@ pytestmark = pytest.mark.skipif(
 SCRIPT = str(Path(__file__).parent / "trainer_ranks.py")
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("order", ["first", "second", "ensemble"])
 def test_split_and_whole(order):
     """Gradients are added up in another order, so that an element at the threshold may change sides."""
