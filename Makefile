@@ -55,7 +55,7 @@ verify-mutants: $(VENV)/ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p no:cacheprovider -m "slow and $(MUTANTS)" \
 		tests/test_simt.py tests/test_mutants.py $(ARGS)
 
-# All cases of those tests of which make test takes a few.
+# All cases of the tests of which the other targets take some, others every time.
 verify-cases: $(VENV)/ready
 	ROSE_TEST_ALL=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p no:cacheprovider -m "thin and not slow" $(ARGS)
 
@@ -64,7 +64,7 @@ verify-triton: $(VENV)/ready
 		tests/test_parity.py tests/test_ops.py $(ARGS)
 
 verify-long: $(VENV)/ready  ## runs that are killed a hundred times, late processes, more than 2^31 elements
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p no:cacheprovider -m slow \
+	ROSE_TEST_ALL=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p no:cacheprovider -m slow \
 		tests/test_kill.py tests/test_distributed.py tests/test_huge.py $(ARGS)
 
 # The CPU's loops as another architecture computes them: what compiles for it, and what runs that.

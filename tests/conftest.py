@@ -106,22 +106,24 @@ TOPIC_OF = {f"test_{name}": topic for topic, names in TOPICS.items() for name in
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Without a GPU, tests of one are left out. Of tests marked thin(n), one case in n is run, and the
-    others are slow; which, the seed says, as it does of random data: in the long run all are.
-    ROSE_TEST_ALL=1 runs all. ROSE_TEST_SHARE=0.1 runs a tenth of the tests, in every process the same;
-    others with another ROSE_TEST_SEED."""
+    """Without a GPU, tests of one are left out. Of tests marked thin(n), one case in n is run: which, the
+    seed says, so that in the long run all are. ROSE_TEST_ALL=1 runs all. ROSE_TEST_SHARE=0.1 runs a tenth
+    of the tests, in every process the same; others with another ROSE_TEST_SEED.
+    """
     for item in items:
         if topic := TOPIC_OF.get(item.path.stem):  # as every file has: a test sees to it
             item.add_marker(topic)
-        thin = None if "ROSE_TEST_ALL" in os.environ else item.get_closest_marker("thin")
-        if thin and zlib.crc32(f"{SEED} {item.nodeid}".encode()) % thin.args[0]:
-            item.add_marker("slow")
     share, seed = float(os.environ.get("ROSE_TEST_SHARE", "1")), os.environ.get("ROSE_TEST_SEED", "")
-    chosen = [
-        (HAS_GPU or item.get_closest_marker("gpu") is None)
-        and (share >= 1 or zlib.crc32((seed + item.nodeid).encode()) < share * 2**32)
-        for item in items
-    ]
+
+    def is_chosen(item: pytest.Item) -> bool:
+        thin = None if "ROSE_TEST_ALL" in os.environ else item.get_closest_marker("thin")
+        return (
+            (HAS_GPU or item.get_closest_marker("gpu") is None)
+            and (thin is None or zlib.crc32(f"{SEED} {item.nodeid}".encode()) % thin.args[0] == 0)
+            and (share >= 1 or zlib.crc32((seed + item.nodeid).encode()) < share * 2**32)
+        )
+
+    chosen = [*map(is_chosen, items)]
     if not all(chosen):
         config.hook.pytest_deselected(items=[*itertools.compress(items, map(operator.not_, chosen))])
         items[:] = itertools.compress(items, chosen)
