@@ -106,9 +106,9 @@ TOPIC_OF = {f"test_{name}": topic for topic, names in TOPICS.items() for name in
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Without a GPU, tests of one are left out. Of tests marked thin(n), one case in n is run: which, the
-    seed says, so that in the long run all are. ROSE_TEST_ALL=1 runs all. ROSE_TEST_SHARE=0.1 runs a tenth
-    of the tests, in every process the same; others with another ROSE_TEST_SEED.
+    """Without a GPU, tests of one are left out. Of tests marked thin(n), one case in n is run: which,
+    the seed says, so that in the long run all are. ROSE_TEST_ALL=1 runs all. ROSE_TEST_SHARE=0.1 runs
+    a tenth of the tests, in every process the same; others with another ROSE_TEST_SEED.
     """
     for item in items:
         if topic := TOPIC_OF.get(item.path.stem):  # as every file has: a test sees to it
