@@ -19,10 +19,11 @@ sys.path.append(str(ROOT))
 for module in ("jinja2", "matplotlib", "pandas", "scipy", "tqdm", "psutil", "cpuinfo"):
     pytest.importorskip(module, reason="needs the paper extra")
 
-from benchmarks.paper import landscape, probing, report, rows, tables, upper  # noqa: E402
+from benchmarks.paper import landscape, probing, report, rows, summary, tables, upper  # noqa: E402
 from benchmarks.paper.analyses import ANALYSES  # noqa: E402
 from benchmarks.paper.methods import METHODS  # noqa: E402
 from benchmarks.paper.results import CURVES, RUNS  # noqa: E402
+from benchmarks.paper.runner import RESULTS  # noqa: E402
 from benchmarks.paper.runs import Run, small  # noqa: E402
 from rose_ops.finetune import UserError  # noqa: E402
 
@@ -298,3 +299,40 @@ def test_choices_of_upper(tmp_path):
     assert chosen["trainings"].tolist() == [1 + 75 / run.steps, 2, 1, 1]
     assert chosen.loc["below one", "said"] == pytest.approx(0.62)
     assert chosen.loc["search", "validation"] == pytest.approx((0.8 + 0.55) / 2)
+
+
+# ------------------------------------------------------------------------------------------- summary
+
+
+def test_a_summary_of_what_has_enough_seeds(tmp_path):
+    found = study(("adamw", "random-mask", "rose-second"), tasks=("sst2",))
+    save_study(tmp_path, [*found, *study(("r-drop",), tasks=("sst2",), seeds=(0,))])
+    ((title, table),) = summary.tables(tmp_path, fewest=2)
+    assert title == "sst2, minilm, by element, small settings, 150 steps"
+    assert [tuple(row) for row in table.itertuples(index=False)] == [
+        ("adamw", 3, "80.2 ± 0.2", "31.0 ± 1.0", "", "-3.0 (-5.5 to -0.5)", ""),
+        ("rose-second", 3, "80.2 ± 0.2", "35.0 ± 1.0", "+4.0", "+1.0 (-1.5 to +3.5)", "+4.0"),
+        (
+            *("random-mask", 3, "80.2 ± 0.2", "34.0 ± 2.0", "+3.0 (+0.5 to +5.5)", ""),
+            "+3.0 (+0.5 to +5.5)",
+        ),
+    ]
+    (_, alone) = next(summary.tables(tmp_path, fewest=1))
+    assert alone["method"].tolist() == ["adamw", "r-drop", "rose-second", "random-mask"]
+    assert not list(summary.tables(tmp_path, fewest=4))
+
+
+def test_the_readme_says_what_the_rows_say():
+    """Every row of its tables of methods is one of the summary of the rows that are committed."""
+    text = (ROOT / "README.md").read_text().split("## Is it more robust?")[1].split("\n## ")[0]
+    said = [
+        [x.strip() for x in line.strip("|").split("|")] for line in text.splitlines() if "±" in line
+    ]
+    rows_of = {
+        tuple(map(str, row))
+        for _, table in summary.tables(RESULTS, fewest=3)
+        for row in table.itertuples(index=False)
+    }
+    assert said
+    for row in said:
+        assert tuple(row) in rows_of, row

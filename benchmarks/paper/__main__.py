@@ -4,7 +4,7 @@ import argparse
 import sys
 
 try:
-    from benchmarks.paper import landscape, probing, report, runner, upper
+    from benchmarks.paper import landscape, probing, report, runner, summary, upper
     from rose_ops.finetune import exit_status
 except ModuleNotFoundError as error:
     sys.exit(f"error: {error}; `make paper` installs what is needed: pip install -e '.[paper]'")
@@ -13,6 +13,7 @@ except ModuleNotFoundError as error:
 COMMANDS = {
     "run": (runner.add_arguments, runner.run, "train and measure; rows go to the results folder"),
     "report": (report.add_arguments, report.report, "tables and figures as one HTML file"),
+    "summary": (summary.add_arguments, summary.summary, "what the study says, as Markdown"),
     "surfaces": (landscape.add_surfaces, landscape.surfaces, "loss around models: Figures 1 and 2"),
     "interpolate": (
         *(landscape.add_interpolation, landscape.interpolate),

@@ -1,0 +1,82 @@
+"""`python -m benchmarks.paper summary`: what the study says, as Markdown for a page or a terminal.
+
+One table for each model, granularity and task, of the methods that have enough seeds. All differences
+are of AdvGLUE accuracy, in points, with their two-sided 95% intervals over seeds (paired): to the runs
+of AdamW and of a random mask with the same seeds, and to AdamW where it first was as accurate on clean
+examples (`matched`).
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from pathlib import Path
+
+import pandas as pd
+
+from benchmarks.paper import matched, rows
+from benchmarks.paper.methods import METHODS
+from benchmarks.paper.runner import RESULTS
+from benchmarks.paper.stats import Comparison, compare
+from benchmarks.paper.tables import percent
+
+_ADVERSARIAL = "adversarial_accuracy"
+COLUMNS = (
+    *("method", "seeds", "clean", "AdvGLUE", "over AdamW", "over a random mask"),
+    "over AdamW at the same clean accuracy",
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `summary`."""
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the CSV files")
+    parser.add_argument("--fewest", type=int, default=3, metavar="SEEDS", help="of a method")
+
+
+def summary(args: argparse.Namespace) -> None:
+    """Print the tables."""
+    found = list(tables(args.results, args.fewest))
+    for title, table in found:
+        print(f"### {title}\n\n{table.to_markdown(index=False, disable_numparse=True)}\n")
+    if not found:
+        print(f"no method has {args.fewest} seeds in {args.results}: try --fewest 1")
+
+
+def tables(folder: Path, fewest: int) -> Iterator[tuple[str, pd.DataFrame]]:
+    """Title and table of each comparison."""
+    runs = rows.read_runs(folder)
+    curves = rows.read_curves(folder, runs)
+    for (preset, model, granularity), group in rows.comparisons(rows.main_settings(runs)):
+        alike = curves[curves["run"].isin(group["run"])].assign(granularity=granularity)
+        for task, of_task in group.groupby("task", sort=False):
+            table = _table(of_task, alike[alike["task"] == task], fewest)
+            if len(table):
+                steps = of_task["steps"].iloc[0]
+                yield f"{task}, {model}, by {granularity}, {preset} settings, {steps} steps", table
+
+
+def _table(runs: pd.DataFrame, curves: pd.DataFrame, fewest: int) -> pd.DataFrame:
+    scores = {name: x.set_index("seed")[_ADVERSARIAL] for name, x in runs.groupby("method")}
+    pairs = matched.matched(runs, curves, list(METHODS), ["adamw"])
+    gains = {x["method"]: _over(pd.Series(x)) for x in matched.summarise(pairs).to_dict("records")}
+
+    def over(method: str, baseline: str) -> str:
+        if method == baseline or baseline not in scores:
+            return ""
+        return _over(compare(scores[method], scores[baseline]))
+
+    lines = []
+    for method, group in runs.groupby("method", sort=False):
+        if len(group) >= fewest:
+            accuracies = [
+                percent(group[x].mean(), group[x].std()) for x in ("clean_accuracy", _ADVERSARIAL)
+            ]
+            differences = over(method, "adamw"), over(method, "random-mask")
+            lines.append((method, len(group), *accuracies, *differences, gains.get(method, "")))
+    lines.sort(key=lambda line: list(METHODS).index(line[0]))
+    return pd.DataFrame(lines, columns=list(COLUMNS))
+
+
+def _over(found: Comparison | pd.Series) -> str:
+    interval = "" if pd.isna(found.low) else f" ({100 * found.low:+.1f} to {100 * found.high:+.1f})"
+    return percent(found.difference, sign="+") + interval
