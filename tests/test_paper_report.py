@@ -326,7 +326,9 @@ def test_the_readme_says_what_the_rows_say():
     """Every row of its tables of methods is one of the summary of the rows that are committed."""
     text = (ROOT / "README.md").read_text().split("## Is it more robust?")[1].split("\n## ")[0]
     said = [
-        [x.strip() for x in line.strip("|").split("|")] for line in text.splitlines() if "±" in line
+        [x.strip() for x in line.strip("|").split("|")]
+        for line in text.splitlines()
+        if line.startswith("|") and "±" in line
     ]
     rows_of = {
         tuple(map(str, row))

@@ -15,7 +15,7 @@ from pathlib import Path
 import pandas as pd
 
 from benchmarks.paper import matched, rows
-from benchmarks.paper.methods import METHODS
+from benchmarks.paper.methods import METHODS, has_granularity
 from benchmarks.paper.runner import RESULTS
 from benchmarks.paper.stats import Comparison, compare
 from benchmarks.paper.tables import percent
@@ -50,7 +50,8 @@ def tables(folder: Path, fewest: int) -> Iterator[tuple[str, pd.DataFrame]]:
         alike = curves[curves["run"].isin(group["run"])].assign(granularity=granularity)
         for task, of_task in group.groupby("task", sort=False):
             table = _table(of_task, alike[alike["task"] == task], fewest)
-            if len(table):
+            # Methods without masks are in the tables of both granularities: alone, they make none.
+            if any(map(has_granularity, table["method"])) or (granularity == "none" and len(table)):
                 steps = of_task["steps"].iloc[0]
                 yield f"{task}, {model}, by {granularity}, {preset} settings, {steps} steps", table
 
