@@ -131,6 +131,7 @@ def test_update(ops, generator, name):
     assert result[Field.MISSES] == 0
 
 
+@pytest.mark.thin(2)
 def test_update_of_an_ensemble(ops, generator):
     """With all that it can have: groups, of which one is not ranked, scales, a first-order mask."""
     g, m = (values(N + N // 2, MIXED, FLOAT, generator) for _ in range(2))
@@ -161,6 +162,7 @@ def test_few_elements_need_no_sample(ops, generator, n):
         assert record[Field.MISSES] == 0
 
 
+@pytest.mark.thin(2)
 def test_tensors_that_are_not_ranked_do_not_count(ops, generator):
     """Of an update's; where enough are, the sample is of the others."""
     for large, row in ((APPROX_FEWEST - 1, PLAIN), (APPROX_FEWEST, PLAIN), (APPROX_FEWEST - 9, ROSE)):

@@ -524,6 +524,7 @@ def test_recordings_that_fail_are_a_reason(tmp_path, monkeypatch, capsys):
     assert "skipped: no network" in capsys.readouterr().out
 
 
+@pytest.mark.thin(3)
 def test_temporaries_are_those_of_the_step():
     n = 1 << 22
     foreach = memory.measure("AdamW foreach", work.flat(n), Cpu(), 1)

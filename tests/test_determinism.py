@@ -356,6 +356,7 @@ def battery_and_digest(tmp_path_factory):
     return path, run_battery(cases)
 
 
+@pytest.mark.thin(3)
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_instruction_sets_agree(battery_and_digest, capability):
     """ATEN_CPU_CAPABILITY caps what PyTorch and these kernels use."""

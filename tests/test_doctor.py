@@ -60,6 +60,7 @@ def test_a_right_backend_is_not():
     assert doctor.check(reference, "cpu") == []
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("broken", BROKEN)
 def test_a_wrong_backend_is_reported(monkeypatch, capsys, broken):
     """Whatever the operator and its mode, with one bit wrong in its result or in what it writes."""

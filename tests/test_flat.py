@@ -97,6 +97,7 @@ STORED = {  # parameters, their rounding, moments
 }
 
 
+@pytest.mark.thin(3)
 @pytest.mark.parametrize("selection", ["exact", "bracket"])
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 @pytest.mark.parametrize(("dtype", "rounding", "state_dtype"), STORED.values(), ids=STORED)

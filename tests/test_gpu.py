@@ -41,6 +41,7 @@ def device(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
+@pytest.mark.thin(3)
 @pytest.mark.parametrize(
     ("dtype", "state_dtype"), [(FLOAT, None), (BF16, None), (HALF, None), (BF16, BF16)], ids=str
 )
@@ -308,6 +309,7 @@ def test_autocast_training_as_the_cpu(device, generator, way):
 # -------------------------------------------------------------------------------------- repetition
 
 
+@pytest.mark.thin(3)
 @pytest.mark.parametrize("dtype", [FLOAT, BF16], ids=str)
 @pytest.mark.parametrize("way", ["bracket", "exact", "approx", "between", "clipping-ensemble"])
 def test_the_same_bits_from_twenty_repetitions(device, generator, way, dtype):

@@ -211,6 +211,7 @@ def test_results_without_a_results_file(run, workers):
     assert sorted(failures) == ["test_sample.py::test_error", "test_sample.py::test_wrong"]
 
 
+@pytest.mark.thin(2)
 def test_results_of_tests_that_ran_out_of_time(run):
     assert run.stages([of_tests(run, MIXED + SLOW, limit=8)], 60) == 1
     row = table(run)["tests"]

@@ -80,6 +80,7 @@ def is_torn(folder: Path) -> bool:
     return any(folder.glob("*.partial"))
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("size", [1, 2])
 @pytest.mark.parametrize("times", [4, pytest.param(100, marks=pytest.mark.slow)])
 def test_killed_at_random_moments(size, times, tmp_path, generator, record_property):

@@ -833,6 +833,7 @@ def test_unwrap_passes_over_dead_references():
     rose_backward(classifier(), *batch(), wrapped)
 
 
+@pytest.mark.thin(2)
 @each_wrapper
 @pytest.mark.parametrize(
     ("order", "r_drop"), [("second", 2.0), ("first", 0.0), ("ensemble", 2.0)], ids=str

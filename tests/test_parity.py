@@ -76,6 +76,7 @@ def compare_selections(ops, problem: Problem, fractions, *, first) -> None:
             assert_all_same_bits(masks, truth.capture(record), "masks")
 
 
+@pytest.mark.thin(2)
 @examples(200)
 @given(spec=specs(), kept=fractions(), first=st.booleans(), approx=st.booleans())
 def test_selection_of_any_mixture(ops, spec: Spec, kept, first, approx):
@@ -107,6 +108,7 @@ MODES = ("none", "first", "second", "selection", "first+second", "first+selectio
 MASKS = any_of(*[("bits", "bits", "true", "false", "empty")] * 4)
 
 
+@pytest.mark.thin(2)
 @examples(300)
 @given(
     spec=specs(), kept=fractions(), kept_first=fractions(), mode=st.sampled_from(MODES),
@@ -138,6 +140,7 @@ def test_update_of_any_mixture(ops, spec: Spec, kept, kept_first, mode, kinds_fi
     )
 
 
+@pytest.mark.thin(2)
 @examples(100)
 @given(spec=specs(), kept=fractions(), with_first=st.booleans())
 def test_ranking_and_update_in_one_call(ops, spec: Spec, kept, with_first):

@@ -34,6 +34,8 @@ from rose_ops import definitions, reference
 from rose_ops.definitions import Field, Mode
 from rose_ops.settings import check_fractions
 
+pytestmark = pytest.mark.thin(2)
+
 # ------------------------------------------------------------------- risks, by exact arithmetic
 
 

@@ -139,6 +139,7 @@ def test_a_fingerprint_is_of_every_source(tmp_path):
 BUNDLED = sorted(Path(ensurepip.__file__).parent.glob("_bundled/setuptools-*.whl"))
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("which", ["bundled", "installed"])
 def test_metadata_by_old_and_new_setuptools(which, tmp_path):
     """The release that a new environment of Python 3.11 has knows nothing of license expressions; newer

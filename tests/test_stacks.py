@@ -6,6 +6,7 @@ parameters and state bit for bit.
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -57,6 +58,7 @@ def test_every_row_names_a_test_and_every_test_has_a_row(request):
             [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider"]
             + [f"{TABLE.parent.name}/{name}" for name in sorted(others)],
             cwd=TABLE.parents[1], capture_output=True, text=True,
+            env={**os.environ, "ROSE_TEST_ALL": "1"},
         )  # fmt: skip
         found |= names(line for line in done.stdout.splitlines() if "::" in line)
         assert wanted <= found, done.stdout + done.stderr

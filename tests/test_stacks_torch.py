@@ -168,6 +168,7 @@ def test_parametrizations(data, seed, reparametrize):
     assert not any(torch.equal(p, q) for p, q in zip(copies, before, strict=True))
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("start", ["fork", "spawn"])
 def test_workers_of_a_data_loader(data, seed, start):
     """Started after a step, when there are threads to inherit."""

@@ -190,6 +190,7 @@ def test_an_estimator_of_memory():
 # -------------------------------------------------------------------------------- torch.compile
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize(("order", "lr"), [("second", "0.1"), ("ensemble", "torch.tensor(0.1)")])
 def test_nothing_is_compiled_again(order, lr, tmp_path):
     """When learning rates or other options change, the warm-up ends, or a mask is used again: the
@@ -245,6 +246,7 @@ for p, q in zip(eager, compiled):
     program(source, tmp_path)
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize(("order", "what"), [("second", "step"), ("ensemble", "loop")])
 def test_compiled_training_is_eager_training(order, what, tmp_path):
     """Counters included: the warm-up ends. In a process of its own, as the compiler changes a lot."""

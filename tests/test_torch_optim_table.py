@@ -274,6 +274,7 @@ SCHEDULERS = [
 ]
 
 
+@pytest.mark.thin(3)
 @pytest.mark.parametrize("makers", SCHEDULERS)
 @each_that_applies
 def test_lockstep_under_the_table_s_schedulers(name, makers, generator):
