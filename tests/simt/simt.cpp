@@ -171,7 +171,8 @@ void Worker::leave(bool for_ever) {
   (void)for_ever;
 #if defined(__x86_64__) && !defined(__SANITIZE_ADDRESS__) && !defined(ROSE_TSAN)
   if (settings.order == Order::kForward && !abandoned) {
-    const auto next = std::find(states.begin() + fiber.thread.thread.x + 1, states.end(), State::kReady);
+    const auto next =
+        std::find(states.begin() + fiber.thread.thread.x + 1, states.end(), State::kReady);
     if (next != states.end()) {
       current = &fibers[next - states.begin()];
       running = &current->thread;
