@@ -322,6 +322,19 @@ def test_a_summary_of_what_has_enough_seeds(tmp_path):
     assert not list(summary.tables(tmp_path, fewest=4))
 
 
+def test_a_summary_says_of_how_many_runs_a_gain_is(tmp_path):
+    """A run that is more accurate than the baseline ever was has nothing to be compared with."""
+    above = [
+        (run, 0.9, robust) if (run.method, run.seed) == ("rose-second", 0) else (run, clean, robust)
+        for run, clean, robust in study(("adamw", "rose-second"), tasks=("sst2",))
+    ]
+    save_study(tmp_path, above)
+    ((_, table),) = summary.tables(tmp_path, fewest=3)
+    gain = table.set_index("method").loc["rose-second", summary.COLUMNS[-1]]
+    assert gain.startswith("+3.5"), gain
+    assert gain.endswith(" [2 of 3 runs]"), gain
+
+
 def test_the_readme_says_what_the_rows_say():
     """Every row of its tables of methods is one of the summary of the rows that are committed."""
     text = (ROOT / "README.md").read_text().split("## Is it more robust?")[1].split("\n## ")[0]

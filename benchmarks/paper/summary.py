@@ -3,7 +3,7 @@
 One table for each model, granularity and task, of the methods that have enough seeds. All differences
 are of AdvGLUE accuracy, in points, with their two-sided 95% intervals over seeds (paired): to the runs
 of AdamW and of a random mask with the same seeds, and to AdamW where it first was as accurate on clean
-examples (`matched`).
+examples (`matched`; where some of its runs never were, the mean is of the others, and says so).
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -59,7 +60,7 @@ def tables(folder: Path, fewest: int) -> Iterator[tuple[str, pd.DataFrame]]:
 def _table(runs: pd.DataFrame, curves: pd.DataFrame, fewest: int) -> pd.DataFrame:
     scores = {name: x.set_index("seed")[_ADVERSARIAL] for name, x in runs.groupby("method")}
     pairs = matched.matched(runs, curves, list(METHODS), ["adamw"])
-    gains = {x["method"]: _over(pd.Series(x)) for x in matched.summarise(pairs).to_dict("records")}
+    gains = {x["method"]: _gain(x) for x in matched.summarise(pairs).to_dict("records")}
 
     def over(method: str, baseline: str) -> str:
         if method == baseline or baseline not in scores:
@@ -78,6 +79,12 @@ def _table(runs: pd.DataFrame, curves: pd.DataFrame, fewest: int) -> pd.DataFram
     return pd.DataFrame(lines, columns=list(COLUMNS))
 
 
-def _over(found: Comparison | pd.Series) -> str:
+def _gain(row: dict[str, Any]) -> str:
+    """Where some of the baseline's runs never get there, how many the mean is of."""
+    of = f" [{row['n']} of {row['runs']} runs]" if row["never"] else ""
+    return _over(Comparison(*(row[x] for x in Comparison._fields))) + of
+
+
+def _over(found: Comparison) -> str:
     interval = "" if pd.isna(found.low) else f" ({100 * found.low:+.1f} to {100 * found.high:+.1f})"
     return percent(found.difference, sign="+") + interval
