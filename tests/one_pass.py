@@ -179,9 +179,10 @@ def check_record(keys: Sequence[Tensor], record: Tensor, report: Report, units: 
 
 def one_pass(problem: Problem, draw: int, call: Callable[[int], T]) -> tuple[T, int]:
     """What a call of ``call`` with a draw returns, and the draw, which is another one where two passes
-    were taken: by chance, a bracket may be outside of what the pass can hold."""
+    were taken: by chance, a bracket may be outside of what the pass can hold. For some data, a draw
+    fails as often as not."""
     saved = problem.copy()
-    for other in range(draw, draw + 5000, 1000):
+    for other in range(draw, draw + 100_000, 1000):
         result = call(other)
         if Report.latest().one_pass:
             return result, other
