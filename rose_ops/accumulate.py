@@ -67,7 +67,7 @@ class Accumulation:
         check_no_gradients(model, every)
         self._members = [m for m in every if m.requires_grad]
         self._kl: list[Tensor | None] = [None] * len(self._members)
-        self._scaler = Precision.of(optimizer, scaler).scaler
+        self._precision = Precision(Precision.of(optimizer, scaler).scaler)
         self._replicas = Replicas(model, every, several=True, clips=False, accumulates=True)
 
     @property
@@ -87,8 +87,8 @@ class Accumulation:
         with self._replicas.quiet(self._rose):
             if kl is not None:
                 with self._of_kl():
-                    self._scaled(kl).backward(retain_graph=True)
-            self._scaled(ce).backward()
+                    self._precision.scaled(kl).backward(retain_graph=True)
+            self._precision.scaled(ce).backward()
 
     def finish(self, max_grad_norm: float | None = None) -> Tensor | None:
         """Capture the masks; leave the gradient of ``ce + r_drop * kl`` in ``.grad``, scaled if it was.
@@ -99,9 +99,7 @@ class Accumulation:
         Returns:
             The norm before that, None without.
         """
-        rose, scale = self._rose, None
-        if self._scaler is not None:
-            scale = self._scaler.scale(torch.ones((), device=self._members[0].device))
+        rose, scale = self._rose, self._precision.scale_on(self._members[0].device)
         with self._replicas.quiet(rose):
             self._replicas.average_()
             if self.needs_kl:
@@ -115,9 +113,6 @@ class Accumulation:
             self._add_kl()
         self._kl = [None] * len(self._members)
         return None if max_grad_norm is None else clip_(self._own, max_grad_norm, scale)
-
-    def _scaled(self, loss: Tensor) -> Tensor:
-        return loss if self._scaler is None else self._scaler.scale(loss)
 
     @contextmanager
     def _of_kl(self) -> Iterator[None]:

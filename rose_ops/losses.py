@@ -173,9 +173,7 @@ def rose_backward(
             loss = ce + r_drop * kl if r_drop > 0.0 else ce
             # A second-order risk is not the same for scaled gradients, so captures are told the
             # scale; the norm to clip to is of unscaled ones, too.
-            scale = None
-            if precision.scaler is not None:
-                scale = precision.scaler.scale(torch.ones_like(ce))
+            scale = precision.scale_on(ce.device)
             if rose and first:
                 backward(kl, retain_graph=True)
                 rose.capture("first", grad_scale=scale)

@@ -206,6 +206,12 @@ class Precision(NamedTuple):
             loss = loss / self.accumulation
         return loss if self.scaler is None else self.scaler.scale(loss)
 
+    def scale_on(self, device: torch.device) -> Tensor | None:
+        """What gradients are multiplied by: None without a scaler."""
+        if self.scaler is None:
+            return None
+        return self.scaler.scale(torch.ones((), dtype=torch.float32, device=device))
+
     def check_captures(self) -> None:
         """Raise where a mask would come from one of several micro-batches."""
         if self.accumulation > 1:

@@ -16,6 +16,9 @@ The first two are in sample.py, the fourth one in resolve.py, the others here.
 With ``approx``, the quantiles of the sample (by ``select_kernel``) are the estimates and there is no
 bracket: the pass logs nothing, ``resolve`` writes down what it counted, and nothing is to be fixed.
 
+``update_fix_kernel`` is longer than other functions here: its two modes are one launch, as the host
+does not know which it will be.
+
 A key inside a bracket has two digits: its bin, of at least 2048, and what is left, at most 16 bits.
 Arguments of these kernels, and of that in resolve.py:
 

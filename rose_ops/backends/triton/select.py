@@ -1,4 +1,8 @@
-"""Thresholds by radix, of elements or of a sample's keys; and masks by thresholds."""
+"""Thresholds by radix, of elements or of a sample's keys; and masks by thresholds.
+
+``select_kernel`` is longer than other functions here: what programs count stays in registers until it
+is added up, and the last program goes on from there in the same launch.
+"""
 
 # Kernels are compiled, not run: their annotations are Triton's.
 from __future__ import annotations
