@@ -74,11 +74,13 @@ def test_every_mutant_is_caught(name, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.few
-def test_the_sources_as_they_are_pass(tmp_path):
+@pytest.mark.parametrize(
+    "names", [pytest.param(FEW, marks=pytest.mark.few, id="few"), pytest.param(MUTANTS, id="all")]
+)
+def test_the_sources_as_they_are_pass(names, tmp_path):
     """What is said of mutants must not be true of the original, built the same way."""
     folder = build.copy_package(tmp_path)
     build.build_library(folder, {Path("operators.cpp")})
-    found = {test for *_, tests in MUTANTS.values() for test in tests.split()}
+    found = {test for name in names for test in MUTANTS[name][3].split()}
     said = failures(folder, " ".join(sorted(found)), 4 * TIMEOUT)  # all of them, one after the other
     assert not said, said
