@@ -3,13 +3,14 @@ and that of the loss, which the update uses."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from rose_ops.captures import copy_of_view
 from rose_ops.flat import members
@@ -98,7 +99,12 @@ class Accumulation:
 
         Returns:
             The norm before that, None without.
+
+        Raises:
+            ValueError: ``max_grad_norm`` is no number > 0, or the optimizer has its own; nothing was
+                changed.
         """
+        check_limit(max_grad_norm, self._rose.settings.max_grad_norm if self._rose else None)
         rose, scale = self._rose, self._precision.scale_on(self._members[0].device)
         with self._replicas.quiet(rose):
             self._replicas.average_()
@@ -142,6 +148,16 @@ class Accumulation:
                 m.grad = kl.mul_(self.r_drop)
 
 
+def _size(labels: Any) -> int:
+    """How many examples labels are of: the rows of a tensor, of the first one in a structure; else how
+    many there are of them."""
+    structure = dict(labels) if isinstance(labels, Mapping) else labels
+    first = next((x for x in tree_leaves(structure) if isinstance(x, Tensor)), labels)
+    if isinstance(first, Tensor) and first.dim() == 0:
+        raise ValueError("labels are a 0-dim tensor; expected one row for each example")
+    return len(first)
+
+
 def rose_accumulate(
     model: nn.Module,
     micro_batches: Sequence[tuple[Any, Any]],
@@ -167,7 +183,7 @@ def rose_accumulate(
 
     Args:
         micro_batches: pairs of inputs and labels, as :func:`rose_backward` takes them; each counts by
-            the number of its labels.
+            the number of its labels (of the first tensor, if they are several tensors).
         autocast: makes the context of every forward, for example ``lambda: torch.autocast("cuda",
             torch.bfloat16)``.
         model, optimizer, r_drop, max_grad_norm, criterion, forward, scaler: as in
@@ -185,7 +201,9 @@ def rose_accumulate(
     rose = unwrap(optimizer)
     check_limit(max_grad_norm, rose.settings.max_grad_norm if rose else None)
     step = Accumulation(model, optimizer, r_drop=r_drop, scaler=scaler)
-    sizes = [len(labels) for _, labels in micro_batches]
+    sizes = [_size(labels) for _, labels in micro_batches]
+    if not sum(sizes):
+        raise ValueError("micro_batches have no labels; expected at least one")
     total: list[Tensor] = []
     divergence: list[Tensor] = []
     try:
@@ -203,11 +221,11 @@ def rose_accumulate(
                     divergence.append(kl.detach())
                 total.append(ce.detach())
                 step.backward(ce, kl)
+        norm = step.finish(max_grad_norm)
     except BaseException:
         for p in dict.fromkeys([*model.parameters(), *step._own]):
             p.grad = None  # there was none before
         raise
-    norm = step.finish(max_grad_norm)
     ce = torch.stack(total).sum()
     if not divergence:
         return RoseLosses(ce, ce, None, norm)

@@ -16,6 +16,7 @@ from rose_ops.batch import Batch
 from rose_ops.checks import has_memory, is_recording
 from rose_ops.flat import members
 from rose_ops.masks import MASKS, OwnMasks
+from rose_ops.shards import local, moved_mask
 
 
 class Captures:
@@ -26,16 +27,35 @@ class Captures:
         own: masks of ``set_masks()``, by kind.
     """
 
-    def __init__(self, states: Iterable[dict[str, Any]], own: dict[str, OwnMasks]) -> None:
-        states = list(states)
-        self.kinds = {kind for kind, key in MASKS.items() for state in states if key in state}
+    def __init__(self, states: dict[Tensor, dict[str, Any]], own: dict[str, OwnMasks]) -> None:
+        self.kinds = {kind for kind, key in MASKS.items() for state in states.values() if key in state}
         self.own = own
+        # By kind, the strides of parameters that were not contiguous when their bits were put in order.
+        strides = {p: stride for p in states if (stride := _stride(p)) is not None}
+        self._strides = {kind: dict(strides) for kind in self.kinds}
         self._used: list[ref[Tensor]] = []  # gradients of the latest step
 
     def put(self, kind: str, batch: Batch, masks: Iterable[Tensor]) -> None:
         for state, mask in zip(batch.states, masks, strict=True):
             state[MASKS[kind]] = mask
         self.kinds.add(kind)
+        self._strides[kind] = {batch.params[i]: batch.parts[i].stride() for i in batch.scattered}
+
+    def put_in_order(self, states: dict[Tensor, dict[str, Any]]) -> None:
+        """Bits of masks are in the order in memory of their parameters; where strides have changed
+        since, as ``model.to(memory_format=torch.channels_last)`` changes them, in the new one."""
+        for kind in self.kinds:
+            strides, key = self._strides[kind], MASKS[kind]
+            for p, state in states.items():
+                before, now = strides.get(p), _stride(p)
+                if before == now or key not in state:
+                    continue
+                if state[key].dtype != torch.bool:
+                    state[key] = moved_mask(state[key], before, p)
+                if now is None:
+                    del strides[p]
+                else:
+                    strides[p] = now
 
     def drop(self, kind: str, states: Iterable[dict[str, Any]]) -> None:
         for state in states:
@@ -63,9 +83,12 @@ class Captures:
                 "a CUDA graph cannot be recorded with masks of set_masks(), which it would not own; "
                 "call clear_masks() before recording"
             )
+        strides = {batch.params[i]: batch.parts[i].stride() for i in batch.scattered}
+        if any(strides != self._strides[kind] for kind in self.kinds):
+            self.put_in_order(dict(zip(batch.params, batch.states, strict=True)))
         found = {kind: [state.get(MASKS[kind]) for state in batch.states] for kind in self.kinds}
         for kind in filter(self.is_own, self.own):
-            found[kind] = [self.own[kind].bits.get(p) for p in batch.params]
+            found[kind] = [self.own[kind].bits_of(p) for p in batch.params]
         return found
 
     def refuse_own(self, kind: str) -> None:
@@ -77,15 +100,17 @@ class Captures:
                 "within them"
             )
 
-    def consume(self, keeps_first: bool, states: Iterable[dict[str, Any]]) -> None:
+    def consume(self, keeps_first: bool, states: Iterable[dict[str, Any]], *, keeps_own: bool) -> None:
         """A step has used the masks.
 
         Args:
             keeps_first: whether the next one uses a captured first-order mask again.
+            keeps_own: whether masks of ``set_masks()`` stay, as there was no step.
         """
         for kind in self.kinds - ({"first"} if keeps_first else set()):
             self.drop(kind, states)
-        self.own = {kind: own for kind, own in self.own.items() if own.keep}
+        if not keeps_own:
+            self.own = {kind: own for kind, own in self.own.items() if own.keep}
 
     def forget_used(self) -> None:
         """The gradients were cleared."""
@@ -176,6 +201,12 @@ def copy_of_view(grad: Tensor | None) -> Tensor | None:
     if grad is None or grad.layout != torch.strided or not has_memory(grad):
         return None
     return None if _has_own_storage(grad) else grad.detach().clone()
+
+
+def _stride(p: Tensor) -> tuple[int, ...] | None:
+    """None: contiguous."""
+    part = local(p)
+    return None if part.is_contiguous() else part.stride()
 
 
 def _has_own_storage(tensor: Tensor) -> bool:

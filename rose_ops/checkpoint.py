@@ -18,7 +18,7 @@ from rose_ops.checks import MOMENTS, STATE, has_memory
 from rose_ops.groups import ADAMW_ONLY, check_group, is_selective
 from rose_ops.masks import MASKS, OwnMasks, from_saved, to_saved
 from rose_ops.settings import Settings, is_number, shown
-from rose_ops.shards import loaded_mask, local, part_of, saved_mask, spread_like
+from rose_ops.shards import is_cast_mask, loaded_mask, local, part_of, saved_mask, spread_like
 
 # Beside "state" and "param_groups", where torch.optim.AdamW ignores it.
 ROSE = "rose"
@@ -37,21 +37,25 @@ class Kept:
         self.value = value
 
 
-def saved(state_dict: dict[str, Any], settings: Settings, masks: dict[str, Any]) -> dict[str, Any]:
+def saved(
+    state_dict: dict[str, Any],
+    params: list[Tensor],
+    settings: Settings,
+    steps: int,
+    masks: dict[str, Any],
+) -> dict[str, Any]:
     """What ``state_dict()`` returns, of what ``Optimizer.state_dict()`` does.
 
     Groups and states have the keys that ``torch.optim.AdamW``'s have (a checkpoint is read by its
-    keys) and ``selective`` where it is False; the settings are beside them. Masks are copies: the next
-    capture writes where they are.
+    keys) and ``selective`` where it is False; the settings are beside them, and how many steps were
+    taken, which may be more than any parameter had a gradient in. Masks are copies: the next capture
+    writes where they are.
     """
     state_dict["state"] = {
-        i: {
-            k: saved_mask(v, state.get("exp_avg")) if k in MASKS.values() else v
-            for k, v in state.items()
-        }
+        i: {k: saved_mask(v, params[i]) if k in MASKS.values() else v for k, v in state.items()}
         for i, state in state_dict["state"].items()
     }
-    state_dict[ROSE] = {"format": 1, "settings": settings.to_saved()}
+    state_dict[ROSE] = {"format": 1, "settings": settings.to_saved(), "steps": steps}
     if masks:
         state_dict[ROSE] |= {"format": FORMAT, "masks": masks}
     return state_dict
@@ -66,6 +70,7 @@ class Loader:
     Attributes:
         differences: of the settings that the checkpoint was trained with, in words.
         own: the masks of ``set_masks()`` in the checkpoint; None: it has none.
+        steps: that were taken; None: the checkpoint does not say.
     """
 
     def __init__(
@@ -74,6 +79,7 @@ class Loader:
         self._settings, self._groups, self._defaults = settings, groups, defaults
         self.differences: list[str] = []
         self.own: dict[str, OwnMasks] | None = None
+        self.steps: int | None = None
 
     def checked(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         """What ``Optimizer.load_state_dict`` is to load.
@@ -99,7 +105,7 @@ class Loader:
             raise fail(f"has state of parameters {sorted(map(str, unknown))} that are in no group")
         ours = state_dict.get(ROSE)
         if ours is not None:
-            self._check_settings(ours, fail)
+            self._check_ours(ours, fail)
         # AdamW's groups do not say what is selective: that stays as it is.
         groups = [
             {"selective": ours is not None or is_selective(here), **group}
@@ -130,7 +136,7 @@ class Loader:
             ],
         }
 
-    def _check_settings(self, ours: Any, fail: Callable[[str], ValueError]) -> None:
+    def _check_ours(self, ours: Any, fail: Callable[[str], ValueError]) -> None:
         if not isinstance(ours, dict) or not isinstance(ours.get("settings"), dict):
             raise fail(f"has a {ROSE!r} that state_dict() does not make")
         number = ours.get("format", 1)
@@ -141,6 +147,9 @@ class Loader:
                 f"is of format {number}, which a newer rose_ops made, and this one reads formats up to "
                 f"{FORMAT}: load it with that one, or update this one"
             )
+        self.steps = ours.get("steps")
+        if self.steps is not None and (type(self.steps) is not int or self.steps < 0):
+            raise fail(f"has taken {shown(self.steps)} steps; expected an integer >= 0")
         here, there = self._settings.to_saved(), {**ADDED, **ours["settings"]}
         self.differences = [
             f"{name}={here.get(name)!r} (the checkpoint has {there.get(name)!r})"
@@ -187,13 +196,18 @@ class Loader:
                 part_of(value, p)
             except ValueError as error:
                 raise fail(f"{key!r}: {error}") from None
-        for key in MASKS.values():
+        for kind, key in MASKS.items():
             if key not in state:
                 continue
+            mask = kept.pop(key)
+            if is_cast_mask(mask, p):
+                continue  # AdamW, which casts it, has trained since
             try:
-                kept[key] = Kept(loaded_mask(state[key], p))
+                found = Kept(loaded_mask(mask, p))
             except ValueError as error:
                 raise fail(f"{key!r} {error}") from None
+            if kind in self._settings.kinds:
+                kept[key] = found
         return kept
 
 
@@ -232,22 +246,26 @@ class Checkpointed(Optimizer):
     settings: Settings
     _steps_done: int
     _captures: Captures
+    _had_state: bool
 
     def _reset(self) -> None:
         raise NotImplementedError
 
     def state_dict(self) -> dict[str, Any]:
         """As of ``torch.optim.AdamW``, whose keys it has, and beside them, under ``"rose"``, the
-        settings of the ranking and masks of ``set_masks()``. A captured mask is in its parameter's
-        state. Groups have a key more, ``selective``, where it is False.
+        settings of the ranking, masks of ``set_masks()`` and how many steps were taken. A captured mask
+        is in its parameter's state. Groups have a key more, ``selective``, where it is False.
 
         (``torch.distributed.checkpoint`` keeps states and groups alone, so with it a difference of
-        settings is not noticed, and such masks have to be set again.)
+        settings is not noticed, such masks have to be set again, and the steps are those of the
+        parameter with the most.)
 
         As with PyTorch's optimizers, moments are not copied.
         """
         params = [p for group in self.param_groups for p in group["params"]]
-        return saved(super().state_dict(), self.settings, to_saved(self._captures.own, params))
+        self._captures.put_in_order(self.state)
+        own = to_saved(self._captures.own, params)
+        return saved(super().state_dict(), params, self.settings, self._steps_done, own)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what :meth:`state_dict` of this class or of ``torch.optim.AdamW`` returned.
@@ -274,6 +292,8 @@ class Checkpointed(Optimizer):
             handle.remove()
         if loader.own is not None:
             self._captures.own = loader.own
+        if loader.steps is not None and self._had_state:
+            self._steps_done = loader.steps
         if loader.differences:
             warnings.warn(
                 "the optimizer goes on with other settings than the checkpoint was trained with: "
@@ -287,6 +307,7 @@ class Checkpointed(Optimizer):
                 "an optimizer with a process_group cannot be copied or pickled, as the group belongs "
                 "to this process; expected its state_dict() instead"
             )
+        self._captures.put_in_order(self.state)
         return {
             **super().__getstate__(),
             "settings": asdict(self.settings),

@@ -64,7 +64,7 @@ def _add_finetune(commands: Any) -> None:
         default="adamw,random,second,ensemble",
         help=f"comma-separated, from: {', '.join(METHODS)}",
     )
-    group.add_argument("--seeds", type=int, nargs="+", default=[0], help="one run for each")
+    group.add_argument("--seeds", type=_seed, nargs="+", default=[0], help="one run for each")
     group.add_argument(
         "--evaluate-on",
         choices=("test", "validation"),
@@ -174,9 +174,9 @@ def _add_tune(commands: Any) -> None:
         "--reduction", type=int, choices=range(2, 11), default=3, metavar="N", help="one in N goes on"
     )
     group.add_argument("--examples", type=_positive(int), default=500, help="of the validation split")
-    group.add_argument("--search-seed", type=int, default=0, help="of the search and its trainings")
+    group.add_argument("--search-seed", type=_seed, default=0, help="of the search and its trainings")
     group.add_argument(
-        "--seeds", type=int, nargs="+", default=[1, 2, 3], help="for the comparison at the end"
+        "--seeds", type=_seed, nargs="+", default=[1, 2, 3], help="for the comparison at the end"
     )
     _add_training(parser)
     _add_common(parser)
@@ -206,6 +206,13 @@ def _positive(kind: Callable[[str], Any]) -> Callable[[str], Any]:
 
     parse.__name__ = kind.__name__  # argparse names it when the text is no number at all
     return parse
+
+
+def _seed(text: str) -> int:
+    value = int(text)
+    if not 0 <= value < 2**32:  # as NumPy has it
+        raise argparse.ArgumentTypeError(f"expected an integer from 0 to 2^32 - 1, got {text[:40]}")
+    return value
 
 
 def _fraction(text: str) -> float:

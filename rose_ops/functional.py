@@ -11,10 +11,23 @@ import torch
 from torch import Tensor
 
 from rose_ops import backends, engine
+from rose_ops.checks import check_together
+from rose_ops.groups import check_group
 from rose_ops.layout import empty_masks
 from rose_ops.operands import Operands, Ranking, Rounding, Scaling, Tables
 from rose_ops.results import Selection, UpdateCounts
-from rose_ops.settings import GRANULARITIES, INACTIVE, ROUNDINGS, SELECTIONS, check_fractions, choice
+from rose_ops.settings import (
+    GRANULARITIES,
+    INACTIVE,
+    ROUNDINGS,
+    SELECTIONS,
+    check_count,
+    check_fractions,
+    check_gamma,
+    choice,
+    is_number,
+    shown,
+)
 
 
 def _tables(tensors: Sequence[Tensor], *columns: float, lr: float | Tensor = 0.0) -> Tables:
@@ -32,7 +45,18 @@ def _ranking(upper: float, lower: float, inactive: str, selection: str, seed: in
     choice("inactive", inactive, INACTIVE)
     choice("selection", selection, SELECTIONS)
     fractions = check_fractions(upper, lower)
-    return Ranking(*fractions, inactive == "rank", selection, seed & 0xFFFFFFFF)
+    return Ranking(*fractions, inactive == "rank", selection, check_count("seed", seed, below=2**32))
+
+
+def _check_ranked(grads: Sequence[Tensor], exp_avgs: Sequence[Tensor] | None, beta1: object) -> None:
+    if not is_number(beta1) or not 0 <= beta1 < 1:
+        raise ValueError(f"beta1={shown(beta1)}; expected a number in [0, 1)")
+    # An empty list would be first order.
+    if exp_avgs is not None and len(exp_avgs) != len(grads):
+        raise ValueError(
+            f"{len(grads)} gradients and {len(exp_avgs)} first moments; expected as many, or None for "
+            "first order"
+        )
 
 
 def _device(tensors: Sequence[Tensor]) -> torch.device:
@@ -71,9 +95,11 @@ def select_threshold(
         backend: see :class:`rose_ops.RoseFusedAdamW`.
 
     Raises:
-        ValueError: a setting out of its range. RuntimeError: tensors that do not fit together.
+        ValueError: a setting out of its range, or as many moments as gradients are not there.
+            RuntimeError: tensors that do not fit together.
     """
     ranking = _ranking(upper, lower, inactive, selection, seed)
+    _check_ranked(grads, exp_avgs, beta1)
     ops = backends.resolve(backend, _device(grads)).ops
     tables = _tables(grads, beta1, 0.0, 0.0, 0.0, 1.0, 1.0)
     record = engine.rank(
@@ -108,6 +134,7 @@ def capture_mask(
     """
     choice("granularity", granularity, GRANULARITIES)
     ranking = _ranking(upper, lower, inactive, selection, seed)
+    _check_ranked(grads, exp_avgs, beta1)
     device = _device(grads)
     ops = backends.resolve(backend, device).ops
     tensors = (_detached(grads), _detached(exp_avgs))
@@ -156,9 +183,17 @@ def rose_adamw_(
         param_rounding: ``"nearest"`` or ``"stochastic"`` (of bfloat16 parameters).
 
     Raises:
-        RuntimeError: tensors or masks that do not fit together; nothing was changed.
+        ValueError: a setting out of its range, or parameters that share memory. RuntimeError: tensors
+            or masks that do not fit together. Nothing was changed.
     """
     choice("param_rounding", param_rounding, ROUNDINGS)
+    check_gamma(gamma)
+    check_count("seed", seed, below=2**32)
+    options = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "maximize": maximize}
+    check_group({**options, "capturable": False}, is_new=not isinstance(lr, Tensor))
+    if len(set(map(id, params))) < len(params):
+        raise ValueError("params has a tensor more than once; expected each once")
+    check_together(params)
     selective = first_masks is not None or second_masks is not None
     tables = _tables(
         params, *betas, eps, weight_decay, -1.0 if maximize else 1.0, float(selective), lr=lr

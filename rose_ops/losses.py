@@ -203,7 +203,8 @@ def masks_to_capture(rose: RoseFusedAdamW | None, r_drop: float) -> tuple[bool, 
     """
     if rose is None:
         return False, False
-    return rose.needs_first_mask, "second" in rose.settings.kinds and r_drop > 0.0
+    second = "second" in rose.settings.kinds and not rose._captures.is_own("second")
+    return rose.needs_first_mask, second and r_drop > 0.0
 
 
 def without_autocast(logits: Tensor) -> AbstractContextManager[Any]:

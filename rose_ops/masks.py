@@ -22,14 +22,15 @@ class OwnMasks:
 
     Attributes:
         masks: by parameter, bool of its shape or 0-dim (the whole tensor).
-        bits: the same as operators read them: one bit per element in memory order, or bool ``[1]``.
-            Empty where the masks limit a ranking.
+        bits: the same as operators read them: one bit per element in memory order, or bool ``[1]``;
+            behind the strides of the parameter that this is the order of. Empty where the masks limit
+            a ranking.
         keep: whether they stay after the next step.
         limit: whether they say what is ranked; else they are the mask.
     """
 
     masks: dict[Tensor, Tensor]
-    bits: dict[Tensor, Tensor]
+    bits: dict[Tensor, tuple[tuple[int, ...], Tensor]]
     keep: bool
     limit: bool
 
@@ -40,12 +41,22 @@ class OwnMasks:
         bits = {} if limit else {p: _bits(p, mask) for p, mask in copies.items()}
         return cls(copies, bits, keep, limit)
 
+    def bits_of(self, p: Tensor) -> Tensor | None:
+        """None: there is no mask of it."""
+        if p not in self.bits:
+            return None
+        stride, bits = self.bits[p]
+        if stride != local(p).stride():  # as after model.to(memory_format=torch.channels_last)
+            _, bits = self.bits[p] = _bits(p, self.masks[p])
+        return bits
 
-def _bits(p: Tensor, mask: Tensor) -> Tensor:
+
+def _bits(p: Tensor, mask: Tensor) -> tuple[tuple[int, ...], Tensor]:
+    part = local(p)
     if mask.dim() == 0 and p.dim() > 0:
-        return mask.reshape(1)
-    (ordered,) = memory_order(local(p), (part_of(mask, p),))
-    return packed(ordered)
+        return part.stride(), mask.reshape(1)
+    (ordered,) = memory_order(part, (part_of(mask, p),))
+    return part.stride(), packed(ordered)
 
 
 def check_masks(masks: object, groups: list[dict[str, Any]], limit: bool, granularity: str) -> None:
@@ -104,7 +115,8 @@ def to_saved(own: Mapping[str, OwnMasks], params: Iterable[Tensor]) -> dict[str,
         kind: {
             "keep": one.keep,
             "limit": one.limit,
-            "masks": {numbers[id(p)]: mask for p, mask in one.masks.items()},
+            # (Of a parameter that was taken out of its group since, there is none.)
+            "masks": {numbers[id(p)]: mask for p, mask in one.masks.items() if id(p) in numbers},
         }
         for kind, one in own.items()
     }
@@ -119,12 +131,16 @@ def from_saved(
         ValueError: it does not fit; nothing was changed.
     """
     params = [p for group in groups for p in group["params"]]
+    # A group may have become selective=False since, where its masks wait.
+    groups = [{**group, "selective": True} for group in groups]
     found = {}
     try:
         for kind, one in saved.items():
             if kind not in kinds:
                 raise ValueError(f"the order has no {kind!r} mask")
             masks = {params[int(i)]: mask.to(params[int(i)].device) for i, mask in one["masks"].items()}
+            if not masks:
+                continue
             check_masks(masks, groups, bool(one["limit"]), granularity)
             found[kind] = OwnMasks.of(masks, bool(one["keep"]), bool(one["limit"]))
     except (AttributeError, IndexError, KeyError, TypeError, ValueError, NotImplementedError) as error:

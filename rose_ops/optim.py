@@ -26,6 +26,7 @@ from rose_ops.checks import (
     check_params,
     check_together,
     is_complete,
+    is_recording,
 )
 from rose_ops.engine import Engine
 from rose_ops.groups import ADAMW_ONLY, GroupTables, check_group, is_selective, plain
@@ -34,7 +35,7 @@ from rose_ops.meeting import agreed, meet, say_place
 from rose_ops.operands import Scaling, Tables
 from rose_ops.ranks import Ranks
 from rose_ops.results import Selection, Selections, UpdateCounts
-from rose_ops.settings import Settings, check_limit
+from rose_ops.settings import Settings, check_limit, check_scale
 
 # All there are, for those who are given a wrapper and do not find what it wraps.
 _live: WeakSet[RoseFusedAdamW] = WeakSet()
@@ -206,11 +207,11 @@ class RoseFusedAdamW(Checkpointed):
         _live.add(self)
         self._is_made = True
         self._steps_done = 0
-        states = self.__dict__.get("state", {}).values()
+        states = self.__dict__.get("state", {})
         # Loading a state takes away no masks of set_masks(), nor is it handing over parameters.
         captures, collector = self.__dict__.get("_captures"), self.__dict__.get("_collector")
         self._captures = Captures(states, {} if captures is None else captures.own)
-        self._had_state = any(map(is_complete, states))
+        self._had_state = any(map(is_complete, states.values()))
         self._averaged = False  # whether rose_backward averages gradients over processes by itself
         groups = self.__dict__.get("param_groups", [])
         self._collector = Collector(self.settings, [p for group in groups for p in group["params"]])
@@ -374,7 +375,7 @@ class RoseFusedAdamW(Checkpointed):
         kind: str = "first",
         *,
         clear: bool = True,
-        grad_scale: Tensor | None = None,
+        grad_scale: Tensor | float | None = None,
         max_grad_norm: float | None = None,
     ) -> None:
         """Make a mask from what ``.grad`` holds now, for the next :meth:`step` to use (for several of
@@ -387,13 +388,14 @@ class RoseFusedAdamW(Checkpointed):
             kind: ``"first"`` (``.grad`` is that of the KL loss) or ``"second"``. Without a captured
                 second-order mask, ``step()`` finds it from the gradient that it updates with.
             clear: set ``.grad`` to None afterwards, as ``zero_grad()`` does.
-            grad_scale: loss scale of the gradients (``GradScaler.scale``'s), if they are scaled.
+            grad_scale: loss scale of the gradients (``GradScaler.get_scale()``, or a tensor, which is
+                not read back), if they are scaled.
             max_grad_norm: rank gradients as if they were clipped to this norm, for a second-order mask
                 and a loop that clips what ``step()`` gets. (Not where the optimizer clips.)
 
         Raises:
-            ValueError: ``order`` does not use such a mask, or ``max_grad_norm`` is no number > 0 or
-                given to an optimizer that has its own.
+            ValueError: ``order`` does not use such a mask, ``grad_scale`` is no number > 0, or
+                ``max_grad_norm`` is none or given to an optimizer that has its own.
             RuntimeError: no parameter has a gradient, or one that cannot be used, or one that the
                 latest step has used already and that was not cleared since.
         """
@@ -407,12 +409,14 @@ class RoseFusedAdamW(Checkpointed):
         self._check_kind(kind)
         self._captures.refuse_own(kind)
         check_limit(max_grad_norm, self.settings.max_grad_norm)
+        check_scale(grad_scale)
         ranks, batch = self._begin(kind)
         if ranks is None and not batch.params:
             raise RuntimeError(f"capture({kind!r}): no parameter has a gradient; call backward() first")
         self._captures.refuse_used(kind, batch)
         if self._is_selecting():
-            scaling = Scaling(_reciprocal(grad_scale))
+            device = batch.device if batch.params else ranks.device  # type: ignore[union-attr]
+            scaling = Scaling(_reciprocal(grad_scale, device))
             with self._explained():
                 # The gradient to update with is clipped; ranks of the other do not depend on it.
                 if kind == "second":
@@ -436,7 +440,7 @@ class RoseFusedAdamW(Checkpointed):
         kind: str = "first",
         *,
         set_aside: bool = False,
-        grad_scale: Tensor | None = None,
+        grad_scale: Tensor | float | None = None,
         max_grad_norm: float | None = None,
     ) -> AbstractContextManager[None]:
         """Capture a mask from the gradients that are made inside, and from no others::
@@ -483,7 +487,8 @@ class RoseFusedAdamW(Checkpointed):
                 it is True, as the kind's mask says (with ``order="ensemble"``: weighted by gamma).
                 Parameters that are not in it are updated as by AdamW, or, with ``limit``, ranked.
             kind: ``"first"`` or ``"second"``, one that ``order`` uses.
-            keep: False: for the next step; True: until :meth:`clear_masks`.
+            keep: False: for the next step (one that overflowed is none); True: until
+                :meth:`clear_masks`.
             limit: True: the kind is ranked, but only what is in the masks; the rest is neither counted
                 nor updated (``selection`` counts it as not finite). The ranking is a pass of its own
                 then, over copies of the gradients. At ``granularity="tensor"``, 0-dim masks only.
@@ -558,12 +563,13 @@ class RoseFusedAdamW(Checkpointed):
                     'optimizer.capture("first") before step() (rose_ops.rose_backward does both)'
                 )
             selects = False
+        steps = True
         if batch.params or ranks is not None:
             with self._explained():
-                self._update(batch, selects)
+                steps = self._update(batch, selects)
         once = "first" in self.settings.kinds or there  # gradients that captures must not see again
         self._captures.note_used(batch.params if once else ())
-        self._captures.consume(self._reuses_first, self.state.values())
+        self._captures.consume(self._reuses_first, self.state.values(), keeps_own=not steps)
         return loss
 
     def _ranks_something(self, ranks: Ranks | None, batch: Batch) -> bool:
@@ -581,8 +587,9 @@ class RoseFusedAdamW(Checkpointed):
     @property
     @_disable_dynamo
     def needs_first_mask(self) -> bool:
-        """Whether a first-order mask is to be captured for the coming step: the order has one, and
-        neither has :meth:`set_masks` given it, nor is there one that ``first_order_every`` uses again.
+        """Whether a first-order mask is to be captured for the coming step: the order has one, the step
+        selects (it is no warm-up, and not everything is kept), and neither has :meth:`set_masks` given
+        it, nor is there one that ``first_order_every`` uses again.
         In a loop by hand::
 
             if optimizer.needs_first_mask:
@@ -594,7 +601,7 @@ class RoseFusedAdamW(Checkpointed):
         """
         there = "first" in self._captures.kinds and self._reuses_first
         needed = "first" in self.settings.kinds and not self._captures.is_own("first")
-        return needed and not there
+        return needed and self._is_selecting() and not there
 
     def _only_makes_state(self, batch: Batch) -> bool:
         """Whether a step is that of ``torch.distributed.checkpoint``, which makes state to load into by
@@ -615,12 +622,17 @@ class RoseFusedAdamW(Checkpointed):
         """Which sample a selection takes: another one in every step, and for every seed."""
         return (self.settings.seed * 0x9E3779B1 + self._steps_done) & 0xFFFFFFFF
 
-    def _update(self, batch: Batch, selects: bool) -> None:
+    def _update(self, batch: Batch, selects: bool) -> bool:
+        """Whether there was a step, as far as is known here: on a GPU, kernels leave out those of
+        gradients that overflowed."""
         found_inf = getattr(self, "found_inf", None)
         if found_inf is not None and self._engine.ranks is not None:
             found_inf = self.found_inf = agreed(found_inf, self._engine.ranks)
-        if found_inf is not None and found_inf.device.type == "cpu" and found_inf.item() != 0:
-            return  # nothing to read back here; on a GPU the kernels look
+        # On a GPU the kernels look; but masks of one's own are for a step that takes place.
+        if found_inf is not None and (found_inf.is_cpu or self._captures.own):
+            recording = is_recording(found_inf.device)
+            if not recording and found_inf.item() != 0:
+                return False
         scaling = self._clip(batch, _reciprocal(getattr(self, "grad_scale", None)))
         batch = self._with_state(batch)
         groups, layout = self.param_groups, batch.layout
@@ -639,11 +651,13 @@ class RoseFusedAdamW(Checkpointed):
         # As after any in-place operation: a backward that still needs the old values is an error.
         torch.autograd.graph.increment_version(batch.members)
         self._steps_done += 1
+        return True
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in Settings.__dataclass_fields__:
+        if name in Settings.__dataclass_fields__ or (name == "settings" and name in self.__dict__):
+            setting = "upper" if name == "settings" else name
             raise AttributeError(
-                f"{name!r} cannot be changed: make a new optimizer with {name}=..., and load the "
+                f"{name!r} cannot be changed: make a new optimizer with {setting}=..., and load the "
                 "state_dict() of this one into it"
             )
         super().__setattr__(name, value)
@@ -668,8 +682,10 @@ class RoseFusedAdamW(Checkpointed):
         return f"{super().__repr__()[:-1]}\nselective: {selective}\n{self.settings}\n)"
 
 
-def _reciprocal(grad_scale: Tensor | None) -> Tensor | None:
+def _reciprocal(grad_scale: Tensor | float | None, device: torch.device | None = None) -> Tensor | None:
     """What gradients are multiplied by, as ``GradScaler.unscale_`` rounds it."""
     if grad_scale is None:
         return None
+    if not isinstance(grad_scale, Tensor):
+        grad_scale = torch.tensor(float(grad_scale), device=device)
     return grad_scale.double().reciprocal().float().reshape(())

@@ -95,6 +95,29 @@ def check_limit(limit: float | None, own: float | None = None) -> None:
         )
 
 
+def check_gamma(gamma: object) -> None:
+    if not is_number(gamma) or not 0 < gamma < 1:
+        raise ValueError(f"gamma={shown(gamma)}; expected 0 < gamma < 1, the first-order weight")
+
+
+def check_count(name: str, value: Any, below: int | None = None) -> int:
+    if not _is_count(value) or (below is not None and not value < below):
+        limit = "" if below is None else f" and < {below}"
+        raise ValueError(f"{name}={shown(value)}; expected an integer >= 0{limit}")
+    return int(value)
+
+
+def check_scale(scale: object) -> None:
+    """Raise unless ``scale`` is what gradients may be multiplied by (None: nothing, or a tensor that is
+    not read)."""
+    if scale is None or (isinstance(scale, torch.Tensor) and scale.numel() == 1):
+        return
+    if not is_number(scale) or not scale > 0:
+        raise ValueError(
+            f"grad_scale={shown(scale)}; expected None, a number > 0 or a tensor of one element"
+        )
+
+
 @dataclass(frozen=True)
 class Settings:
     """What one ranking over all groups needs to agree on: the selection's settings.
@@ -131,16 +154,10 @@ class Settings:
         choice("backend", self.backend, backends.NAMES)
         for kind in ("first", "second"):
             self.fractions(kind)
-        if not is_number(self.gamma) or not 0 < self.gamma < 1:
-            raise ValueError(
-                f"gamma={shown(self.gamma)}; expected 0 < gamma < 1, the first-order weight"
-            )
-        for name, limit in (("selection_warmup_steps", math.inf), ("seed", 2**32)):
-            value = getattr(self, name)
-            if not _is_count(value) or not value < limit:
-                below = "" if limit == math.inf else f" and < {limit}"
-                raise ValueError(f"{name}={shown(value)}; expected an integer >= 0{below}")
-            object.__setattr__(self, name, int(value))  # NumPy's, too
+        check_gamma(self.gamma)
+        for name, limit in (("selection_warmup_steps", None), ("seed", 2**32)):
+            value = check_count(name, getattr(self, name), limit)
+            object.__setattr__(self, name, value)  # NumPy's, too
         self._check_reuse()
         if self.state_dtype not in (None, *STATE_DTYPES):
             raise ValueError(

@@ -60,20 +60,32 @@ def part_of(whole: Tensor, like: Any) -> Tensor:
     return whole
 
 
-def saved_mask(mask: Tensor, like: Any) -> Tensor:
-    """A copy of a parameter's mask, as a checkpoint has it: as it is, packed; but of a part of a
-    DTensor, as a DTensor of bools, which can be resharded.
+def saved_mask(mask: Tensor, param: Any) -> Tensor:
+    """A copy of a parameter's mask, as a checkpoint has it: as it is, packed, if the parameter is
+    contiguous. A part of a DTensor, which can be resharded, is a DTensor of bools; and a tensor of
+    bools says which bit is which where who loads it may have another order in memory.
 
     Args:
         mask: uint8 ``[ceil(n / 8)]`` of the n elements that are here, or bool of one element, of all.
-        like: a tensor of the parameter's shape and placement.
     """
-    if mask.dtype == torch.bool or not is_spread(like):
+    if mask.dtype == torch.bool or (not is_spread(param) and param.is_contiguous()):
         return mask.clone()
-    part = local(like)
-    bools = torch.empty_like(part, dtype=torch.bool)
-    _in_memory_order(bools).copy_(_unpacked(mask, part.numel()))
-    return spread_like(bools, like)
+    return spread_like(_unpacked(mask, local(param)), param)
+
+
+def moved_mask(mask: Tensor, stride: tuple[int, ...] | None, param: Any) -> Tensor:
+    """A packed mask in the order in memory that its parameter has now.
+
+    Args:
+        stride: of the parameter, or the part of it that is here, at the time of the mask; None: it was
+            contiguous.
+    """
+    shape = local(param).shape
+    if stride is None:
+        was = torch.empty(shape, device="meta")
+    else:
+        was = torch.empty_strided(shape, stride, device="meta")
+    return loaded_mask(spread_like(_unpacked(mask, was), param), param)
 
 
 def loaded_mask(mask: object, param: Any) -> Tensor:
@@ -87,28 +99,34 @@ def loaded_mask(mask: object, param: Any) -> Tensor:
         raise ValueError("is not a mask of this parameter")
     is_of_tensor = (mask.dtype, mask.numel()) == (torch.bool, 1) and not is_spread(mask)
     if (mask.dtype, mask.shape) == (torch.bool, param.shape) and not is_of_tensor:
-        part = part_of(mask, param)
-        bools = torch.empty_like(local(param), dtype=torch.bool).copy_(part)
+        (ordered,) = memory_order(local(param), (part_of(mask, param),))
         with torch.device("cpu"):
-            return pack(_in_memory_order(bools).cpu()).to(bools.device)
+            return pack(ordered.cpu()).to(param.device)
     is_packed = (mask.dtype, mask.numel()) == (torch.uint8, (param.numel() + 7) // 8)
     if not is_of_tensor and not is_packed:
         raise ValueError("is not a mask of this parameter")
-    if is_of_tensor or not is_spread(param):
+    if is_of_tensor or (not is_spread(param) and param.is_contiguous()):
         return mask.to(param.device, copy=True)
-    whole = torch.empty_strided(param.shape, param.stride(), dtype=torch.bool, device=mask.device)
-    _in_memory_order(whole).copy_(_unpacked(mask, param.numel()))
-    return loaded_mask(whole, param)
+    return loaded_mask(_unpacked(mask, torch.empty(param.shape, device="meta")), param)
 
 
-def _unpacked(mask: Tensor, n: int) -> Tensor:
+def is_cast_mask(mask: object, param: Tensor) -> bool:
+    """Whether it is what ``Optimizer.load_state_dict`` of another optimizer makes of a mask: one of the
+    parameter's dtype."""
+    if not isinstance(mask, Tensor) or mask.dtype != param.dtype:
+        return False
+    of_bools = mask.shape == param.shape and (is_spread(param) or not param.is_contiguous())
+    return of_bools or mask.numel() in (1, (param.numel() + 7) // 8)
+
+
+def _unpacked(mask: Tensor, like: Tensor) -> Tensor:
+    """A bool tensor of the shape of ``like``, of whose elements, as they lie in memory, ``mask`` is."""
+    bools = torch.empty(like.shape, dtype=torch.bool, device=mask.device)
+    (ordered,) = memory_order(like, (bools,))
     with torch.device("cpu"):
-        return unpack(mask.cpu(), n)
-
-
-def _in_memory_order(tensor: Tensor) -> Tensor:
-    """A view of one dimension, in which elements are as in memory, and so in a packed mask."""
-    return memory_order(tensor, [tensor])[0].view(-1)
+        bits = unpack(mask.cpu(), like.numel())
+    ordered.copy_(bits.view(ordered.shape))
+    return bools
 
 
 def has_placement_of(tensor: Any, like: Any) -> bool:

@@ -92,9 +92,9 @@ def pytest_configure(config: pytest.Config) -> None:
 TOPICS = {
     "kernels": "approx arguments arm bracket failure_bound huge instructions mutants one_pass "
     "one_pass_ties ops parity properties roofline simt threshold triton",
-    "optimizer": "checkpoints clipping determinism errors flat given kill leaks masks memory optimizer "
-    "optimizer_corners optimizer_kept reuse state steps surroundings tensor_granularity "
-    "torch_optim_table",
+    "optimizer": "checkpoints clipping determinism errors flat given kill leaks masks memory "
+    "memory_order optimizer optimizer_corners optimizer_kept reuse state steps surroundings "
+    "tensor_granularity torch_optim_table",
     "stacks": "accumulate ddp distributed losses reshard sharded stacks stacks_amp stacks_torch "
     "trainer trainer_fsdp2 wrappers",
     "package": "cli doctor examples habits hub import readme setup tune wheel",

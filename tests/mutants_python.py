@@ -17,6 +17,7 @@ OF_FLAT, OF_STATE, OF_LOSSES = "tests/test_flat.py", "tests/test_state.py", "tes
 OF_CLIPPING, OF_GIVEN, OF_DDP = "tests/test_clipping.py", "tests/test_given.py", "tests/test_ddp.py"
 OF_CHECKPOINTS, OF_SHARDED = "tests/test_checkpoints.py", "tests/test_sharded.py"
 OF_REUSE, OF_RESHARD = "tests/test_reuse.py", "tests/test_reshard.py"
+OF_ORDER = "tests/test_memory_order.py"
 REUSED, MASKS_OF_PARTS = (
     f"{OF_REUSE}::test_a_mask_of_several_steps",
     f"{OF_RESHARD}::test_masks_of_the_step_to_come",
@@ -84,7 +85,7 @@ MUTANTS = {
         f"{CORNERS}::test_a_second_capture_drops_masks_of_the_first",
     ),
     "masks of a pickle": (
-        CAPTURES, "for state in states if key in state}", "for state in () if key in state}",
+        CAPTURES, "for state in states.values() if key in state}", "for state in () if key in state}",
         f"{OF_STATE}::test_a_captured_mask_travels",
     ),
     "steps of a checkpoint": (
@@ -133,7 +134,7 @@ MUTANTS = {
         f"{CORNERS}::test_zeros_at_a_learning_rate_make_no_state",
     ),
     "overflow": (
-        OPTIM, 'found_inf.device.type == "cpu" and found_inf.item() != 0:', "False:",
+        OPTIM, "if not recording and found_inf.item() != 0:", "if False:",
         f"{OF_OPTIMIZER}::test_an_overflow_changes_nothing_and_drops_the_mask",
     ),
     "scale that a failed step leaves": (
@@ -164,8 +165,52 @@ MUTANTS = {
     ),
     # -------------------------------------------------------------------------------------- masks.py
     "memory order of masks": (
-        MASKS, "(ordered,) = memory_order(local(p), (part_of(mask, p),))", "ordered = mask",
+        MASKS, "(ordered,) = memory_order(part, (part_of(mask, p),))", "ordered = mask",
         f"{OF_MASKS}::test_a_given_mask_says_what_is_updated",
+    ),
+    "memory order of masks, later": (
+        MASKS, "if stride != local(p).stride():", "if False:", f"{OF_ORDER}::test_masks_of_ones_own",
+    ),
+    "memory order of captured masks": (
+        CAPTURES, "if any(strides != self._strides[kind] for kind in self.kinds):", "if False:",
+        f"{OF_ORDER}::test_a_captured_mask",
+    ),
+    "memory order of captured masks, from when": (
+        CAPTURES, "strides[p] = now\n", "pass\n", f"{OF_ORDER}::test_a_captured_mask",
+    ),
+    "memory order of captured masks in a checkpoint": (
+        CHECKPOINT, "        self._captures.put_in_order(self.state)\n        own =", "        own =",
+        f"{OF_ORDER}::test_a_captured_mask",
+    ),
+    "memory order of captured masks in a pickle": (
+        CHECKPOINT, "        self._captures.put_in_order(self.state)\n        return {",
+        "        return {",
+        f"{OF_ORDER}::test_a_captured_mask",
+    ),
+    "masks of a step that overflowed": (
+        OPTIM, "keeps_own=not steps", "keeps_own=False",
+        f"{OF_MASKS}::test_a_step_that_overflowed_uses_up_no_masks",
+    ),
+    "masks of what is no longer selective": (
+        MASKS, 'groups = [{**group, "selective": True} for group in groups]', "groups = [*groups]",
+        f"{OF_MASKS}::test_masks_of_what_is_no_longer_selective",
+    ),
+    "masks of what is no longer there": (
+        MASKS, "in one.masks.items() if id(p) in numbers}", "in one.masks.items()}",
+        f"{OF_MASKS}::test_masks_of_a_parameter_that_is_no_longer_there",
+    ),
+    "captured masks of another order": (
+        CHECKPOINT, "if kind in self._settings.kinds:\n                kept",
+        "if True:\n                kept",
+        f"{OF_STATE}::test_masks_of_another_order_are_left_out",
+    ),
+    "captured masks from AdamW": (
+        CHECKPOINT, "if is_cast_mask(mask, p):", "if False:",
+        f"{OF_STATE}::test_captured_masks_do_not_come_back_from_adamw",
+    ),
+    "steps that were taken": (
+        CHECKPOINT, "self._steps_done = loader.steps\n", "pass\n",
+        f"{OF_STATE}::test_steps_that_no_parameter_took_all_of_count_after_a_resume",
     ),
     "masks that are copies": (
         MASKS, "mask.detach().clone() for p, mask", "mask for p, mask",
@@ -350,12 +395,26 @@ MUTANTS = {
         "tests/test_accumulate.py::test_an_error_on_the_way_leaves_no_gradients",
     ),
     "scale of captured gradients": (
-        ACCUMULATE, "scale = self._scaler.scale(", "scale = (",
+        ACCUMULATE, "scale = self._rose, self._precision.scale_on(self._members[0].device)",
+        "scale = self._rose, None",
         "tests/test_accumulate.py::test_scaled_losses",
     ),
     "kl of tokens, its gradient": (
         DIVERGENCE, "by_q = -prob_q * ratio - (prob_p - prob_q)", "by_q = -prob_q * ratio",
         f"{OF_TRAINER}::test_kl_of_tokens_in_parts",
+    ),
+    "rows of a subclass": (
+        TRAINER, "for x in type(inner).__mro__}", "for x in (type(inner),)}",
+        f"{OF_TRAINER}::test_a_subclass_has_the_rows_of_its_model",
+    ),
+    "kl of several labels": (
+        TRAINER, "num_items = num_items / labels.shape[1]", "pass",
+        f"{OF_TRAINER}::test_several_labels_of_one_example",
+    ),
+    "limit at the end of an accumulation": (
+        ACCUMULATE, "check_limit(max_grad_norm, self._rose",
+        "(lambda *_: None)(max_grad_norm, self._rose",
+        "tests/test_accumulate.py::test_a_limit_that_is_none_is_refused_at_the_end",
     ),
     "rows of next tokens": (
         TRAINER, "counts[:, 1:], torch.zeros_like(counts[:, :1])",
@@ -425,21 +484,32 @@ MUTANTS = {
     ),
     # ------------------------------------------------------------------------ masks of parts, shards.py
     "a saved mask of a part": (
-        SHARDS, "if mask.dtype == torch.bool or not is_spread(like):", "if True:", MASKS_OF_PARTS,
+        SHARDS, "(not is_spread(param) and param.is_contiguous()):\n        return mask.clone()",
+        "True:\n        return mask.clone()", MASKS_OF_PARTS,
     ),
     "a loaded mask of a part": (
-        SHARDS, "        part = part_of(mask, param)\n", "        part = local(mask)\n",
+        SHARDS, "memory_order(local(param), (part_of(mask, param),))",
+        "memory_order(local(param), (local(mask),))",
         f"{OF_RESHARD}::test_a_state_of_one_process_is_loaded_by_several",
     ),
     "the whole mask of a parameter": (
-        SHARDS, "    return loaded_mask(whole, param)\n", "    return mask\n",
+        SHARDS, 'return loaded_mask(_unpacked(mask, torch.empty(param.shape, device="meta")), param)',
+        "return mask",
         f"{OF_RESHARD}::test_a_state_of_one_process_is_loaded_by_several",
     ),
     "the size of a mask": (
-        SHARDS, "(param.numel() + 7) // 8", "mask.numel()",
+        SHARDS, "(torch.uint8, (param.numel() + 7) // 8)", "(torch.uint8, mask.numel())",
         f"{OF_RESHARD}::test_other_placements_are_refused",
     ),
     # ------------------------------------------------------------------------------------- losses.py
+    "R-Drop with masks of one's own": (
+        LOSSES, ' and not rose._captures.is_own("second")', "",
+        f"{OF_LOSSES}::test_r_drop_with_masks_of_ones_own",
+    ),
+    "passes where nothing is selected": (
+        OPTIM, "return needed and self._is_selecting() and not there", "return needed and not there",
+        f"{OF_REUSE}::test_one_pass_where_nothing_is_selected",
+    ),
     "leftovers of parameters that only the optimizer has": (
         LOSSES, "dict.fromkeys([*model.parameters(), *own])", "dict.fromkeys(model.parameters())",
         f"{CORNERS}::test_leftovers_of_parameters_that_only_the_optimizer_has",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import UserDict
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim import SGD
 
 from rose_ops import (
+    Accumulation,
     RoseFusedAdamW,
     flatten_parameters,
     rose_accumulate,
@@ -180,6 +182,73 @@ def test_an_error_on_the_way_leaves_no_gradients(model, data):
     assert not optimizer._captures.kinds
     rose_accumulate(model, micro(data), optimizer)
     optimizer.step()
+
+
+def test_an_error_of_a_capture_leaves_no_gradients(model, data, monkeypatch):
+    optimizer = made(model, order="ensemble")
+
+    def fails(*_: Any, **__: Any) -> None:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(optimizer, "capture", fails)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        rose_accumulate(model, micro(data), optimizer, r_drop=0.3)
+    assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("limit", [-1.0, 0.0, float("nan"), "2", True])
+def test_a_limit_that_is_none_is_refused_at_the_end(limit, model, data):
+    optimizer = made(model, order="first")
+    step = Accumulation(model, optimizer)
+    with step.forward():
+        first = model(data[0])
+    with step.forward():
+        second = model(data[0])
+    step.backward(F.cross_entropy(first, data[1]), (first - second).square().mean())
+    before = [None if p.grad is None else p.grad.clone() for p in model.parameters()]
+    with pytest.raises(ValueError, match=r"expected None \(no clipping\) or a number > 0"):
+        step.finish(limit)
+    for p, grad in zip(model.parameters(), before, strict=True):
+        assert p.grad is grad is None or torch.equal(p.grad, grad)
+    assert not optimizer._captures.kinds
+    step.finish(0.5)
+    assert optimizer._captures.kinds == {"first"}
+
+
+def test_two_limits_are_refused_at_the_end(model):
+    step = Accumulation(model, made(model, max_grad_norm=1.0))
+    with pytest.raises(ValueError, match="the optimizer has its own max_grad_norm"):
+        step.finish(0.5)
+
+
+@pytest.mark.parametrize(
+    "pack",
+    [lambda y: (y,), lambda y: {"labels": y}, lambda y: [y, y], lambda y: UserDict(labels=y), list],
+    ids=["tuple", "dict", "list of tensors", "mapping", "list of numbers"],
+)
+def test_micro_batches_count_by_their_labels(pack, model, data):
+    """Whatever these are in."""
+
+    def criterion(logits: Tensor, labels: Any) -> Tensor:
+        if isinstance(labels, (dict, UserDict)):
+            labels = labels["labels"]
+        elif isinstance(labels[0], Tensor):
+            labels = labels[0]
+        return F.cross_entropy(logits, torch.as_tensor(labels))
+
+    batches = [(x, pack(y if pack is not list else y.tolist())) for x, y in micro(data)]
+    found = rose_accumulate(model, batches, SGD(model.parameters(), 0.1), criterion=criterion)
+    model.calls = 0
+    expected = [F.cross_entropy(model(x), y) * len(y) / sum(SIZES) for x, y in micro(data)]
+    torch.testing.assert_close(found.ce, sum(expected).detach())
+
+
+def test_labels_of_nothing_are_refused(model, data):
+    optimizer = made(model)
+    with pytest.raises(ValueError, match="micro_batches have no labels"):
+        rose_accumulate(model, [(data[0][:0], data[1][:0])], optimizer)
+    with pytest.raises(ValueError, match="labels are a 0-dim tensor"):
+        rose_accumulate(model, [(data[0][:1], data[1][0])], optimizer)
 
 
 def test_passes_without_dropout(model, data):

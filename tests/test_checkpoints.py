@@ -194,7 +194,7 @@ def test_a_checkpoint_says_its_format(generator):
     optimizer.capture("first")
     saved = optimizer.state_dict()
     assert saved.keys() == {"state", "param_groups", "rose"}
-    assert saved["rose"].keys() == {"format", "settings"}
+    assert saved["rose"].keys() == {"format", "settings", "steps"}
     assert saved["rose"]["format"] == 1
     assert {key for state in saved["state"].values() for key in state} == {
         "step", "exp_avg", "exp_avg_sq", "first_mask",

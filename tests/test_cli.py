@@ -12,6 +12,7 @@ import tarfile
 import types
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -25,7 +26,7 @@ from rose_ops.finetune import UserError, data, report, require
 from rose_ops.finetune.data import GLUE, load_task
 from rose_ops.finetune.models import bundled_model
 from rose_ops.finetune.perturb import PERTURBATIONS, perturb
-from rose_ops.finetune.recipes import METHODS, Recipe
+from rose_ops.finetune.recipes import METHODS, RandomMask, Recipe
 from rose_ops.finetune.train import batches
 
 SHARED_DATA = Path(os.environ.get("ROSE_DATA_DIR", ROOT.parent / "shared" / "data"))
@@ -53,6 +54,9 @@ def test_help(command, capsys):
         pytest.param(["finetune", "--lr", "inf"], "above 0", id="lr"),
         pytest.param(["finetune", "--warmup", "1"], "below 1", id="warmup"),
         pytest.param(["finetune", "--upper", "1,2,3"], "one number or two", id="three bounds"),
+        pytest.param(["finetune", "--seeds", "0", "-1"], "from 0 to 2^32 - 1", id="seed below 0"),
+        pytest.param(["finetune", "--seeds", str(10**23)], "from 0 to 2^32 - 1", id="large seed"),
+        pytest.param(["tune", "--search-seed", "-5"], "from 0 to 2^32 - 1", id="seed of a search"),
     ],
 )
 def test_wrong_calls_exit_with_2(arguments, message, capsys):
@@ -75,6 +79,7 @@ def keeps_denormals(monkeypatch):
         pytest.param(["finetune", "--upper", "1.5"], "upper", id="upper out of range"),
         pytest.param(["finetune", "--gamma", "0"], "gamma", id="gamma out of range"),
         pytest.param(["finetune", "--device", "tpu"], "--device tpu", id="device"),
+        pytest.param(["finetune", "--device", "meta"], "no memory to train in", id="no memory"),
         pytest.param(["finetune", "--backend", "tpu"], "backend='tpu'", id="backend"),
         pytest.param(["finetune", "--weight-decay", "-1"], "weight_decay", id="weight decay"),
         pytest.param(
@@ -403,6 +408,35 @@ def test_methods_are_compared_at_the_same_clean_accuracy():
     assert (found["random"]["how"], found["random"]["baseline"]) == ("never", None)
 
 
+def test_a_comparison_is_of_the_seeds_that_have_one():
+    """Accuracies, difference and what it is a difference to are means over the same seeds."""
+    entries = [
+        {"method": "second", "clean": 0.7, "robust": 0.6, "baseline": 0.5, "step": 10},
+        {"method": "second", "clean": 0.9, "robust": 0.8, "baseline": None, "step": None},
+        {"method": "random", "clean": 0.9, "robust": 0.8, "baseline": None, "step": None},
+    ]
+    table = report._matched_table(entries, "adamw")
+    cells = [[*column.cells] for column in table.columns]
+    assert [*zip(*cells, strict=True)] == [
+        ("second (1 of 2 seeds)", "70.0", "60.0", "50.0", "+10.0", "10"),
+        ("random", "90.0", "80.0", "never as accurate", "", ""),
+    ]
+
+
+@pytest.mark.parametrize("granularity", ["element", "tensor"])
+def test_a_random_mask_is_of_the_size_of_rose_s(granularity):
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(*(torch.nn.Linear(20, 20) for _ in range(200)))
+    settings = SimpleNamespace(
+        upper=(0.9, 0.6), lower=(0.0, 0.3), granularity=granularity, selective="all"
+    )
+    recipe = object.__new__(RandomMask)
+    recipe.model, recipe.settings, recipe._generators = model, settings, {}
+    recipe.context = SimpleNamespace(seed=0)
+    kept = torch.cat([mask.reshape(-1) for mask in recipe.draw().values()]).float().mean()
+    assert kept == pytest.approx(0.3, abs=0.08)
+
+
 def test_methods_cover_all_orders():
     assert {x.order for x in METHODS.values()} == {None, "first", "second", "ensemble"}
 
@@ -529,6 +563,16 @@ def test_runs_are_not_overwritten(run, capsys):
     folder, _ = run
     assert main(["finetune", "--output", str(folder / "first")]) == 1
     assert "already holds a run" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["finetune", "tune"])
+def test_an_output_that_is_no_folder(name, run, capsys, tmp_path):
+    folder, _ = run
+    (tmp_path / "file").touch()
+    for output in (tmp_path / "file", tmp_path / "file" / "below"):
+        arguments = f"{name} --task sst2 --data-dir {folder} --model {folder / 'tiny'}"
+        assert main([*arguments.split(), "--output", str(output)]) == 1
+        assert f"--output {output}: " in capsys.readouterr().err
 
 
 def test_evaluate_needs_the_models(run, capsys):

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from support import assert_all_same_bits
 from torch import Tensor, nn
 from training import Snapshot, clones, each_granularity, each_order, give, gradients, parameters, train
 from training import one_thread as one_thread
@@ -701,3 +702,87 @@ def test_clones_are_what_snapshots_compare():
         change()
         with pytest.raises(AssertionError):
             snapshot.assert_unchanged()
+
+
+def columns_of(n: int = 20) -> dict[str, list[torch.Tensor]]:
+    torch.manual_seed(n)
+    g, m, p = (torch.randn(n) for _ in range(3))
+    return {
+        "params": [p],
+        "grads": [g],
+        "exp_avgs": [m],
+        "exp_avg_sqs": [g**2],
+        "steps": [torch.tensor(3.0)],
+    }
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"gamma": 7.0}, "gamma=7.0 (float); expected 0 < gamma < 1"),
+        ({"gamma": float("nan")}, "gamma=nan"),
+        ({"betas": (2.0, 3.0)}, "betas=(2.0, 3.0) (tuple); expected two numbers in [0, 1)"),
+        ({"betas": (0.9,)}, "expected a pair of numbers"),
+        ({"eps": -1.0}, "eps=-1.0 (float); expected a number >= 0"),
+        ({"lr": float("nan")}, "lr=nan (float); expected a number >= 0"),
+        ({"lr": torch.ones(2)}, "expected a number or a tensor of one element"),
+        ({"weight_decay": -0.1}, "weight_decay=-0.1 (float); expected a number >= 0"),
+        ({"maximize": 1}, "maximize=1 (int); expected True or False"),
+        ({"seed": -1}, "seed=-1 (int); expected an integer >= 0 and < 4294967296"),
+        ({"seed": 0.5}, "seed=0.5 (float); expected an integer"),
+    ],
+    ids=str,
+)
+def test_options_of_an_update_without_an_optimizer(options, message):
+    columns = columns_of()
+    before = copy.deepcopy(columns)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        rose_adamw_(**columns, **options)
+    for name, tensors in columns.items():
+        assert_all_same_bits(tensors, before[name], name)
+
+
+def test_parameters_of_an_update_that_share_memory():
+    columns = columns_of()
+    two = {name: [x[0], x[0].clone()] for name, x in columns.items()}
+    with pytest.raises(ValueError, match="params has a tensor more than once"):
+        rose_adamw_(**two | {"params": [columns["params"][0]] * 2})
+    whole = torch.randn(30)
+    with pytest.raises(ValueError, match="share memory"):
+        rose_adamw_(**two | {"params": [whole[:20], whole[10:]]})
+
+
+@pytest.mark.parametrize("function", [select_threshold, capture_mask])
+def test_rankings_without_an_optimizer(function):
+    columns = columns_of()
+    for beta1 in (2.0, 1.0, -0.1, float("nan"), "0.9"):
+        with pytest.raises(ValueError, match=r"beta1=.*; expected a number in \[0, 1\)"):
+            function(columns["grads"], columns["exp_avgs"], beta1=beta1)
+    with pytest.raises(ValueError, match="1 gradients and 0 first moments; expected as many, or None"):
+        function(columns["grads"], [])
+    for seed in (-1, 2**32, 1.5):
+        with pytest.raises(ValueError, match=r"seed=.*; expected an integer >= 0"):
+            function(columns["grads"], seed=seed)
+
+
+def test_a_scale_that_is_a_number(generator):
+    """As GradScaler.get_scale() returns it."""
+    masks = []
+    for scale in (4096.0, torch.tensor(4096.0), 1):
+        p = torch.nn.Parameter(torch.zeros(100))
+        optimizer = RoseFusedAdamW([p], order="ensemble", upper=0.5)
+        p.grad = torch.randn(100, generator=torch.Generator().manual_seed(1)) * float(scale)
+        optimizer.capture("second", grad_scale=scale)
+        masks.append(optimizer.state[p]["second_mask"])
+    assert_all_same_bits(masks[1:], masks[:1] * 2, "masks")
+
+
+@pytest.mark.parametrize("scale", [0.0, -2.0, float("inf"), float("nan"), True, "2", torch.ones(2)])
+def test_a_scale_that_is_none(scale):
+    p = torch.nn.Parameter(torch.zeros(100))
+    optimizer = RoseFusedAdamW([p], order="first")
+    p.grad = torch.ones(100)
+    with pytest.raises(ValueError, match=r"grad_scale=.*; expected None, a number > 0 or a tensor"):
+        optimizer.capture("first", grad_scale=scale)
+    assert p.grad is not None
+    assert not optimizer._captures.kinds

@@ -931,3 +931,25 @@ def test_engines_are_refused(name, order, r_drop, message):
 def test_fsdp_is_left_alone_where_one_backward_runs():
     model = type("FullyShardedDataParallel", (nn.Sequential,), {})(classifier())
     rose_backward(model, *batch(), Recorder(model.parameters(), order="second"))
+
+
+@pytest.mark.parametrize("limit", [False, True])
+@pytest.mark.parametrize("order", ["second", "ensemble"])
+def test_r_drop_with_masks_of_ones_own(order, limit):
+    """There is nothing to capture of a kind whose masks are given, and with a limit there is."""
+    model, (inputs, labels) = classifier(), batch()
+    optimizer = Recorder(model.parameters(), order=order)
+    masks = {p: torch.arange(p.numel()).view(p.shape) % 2 == 0 for p in model.parameters()}
+    optimizer.set_masks(masks, "second", limit=limit)
+    if order == "ensemble":
+        optimizer.set_masks(masks, "first", limit=limit)
+    ce, kl = two_passes(model, inputs, labels)
+    torch.manual_seed(SEED)
+    rose_backward(model, inputs, labels, optimizer, r_drop=0.7)
+    kinds = ["first", "second"] if order == "ensemble" else ["second"]
+    assert [kind for kind, *_ in optimizer.captures] == (kinds if limit else [])
+    assert_grads([p.grad for p in model.parameters()], grads(ce + 0.7 * kl, model))
+    before = {p: p.detach().clone() for p in masks}
+    optimizer.step()
+    for p, mask in masks.items():
+        assert (p != before[p])[~mask].sum() == 0

@@ -288,3 +288,52 @@ def test_a_state_dict_with_masks_that_do_not_fit_is_refused(generator):
     ):
         optimizer.load_state_dict(saved)
     snapshot.assert_unchanged()
+
+
+@pytest.mark.parametrize("keep", [False, True])
+@pytest.mark.parametrize("amp_scaling", [False, True])
+def test_a_step_that_overflowed_uses_up_no_masks(keep, amp_scaling, generator):
+    """Whoever leaves it out: GradScaler, or the optimizer."""
+    params = parameters(generator)
+    optimizer = RoseFusedAdamW(params, **OPTIONS, amp_scaling=amp_scaling)
+    masks = drawn(params, generator)
+    optimizer.set_masks(masks, keep=keep)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
+    selected = []
+    for factor in (torch.inf, 1.0, 1.0):
+        before = [p.detach().clone() for p in params]
+        optimizer.zero_grad()
+        grads = gradients(params, generator)
+        scaler.scale(sum((p * g * factor).sum() for p, g in zip(params, grads, strict=True))).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        moved = [p.detach() != q for p, q in zip(params, before, strict=True)]
+        selected.append([torch.equal(x, masks[p]) for p, x in zip(params, moved, strict=True)])
+        assert any(x.any() for x in moved) == (factor == 1.0)
+    assert all(selected[1])
+    assert all(selected[2]) == keep
+
+
+def test_masks_of_what_is_no_longer_selective(generator):
+    """They wait: a state dict has them, and the optimizer itself can load it."""
+    params = parameters(generator)
+    optimizer = RoseFusedAdamW(params, **OPTIONS)
+    optimizer.set_masks({p: torch.zeros_like(p, dtype=torch.bool) for p in params}, keep=True)
+    optimizer.param_groups[0]["selective"] = False
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    before = [p.detach().clone() for p in params]
+    train(optimizer, params, 1, generator)
+    assert all((p != q).all() for p, q in zip(params, before, strict=True))
+    optimizer.param_groups[0]["selective"] = True
+    before = [p.detach().clone() for p in params]
+    train(optimizer, params, 1, generator)
+    assert_all_same_bits([p.detach() for p in params], before, "left alone")
+
+
+def test_masks_of_a_parameter_that_is_no_longer_there(generator):
+    params = parameters(generator)
+    optimizer = RoseFusedAdamW(params, **OPTIONS)
+    optimizer.set_masks(drawn(params, generator), keep=True)
+    optimizer.param_groups[0]["params"].pop()
+    masks = optimizer.state_dict()["rose"]["masks"]["second"]["masks"]
+    assert [*masks] == [*range(len(params) - 1)]

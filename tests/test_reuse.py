@@ -65,7 +65,7 @@ def test_a_mask_of_several_steps(order, granularity, every, warm_up, generator):
         for p, q in zip(params, others, strict=True):
             torch.testing.assert_close(p, q, rtol=0, atol=0, msg=f"step {number}")
     of_window = [(number - warm_up) % every == 0 for number in range(warm_up, STEPS)]
-    assert needed == [True] * warm_up + of_window
+    assert needed == [False] * warm_up + of_window
 
 
 @each_first
@@ -285,6 +285,30 @@ def test_no_second_pass_where_one_does(order, r_drop, way):
     assert [kl is None for kl in kls] == [count == 1 for count in passes]
     same = [torch.equal(one, other) for one, other in itertools.pairwise(masks)]
     assert same == [True, True, False, True, True, False]
+
+
+@each_first
+@pytest.mark.parametrize("way", ["rose_backward", "rose_accumulate"])
+@pytest.mark.parametrize("options", [{"selection_warmup_steps": 2}, {"upper": 1.0}], ids=str)
+def test_one_pass_where_nothing_is_selected(order, way, options):
+    """As AdamW takes in the same loop, and the same parameters come of it."""
+    model = Counting()
+    other = copy.deepcopy(model)
+    optimizer = RoseFusedAdamW(model.parameters(), order=order, lr=0.1, **options)
+    adamw = torch.optim.AdamW(other.parameters(), lr=0.1)
+    for number in range(2):
+        for one, its in ((model, optimizer), (other, adamw)):
+            torch.manual_seed(number)
+            if way == "rose_backward":
+                assert rose_backward(one, *batch(number), its).kl is None
+            else:
+                assert rose_accumulate(one, [batch(number), batch(9)], its).kl is None
+            its.step()
+            its.zero_grad()
+    assert model.passes == other.passes == (2 if way == "rose_backward" else 4)
+    for p, q in zip(model.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-7)
+    assert optimizer.needs_first_mask == ("upper" not in options)
 
 
 def test_micro_batches_one_at_a_time_are_refused_in_every_step():

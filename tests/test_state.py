@@ -509,7 +509,7 @@ CORRUPTIONS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
         "'first_mask' is not a mask of this parameter",
     ),
     "mask of floats": (
-        of_state(0, put("first_mask", torch.zeros(5))),
+        of_state(0, put("first_mask", torch.zeros(6))),
         "'first_mask' is not a mask of this parameter",
     ),
     "mask is a list": (of_state(0, put("second_mask", [1])), "'second_mask' is not a mask"),
@@ -584,3 +584,95 @@ def test_the_state_of_another_algorithm_is_refused(make, message, generator):
     with pytest.raises(ValueError, match=message):
         optimizer.load_state_dict(another.state_dict())
     snapshot.assert_unchanged()
+
+
+# ------------------------------------------------------------------- what only some optimizers use
+
+
+@each_granularity
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [("ensemble", "second"), ("ensemble", "first"), ("first", "second"), ("second", "ensemble")],
+)
+def test_masks_of_another_order_are_left_out(before, after, granularity, generator):
+    """The optimizer's settings stay: a mask that its order has not selects nothing."""
+    params = parameters(generator)
+    optimizer = RoseFusedAdamW(params, order=before, upper=0.3, granularity=granularity)
+    for kind in optimizer.settings.kinds:
+        give(params, gradients(params, generator))
+        optimizer.capture(kind)
+    others = clones(params)
+    options = {"order": after, "upper": 0.5, "granularity": granularity}
+    other = RoseFusedAdamW(others, **options)
+    with pytest.warns(UserWarning, match="order="):
+        other.load_state_dict(saved_and_loaded(optimizer.state_dict()))
+    shared = set(optimizer.settings.kinds) & set(other.settings.kinds)
+    assert other._captures.kinds == shared
+    names = {key for state in other.state.values() for key in state if key.endswith("_mask")}
+    assert names == {f"{kind}_mask" for kind in shared}
+
+
+@each_granularity
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_captured_masks_do_not_come_back_from_adamw(granularity, dtype, generator):
+    """AdamW makes numbers of them, and has trained since."""
+    params = [nn.Parameter(p.detach().to(dtype)) for p in parameters(generator)]
+    optimizer = RoseFusedAdamW(params, order="ensemble", granularity=granularity)
+    for kind in ("first", "second"):
+        give(params, gradients(params, generator))
+        optimizer.capture(kind)
+    adamw = AdamW(params)
+    adamw.load_state_dict(saved_and_loaded(optimizer.state_dict()))
+    adamw_steps(adamw, params, [gradients(params, generator)])
+    back = RoseFusedAdamW(params, order="ensemble", granularity=granularity)
+    back.load_state_dict(saved_and_loaded(adamw.state_dict()))
+    assert not back._captures.kinds
+    give(params, gradients(params, generator))
+    with pytest.raises(RuntimeError, match="needs a first-order mask"):
+        back.step()
+
+
+def test_steps_that_no_parameter_took_all_of_count_after_a_resume(generator):
+    """Gradients come in turns: the warm-up is over, and no parameter has taken as many steps."""
+    params = parameters(generator)
+    options = {"order": "first", "selection_warmup_steps": 6, "first_order_every": 3, "upper": 0.5}
+    optimizer = RoseFusedAdamW(params, **options)
+    needed = []
+    for number in range(14):
+        others = clones(params)
+        resumed = RoseFusedAdamW(others, **options)
+        resumed.load_state_dict(saved_and_loaded(optimizer.state_dict()))
+        needed.append(optimizer.needs_first_mask)
+        assert resumed.needs_first_mask == needed[-1]
+        for one, its in ((resumed, others), (optimizer, params)):
+            grads = gradients(its, torch.Generator().manual_seed(number))
+            mine = [i for i in range(len(its)) if i % 4 == number % 4]
+            for kind in ["first"] * needed[-1] + [""]:
+                one.zero_grad()
+                for i in mine:
+                    its[i].grad = grads[i]
+                if kind:
+                    one.capture(kind)
+            one.step()
+        assert_same_training(optimizer, params, resumed, others)
+    assert any(needed)
+    assert not any(needed[:6])
+
+
+@pytest.mark.parametrize("steps", [-1, 2.0, True, "3", torch.tensor(3)])
+def test_a_number_of_steps_that_is_none_is_refused(steps, generator):
+    params = parameters(generator)
+    optimizer = RoseFusedAdamW(params)
+    train(optimizer, params, 2, generator)
+    state_dict = saved_and_loaded(optimizer.state_dict())
+    state_dict["rose"]["steps"] = steps
+    snapshot = Snapshot(optimizer, params)
+    with pytest.raises(ValueError, match="steps; expected an integer >= 0; nothing was loaded"):
+        optimizer.load_state_dict(state_dict)
+    snapshot.assert_unchanged()
+
+
+def test_settings_cannot_be_replaced(generator):
+    optimizer = RoseFusedAdamW(parameters(generator))
+    with pytest.raises(AttributeError, match="'settings' cannot be changed: make a new optimizer"):
+        optimizer.settings = optimizer.settings

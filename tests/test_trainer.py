@@ -288,6 +288,45 @@ def test_rows_of_next_tokens(tmp_path):
         trainer._divergence(model, p, q, labels[0])
 
 
+def test_a_subclass_has_the_rows_of_its_model(tmp_path):
+    class Mine(transformers.GPT2LMHeadModel):
+        pass
+
+    size = {"vocab_size": 9, "n_positions": 16, "n_embd": 16, "n_layer": 1, "n_head": 2}
+    p, q = torch.randn(2, 2, 4, 9)
+    labels = torch.tensor([[-100, -100, 1, 2], [3, 4, -100, -100]])
+    found = [
+        RoseTrainer(kind(transformers.GPT2Config(**size)), arguments(tmp_path))
+        for kind in (Mine, transformers.GPT2LMHeadModel)
+    ]
+    mine, theirs = (trainer._divergence(trainer.model, p, q, labels) for trainer in found)
+    assert mine == theirs
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_several_labels_of_one_example(tmp_path, accumulation):
+    """The kl is a mean over examples, however many labels these have."""
+    torch.manual_seed(1)
+    config = transformers.BertConfig(**SIZE, num_labels=5, problem_type="multi_label_classification")
+    model = transformers.BertForSequenceClassification(config)
+    data = [
+        {"input_ids": x["input_ids"], "labels": torch.randint(2, (5,)).float()} for x in sentences()
+    ]
+    seen: list[float] = []
+
+    class Watched(Recorder):
+        def _divergence(self, model: Any, first: Tensor, second: Tensor, labels: Any) -> Any:
+            seen.append(symmetric_kl(first, second).item())
+            return super()._divergence(model, first, second, labels)
+
+    options = {"rose": {"order": "first"}, "gradient_accumulation_steps": accumulation}
+    data *= 2  # so that all batches are full
+    trainer = trained(tmp_path, model, data, kind=Watched, **options)
+    logged = [log["rose_kl"] for log in trainer.state.log_history if "loss" in log]
+    means = torch.tensor(seen).view(-1, accumulation).mean(1)
+    torch.testing.assert_close(torch.tensor(logged), means, rtol=1e-3, atol=0)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_kl_of_tokens_in_parts(monkeypatch, dtype):
     monkeypatch.setattr(_TokenKL, "PART", 20)  # two rows

@@ -168,7 +168,7 @@ def test_a_setting_that_diverges_is_not_the_end(tmp_path):
 
     search, trainer = search_in(tmp_path), Trainer(diverge)
     search.run(trainer, lambda trial: {"lr": 0.9}, {}, seed=0)
-    with pytest.raises(UserError, match="no setting could be trained to the end"):
+    with pytest.raises(UserError, match="none of 1 settings was trained to the end"):
         _ = search.best
     search.run(trainer, lambda trial: {"lr": 0.1}, {}, seed=0)
     assert search.best[0] == {"lr": 0.1}
@@ -182,6 +182,12 @@ def test_what_no_choice_can_change_ends_the_search(tmp_path):
 
     with pytest.raises(UserError, match="could not load the model"):
         search_in(tmp_path).run(cannot_load, draw, {}, seed=0)
+
+
+def test_a_study_of_nothing_has_no_best(tmp_path):
+    search = search_in(tmp_path, pruner=optuna.pruners.NopPruner())
+    with pytest.raises(UserError, match="none of 0 settings was trained to the end; choose a larger"):
+        _ = search.best
 
 
 def test_a_study_of_something_else_is_refused(tmp_path):
@@ -208,6 +214,22 @@ def tuned(tmp_path_factory):
     for result in results:
         assert result.returncode == 0, result.stderr
     return folder / "out", [result.stdout for result in results]
+
+
+def test_a_study_of_other_data_is_refused(tuned, tmp_path, capsys, monkeypatch):
+    """And the record of what was there stays."""
+    monkeypatch.setattr("torch.set_flush_denormal", lambda on: True)
+    folder, _ = tuned
+    before = (folder / "tune.json").read_bytes()
+    for name, n, start in (("train", 64, 7), ("dev", 24, 100)):
+        write_tsv(tmp_path / "sst2" / f"{name}.tsv", ("label", "sentence"), sentences(n, start))
+    arguments = (
+        f"tune --task sst2 --data-dir {tmp_path} --model {folder.parent / 'tiny'} --steps {STEPS} "
+        f"--method ensemble --batch-size 8 --lr 1e-3 1e-2 --seeds 5 6 --output {folder} --budget 3"
+    ).split()
+    assert main(arguments) == 1
+    assert "holds a study with data = " in capsys.readouterr().err
+    assert (folder / "tune.json").read_bytes() == before
 
 
 def test_the_record_of_a_study(tuned):

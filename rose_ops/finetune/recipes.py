@@ -113,8 +113,8 @@ class Recipe:
 class RandomMask(Recipe):
     """A control: a mask of ROSE's size, drawn at random anew for every step.
 
-    Each element (or, at tensor granularity, tensor) is kept with probability `upper`; what ROSE's
-    masks leave to plain AdamW is left to it here, too.
+    Each element (or, at tensor granularity, tensor) is kept with probability `upper - lower`; what
+    ROSE's masks leave to plain AdamW is left to it here, too.
     """
 
     def __init__(self, model: nn.Module, context: Context) -> None:
@@ -128,8 +128,9 @@ class RandomMask(Recipe):
 
     def draw(self) -> dict[Tensor, Tensor]:
         """A mask for each selective parameter."""
-        upper = self.settings.upper
-        kept = upper[1] if isinstance(upper, tuple) else upper
+        ends = (self.settings.upper, self.settings.lower)
+        upper, lower = (x[1] if isinstance(x, tuple) else x for x in ends)  # of second order
+        kept = upper - lower
         whole = self.settings.granularity == "tensor"
         return {p: self._uniform(p, () if whole else p.shape) < kept for p in self.selective()}
 

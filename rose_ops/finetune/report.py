@@ -177,8 +177,12 @@ def _matched_table(matched: Sequence[Mapping[str, Any]], baseline: str) -> Any:
     for method in dict.fromkeys(x["method"] for x in matched):
         entries = [x for x in matched if x["method"] == method]
         reached = [x for x in entries if x["baseline"] is not None]
-        cells = [_percent(x["clean"] for x in entries), _percent(x["robust"] for x in entries)]
+        shown = reached or entries
+        cells = [_percent(x["clean"] for x in shown), _percent(x["robust"] for x in shown)]
+        name = method
         if reached:
+            if len(reached) < len(entries):
+                name += f" ({len(reached)} of {len(entries)} seeds)"
             cells += [
                 _percent(x["baseline"] for x in reached),
                 _percent((x["robust"] - x["baseline"] for x in reached), "+"),
@@ -186,7 +190,7 @@ def _matched_table(matched: Sequence[Mapping[str, Any]], baseline: str) -> Any:
             ]
         else:
             cells += ["never as accurate", "", ""]
-        table.add_row(method, *cells)
+        table.add_row(name, *cells)
     return table
 
 

@@ -51,7 +51,7 @@ def finetune(args: argparse.Namespace) -> None:
     _announce(task, runtime, measured.final)
     outcomes: dict[str, dict[int, dict[str, list[bool]]]] = {x: {} for x in args.methods}
     runs: list[dict[str, Any]] = []
-    output.mkdir(parents=True, exist_ok=True)
+    made(output)
     for seed in dict.fromkeys(args.seeds):
         for name in args.methods:
             # Loaded anew with the same seed: the same initial weights for every method.
@@ -164,6 +164,19 @@ def evaluate(args: argparse.Namespace) -> None:
     )
     report.print_tables(summary)
     print(textwrap.fill(report.reading(summary), 100))
+
+
+def made(folder: Path) -> Path:
+    """The folder, which is there now.
+
+    Raises:
+        UserError: It cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output {folder}: {error.strerror}; choose another one") from error
+    return folder
 
 
 def prepare(args: argparse.Namespace) -> Runtime:

@@ -33,6 +33,8 @@ def choose_runtime(device: str, precision: str) -> Runtime:
         chosen = torch.empty((), device=device).device
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {device}: {error}") from error
+    if chosen.type == "meta":
+        raise UserError("--device meta has no memory to train in; expected cpu or cuda")
     if precision == "auto":
         if chosen.type == "cuda":
             fast = torch.cuda.is_bf16_supported()

@@ -159,7 +159,8 @@ class Search:
             trial = self.study.best_trial
         except ValueError as error:
             raise UserError(
-                "no setting could be trained to the end; choose lower values for --lr"
+                f"none of {len(self.study.get_trials(deepcopy=False))} settings was trained to the "
+                "end; choose a larger --budget, or lower values for --lr"
             ) from error
         return trial.user_attrs["choice"], trial.value
 

@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from rose_ops.finetune import UserError, report, require
-from rose_ops.finetune.data import Examples, load_task
+from rose_ops.finetune.data import Examples, digest, load_task
 from rose_ops.finetune.models import model_folder
 from rose_ops.finetune.presets import PUBLISHED_GAMMA, candidates
 from rose_ops.finetune.recipes import METHODS, Settings
-from rose_ops.finetune.run import measured_sets, plain, prepare
+from rose_ops.finetune.run import made, measured_sets, plain, prepare
 from rose_ops.finetune.runtime import Runtime
 from rose_ops.finetune.search import Choice, Scores, Search, Trainer, rungs
 from rose_ops.finetune.train import check_settings
@@ -45,18 +45,18 @@ def tune(args: argparse.Namespace) -> None:
     task = load_task(args.task, args.data_dir, args.cache_dir)
     held_out = {x: y[: args.examples] for x, y in measured_sets(task, "validation").items()}
     tests = measured_sets(task, "test")
-    output = args.output or Path("runs") / f"tune-{args.task}-{args.method}"
-    output.mkdir(parents=True, exist_ok=True)
+    output = made(args.output or Path("runs") / f"tune-{args.task}-{args.method}")
     model = model_folder(args.model, args.cache_dir)
     trainer = Trainer(task, model, method, settings, args.max_length, runtime)
-    searches = _open_searches(args, settings, runtime, output / _JOURNAL)
-    budget = round(args.budget * args.steps)
+    searches = _open_searches(args, settings, runtime, output / _JOURNAL, digest(task))
+    budget = max(1, round(args.budget * args.steps))
     print(
         f"{args.method} on {task.name}: {budget} training steps for each of search and presets; "
         f"{len(held_out['clean'])} validation examples, clean and perturbed"
     )
     _search(searches["search"], trainer, args, held_out, budget)
     _try_presets(searches["presets"], trainer, args, held_out, budget)
+    seeds = list(dict.fromkeys(args.seeds))
     best = {kind: search.best for kind, search in searches.items()}
     outcome = {
         kind: {
@@ -64,7 +64,7 @@ def tune(args: argparse.Namespace) -> None:
             "validation": value,
             "steps": searches[kind].spent,
             "trials": len(searches[kind].study.trials),
-            "test": [_confirmed(searches["search"], trainer, choice, x, tests) for x in args.seeds],
+            "test": [_confirmed(searches["search"], trainer, choice, x, tests) for x in seeds],
         }
         for kind, (choice, value) in best.items()
     }
@@ -77,7 +77,7 @@ def tune(args: argparse.Namespace) -> None:
         "trials": {kind: _trials(search) for kind, search in searches.items()},
     }
     report.write_json(record, output / _RECORD)
-    _print(outcome, args.seeds)
+    _print(outcome, seeds)
     print(f"see {output / _RECORD}; the same command with a larger --budget goes on from there")
 
 
@@ -109,16 +109,16 @@ def _settings(args: argparse.Namespace, runtime: Runtime) -> Settings:
 
 
 def _open_searches(
-    args: argparse.Namespace, settings: Settings, runtime: Runtime, journal: Path
+    args: argparse.Namespace, settings: Settings, runtime: Runtime, journal: Path, data: str
 ) -> dict[str, Search]:
     """The studies of the search and of the presets, new or as a stopped run has left them."""
     optuna = require("optuna", extra="tune")
     asked = {x: str(getattr(args, x)) for x in _ASKED}
-    asked |= {"precision": runtime.precision, "device": runtime.device.type}
+    asked |= {"data": data, "precision": runtime.precision, "device": runtime.device.type}
     asked |= {x: str(y) for x, y in asdict(settings).items() if x not in ("lr", "upper", "gamma")}
 
     def sampler(trials: int) -> Any:
-        return optuna.samplers.TPESampler(seed=args.search_seed + trials)
+        return optuna.samplers.TPESampler(seed=(args.search_seed + trials) % 2**32)
 
     stops = rungs(args.steps, args.reduction)
     halving = optuna.pruners.SuccessiveHalvingPruner(min(stops, default=1), args.reduction)

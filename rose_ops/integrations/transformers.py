@@ -159,7 +159,10 @@ class RoseTrainer(Trainer):
             is_scaled = by_items or self.compute_loss_func is not None
         if not is_scaled:
             ce = ce / micro_batches
-        kl, count = self._divergence(model, logits[0], logits[1], inputs.get("labels"))
+        labels = inputs.get("labels")
+        kl, count = self._divergence(model, logits[0], logits[1], labels)
+        if num_items is not None and logits[0].dim() == 2 and labels is not None and labels.dim() == 2:
+            num_items = num_items / labels.shape[1]  # several labels of one example
         kl = kl / (count * micro_batches if num_items is None else num_items)
         if num_items is not None and self.args.average_tokens_across_devices:
             kl = kl * self.accelerator.num_processes  # the items are those of all processes
@@ -187,7 +190,8 @@ class RoseTrainer(Trainer):
         inner = self.accelerator.unwrap_model(model)
         inner = getattr(inner, "base_model", inner) if hasattr(inner, "peft_config") else inner
         inner = getattr(inner, "model", inner) if hasattr(inner, "peft_config") else inner
-        if type(inner).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
+        names = {x.__name__ for x in type(inner).__mro__}  # a subclass is one, too
+        if not names.isdisjoint(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()):
             # A position's logits are for the next one's label.
             counts = torch.cat([counts[:, 1:], torch.zeros_like(counts[:, :1])], dim=1)
         rows = counts.flatten().nonzero().squeeze(1)
