@@ -77,6 +77,8 @@ def address(tensor: Tensor) -> int:
 
 def _extent(tensor: Tensor) -> int:
     """How many elements lie from the first to the last."""
+    if tensor.is_contiguous():
+        return tensor.numel()
     return 1 + sum(
         (size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
     )

@@ -76,6 +76,9 @@ def rose_backward(
     | first, `r_drop` | 2 | first, from kl | 2 | ce + r_drop * kl |
     | ensemble, `r_drop` | 2 | first, from kl; second, from ce | 3 | ce + r_drop * kl |
 
+    A step that selects nothing (warm-up, `upper=1`) needs no mask and takes what AdamW's does; one that
+    uses a first-order mask again (`first_order_every`) captures none.
+
     Where there are two passes, `ce` is the mean of both cross-entropies, as in R-Drop and in the
     authors' code. No copy of the gradients is made; the third backward of the last row is the
     price of that. Any other optimizer gets the gradient and no masks, so baselines run in the same
