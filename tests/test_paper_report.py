@@ -134,6 +134,7 @@ def test_a_study_that_was_stopped(tmp_path):
     assert "Fewer than 3 seeds, the number is in brackets: r-drop on sst2 (0)" in text
     assert "rose-second on sst2 (1), rose-second on rte (1)" in text
     assert "adamw on" not in text
+    assert "random masks of second order's size" in text
     assert "\nrose-second | 80.0 | 34.0 | 80.0 | 34.0 | 57.0 | 46.0 | 1\n" in text
     # 30, 31 and 32 percent
     assert "\nadamw | 80.2 ± 0.2 | 31.0 ± 1.0 | 80.2 ± 0.2 | 31.0 ± 1.0 | 55.6 | 49.2 | 3\n" in text
@@ -208,6 +209,20 @@ def test_text_is_escaped(tmp_path):
     html = report.render(tmp_path)
     assert "<b>" not in html
     assert "&lt;b&gt;model &amp; co" in html
+
+
+def test_random_masks_are_said_to_be_as_small_as_they_are():
+    """In the committed rows and in what is said of them: of second order's size, no other method's."""
+    runs = rows.read_runs(RESULTS)
+    runs = runs[(runs["task"] == "sst2") & (runs["model"] == "minilm")]
+    uppers = runs.groupby("method")["upper"].unique().map(list)
+    controls = ("random-mask", "fixed-random-mask", "inverted-mask")
+    assert [uppers[x] for x in ("rose-second", *controls)] == [[0.3]] * 4
+    assert (uppers["rose-first"], uppers["rose-ensemble"]) == ([0.6], [0.4])
+    for page in ("README.md", "docs/paper.md"):
+        text = " ".join((ROOT / page).read_text().split())
+        assert "of second order's size" in text, page
+        assert "mask of the same size" not in text, page
 
 
 # ------------------------------------------------------------------------------- rows, and choices
@@ -349,5 +364,7 @@ def test_the_readme_says_what_the_rows_say():
         for row in table.itertuples(index=False)
     }
     assert said
+    header = next(line for line in text.splitlines() if line.startswith("| method"))
+    assert tuple(x.strip() for x in header.strip("|").split("|")) == summary.COLUMNS
     for row in said:
         assert tuple(row) in rows_of, row

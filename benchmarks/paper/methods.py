@@ -22,7 +22,7 @@ from rose_ops.losses import RoseLosses
 
 
 class FixedRandomMask(RandomMask):
-    """A control: one random mask of ROSE's size for the whole run."""
+    """A control: one random mask for the whole run, of the size that `RandomMask` draws."""
 
     def __init__(self, model: nn.Module, context: Context) -> None:
         super().__init__(model, context)
