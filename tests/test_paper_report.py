@@ -138,7 +138,7 @@ def test_a_study_that_was_stopped(tmp_path):
     assert "\nrose-second | 80.0 | 34.0 | 80.0 | 34.0 | 57.0 | 46.0 | 1\n" in text
     # 30, 31 and 32 percent
     assert "\nadamw | 80.2 ± 0.2 | 31.0 ± 1.0 | 80.2 ± 0.2 | 31.0 ± 1.0 | 55.6 | 49.2 | 3\n" in text
-    assert "sst2 | rose-second | adamw | +3.0 | – | – | – | fewer than two seeds | 1" in text
+    assert "sst2 | rose-second | adamw | +4.0 | – | – | – | fewer than two seeds | 1" in text
     assert "14 runs, 0.1 hours in all." in text
     assert "a made-up machine, 1 threads; float32; torch 2.13.0; commit abc123; 2026-01-02" in text
     assert html.count("<img") == 1  # curves

@@ -77,7 +77,7 @@ def _comparison(name: tuple[str, str, str], runs: pd.DataFrame, curves: pd.DataF
         f"Table 1: {where}",
         "ROSE against the paper's baselines and against controls: random masks of second order's size, "
         "drawn anew in every step or once; the inverse of second order's mask; and AdamW with a "
-        "smaller learning rate. First order and the ensemble may keep more, or less, than those masks do.",
+        "smaller learning rate. First order and the ensemble may keep more, or less, than those do.",
         ran(runs),
         _missing(runs, [x for x in METHODS if x not in WITH_R_DROP]),
         [tables.accuracies(runs, [x for x in METHODS if x not in WITH_R_DROP], others, ROSE)],
