@@ -122,6 +122,17 @@ def test_probing_and_dropout(results):
     assert [(x["step"], x["n"]) for x in numbers] == [("2", "20"), ("4", "20")]
 
 
+def test_other_data_are_refused(tiny, results, tmp_path):
+    assert json.loads((results / "data.json").read_text()).keys() == {"sst2", "msgs:pair"}
+    (tmp_path / "data.json").write_text(json.dumps({"sst2": "other", "msgs:pair": "other"}))
+    commands = {"dropout": "sst2", "probe": "msgs:pair"}
+    outcomes = call(tiny, tmp_path, *((name, *COMMANDS[name]) for name in commands))
+    for done, task in zip(outcomes, commands.values(), strict=True):
+        assert done.returncode == 1
+        assert f"are of other data of {task} than these" in done.stderr
+    assert not (tmp_path / "analyses.csv").exists()
+
+
 def test_what_is_there_is_left_out(tiny, results):
     before = (results / "analyses.csv").read_text()
     (done,) = call(tiny, results, ("surfaces", *COMMANDS["surfaces"]))

@@ -256,6 +256,14 @@ def test_the_settings_with_most_seeds_are_compared():
     assert rows.main_settings(frame(swept)).empty
 
 
+def test_runs_in_two_precisions_are_not_pooled():
+    runs = frame([(small("rose-ensemble", "sst2", "minilm", "tensor", x), 0.8, 0.3) for x in range(3)])
+    runs["used_precision"] = ["bfloat16", "float32", "float32"]
+    assert rows.main_settings(runs)["seed"].tolist() == [1, 2]
+    runs = pd.concat([runs, runs.assign(gamma=0.9)])
+    assert set(rows.of_gammas(runs)["used_precision"]) == {"bfloat16"}  # of as many, the first
+
+
 def test_gammas_are_of_runs_that_differ_in_nothing_else():
     run = small("rose-ensemble", "sst2", "minilm", "tensor", 0)
     other = replace(run, lr=9e-5, gamma=0.3)

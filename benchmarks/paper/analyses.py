@@ -111,7 +111,10 @@ class Place:
         return model_folder(run.model, self.args.cache_dir)
 
     def task(self, run: Run) -> Task:
-        return task_of(run.task, self.args.data_dir)
+        """The run's task, if its data are those of the results in the folder."""
+        task = task_of(run.task, self.args.data_dir)
+        self.results.check_data(run.task, task)
+        return task
 
     def train(self, run: Run, task: Task, tests: Mapping[str, Examples]) -> Trained:
         """`train_run` with a progress bar. The method `INITIAL` is not trained."""

@@ -28,6 +28,7 @@ from rose_ops.finetune.train import train
 PROBING, DROPOUT = "probing", "dropout"
 PROBING_COLUMNS = ("inoculated", "matthews", "training_accuracy", "n")
 DROPOUT_COLUMNS = ("step", "inconsistent", "n")
+PARTS = ("train", "inoculating", "test")
 PAIR = "control_raising_lexical_content_the"
 _ROSE = ("adamw", "rose-first", "rose-second", "rose-ensemble")
 _BATCH = 64
@@ -53,10 +54,12 @@ def probe(args: argparse.Namespace) -> None:
     if args.data_dir is None:
         raise UserError("probe needs --data-dir with a folder msgs: the data set is not on the hub")
     place = Place.of(args)
-    sets = {x: _read_msgs(args.data_dir, args.pair, x) for x in ("train", "inoculating", "test")}
+    sets = {x: read_msgs(args.data_dir, args.pair, x) for x in PARTS}
     test = sets["test"][: args.examples]
+    name = f"msgs:{args.pair}"
+    place.results.check_data(name, task_of_msgs(*sets.values()))
     for run in runs_of(args):
-        run = replace(run, task=f"msgs:{args.pair}")
+        run = replace(run, task=name)
         for share in args.inoculate:
             options = {"inoculated": share, "examples": args.examples}
             if not place.is_done(PROBING, run, options):
@@ -65,9 +68,14 @@ def probe(args: argparse.Namespace) -> None:
                     rows.append({"inoculated": share, **_probe(place, run, training, test)})
 
 
+def task_of_msgs(training: Examples, validation: Examples, test: Examples) -> Task:
+    """As tasks of GLUE are; none of it is in AdvGLUE."""
+    return Task("msgs", ("0", "1"), training, validation, test)
+
+
 def _probe(place: Place, run: Run, training: Examples, test: Examples) -> dict[str, Any]:
     """Train one run and judge it by disambiguating sentences, and by some that it was trained on."""
-    task = Task("msgs", ("0", "1"), training, Examples([], []), test)
+    task = task_of_msgs(training, Examples([], []), test)
     sets = {"test": test, "training": training[: len(test)]}
     trained = place.train(run, task, sets)
     predicted = {
@@ -112,7 +120,7 @@ def inoculated(training: Examples, extra: Examples, share: float, seed: int) -> 
     )
 
 
-def _read_msgs(folder: Path, pair: str, part: str) -> Examples:
+def read_msgs(folder: Path, pair: str, part: str) -> Examples:
     """Sentences with their linguistic labels. In `train` the surface feature agrees with them, in the
     others it is their opposite."""
     path = folder / "msgs" / f"{pair}.{part}.tsv"

@@ -2,7 +2,8 @@
 
 `curves.csv` has a row for each run, evaluation and split, `runs.csv` one for each finished run. Both
 are written when a run has finished, under one lock: the curves first, so that a run counts only with
-its row in `runs.csv`, and rows of curves without one are orphans.
+its row in `runs.csv`, and rows of curves without one are orphans. `data.json` says which data the
+results of a task are of, by their `digest`.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import csv
 import fcntl
 import io
+import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -20,6 +22,7 @@ from typing import Any
 from benchmarks.paper.runs import Run
 from benchmarks.paper.train import Scores, Trained
 from rose_ops.finetune import UserError
+from rose_ops.finetune.data import Task, digest
 
 SPLITS = ("clean", "adversarial", "characters", "words")
 KEY = ("method", "task", "model", "granularity", "seed")
@@ -45,6 +48,7 @@ class Results:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.curves, self.runs = folder / "curves.csv", folder / "runs.csv"
+        self.data = folder / "data.json"
         (folder / "locks").mkdir(parents=True, exist_ok=True)
 
     def finished(self) -> set[str]:
@@ -92,6 +96,30 @@ class Results:
                 append(replacement, CURVES, kept)
                 replacement.replace(self.curves)
             return len(rows) - len(kept)
+
+    def check_data(self, name: str, task: Task) -> None:
+        """Make sure that a task's data are those of the results in the folder. The first are noted.
+
+        Args:
+            name: Of the task in the results.
+            task: What is about to be trained on.
+
+        Raises:
+            UserError: The results are of other data.
+        """
+        found = digest(task)
+        with self.locked():
+            known = json.loads(self.data.read_text(encoding="utf-8")) if self.data.exists() else {}
+            if name not in known:
+                replacement = self.data.with_suffix(".part")
+                replacement.write_text(json.dumps({**known, name: found}, indent=2) + "\n")
+                replacement.replace(self.data)
+            elif known[name] != found:
+                raise UserError(
+                    f"the results in {self.folder} are of other data of {name} than these: their "
+                    f"digest is {known[name]} and not {found}; choose another --results folder, or the "
+                    "--data-dir that they were made with"
+                )
 
     @contextmanager
     def claim(self, run: Run) -> Iterator[bool]:

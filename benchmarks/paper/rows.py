@@ -77,7 +77,8 @@ def main_settings(runs: pd.DataFrame) -> pd.DataFrame:
     """
     kept = []
     for _, rows in runs[runs["preset"] != SWEEP].groupby([*SETTING, "method"], sort=False):
-        alike = rows.groupby([x for x in SETTINGS if x != "preset"], sort=False, dropna=False)
+        same = [x for x in SETTINGS if x != "preset"]
+        alike = rows.groupby([*same, "used_precision"], sort=False, dropna=False)
         kept.append(max((group for _, group in alike), key=lambda group: group["seed"].nunique()))
     return pd.concat(kept) if kept else runs.iloc[:0]
 
@@ -97,7 +98,7 @@ def comparisons(rows: pd.DataFrame) -> Iterator[tuple[tuple[str, str, str], pd.D
 def of_gammas(runs: pd.DataFrame) -> pd.DataFrame:
     """Runs of ROSE-Ensemble that differ in gamma, and in seeds: for each model, granularity and task
     those with the other settings that most gammas were tried with; none with one gamma only."""
-    others = [x for x in SETTINGS if x not in ("gamma", "preset")]
+    others = [*(x for x in SETTINGS if x not in ("gamma", "preset")), "used_precision"]
     kept = []
     ensembles = runs[runs["method"] == "rose-ensemble"]
     for _, rows in ensembles.groupby(["model", "granularity", "task"], sort=False):

@@ -196,6 +196,7 @@ def _do(one: Run, results: Results, args: argparse.Namespace) -> None:
     start = time.perf_counter()
     runtime = choose_runtime(args.device, one.precision)
     task = task_of(one.task, args.data_dir)
+    results.check_data(one.task, task)
     folder = model_folder(one.model, args.cache_dir)
     trained = train_run(one, task, runtime, folder, splits(task, one.perturbed))
     date = datetime.now(timezone.utc).isoformat(timespec="seconds")

@@ -123,6 +123,18 @@ def load_task(name: str, data_dir: Path | None = None, cache_dir: Path | None = 
     raise UserError(f"unknown task {name!r}; choose one of {', '.join(TASKS)}")
 
 
+def digest(task: Task) -> str:
+    """What tells a task's data from others': a short sha256 of texts and labels of all its splits."""
+    splits = {
+        "train": task.train,
+        "validation": task.validation,
+        "test": task.test,
+        "adversarial": task.adversarial,
+    }
+    content = json.dumps(splits, default=vars, sort_keys=True)
+    return hashlib.sha256(content.encode()).hexdigest()[:12]
+
+
 def default_cache_dir() -> Path:
     """The `rose_ops` folder in the user's cache, as the XDG base directory standard has it."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rose_ops"
