@@ -197,6 +197,28 @@ def test_all_is_there(tmp_path):
     assert "below one | 0.62 | 0.60 | 1.50 |" in text
 
 
+def test_surfaces_of_two_settings(tmp_path):
+    """Those of the first are drawn."""
+
+    def drawn(*losses: float) -> list[str]:
+        runs = [
+            replace(small("adamw", "sst2", "minilm", "element", 0), steps=150 + i)
+            for i in range(len(losses))
+        ]
+        grids = [
+            [{"alpha": a, "beta": b, "loss": loss + a, "accuracy": 0.5} for a in (0, 1) for b in (0, 1)]
+            for loss in losses
+        ]
+        found = [(run, {"split": "clean"}, grid) for run, grid in zip(runs, grids, strict=True)]
+        save_analysis(tmp_path, landscape.SURFACES, landscape.SURFACE_COLUMNS, found)
+        html = report.render(tmp_path)
+        (tmp_path / "analyses.csv").unlink()
+        return re.findall(r"data:image[^\"]*", html)
+
+    assert len(drawn(1.0)) == 1
+    assert drawn(1.0, 5.0) == drawn(1.0) != drawn(5.0)
+
+
 def test_a_folder_of_another_version_is_refused(tmp_path):
     write(tmp_path / "runs.csv", ["run", "method"], [{"run": "1", "method": "adamw"}])
     with pytest.raises(UserError, match=r"runs.csv lacks the columns task, model.*another --results"):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
 import json
 import os
+import resource
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +20,8 @@ for module in ("transformers", "tqdm", "psutil", "cpuinfo"):
     pytest.importorskip(module, reason="needs the paper extra")
 
 from benchmarks.paper import probing, runner  # noqa: E402
-from benchmarks.paper.results import CURVES, RUNS, Results  # noqa: E402
+from benchmarks.paper.analyses import Place  # noqa: E402
+from benchmarks.paper.results import CURVES, RUNS, Results, append  # noqa: E402
 from benchmarks.paper.runs import Run  # noqa: E402
 from benchmarks.paper.train import Evaluation, Trained, score  # noqa: E402
 from rose_ops.finetune import UserError  # noqa: E402
@@ -80,6 +83,51 @@ def test_other_columns_are_refused(tmp_path):
     with pytest.raises(UserError, match=r"runs\.csv has other columns \(run,method"):
         results.add(run, a_result(run), 2.0, MACHINE)
     assert results.runs.read_text() == before
+
+
+def test_what_a_disk_does_not_take_is_said_and_taken_back(tmp_path):
+    """As a disk that fills up does: a part of the rows, and then an error."""
+    path = tmp_path / "some.csv"
+    append(path, ["a"], [{"a": i} for i in range(9)])
+    before = path.read_text()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 50, limits[1]))
+    try:
+        with pytest.raises(UserError, match=r"some\.csv could not be written .*as it was before"):
+            append(path, ["a"], [{"a": "x" * 9} for i in range(99)])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert path.read_text() == before
+
+
+def test_a_write_that_takes_a_part_goes_on(tmp_path, monkeypatch):
+    write = os.write
+    monkeypatch.setattr(os, "write", lambda file, content: write(file, content[:7]))
+    append(tmp_path / "some.csv", ["a"], [{"a": i} for i in range(99)])
+    assert [row["a"] for row in rows(tmp_path / "some.csv")] == [str(i) for i in range(99)]
+
+
+def a_surface(results: Results) -> None:
+    place = Place(argparse.Namespace(device="cpu"), results)
+    options = {"points": 1}
+    with place.recording("surfaces", Run("adamw", "sst2"), options, ("alpha", "loss")) as measured:
+        measured.append({"alpha": 0.5, "loss": 1.0})
+
+
+def test_a_measurement_that_two_processes_made_is_there_once(tmp_path):
+    """Both had looked whether it is there before either had finished."""
+    for _ in range(2):
+        a_surface(Results(tmp_path))
+    assert len(rows(tmp_path / "surfaces.csv")) == len(rows(tmp_path / "analyses.csv")) == 1
+
+
+def test_numbers_of_a_measurement_that_was_stopped_are_replaced(tmp_path):
+    a_surface(Results(tmp_path))
+    (number,) = rows(tmp_path / "surfaces.csv")
+    append(tmp_path / "surfaces.csv", number, [{**number, "analysis": "other"}])
+    (tmp_path / "analyses.csv").unlink()  # so that it was not finished
+    a_surface(Results(tmp_path))
+    assert [row["analysis"] for row in rows(tmp_path / "surfaces.csv")] == ["other", number["analysis"]]
 
 
 def add_many(folder: Path, start: int) -> None:

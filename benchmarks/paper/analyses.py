@@ -22,7 +22,7 @@ from typing import Any
 from tqdm import tqdm
 
 from benchmarks.paper.methods import METHODS
-from benchmarks.paper.results import KEY, MACHINE, Results, append, read
+from benchmarks.paper.results import KEY, MACHINE, Results, append, drop, read
 from benchmarks.paper.runner import RESULTS, chosen, machine, prepare, task_of
 from benchmarks.paper.runs import Run
 from benchmarks.paper.train import Trained, train_run
@@ -130,7 +130,11 @@ class Place:
     def is_done(self, command: str, run: Run, options: Mapping[str, Any]) -> bool:
         """Whether the measurement is in the results. Says so."""
         with self.results.locked():
-            there = {row["analysis"] for row in read(self.results.folder / "analyses.csv")}
+            return self._is_there(command, run, options)
+
+    def _is_there(self, command: str, run: Run, options: Mapping[str, Any]) -> bool:
+        """As `is_done`, within the lock."""
+        there = {row["analysis"] for row in read(self.results.folder / "analyses.csv")}
         if found := _id(command, run, options) in there:
             print(f"{command}: {run.method}, {run.task}, seed {run.seed} is there already")
         return found
@@ -140,6 +144,9 @@ class Place:
         self, command: str, run: Run, options: Mapping[str, Any], columns: Sequence[str]
     ) -> Iterator[list[dict[str, Any]]]:
         """A list for the rows of one measurement, which are written when the block ends well.
+
+        They are not if another process has written the same measurement meanwhile. What it, or this
+        one, was stopped at writing is replaced.
 
         Args:
             command: Gives the file its name, `<command>.csv`.
@@ -159,10 +166,13 @@ class Place:
             "used_precision": self.runtime(run).precision,
             **{name: machine(self.args.device).get(name, "") for name in MACHINE},
         }
+        numbers = self.results.folder / f"{command}.csv"
+        shown = [{"analysis": analysis, **{x: _short(y) for x, y in row.items()}} for row in rows]
         with self.results.locked():
-            shown = [{"analysis": analysis, **{x: _short(y) for x, y in row.items()}} for row in rows]
-            append(self.results.folder / f"{command}.csv", ("analysis", *columns), shown)
-            append(self.results.folder / "analyses.csv", ANALYSES, [entry])
+            if not self._is_there(command, run, options):
+                drop(numbers, lambda row: row.get("analysis") == analysis)
+                append(numbers, ("analysis", *columns), shown)
+                append(self.results.folder / "analyses.csv", ANALYSES, [entry])
         gc.collect()  # models are in cycles with their optimizers' schedules
 
 

@@ -94,13 +94,15 @@ def surfaces(points: pd.DataFrame) -> bytes:
     """Loss around models: a row for each task, a column for each method, one colour scale for all.
 
     Args:
-        points: of one model and granularity: ``task``, ``method``, ``alpha``, ``beta``, ``loss``. Of
-            several seeds the first is drawn.
+        points: of one model and granularity, on one grid: ``task``, ``method``, ``seed``, ``alpha``,
+            ``beta``, ``loss``. Of several seeds the first is drawn, and of several measurements of one
+            task, method and seed (with other steps or learning rates) that whose rows come first.
     """
     from matplotlib import colors
 
     pyplot = _pyplot()
     points = points[points["seed"] == points["seed"].min()]
+    points = points.drop_duplicates(["task", "method", "alpha", "beta"])
     tasks, methods = (list(dict.fromkeys(points[x])) for x in ("task", "method"))
     figure, axes = pyplot.subplots(
         len(tasks),

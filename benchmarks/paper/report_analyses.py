@@ -71,7 +71,8 @@ def _surfaces(frame: pd.DataFrame, known: pd.DataFrame) -> Section:
         "Cross-entropy around each model, in two random directions whose filters have the norms of "
         "the model's (Li et al., 2018), without dropout; the same directions for all, but for those "
         "norms. One colour scale in each figure. The red cross is the model. One seed and one pair of "
-        "directions show what a surface can look like, and are no test of a difference.",
+        "directions show what a surface can look like, and are no test of a difference. Of several "
+        "measurements of one task and method (other seeds, steps, learning rates) the first is drawn.",
     )
     if _is_missing(section, frame, known, "surfaces"):
         return section

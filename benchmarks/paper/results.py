@@ -13,7 +13,7 @@ import fcntl
 import io
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -88,14 +88,7 @@ class Results:
         """Take rows of unfinished runs out of the curves; returns how many there were."""
         with self.locked():
             known = {row["run"] for row in read(self.runs)}
-            rows = read(self.curves)
-            kept = [row for row in rows if row["run"] in known]
-            if len(kept) < len(rows):
-                replacement = self.curves.with_suffix(".part")
-                replacement.unlink(missing_ok=True)
-                append(replacement, CURVES, kept)
-                replacement.replace(self.curves)
-            return len(rows) - len(kept)
+            return drop(self.curves, lambda row: row["run"] not in known)
 
     def check_data(self, name: str, task: Task) -> None:
         """Make sure that a task's data are those of the results in the folder. The first are noted.
@@ -149,11 +142,23 @@ def read(path: Path) -> list[dict[str, str]]:
     return list(csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1])))
 
 
+def drop(path: Path, unwanted: Callable[[Mapping[str, str]], bool]) -> int:
+    """Take rows out of a file, which a stop leaves as it was; returns how many there were."""
+    rows = read(path)
+    kept = [row for row in rows if not unwanted(row)]
+    if len(kept) < len(rows):
+        replacement = path.with_suffix(".part")
+        replacement.unlink(missing_ok=True)
+        append(replacement, rows[0], kept)
+        replacement.replace(path)
+    return len(rows) - len(kept)
+
+
 def append(path: Path, columns: Iterable[str], rows: Iterable[Mapping[str, Any]]) -> None:
-    """Append all rows in one write, after what a write that was cut off has left is gone.
+    """Append all rows, or none, after what a write that was cut off has left is gone.
 
     Raises:
-        UserError: The file has other columns.
+        UserError: The file has other columns, or the disk has no room for the rows.
     """
     columns = list(columns)
     text = io.StringIO()
@@ -172,5 +177,14 @@ def append(path: Path, columns: Iterable[str], rows: Iterable[Mapping[str, Any]]
                 "another --results folder"
             )
         writer.writerows(rows)
-        os.write(file.fileno(), text.getvalue().encode())
-        os.fsync(file.fileno())
+        left = memoryview(text.getvalue().encode())
+        try:
+            while left:  # a disk that is filling up takes a part, and fails at the next
+                left = left[os.write(file.fileno(), left) :]
+            os.fsync(file.fileno())
+        except OSError as error:
+            file.truncate(end)
+            raise UserError(
+                f"{path} could not be written ({error.strerror}), and is as it was before: make room "
+                "and give the command again"
+            ) from error
