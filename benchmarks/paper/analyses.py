@@ -135,7 +135,7 @@ class Place:
     def _is_there(self, command: str, run: Run, options: Mapping[str, Any]) -> bool:
         """As `is_done`, within the lock."""
         there = {row["analysis"] for row in read(self.results.folder / "analyses.csv")}
-        if found := _id(command, run, options) in there:
+        if found := analysis_id(command, run, options) in there:
             print(f"{command}: {run.method}, {run.task}, seed {run.seed} is there already")
         return found
 
@@ -157,7 +157,7 @@ class Place:
         rows: list[dict[str, Any]] = []
         start = time.perf_counter()
         yield rows
-        analysis = _id(command, run, options)
+        analysis = analysis_id(command, run, options)
         settings = {x: y for x, y in vars(run).items() if x in ANALYSES}
         entry = {
             **{"analysis": analysis, "command": command, "run": run.id, **settings},
@@ -176,7 +176,8 @@ class Place:
         gc.collect()  # models are in cycles with their optimizers' schedules
 
 
-def _id(command: str, run: Run, options: Mapping[str, Any]) -> str:
+def analysis_id(command: str, run: Run, options: Mapping[str, Any]) -> str:
+    """Of all that the numbers depend on."""
     content = json.dumps([command, run.id, options], sort_keys=True)
     return hashlib.sha256(content.encode()).hexdigest()[:12]
 

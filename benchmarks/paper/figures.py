@@ -140,8 +140,8 @@ def interpolations(points: pd.DataFrame) -> bytes:
     """Loss (solid) and accuracy (dashed) along lines between models, one panel for each pair.
 
     Args:
-        points: ``model``, ``granularity``, ``task``, ``first``, ``second``, ``seed``, ``alpha``,
-            ``loss``, ``accuracy``.
+        points: ``analysis`` (each is a line), ``model``, ``granularity``, ``task``, ``first``,
+            ``second``, ``alpha``, ``loss``, ``accuracy``.
     """
     pyplot = _pyplot()
     panels = list(
@@ -156,7 +156,7 @@ def interpolations(points: pd.DataFrame) -> bytes:
         axis.set_visible(False)
     for axis, ((model, granularity, task, first, second), rows) in zip(axes.flat, panels, strict=False):
         right = axis.twinx()
-        for _, run in rows.groupby("seed"):
+        for _, run in rows.groupby("analysis"):
             run = run.sort_values("alpha")
             axis.plot(run["alpha"], run["loss"], color=_COLOURS[4])
             right.plot(run["alpha"], 100 * run["accuracy"], "--", color=_COLOURS[5])

@@ -179,4 +179,11 @@ def _sweeps(runs: pd.DataFrame) -> list[Section]:
     if swept.empty:
         return []
     question = "Every combination of settings that was asked for with --sweep."
-    return [Section("Sweeps", question, ran(swept), tables=[tables.sweep(swept)])]
+    return [
+        Section(
+            "Sweeps",
+            question,
+            ran(swept),
+            tables=[tables.sweep(swept, [*rows.SETTINGS, "used_precision"])],
+        )
+    ]
