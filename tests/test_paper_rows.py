@@ -53,6 +53,21 @@ def test_the_settings_with_most_seeds_are_compared():
     assert rows.main_settings(frame(swept)).empty
 
 
+def test_methods_of_other_steps_are_not_compared():
+    """Of a method with most seeds at 600 steps, those with the steps of the others."""
+    runs = [small(x, "sst2", "minilm", "tensor", i) for x in ("adamw", "random-mask") for i in range(3)]
+    mine = [small("rose-second", "sst2", "minilm", "tensor", i) for i in range(4)]
+    longer = [replace(run, steps=600, lr=3e-5) for run in mine]
+    found = frame([(run, 0.8, 0.3) for run in (*runs, *longer, mine[0], replace(mine[1], lr=1e-5))])
+    main = rows.main_settings(found)
+    assert set(main["steps"]) == {150}
+    assert main["method"].value_counts().to_dict() == {"adamw": 3, "random-mask": 3, "rose-second": 1}
+    assert main.loc[main["method"] == "rose-second", "lr"].tolist() == [mine[0].lr]
+    # What belongs to a method may differ between methods, and tasks from each other.
+    other = [(replace(run, task="rte", batch_size=16, lr=1e-3), 0.8, 0.3) for run in mine]
+    assert len(rows.main_settings(frame([*((run, 0.8, 0.3) for run in runs), *other]))) == 10
+
+
 def test_runs_in_two_precisions_are_not_pooled():
     runs = frame([(small("rose-ensemble", "sst2", "minilm", "tensor", x), 0.8, 0.3) for x in range(3)])
     runs["used_precision"] = ["bfloat16", "float32", "float32"]
