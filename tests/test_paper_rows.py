@@ -224,6 +224,18 @@ def test_a_summary_says_of_how_many_runs_a_gain_is(tmp_path):
     assert gain.endswith(" [2 of 3 runs]"), gain
 
 
+def test_a_summary_says_how_many_runs_are_there_at_once(tmp_path):
+    """AdamW has 60% at its first evaluation: less accurate runs are compared with that one."""
+    early = [
+        (run, 0.55, robust) if run.method == "rose-second" and run.seed else (run, clean, robust)
+        for run, clean, robust in study(("adamw", "rose-second"), tasks=("sst2",))
+    ]
+    save_study(tmp_path, early)
+    ((_, table),) = summary.tables(tmp_path, fewest=3)
+    gain = table.set_index("method").loc["rose-second", summary.COLUMNS[-1]]
+    assert gain.endswith(" [3 of 3 runs, 2 at once]"), gain
+
+
 def test_the_readme_says_what_the_rows_say():
     """Every row of its tables of methods is one of the summary of the rows that are committed."""
     text = (ROOT / "README.md").read_text().split("## Is it more robust?")[1].split("\n## ")[0]
