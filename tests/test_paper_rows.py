@@ -21,6 +21,7 @@ from benchmarks.paper import probing, report, rows, summary, tables, upper  # no
 from benchmarks.paper.analyses import ANALYSES  # noqa: E402
 from benchmarks.paper.runner import RESULTS  # noqa: E402
 from benchmarks.paper.runs import small  # noqa: E402
+from rose_ops.finetune.presets import candidates  # noqa: E402
 
 # ------------------------------------------------------------------------------- rows, and choices
 
@@ -234,6 +235,23 @@ def test_a_summary_says_how_many_runs_are_there_at_once(tmp_path):
     ((_, table),) = summary.tables(tmp_path, fewest=3)
     gain = table.set_index("method").loc["rose-second", summary.COLUMNS[-1]]
     assert gain.endswith(" [3 of 3 runs, 2 at once]"), gain
+
+
+def test_the_page_says_how_far_trainings_got():
+    """Clean accuracies of AdamW along the way, and how many presets a search competes with."""
+    text = " ".join((ROOT / "docs" / "paper.md").read_text().split())
+    runs = rows.read_runs(RESULTS)
+    curves = rows.read_curves(RESULTS, runs[(runs["model"] == "minilm") & (runs["method"] == "adamw")])
+    means = 100 * curves.groupby(["task", "step"])["clean_accuracy"].mean()
+    said = {
+        "SST-2 the curves have flattened by then (AdamW: {}, {} and {}%": ("sst2", (100, 125, 150)),
+        "QNLI they have not ({}, {} and {}%": ("qnli", (50, 100, 150)),
+    }
+    for sentence, (task, steps) in said.items():
+        assert sentence.format(*(f"{means[task, step]:.1f}" for step in steps)) in text
+    counts = (len(candidates(order, "sst2")) for order in ("first", "second", "ensemble"))
+    sentence = "there are {} for the first order, {} for the second and {} for the ensemble"
+    assert sentence.format(*counts) in text
 
 
 def test_the_readme_says_what_the_rows_say():
