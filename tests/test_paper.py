@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
 import os
 import signal
@@ -110,31 +111,6 @@ def test_a_run_has_another_id_for_whatever_changes_it():
     assert run.id == Run("adamw", "sst2").id
     others = [replace(run, seed=1), replace(run, lr=2e-4), replace(run, eps_placement="before")]
     assert len({run.id, *(one.id for one in others)}) == 4
-
-
-def arguments(*given: str):
-    import argparse
-
-    parser = argparse.ArgumentParser()
-    runner.add_arguments(parser)
-    return parser.parse_args(given)
-
-
-def test_settings_are_replaced_and_swept_over():
-    given = ["--tasks", "sst2", "--models", "minilm", "--methods", "rose-second", "--seeds", "0"]
-    given += ["--granularities", "tensor"]
-    (run,) = runner.chosen(arguments(*given, "--set", "lr=3e-5", "steps=7"))
-    assert (run.lr, run.steps) == (3e-5, 7)
-    grid = runner.chosen(arguments(*given, "--sweep"))
-    assert {(one.lr, one.upper) for one in grid} == {
-        (float(f"{i}e-5"), j / 10) for i in range(1, 11) for j in range(1, 10)
-    }
-    some = runner.chosen(arguments(*given, "--sweep", "gamma=0.1,0.9"))
-    assert [one.gamma for one in some] == [0.1, 0.9]
-    with pytest.raises(UserError, match="'speed=3' is no setting of a run"):
-        runner.chosen(arguments(*given, "--set", "speed=3"))
-    with pytest.raises(UserError, match="'steps=x': expected a value of type int"):
-        runner.chosen(arguments(*given, "--set", "steps=x"))
 
 
 # ------------------------------------------------------------------------------------- measurements
@@ -268,7 +244,7 @@ TWO = ("--seeds", "0", "--granularities", "tensor", "--methods", "adamw", "rose-
 
 
 def test_jobs_share_the_runs_and_time_is_kept(tiny, tmp_path):
-    result = study_of(tiny, tmp_path, *TWO, "--jobs", "2")
+    result = study_of(tiny, tmp_path, *TWO, "--jobs", "2", "--device", "auto")
     assert result.returncode == 0, result.stderr
     assert sorted(row["method"] for row in rows(tmp_path / "runs.csv")) == ["adamw", "rose-second"]
 
@@ -289,6 +265,16 @@ def test_other_data_are_refused_before_training(tiny, tmp_path):
     assert refused.returncode == 1
     assert "are of other data of sst2 than these" in refused.stderr
     assert not (tmp_path / "runs.csv").exists()
+
+
+def test_the_machine_is_known_before_training(tiny, tmp_path, monkeypatch):
+    """And is where the run is, whatever `auto` is."""
+    monkeypatch.setattr(runner, "train_run", lambda *given: pytest.fail("it was trained"))
+    monkeypatch.setattr(runner, "describe", lambda device: (_ for _ in ()).throw(KeyError(device.name)))
+    runner.machine.cache_clear()
+    given = argparse.Namespace(device="auto", data_dir=tiny)
+    with pytest.raises(KeyError, match="cuda" if torch.cuda.is_available() else "cpu"):
+        runner._do(Run("adamw", "sst2"), Results(tmp_path), given)
 
 
 def test_a_run_that_diverges_stops_no_other(tiny, tmp_path):

@@ -40,7 +40,10 @@ COMMANDS = {
         *("--pair", "pair", "--methods", "adamw", "--seeds", "0", "1"),
         *("--inoculate", "0", "0.25", "--examples", "6"),
     ),
-    "dropout": ("--at", "2", "4", "6", "--examples", "20", "--methods", "rose-first"),
+    "dropout": (
+        *("--at", "2", "4", "6", "--examples", "20", "--methods", "rose-first"),
+        *("--device", "auto"),
+    ),
     "upper": ("--grid", "0.5", "--look", "3", "--examples", "4", "--seeds", "0"),
 }
 
@@ -161,6 +164,7 @@ ERRORS = {
     ("probe", "--pair", "nothing"): "nothing.train.tsv does not exist",
     ("probe", "--pair", "pair", "--inoculate", "0.5"): "--inoculate 0.5: expected a share",
     ("upper", "--methods", "adamw"): "adamw has none to look at",
+    ("upper", "--look", "5"): "--look 5: expected at most the 4 steps of a training",
 }
 
 

@@ -16,18 +16,20 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
+from benchmarks.paper.arguments import at_least
 from benchmarks.paper.methods import METHODS
 from benchmarks.paper.results import KEY, MACHINE, Results, append, drop, read
 from benchmarks.paper.runner import RESULTS, chosen, machine, prepare, task_of
-from benchmarks.paper.runs import Run
+from benchmarks.paper.runs import TASKS, Run
 from benchmarks.paper.train import Trained, train_run
 from rose_ops.finetune import UserError
-from rose_ops.finetune.data import GLUE, Examples, Task
+from rose_ops.finetune.data import Examples, Task
 from rose_ops.finetune.models import model_folder
 from rose_ops.finetune.runtime import Runtime, choose_runtime
 
@@ -44,7 +46,7 @@ def add_arguments(
 ) -> None:
     """The options that all measurements have: which runs to train, and where."""
     group = parser.add_argument_group("what is trained, with the settings of `run`")
-    group.add_argument("--tasks", nargs="+", choices=tuple(GLUE), default=["sst2"])
+    group.add_argument("--tasks", nargs="+", choices=TASKS, default=["sst2"])
     group.add_argument("--models", nargs="+", default=["minilm"], help="also folders or hub names")
     names = f"{INITIAL} (not trained), {', '.join(METHODS)}"
     group.add_argument("--methods", nargs="+", default=list(methods), help=f"from: {names}")
@@ -62,7 +64,7 @@ def add_arguments(
     group.add_argument("--cache-dir", type=Path, help="of models; default: the user's cache")
     group.add_argument("--results", type=Path, default=RESULTS)
     group.add_argument("--device", default=os.environ.get("DEVICE") or "cpu")
-    group.add_argument("--threads", type=int, help="default: what torch chooses")
+    group.add_argument("--threads", type=at_least(1), help="default: what torch chooses")
     parser.set_defaults(sweep=None)
 
 
@@ -155,7 +157,8 @@ class Place:
             columns: Of the file.
         """
         rows: list[dict[str, Any]] = []
-        start = time.perf_counter()
+        start, runtime = time.perf_counter(), self.runtime(run)
+        where = machine(runtime.device)
         yield rows
         analysis = analysis_id(command, run, options)
         settings = {x: y for x, y in vars(run).items() if x in ANALYSES}
@@ -163,8 +166,9 @@ class Place:
             **{"analysis": analysis, "command": command, "run": run.id, **settings},
             "options": json.dumps(options, sort_keys=True),
             "seconds": round(time.perf_counter() - start, 1),
-            "used_precision": self.runtime(run).precision,
-            **{name: machine(self.args.device).get(name, "") for name in MACHINE},
+            "used_precision": runtime.precision,
+            **{name: where.get(name, "") for name in MACHINE},
+            "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         }
         numbers = self.results.folder / f"{command}.csv"
         shown = [{"analysis": analysis, **{x: _short(y) for x, y in row.items()}} for row in rows]

@@ -310,6 +310,18 @@ CONTROLS = ("random-mask", "fixed-random-mask", "inverted-mask", "adamw-small-lr
 NEIGHBOURS = ("skipupdate", "magma")
 
 
+def has_setting(name: str, setting: str) -> bool:
+    """Whether a method has a use for a setting of runs: without, its results are the same for all."""
+    method = METHODS[name]
+    if setting in ("upper", "granularity"):
+        return method.order is not None
+    if setting == "lower":  # masks that are drawn, or made once, have an upper only
+        return method.order is not None and method.recipe is Recipe
+    if setting == "gamma":
+        return method.order == "ensemble"
+    return method.r_drop if setting == "r_drop" else True
+
+
 def has_granularity(name: str) -> bool:
     """Whether a method's masks are of elements or of tensors; if not, it is run once for both."""
     return METHODS[name].order is not None

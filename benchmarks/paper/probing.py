@@ -16,6 +16,7 @@ from torch import nn
 from tqdm import tqdm
 
 from benchmarks.paper.analyses import INITIAL, Place, add_arguments, runs_of
+from benchmarks.paper.arguments import at_least
 from benchmarks.paper.methods import METHODS
 from benchmarks.paper.runs import Run
 from benchmarks.paper.vocabulary import prune
@@ -46,7 +47,9 @@ def add_probing(parser: argparse.ArgumentParser) -> None:
         default=[0.0],
         help="shares of the training sentences that disambiguate; MSGS has 0, 0.001, 0.003 and 0.01",
     )
-    parser.add_argument("--examples", type=int, default=1000, help="test sentences, the first ones")
+    parser.add_argument(
+        "--examples", type=at_least(1), default=1000, help="test sentences, the first ones"
+    )
 
 
 def probe(args: argparse.Namespace) -> None:
@@ -142,7 +145,9 @@ def add_dropout(parser: argparse.ArgumentParser) -> None:
     """The options of `dropout`."""
     add_arguments(parser, ["rose-first", "adamw"])
     parser.add_argument("--at", type=int, nargs="+", default=[200, 600, 2000, 4000], help="steps")
-    parser.add_argument("--examples", type=int, default=1000, help="training examples, the first ones")
+    parser.add_argument(
+        "--examples", type=at_least(1), default=1000, help="training examples, the first ones"
+    )
 
 
 def dropout(args: argparse.Namespace) -> None:

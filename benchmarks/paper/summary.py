@@ -20,6 +20,7 @@ from typing import Any
 import pandas as pd
 
 from benchmarks.paper import matched, rows
+from benchmarks.paper.arguments import at_least
 from benchmarks.paper.methods import METHODS, has_granularity
 from benchmarks.paper.runner import RESULTS
 from benchmarks.paper.stats import Comparison, compare
@@ -35,7 +36,7 @@ COLUMNS = (
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `summary`."""
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the CSV files")
-    parser.add_argument("--fewest", type=int, default=3, metavar="SEEDS", help="of a method")
+    parser.add_argument("--fewest", type=at_least(1), default=3, metavar="SEEDS", help="of a method")
 
 
 def summary(args: argparse.Namespace) -> None:

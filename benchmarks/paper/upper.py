@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from benchmarks.paper import rows
 from benchmarks.paper.analyses import Place, add_arguments, analysis_id, runs_of
+from benchmarks.paper.arguments import at_least, share
 from benchmarks.paper.runs import Run
 from benchmarks.paper.train import splits
 from benchmarks.paper.vocabulary import prune
@@ -120,24 +121,28 @@ def add_arguments_of_upper(parser: argparse.ArgumentParser) -> None:
     """The options of `upper`."""
     add_arguments(parser, ["rose-second"])
     parser.set_defaults(seeds=[0, 1, 2])
-    parser.add_argument("--grid", type=float, nargs="+", default=[0.1, 0.3, 0.5, 0.7, 0.9])
+    parser.add_argument("--grid", type=share, nargs="+", default=[0.1, 0.3, 0.5, 0.7, 0.9])
     parser.add_argument(
-        "--look", type=int, help="steps of AdamW whose risks a rule sees; default: a tenth of the steps"
+        "--look",
+        type=at_least(2),
+        help="steps of AdamW whose risks a rule sees; default: a tenth of the steps",
     )
-    parser.add_argument("--examples", type=int, default=500, help="of the validation split")
+    parser.add_argument("--examples", type=at_least(1), default=500, help="of the validation split")
 
 
 def upper(args: argparse.Namespace) -> None:
     """Look at the risks, then train with each upper of the grid, of the rules and of the controls.
 
     Raises:
-        UserError: A method without second-order masks.
+        UserError: A method without second-order masks, or fewer steps than are to be looked at.
     """
     place = Place.of(args)
     for run in runs_of(args):
         if run.method != "rose-second":
             raise UserError(f"the rules are for second-order risks; {run.method} has none to look at")
         look = args.look or max(2, run.steps // 10)
+        if look > run.steps:
+            raise UserError(f"--look {look}: expected at most the {run.steps} steps of a training")
         options = {"look": look}
         # Not of its upper: that is what is asked for.
         blank = replace(run, upper=1.0)
