@@ -19,7 +19,7 @@ sys.path.append(str(ROOT))
 for module in ("transformers", "tqdm", "psutil", "cpuinfo"):
     pytest.importorskip(module, reason="needs the paper extra")
 
-from benchmarks.paper import probing, runner  # noqa: E402
+from benchmarks.paper import analyses, probing, runner, upper  # noqa: E402
 from benchmarks.paper.analyses import Place  # noqa: E402
 from benchmarks.paper.results import CURVES, RUNS, Results, append  # noqa: E402
 from benchmarks.paper.runs import Run  # noqa: E402
@@ -107,27 +107,48 @@ def test_a_write_that_takes_a_part_goes_on(tmp_path, monkeypatch):
     assert [row["a"] for row in rows(tmp_path / "some.csv")] == [str(i) for i in range(99)]
 
 
-def a_surface(results: Results) -> None:
-    place = Place(argparse.Namespace(device="cpu"), results)
+def place_in(folder: Path) -> Place:
+    return Place(argparse.Namespace(device="cpu"), Results(folder))
+
+
+def a_surface(folder: Path) -> None:
     options = {"points": 1}
-    with place.recording("surfaces", Run("adamw", "sst2"), options, ("alpha", "loss")) as measured:
+    with place_in(folder).recording(
+        "surfaces", Run("adamw", "sst2"), options, ("alpha", "loss")
+    ) as measured:
         measured.append({"alpha": 0.5, "loss": 1.0})
 
 
 def test_a_measurement_that_two_processes_made_is_there_once(tmp_path):
     """Both had looked whether it is there before either had finished."""
     for _ in range(2):
-        a_surface(Results(tmp_path))
+        a_surface(tmp_path)
     assert len(rows(tmp_path / "surfaces.csv")) == len(rows(tmp_path / "analyses.csv")) == 1
 
 
 def test_numbers_of_a_measurement_that_was_stopped_are_replaced(tmp_path):
-    a_surface(Results(tmp_path))
+    a_surface(tmp_path)
     (number,) = rows(tmp_path / "surfaces.csv")
     append(tmp_path / "surfaces.csv", number, [{**number, "analysis": "other"}])
     (tmp_path / "analyses.csv").unlink()  # so that it was not finished
-    a_surface(Results(tmp_path))
+    a_surface(tmp_path)
     assert [row["analysis"] for row in rows(tmp_path / "surfaces.csv")] == ["other", number["analysis"]]
+
+
+def test_uppers_are_those_that_rules_said_after_this_look(tmp_path):
+    place = place_in(tmp_path)
+    run = Run("rose-second", "sst2", upper=1.0)
+    for look, value in ((2, 0.3), (9, 0.8)):
+        with place.recording(upper.RISKS, run, {"look": look}, upper.RISK_COLUMNS) as said:
+            said.append({"step": look, "rule": "elbow", "upper": value, "ranked": 5})
+    assert [upper._rules_of(place, run, {"look": look}) for look in (2, 9)] == [[0.3], [0.8]]
+
+
+def test_the_machine_of_a_measurement_is_known_before_it(tmp_path, monkeypatch):
+    """So that one that cannot be described costs no training."""
+    monkeypatch.setattr(analyses, "machine", lambda device: {}[device.type])
+    with pytest.raises(KeyError, match="cpu"):
+        place_in(tmp_path).recording("surfaces", Run("adamw", "sst2"), {}, ("alpha",)).__enter__()
 
 
 def add_many(folder: Path, start: int) -> None:

@@ -17,7 +17,7 @@ for module in ("jinja2", "matplotlib", "pandas", "scipy", "tqdm", "psutil", "cpu
 
 from made_up_study import finished, save_analysis, save_study, save_upper, study, text_of, write  # noqa: E402
 
-from benchmarks.paper import probing, report, rows, summary, tables, upper  # noqa: E402
+from benchmarks.paper import figures, probing, report, rows, summary, tables, upper  # noqa: E402
 from benchmarks.paper.analyses import ANALYSES  # noqa: E402
 from benchmarks.paper.runner import RESULTS  # noqa: E402
 from benchmarks.paper.runs import small  # noqa: E402
@@ -189,6 +189,32 @@ def test_measurements_with_several_settings_are_not_averaged(tmp_path):
         assert f"rose-first | 0 | {settings} | {value:.3f} | {100 * value:.1f} | 1\n" in text
         assert f'minilm, sst2, steps {steps}, options {{"examples": {examples}}}' in text
     assert html.count("<img") == 3
+
+
+def test_a_sweep_over_steps_is_not_averaged():
+    run = small("adamw", "sst2", "minilm", "element", 0)
+    found = [(replace(run, steps=x, preset="sweep"), 0.8, x / 100) for x in (20, 40)]
+    table = tables.sweep(frame(found), [*rows.SETTINGS, "used_precision"])
+    assert table.header[7:] == ["steps", "GLUE", "AdvGLUE", "seeds"]
+    assert [[x.text for x in row[7:]] for row in table.rows] == [
+        ["40", "80.0", "40.0", "1"], ["20", "80.0", "20.0", "1"],
+    ]  # fmt: skip
+
+
+def test_a_line_between_models_is_of_one_measurement(monkeypatch):
+    """Of two with other steps and the same seed, there are two."""
+    lines = []
+    pyplot = figures._pyplot()
+    monkeypatch.setattr(figures, "_png", lambda figure: lines.extend(figure.axes[0].get_lines()))
+    names = dict.fromkeys(("model", "granularity", "task", "first", "second"), "x")
+    points = [
+        {**names, "analysis": str(steps), "seed": 0, "alpha": alpha, "loss": steps, "accuracy": 0.5}
+        for steps in (20, 40)
+        for alpha in (0, 0.5, 1)
+    ]
+    figures.interpolations(pd.DataFrame(points))
+    pyplot.close("all")
+    assert [x.get_ydata().tolist() for x in lines[:2]] == [[20] * 3, [40] * 3]
 
 
 # ------------------------------------------------------------------------------------------- summary
