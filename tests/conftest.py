@@ -98,8 +98,8 @@ TOPICS = {
     "stacks": "accumulate ddp distributed losses reshard sharded stacks stacks_amp stacks_torch "
     "trainer trainer_fsdp2 wrappers",
     "package": "cli doctor examples habits hub import readme setup tune wheel",
-    "bench": "benchmarks paper paper_analyses paper_geometry paper_methods paper_report paper_stats "
-    "profile_gpu",
+    "bench": "benchmarks paper paper_analyses paper_arguments paper_geometry paper_methods "
+    "paper_report paper_results paper_rows paper_stats profile_gpu",
     "device": "gpu gpu_binaries gpu_graphs gpu_large gpu_profile gpu_run gpu_sync",
 }
 TOPIC_OF = {f"test_{name}": topic for topic, names in TOPICS.items() for name in names.split()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
 import os
 import signal
@@ -14,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from forked import ROOT, Command, command, context
+from forked import ROOT, Command, command
 from tiny_tasks import save_tiny_study
 from torch.nn import functional as F
 
@@ -24,9 +25,9 @@ for module in ("transformers", "tqdm", "psutil", "cpuinfo"):
 
 from benchmarks.paper import runner  # noqa: E402
 from benchmarks.paper.methods import CONTROLS, METHODS, NEIGHBOURS  # noqa: E402
-from benchmarks.paper.results import CURVES, RUNS, Results  # noqa: E402
+from benchmarks.paper.results import Results  # noqa: E402
 from benchmarks.paper.runs import PUBLISHED, Run, published, small, study  # noqa: E402
-from benchmarks.paper.train import Evaluation, Trained, score, splits, train_run  # noqa: E402
+from benchmarks.paper.train import score, splits, train_run  # noqa: E402
 from benchmarks.paper.vocabulary import prune  # noqa: E402
 from rose_ops.finetune import UserError, models  # noqa: E402
 from rose_ops.finetune.classifier import load_model, predict  # noqa: E402
@@ -112,31 +113,6 @@ def test_a_run_has_another_id_for_whatever_changes_it():
     assert len({run.id, *(one.id for one in others)}) == 4
 
 
-def arguments(*given: str):
-    import argparse
-
-    parser = argparse.ArgumentParser()
-    runner.add_arguments(parser)
-    return parser.parse_args(given)
-
-
-def test_settings_are_replaced_and_swept_over():
-    given = ["--tasks", "sst2", "--models", "minilm", "--methods", "rose-second", "--seeds", "0"]
-    given += ["--granularities", "tensor"]
-    (run,) = runner.chosen(arguments(*given, "--set", "lr=3e-5", "steps=7"))
-    assert (run.lr, run.steps) == (3e-5, 7)
-    grid = runner.chosen(arguments(*given, "--sweep"))
-    assert {(one.lr, one.upper) for one in grid} == {
-        (float(f"{i}e-5"), j / 10) for i in range(1, 11) for j in range(1, 10)
-    }
-    some = runner.chosen(arguments(*given, "--sweep", "gamma=0.1,0.9"))
-    assert [one.gamma for one in some] == [0.1, 0.9]
-    with pytest.raises(UserError, match="'speed=3' is no setting of a run"):
-        runner.chosen(arguments(*given, "--set", "speed=3"))
-    with pytest.raises(UserError, match="'steps=x': expected a value of type int"):
-        runner.chosen(arguments(*given, "--set", "steps=x"))
-
-
 # ------------------------------------------------------------------------------------- measurements
 
 
@@ -212,94 +188,12 @@ def test_pruning_the_vocabulary_changes_no_logit(tiny):
         pruned(task.train)
 
 
-# ------------------------------------------------------------------------------------------- results
-
-MACHINE = {"torch": "1", "used_precision": "float32"}
-
-
-def a_result(run: Run) -> Trained:
-    scores = {"clean": score(torch.eye(2), torch.tensor([0, 1]))}
-    return Trained(None, None, [Evaluation(2, scores), Evaluation(4, scores)], [{"ce": 0.5}], 1.0)
+# ------------------------------------------------------------------------------------------- runner
 
 
 def rows(path: Path) -> list[dict[str, str]]:
     with path.open(newline="") as file:
         return list(csv.DictReader(file))
-
-
-def test_rows_are_appended_once(tmp_path):
-    results = Results(tmp_path)
-    runs = [Run("adamw", "sst2", seed=seed) for seed in (0, 1)]
-    for run in (*runs, runs[0]):
-        results.add(run, a_result(run), 2.0, MACHINE)
-    assert [row["run"] for row in rows(results.runs)] == [run.id for run in runs]
-    assert [(row["run"], row["step"]) for row in rows(results.curves)] == [
-        (run.id, step) for run in runs for step in ("2", "4")
-    ]
-    assert tuple(rows(results.runs)[0]) == RUNS
-    assert tuple(rows(results.curves)[0]) == CURVES
-    assert rows(results.runs)[0]["clean_accuracy"] == "1.0"
-    assert rows(results.runs)[0]["train_loss"] == "0.5"
-    assert results.finished() == {run.id for run in runs}
-
-
-def test_what_a_stop_left_is_taken_away(tmp_path):
-    """A row that was cut off, and curves of a run that is not in runs.csv."""
-    results = Results(tmp_path)
-    first, second = (Run("adamw", "sst2", seed=seed) for seed in (0, 1))
-    for run in (first, second):
-        results.add(run, a_result(run), 2.0, MACHINE)
-    text = results.runs.read_text()
-    results.runs.write_text(text[:-20])
-    assert results.finished() == {first.id}
-    assert results.drop_orphans() == 2
-    assert {row["run"] for row in rows(results.curves)} == {first.id}
-    assert results.drop_orphans() == 0
-    results.add(second, a_result(second), 2.0, MACHINE)
-    assert results.runs.read_text() == text
-    assert len(rows(results.curves)) == 4
-
-
-def test_other_columns_are_refused(tmp_path):
-    results = Results(tmp_path)
-    results.runs.write_text("run,method\nabc,adamw\n")
-    before = results.runs.read_text()
-    run = Run("adamw", "sst2")
-    with pytest.raises(UserError, match=r"runs\.csv has other columns \(run,method"):
-        results.add(run, a_result(run), 2.0, MACHINE)
-    assert results.runs.read_text() == before
-
-
-def add_many(folder: Path, start: int) -> None:
-    results = Results(folder)
-    for seed in range(start, start + 20):
-        run = Run("adamw", "sst2", seed=seed)
-        results.add(run, a_result(run), 2.0, MACHINE)
-
-
-def test_several_processes_share_a_folder(tmp_path):
-    # Not forked from this one: what is forked after threads were at work may wait for them for ever.
-    workers = [context().Process(target=add_many, args=(tmp_path, 10 * i)) for i in range(3)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-        assert worker.exitcode == 0
-    results = Results(tmp_path)
-    assert sorted(int(row["seed"]) for row in rows(results.runs)) == list(range(40))
-    assert len(rows(results.curves)) == 80
-
-
-def test_a_run_is_claimed_by_one(tmp_path):
-    one, other = Results(tmp_path), Results(tmp_path)
-    run = Run("adamw", "sst2")
-    with one.claim(run) as mine, other.claim(run) as theirs:
-        assert (mine, theirs) == (True, False)
-    with other.claim(run) as theirs:
-        assert theirs
-
-
-# ------------------------------------------------------------------------------------------- runner
 
 
 def arguments_of(tiny: Path, results: Path, *given: str) -> list[str]:
@@ -350,7 +244,7 @@ TWO = ("--seeds", "0", "--granularities", "tensor", "--methods", "adamw", "rose-
 
 
 def test_jobs_share_the_runs_and_time_is_kept(tiny, tmp_path):
-    result = study_of(tiny, tmp_path, *TWO, "--jobs", "2")
+    result = study_of(tiny, tmp_path, *TWO, "--jobs", "2", "--device", "auto")
     assert result.returncode == 0, result.stderr
     assert sorted(row["method"] for row in rows(tmp_path / "runs.csv")) == ["adamw", "rose-second"]
 
@@ -363,6 +257,24 @@ def test_jobs_share_the_runs_and_time_is_kept(tiny, tmp_path):
     assert late.returncode == 0, late.stderr
     assert "0 minutes are over" in late.stderr + late.stdout
     assert not (tmp_path / "late" / "runs.csv").exists()
+
+
+def test_other_data_are_refused_before_training(tiny, tmp_path):
+    Results(tmp_path).check_data("sst2", replace(load_task("sst2", tiny), adversarial={}))
+    refused = study_of(tiny, tmp_path, *TWO)
+    assert refused.returncode == 1
+    assert "are of other data of sst2 than these" in refused.stderr
+    assert not (tmp_path / "runs.csv").exists()
+
+
+def test_the_machine_is_known_before_training(tiny, tmp_path, monkeypatch):
+    """And is where the run is, whatever `auto` is."""
+    monkeypatch.setattr(runner, "train_run", lambda *given: pytest.fail("it was trained"))
+    monkeypatch.setattr(runner, "describe", lambda device: (_ for _ in ()).throw(KeyError(device.name)))
+    runner.machine.cache_clear()
+    given = argparse.Namespace(device="auto", data_dir=tiny)
+    with pytest.raises(KeyError, match="cuda" if torch.cuda.is_available() else "cpu"):
+        runner._do(Run("adamw", "sst2"), Results(tmp_path), given)
 
 
 def test_a_run_that_diverges_stops_no_other(tiny, tmp_path):

@@ -40,7 +40,10 @@ COMMANDS = {
         *("--pair", "pair", "--methods", "adamw", "--seeds", "0", "1"),
         *("--inoculate", "0", "0.25", "--examples", "6"),
     ),
-    "dropout": ("--at", "2", "4", "6", "--examples", "20", "--methods", "rose-first"),
+    "dropout": (
+        *("--at", "2", "4", "6", "--examples", "20", "--methods", "rose-first"),
+        *("--device", "auto"),
+    ),
     "upper": ("--grid", "0.5", "--look", "3", "--examples", "4", "--seeds", "0"),
 }
 
@@ -122,6 +125,17 @@ def test_probing_and_dropout(results):
     assert [(x["step"], x["n"]) for x in numbers] == [("2", "20"), ("4", "20")]
 
 
+def test_other_data_are_refused(tiny, results, tmp_path):
+    assert json.loads((results / "data.json").read_text()).keys() == {"sst2", "msgs:pair"}
+    (tmp_path / "data.json").write_text(json.dumps({"sst2": "other", "msgs:pair": "other"}))
+    commands = {"dropout": "sst2", "probe": "msgs:pair"}
+    outcomes = call(tiny, tmp_path, *((name, *COMMANDS[name]) for name in commands))
+    for done, task in zip(outcomes, commands.values(), strict=True):
+        assert done.returncode == 1
+        assert f"are of other data of {task} than these" in done.stderr
+    assert not (tmp_path / "analyses.csv").exists()
+
+
 def test_what_is_there_is_left_out(tiny, results):
     before = (results / "analyses.csv").read_text()
     (done,) = call(tiny, results, ("surfaces", *COMMANDS["surfaces"]))
@@ -150,6 +164,7 @@ ERRORS = {
     ("probe", "--pair", "nothing"): "nothing.train.tsv does not exist",
     ("probe", "--pair", "pair", "--inoculate", "0.5"): "--inoculate 0.5: expected a share",
     ("upper", "--methods", "adamw"): "adamw has none to look at",
+    ("upper", "--look", "5"): "--look 5: expected at most the 4 steps of a training",
 }
 
 

@@ -73,7 +73,7 @@ def test_pairs_are_of_the_seeds_that_both_have(generator):
 
 
 def test_without_common_seeds_the_test_is_welchs():
-    first, second = pd.Series([0.9, 0.7, 0.8], [0, 1, 2]), pd.Series([0.5, 0.1], [2, 3])
+    first, second = pd.Series([0.9, 0.7, 0.8], [0, 1, 2]), pd.Series([0.5, 0.1], [3, 4])
     result = stats.compare(first, second)
     # sd^2 / n: 0.01 / 3 and 0.08 / 2
     t = 0.5 / math.sqrt(0.01 / 3 + 0.04)
@@ -81,6 +81,16 @@ def test_without_common_seeds_the_test_is_welchs():
     assert result.kind == "welch"
     assert result.n == 2
     assert result.p == pytest.approx(scipy_stats.t.sf(t, freedom))
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+def test_one_common_seed_is_one_pair(swapped):
+    """What the other seeds differ by is not a difference between methods."""
+    many, few = pd.Series([0.9, 0.1, 0.2], [0, 1, 2]), pd.Series([0.7, 0.8], [0, 5])
+    result = stats.compare(*((few, many) if swapped else (many, few)))
+    assert (result.kind, result.n) == ("fewer than two seeds", 1)
+    assert result.difference == pytest.approx(-0.2 if swapped else 0.2)
+    assert all(math.isnan(x) for x in (result.low, result.high, result.p))
 
 
 @pytest.mark.parametrize(

@@ -16,18 +16,20 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
+from benchmarks.paper.arguments import at_least
 from benchmarks.paper.methods import METHODS
-from benchmarks.paper.results import KEY, MACHINE, Results, append, read
+from benchmarks.paper.results import KEY, MACHINE, Results, append, drop, read
 from benchmarks.paper.runner import RESULTS, chosen, machine, prepare, task_of
-from benchmarks.paper.runs import Run
+from benchmarks.paper.runs import TASKS, Run
 from benchmarks.paper.train import Trained, train_run
 from rose_ops.finetune import UserError
-from rose_ops.finetune.data import GLUE, Examples, Task
+from rose_ops.finetune.data import Examples, Task
 from rose_ops.finetune.models import model_folder
 from rose_ops.finetune.runtime import Runtime, choose_runtime
 
@@ -44,7 +46,7 @@ def add_arguments(
 ) -> None:
     """The options that all measurements have: which runs to train, and where."""
     group = parser.add_argument_group("what is trained, with the settings of `run`")
-    group.add_argument("--tasks", nargs="+", choices=tuple(GLUE), default=["sst2"])
+    group.add_argument("--tasks", nargs="+", choices=TASKS, default=["sst2"])
     group.add_argument("--models", nargs="+", default=["minilm"], help="also folders or hub names")
     names = f"{INITIAL} (not trained), {', '.join(METHODS)}"
     group.add_argument("--methods", nargs="+", default=list(methods), help=f"from: {names}")
@@ -62,7 +64,7 @@ def add_arguments(
     group.add_argument("--cache-dir", type=Path, help="of models; default: the user's cache")
     group.add_argument("--results", type=Path, default=RESULTS)
     group.add_argument("--device", default=os.environ.get("DEVICE") or "cpu")
-    group.add_argument("--threads", type=int, help="default: what torch chooses")
+    group.add_argument("--threads", type=at_least(1), help="default: what torch chooses")
     parser.set_defaults(sweep=None)
 
 
@@ -111,7 +113,10 @@ class Place:
         return model_folder(run.model, self.args.cache_dir)
 
     def task(self, run: Run) -> Task:
-        return task_of(run.task, self.args.data_dir)
+        """The run's task, if its data are those of the results in the folder."""
+        task = task_of(run.task, self.args.data_dir)
+        self.results.check_data(run.task, task)
+        return task
 
     def train(self, run: Run, task: Task, tests: Mapping[str, Examples]) -> Trained:
         """`train_run` with a progress bar. The method `INITIAL` is not trained."""
@@ -127,8 +132,12 @@ class Place:
     def is_done(self, command: str, run: Run, options: Mapping[str, Any]) -> bool:
         """Whether the measurement is in the results. Says so."""
         with self.results.locked():
-            there = {row["analysis"] for row in read(self.results.folder / "analyses.csv")}
-        if found := _id(command, run, options) in there:
+            return self._is_there(command, run, options)
+
+    def _is_there(self, command: str, run: Run, options: Mapping[str, Any]) -> bool:
+        """As `is_done`, within the lock."""
+        there = {row["analysis"] for row in read(self.results.folder / "analyses.csv")}
+        if found := analysis_id(command, run, options) in there:
             print(f"{command}: {run.method}, {run.task}, seed {run.seed} is there already")
         return found
 
@@ -138,6 +147,9 @@ class Place:
     ) -> Iterator[list[dict[str, Any]]]:
         """A list for the rows of one measurement, which are written when the block ends well.
 
+        They are not if another process has written the same measurement meanwhile. What it, or this
+        one, was stopped at writing is replaced.
+
         Args:
             command: Gives the file its name, `<command>.csv`.
             run: What was trained.
@@ -145,25 +157,31 @@ class Place:
             columns: Of the file.
         """
         rows: list[dict[str, Any]] = []
-        start = time.perf_counter()
+        start, runtime = time.perf_counter(), self.runtime(run)
+        where = machine(runtime.device)
         yield rows
-        analysis = _id(command, run, options)
+        analysis = analysis_id(command, run, options)
         settings = {x: y for x, y in vars(run).items() if x in ANALYSES}
         entry = {
             **{"analysis": analysis, "command": command, "run": run.id, **settings},
             "options": json.dumps(options, sort_keys=True),
             "seconds": round(time.perf_counter() - start, 1),
-            "used_precision": self.runtime(run).precision,
-            **{name: machine(self.args.device).get(name, "") for name in MACHINE},
+            "used_precision": runtime.precision,
+            **{name: where.get(name, "") for name in MACHINE},
+            "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         }
+        numbers = self.results.folder / f"{command}.csv"
+        shown = [{"analysis": analysis, **{x: _short(y) for x, y in row.items()}} for row in rows]
         with self.results.locked():
-            shown = [{"analysis": analysis, **{x: _short(y) for x, y in row.items()}} for row in rows]
-            append(self.results.folder / f"{command}.csv", ("analysis", *columns), shown)
-            append(self.results.folder / "analyses.csv", ANALYSES, [entry])
+            if not self._is_there(command, run, options):
+                drop(numbers, lambda row: row.get("analysis") == analysis)
+                append(numbers, ("analysis", *columns), shown)
+                append(self.results.folder / "analyses.csv", ANALYSES, [entry])
         gc.collect()  # models are in cycles with their optimizers' schedules
 
 
-def _id(command: str, run: Run, options: Mapping[str, Any]) -> str:
+def analysis_id(command: str, run: Run, options: Mapping[str, Any]) -> str:
+    """Of all that the numbers depend on."""
     content = json.dumps([command, run.id, options], sort_keys=True)
     return hashlib.sha256(content.encode()).hexdigest()[:12]
 

@@ -94,13 +94,15 @@ def surfaces(points: pd.DataFrame) -> bytes:
     """Loss around models: a row for each task, a column for each method, one colour scale for all.
 
     Args:
-        points: of one model and granularity: ``task``, ``method``, ``alpha``, ``beta``, ``loss``. Of
-            several seeds the first is drawn.
+        points: of one model and granularity, on one grid: ``task``, ``method``, ``seed``, ``alpha``,
+            ``beta``, ``loss``. Of several seeds the first is drawn, and of several measurements of one
+            task, method and seed (with other steps or learning rates) that whose rows come first.
     """
     from matplotlib import colors
 
     pyplot = _pyplot()
     points = points[points["seed"] == points["seed"].min()]
+    points = points.drop_duplicates(["task", "method", "alpha", "beta"])
     tasks, methods = (list(dict.fromkeys(points[x])) for x in ("task", "method"))
     figure, axes = pyplot.subplots(
         len(tasks),
@@ -138,8 +140,8 @@ def interpolations(points: pd.DataFrame) -> bytes:
     """Loss (solid) and accuracy (dashed) along lines between models, one panel for each pair.
 
     Args:
-        points: ``model``, ``granularity``, ``task``, ``first``, ``second``, ``seed``, ``alpha``,
-            ``loss``, ``accuracy``.
+        points: ``analysis`` (each is a line), ``model``, ``granularity``, ``task``, ``first``,
+            ``second``, ``alpha``, ``loss``, ``accuracy``.
     """
     pyplot = _pyplot()
     panels = list(
@@ -154,7 +156,7 @@ def interpolations(points: pd.DataFrame) -> bytes:
         axis.set_visible(False)
     for axis, ((model, granularity, task, first, second), rows) in zip(axes.flat, panels, strict=False):
         right = axis.twinx()
-        for _, run in rows.groupby("seed"):
+        for _, run in rows.groupby("analysis"):
             run = run.sort_values("alpha")
             axis.plot(run["alpha"], run["loss"], color=_COLOURS[4])
             right.plot(run["alpha"], 100 * run["accuracy"], "--", color=_COLOURS[5])

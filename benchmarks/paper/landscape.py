@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from benchmarks.paper import geometry
 from benchmarks.paper.analyses import INITIAL, SPLITS, Place, add_arguments, runs_of, some
+from benchmarks.paper.arguments import above_zero, at_least
 from benchmarks.paper.runs import Run
 from benchmarks.paper.train import Trained
 from rose_ops.finetune import UserError
@@ -25,8 +26,10 @@ def add_surfaces(parser: argparse.ArgumentParser) -> None:
     """The options of `surfaces`."""
     add_arguments(parser, [INITIAL, "adamw", "rose-first", "rose-second", "rose-ensemble"])
     _add_measurement(parser)
-    parser.add_argument("--points", type=int, default=51, help="on each side of the grid")
-    parser.add_argument("--reach", type=float, default=0.25, help="the grid goes from -REACH to REACH")
+    parser.add_argument("--points", type=at_least(2), default=51, help="on each side of the grid")
+    parser.add_argument(
+        "--reach", type=above_zero, default=0.25, help="the grid goes from -REACH to REACH"
+    )
     parser.add_argument("--direction-seed", type=int, default=0, help="the same for all models")
 
 
@@ -35,13 +38,18 @@ def add_interpolation(parser: argparse.ArgumentParser) -> None:
     add_arguments(parser, ["rose-ensemble", "adamw"])
     _add_measurement(parser)
     parser.add_argument(
-        "--points", type=int, default=51, help="from -0.5 to 1.5; both models (0 and 1) come on top"
+        "--points",
+        type=at_least(1),
+        default=51,
+        help="from -0.5 to 1.5; both models (0 and 1) come on top",
     )
 
 
 def _add_measurement(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--split", choices=SPLITS, default="clean", help="what the loss is of")
-    parser.add_argument("--examples", type=int, default=256, help="of the split, the first ones")
+    parser.add_argument(
+        "--examples", type=at_least(1), default=256, help="of the split, the first ones"
+    )
 
 
 def surfaces(args: argparse.Namespace) -> None:

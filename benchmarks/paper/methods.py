@@ -22,7 +22,7 @@ from rose_ops.losses import RoseLosses
 
 
 class FixedRandomMask(RandomMask):
-    """A control: one random mask of ROSE's size for the whole run."""
+    """A control: one random mask for the whole run, of the size that `RandomMask` draws."""
 
     def __init__(self, model: nn.Module, context: Context) -> None:
         super().__init__(model, context)
@@ -120,10 +120,17 @@ class Smart(Recipe):
     """SMART: smoothness-inducing regularisation, and Bregman proximal point updates with momentum.
 
     The loss is `ce + smoothness * sKL(f(x), f(x + d)) + proximal * sKL(f(x), f_before(x))`, with sKL
-    the symmetric KL divergence, d found by one normalised ascent step of length `ascent_rate` from
-    Gaussian noise of deviation `noise` inside the box of radius `radius` (in embedding units), and
-    `f_before` the exponential average (`momentum`) of earlier weights. All passes have dropout, as
-    in the authors' code; `f_before` is in evaluation mode.
+    the symmetric KL divergence (a mean over the batch), d what is added to the word embeddings, and
+    `f_before` the exponential average (`momentum`) of earlier weights, in evaluation mode. All other
+    passes have dropout. From Gaussian noise of deviation `noise`, d takes one ascent step on sKL, by
+    its gradient divided by the largest component of the sentence and times `ascent_rate`, and is cut
+    to the box of radius `radius` (in embedding units).
+
+    The authors' code (namisan/mt-dnn, `perturbation.py`) also makes one step, with dropout, and differs
+    in this: what it ascends is one-sided, KL(f(x) || f(x + noise)); it divides by the largest component
+    of each *token*, so that every token moves as far, where here tokens with small gradients move less;
+    it adds the step to the embeddings without the noise, and cuts nothing; and in the loss the
+    distribution that each KL is relative to, and the embeddings of the perturbed pass, are constants.
 
     Source: Jiang et al., ACL 2020, Algorithm 1.
     """
@@ -301,6 +308,18 @@ METHODS: dict[str, Method] = {
 }
 CONTROLS = ("random-mask", "fixed-random-mask", "inverted-mask", "adamw-small-lr")
 NEIGHBOURS = ("skipupdate", "magma")
+
+
+def has_setting(name: str, setting: str) -> bool:
+    """Whether a method has a use for a setting of runs: without, its results are the same for all."""
+    method = METHODS[name]
+    if setting in ("upper", "granularity"):
+        return method.order is not None
+    if setting == "lower":  # masks that are drawn, or made once, have an upper only
+        return method.order is not None and method.recipe is Recipe
+    if setting == "gamma":
+        return method.order == "ensemble"
+    return method.r_drop if setting == "r_drop" else True
 
 
 def has_granularity(name: str) -> bool:

@@ -16,6 +16,7 @@ from torch import nn
 from tqdm import tqdm
 
 from benchmarks.paper.analyses import INITIAL, Place, add_arguments, runs_of
+from benchmarks.paper.arguments import at_least
 from benchmarks.paper.methods import METHODS
 from benchmarks.paper.runs import Run
 from benchmarks.paper.vocabulary import prune
@@ -28,6 +29,7 @@ from rose_ops.finetune.train import train
 PROBING, DROPOUT = "probing", "dropout"
 PROBING_COLUMNS = ("inoculated", "matthews", "training_accuracy", "n")
 DROPOUT_COLUMNS = ("step", "inconsistent", "n")
+PARTS = ("train", "inoculating", "test")
 PAIR = "control_raising_lexical_content_the"
 _ROSE = ("adamw", "rose-first", "rose-second", "rose-ensemble")
 _BATCH = 64
@@ -45,7 +47,9 @@ def add_probing(parser: argparse.ArgumentParser) -> None:
         default=[0.0],
         help="shares of the training sentences that disambiguate; MSGS has 0, 0.001, 0.003 and 0.01",
     )
-    parser.add_argument("--examples", type=int, default=1000, help="test sentences, the first ones")
+    parser.add_argument(
+        "--examples", type=at_least(1), default=1000, help="test sentences, the first ones"
+    )
 
 
 def probe(args: argparse.Namespace) -> None:
@@ -53,10 +57,12 @@ def probe(args: argparse.Namespace) -> None:
     if args.data_dir is None:
         raise UserError("probe needs --data-dir with a folder msgs: the data set is not on the hub")
     place = Place.of(args)
-    sets = {x: _read_msgs(args.data_dir, args.pair, x) for x in ("train", "inoculating", "test")}
+    sets = {x: read_msgs(args.data_dir, args.pair, x) for x in PARTS}
     test = sets["test"][: args.examples]
+    name = f"msgs:{args.pair}"
+    place.results.check_data(name, task_of_msgs(*sets.values()))
     for run in runs_of(args):
-        run = replace(run, task=f"msgs:{args.pair}")
+        run = replace(run, task=name)
         for share in args.inoculate:
             options = {"inoculated": share, "examples": args.examples}
             if not place.is_done(PROBING, run, options):
@@ -65,9 +71,14 @@ def probe(args: argparse.Namespace) -> None:
                     rows.append({"inoculated": share, **_probe(place, run, training, test)})
 
 
+def task_of_msgs(training: Examples, validation: Examples, test: Examples) -> Task:
+    """As tasks of GLUE are; none of it is in AdvGLUE."""
+    return Task("msgs", ("0", "1"), training, validation, test)
+
+
 def _probe(place: Place, run: Run, training: Examples, test: Examples) -> dict[str, Any]:
     """Train one run and judge it by disambiguating sentences, and by some that it was trained on."""
-    task = Task("msgs", ("0", "1"), training, Examples([], []), test)
+    task = task_of_msgs(training, Examples([], []), test)
     sets = {"test": test, "training": training[: len(test)]}
     trained = place.train(run, task, sets)
     predicted = {
@@ -112,7 +123,7 @@ def inoculated(training: Examples, extra: Examples, share: float, seed: int) -> 
     )
 
 
-def _read_msgs(folder: Path, pair: str, part: str) -> Examples:
+def read_msgs(folder: Path, pair: str, part: str) -> Examples:
     """Sentences with their linguistic labels. In `train` the surface feature agrees with them, in the
     others it is their opposite."""
     path = folder / "msgs" / f"{pair}.{part}.tsv"
@@ -134,7 +145,9 @@ def add_dropout(parser: argparse.ArgumentParser) -> None:
     """The options of `dropout`."""
     add_arguments(parser, ["rose-first", "adamw"])
     parser.add_argument("--at", type=int, nargs="+", default=[200, 600, 2000, 4000], help="steps")
-    parser.add_argument("--examples", type=int, default=1000, help="training examples, the first ones")
+    parser.add_argument(
+        "--examples", type=at_least(1), default=1000, help="training examples, the first ones"
+    )
 
 
 def dropout(args: argparse.Namespace) -> None:

@@ -75,8 +75,9 @@ def _comparison(name: tuple[str, str, str], runs: pd.DataFrame, curves: pd.DataF
     others = [*PAPER_BASELINES, *CONTROLS]
     first = Section(
         f"Table 1: {where}",
-        "ROSE against the paper's baselines and against controls: masks of the same size that are "
-        "random, fixed or inverted, and AdamW with a smaller learning rate.",
+        "ROSE against the paper's baselines and against controls: random masks of second order's size, "
+        "drawn anew in every step or once; the inverse of second order's mask; and AdamW with a "
+        "smaller learning rate. First order and the ensemble may keep more, or less, than those do.",
         ran(runs),
         _missing(runs, [x for x in METHODS if x not in WITH_R_DROP]),
         [tables.accuracies(runs, [x for x in METHODS if x not in WITH_R_DROP], others, ROSE)],
@@ -134,8 +135,9 @@ def _at_matched_accuracy(where: str, runs: pd.DataFrame, curves: pd.DataFrame) -
     section = Section(
         f"Accuracy at matched clean accuracy: {where}",
         "A method that has learnt less often looks more robust. Here each run is compared with the run "
-        "of AdamW (and of a random mask) with the same seed, stopped where that was as accurate on "
-        "clean examples: at the first evaluation with this accuracy, on the line from the one before.",
+        "of AdamW (and of a random mask of second order's size) with the same seed, stopped where that "
+        "was as accurate on clean examples: at the first evaluation with this accuracy, on the line "
+        "from the one before.",
     )
     if pairs.empty:
         section.missing = "There are no curves of AdamW or of the random mask to compare with."
@@ -177,4 +179,11 @@ def _sweeps(runs: pd.DataFrame) -> list[Section]:
     if swept.empty:
         return []
     question = "Every combination of settings that was asked for with --sweep."
-    return [Section("Sweeps", question, ran(swept), tables=[tables.sweep(swept)])]
+    return [
+        Section(
+            "Sweeps",
+            question,
+            ran(swept),
+            tables=[tables.sweep(swept, [*rows.SETTINGS, "used_precision"])],
+        )
+    ]

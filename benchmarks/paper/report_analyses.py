@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -11,6 +11,7 @@ import pandas as pd
 from benchmarks.paper import figures, landscape, probing, rows, tables, upper
 from benchmarks.paper.analyses import ANALYSES
 from benchmarks.paper.section import Section, ran
+from benchmarks.paper.tables import MEASURED_WITH
 
 
 def sections(folder: Path) -> list[Section]:
@@ -71,7 +72,8 @@ def _surfaces(frame: pd.DataFrame, known: pd.DataFrame) -> Section:
         "Cross-entropy around each model, in two random directions whose filters have the norms of "
         "the model's (Li et al., 2018), without dropout; the same directions for all, but for those "
         "norms. One colour scale in each figure. The red cross is the model. One seed and one pair of "
-        "directions show what a surface can look like, and are no test of a difference.",
+        "directions show what a surface can look like, and are no test of a difference. Of several "
+        "measurements of one task and method (other seeds, steps, learning rates) the first is drawn.",
     )
     if _is_missing(section, frame, known, "surfaces"):
         return section
@@ -93,8 +95,10 @@ def _probing(frame: pd.DataFrame, known: pd.DataFrame) -> Section:
     if _is_missing(section, frame, known, "probe"):
         return section
     section.tables.append(tables.probing(frame))
-    for (model, task), group in frame.groupby(["model", "task"], sort=False):
-        section.draw(figures.probing(group), f"{model}, {task}")
+    names = ["model", "task"]
+    settings = tables.varying(frame, [*names, "granularity", "method", "inoculated"], MEASURED_WITH)
+    for title, group in _by(frame, names, settings):
+        section.draw(figures.probing(group), title)
     return section
 
 
@@ -102,7 +106,7 @@ def _interpolation(frame: pd.DataFrame, known: pd.DataFrame) -> Section:
     section = Section(
         "Figure 4: between two models",
         "Cross-entropy (solid, left) and accuracy (dashed, right) on the line between two fine-tuned "
-        "models, (1 - α) θ + α θ', without dropout; one line for each seed.",
+        "models, (1 - α) θ + α θ', without dropout; one line for each seed (and other setting).",
     )
     if _is_missing(section, frame, known, "interpolate"):
         return section
@@ -127,6 +131,17 @@ def _upper(risks: pd.DataFrame, trials: pd.DataFrame, known: pd.DataFrame) -> Se
         section.missing = "Not measured: python -m benchmarks.paper upper"
         return section
     section.ran = _ran(trials, known)
-    groups = chosen.groupby(["model", "granularity", "task"], sort=False)
-    section.tables = [tables.uppers(group, ", ".join(name)) for name, group in groups]
+    names = ["model", "granularity", "task"]
+    settings = tables.varying(chosen, names, upper.MEASURED_WITH)
+    section.tables = [tables.uppers(group, title) for title, group in _by(chosen, names, settings)]
     return section
+
+
+def _by(
+    frame: pd.DataFrame, names: Sequence[str], settings: Sequence[str]
+) -> Iterator[tuple[str, pd.DataFrame]]:
+    """Rows that agree in names and settings, under a title of them."""
+    for key, group in frame.groupby([*names, *settings], sort=False, dropna=False):
+        values = [tables.plain(x) for x in key]
+        shown = [f"{x} {y}" for x, y in zip(settings, values[len(names) :], strict=True)]
+        yield ", ".join([*values[: len(names)], *shown]), group

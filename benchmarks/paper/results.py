@@ -2,7 +2,8 @@
 
 `curves.csv` has a row for each run, evaluation and split, `runs.csv` one for each finished run. Both
 are written when a run has finished, under one lock: the curves first, so that a run counts only with
-its row in `runs.csv`, and rows of curves without one are orphans.
+its row in `runs.csv`, and rows of curves without one are orphans. `data.json` says which data the
+results of a task are of, by their `digest`.
 """
 
 from __future__ import annotations
@@ -10,8 +11,9 @@ from __future__ import annotations
 import csv
 import fcntl
 import io
+import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -20,6 +22,7 @@ from typing import Any
 from benchmarks.paper.runs import Run
 from benchmarks.paper.train import Scores, Trained
 from rose_ops.finetune import UserError
+from rose_ops.finetune.data import Task, digest
 
 SPLITS = ("clean", "adversarial", "characters", "words")
 KEY = ("method", "task", "model", "granularity", "seed")
@@ -45,6 +48,7 @@ class Results:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.curves, self.runs = folder / "curves.csv", folder / "runs.csv"
+        self.data = folder / "data.json"
         (folder / "locks").mkdir(parents=True, exist_ok=True)
 
     def finished(self) -> set[str]:
@@ -84,14 +88,31 @@ class Results:
         """Take rows of unfinished runs out of the curves; returns how many there were."""
         with self.locked():
             known = {row["run"] for row in read(self.runs)}
-            rows = read(self.curves)
-            kept = [row for row in rows if row["run"] in known]
-            if len(kept) < len(rows):
-                replacement = self.curves.with_suffix(".part")
-                replacement.unlink(missing_ok=True)
-                append(replacement, CURVES, kept)
-                replacement.replace(self.curves)
-            return len(rows) - len(kept)
+            return drop(self.curves, lambda row: row["run"] not in known)
+
+    def check_data(self, name: str, task: Task) -> None:
+        """Make sure that a task's data are those of the results in the folder. The first are noted.
+
+        Args:
+            name: Of the task in the results.
+            task: What is about to be trained on.
+
+        Raises:
+            UserError: The results are of other data.
+        """
+        found = digest(task)
+        with self.locked():
+            known = json.loads(self.data.read_text(encoding="utf-8")) if self.data.exists() else {}
+            if name not in known:
+                replacement = self.data.with_suffix(".part")
+                replacement.write_text(json.dumps({**known, name: found}, indent=2) + "\n")
+                replacement.replace(self.data)
+            elif known[name] != found:
+                raise UserError(
+                    f"the results in {self.folder} are of other data of {name} than these: their "
+                    f"digest is {known[name]} and not {found}; choose another --results folder, or the "
+                    "--data-dir that they were made with"
+                )
 
     @contextmanager
     def claim(self, run: Run) -> Iterator[bool]:
@@ -121,11 +142,23 @@ def read(path: Path) -> list[dict[str, str]]:
     return list(csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1])))
 
 
+def drop(path: Path, unwanted: Callable[[Mapping[str, str]], bool]) -> int:
+    """Take rows out of a file, which a stop leaves as it was; returns how many there were."""
+    rows = read(path)
+    kept = [row for row in rows if not unwanted(row)]
+    if len(kept) < len(rows):
+        replacement = path.with_suffix(".part")
+        replacement.unlink(missing_ok=True)
+        append(replacement, rows[0], kept)
+        replacement.replace(path)
+    return len(rows) - len(kept)
+
+
 def append(path: Path, columns: Iterable[str], rows: Iterable[Mapping[str, Any]]) -> None:
-    """Append all rows in one write, after what a write that was cut off has left is gone.
+    """Append all rows, or none, after what a write that was cut off has left is gone.
 
     Raises:
-        UserError: The file has other columns.
+        UserError: The file has other columns, or the disk has no room for the rows.
     """
     columns = list(columns)
     text = io.StringIO()
@@ -144,5 +177,14 @@ def append(path: Path, columns: Iterable[str], rows: Iterable[Mapping[str, Any]]
                 "another --results folder"
             )
         writer.writerows(rows)
-        os.write(file.fileno(), text.getvalue().encode())
-        os.fsync(file.fileno())
+        left = memoryview(text.getvalue().encode())
+        try:
+            while left:  # a disk that is filling up takes a part, and fails at the next
+                left = left[os.write(file.fileno(), left) :]
+            os.fsync(file.fileno())
+        except OSError as error:
+            file.truncate(end)
+            raise UserError(
+                f"{path} could not be written ({error.strerror}), and is as it was before: make room "
+                "and give the command again"
+            ) from error

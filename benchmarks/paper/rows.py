@@ -22,6 +22,9 @@ PAPER_BASELINES = ("adamw", "r-drop", "child-tuning-d", "smart", "freelb")
 SETTINGS = tuple(
     x.name for x in fields(Run) if x.name not in ("method", "task", "model", "granularity", "seed")
 )
+# Those that belong to a method: what it is tuned by. All others are shared by what is compared.
+OF_A_METHOD = ("lr", "upper", "lower", "gamma", "r_drop")
+SHARED = (*(x for x in SETTINGS if x not in (*OF_A_METHOD, "preset")), "used_precision")
 SWEEP = "sweep"
 
 
@@ -71,15 +74,24 @@ def read_curves(folder: Path, runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def main_settings(runs: pd.DataFrame) -> pd.DataFrame:
-    """Of each method in each setting, the runs with the settings that most seeds have.
+    """The runs that are compared: of each task with the same steps, batches, data types and so on.
 
-    Of settings with as many, those that came first. Sweeps have no part.
+    Of each preset, model and task, the shared settings (`SHARED`) that most runs have; then, of each
+    method at each granularity, the settings of its own (`OF_A_METHOD`) that most seeds have. Of
+    settings with as many, those that came first. Sweeps have no part.
     """
     kept = []
-    for _, rows in runs[runs["preset"] != SWEEP].groupby([*SETTING, "method"], sort=False):
-        alike = rows.groupby([x for x in SETTINGS if x != "preset"], sort=False, dropna=False)
-        kept.append(max((group for _, group in alike), key=lambda group: group["seed"].nunique()))
+    for _, rows in runs[runs["preset"] != SWEEP].groupby(["preset", "model", "task"], sort=False):
+        shared = _most(rows, SHARED, "run")
+        for _, of_method in shared.groupby(["granularity", "method"], sort=False):
+            kept.append(_most(of_method, OF_A_METHOD, "seed"))
     return pd.concat(kept) if kept else runs.iloc[:0]
+
+
+def _most(rows: pd.DataFrame, settings: Sequence[str], counted: str) -> pd.DataFrame:
+    """Those rows that agree in settings and have most values of a column; of as many, the first."""
+    alike = rows.groupby(list(settings), sort=False, dropna=False)
+    return max((group for _, group in alike), key=lambda group: group[counted].nunique())
 
 
 def comparisons(rows: pd.DataFrame) -> Iterator[tuple[tuple[str, str, str], pd.DataFrame]]:
@@ -97,12 +109,11 @@ def comparisons(rows: pd.DataFrame) -> Iterator[tuple[tuple[str, str, str], pd.D
 def of_gammas(runs: pd.DataFrame) -> pd.DataFrame:
     """Runs of ROSE-Ensemble that differ in gamma, and in seeds: for each model, granularity and task
     those with the other settings that most gammas were tried with; none with one gamma only."""
-    others = [x for x in SETTINGS if x not in ("gamma", "preset")]
+    others = [*SHARED, *(x for x in OF_A_METHOD if x != "gamma")]
     kept = []
     ensembles = runs[runs["method"] == "rose-ensemble"]
     for _, rows in ensembles.groupby(["model", "granularity", "task"], sort=False):
-        alike = rows.groupby(others, sort=False, dropna=False)
-        most = max((group for _, group in alike), key=lambda group: group["gamma"].nunique())
+        most = _most(rows, others, "gamma")
         if most["gamma"].nunique() > 1:
             # The same settings under two presets are the same run.
             kept.append(most.drop_duplicates(["gamma", "seed"]))

@@ -24,12 +24,13 @@ from tqdm import tqdm
 
 from benchmarks.device import Cpu, Cuda, version
 from benchmarks.machine import describe
-from benchmarks.paper.methods import METHODS
+from benchmarks.paper.arguments import at_least
+from benchmarks.paper.methods import METHODS, has_setting
 from benchmarks.paper.results import Results
-from benchmarks.paper.runs import GRID_LR, GRID_UPPER, Run, published, study
+from benchmarks.paper.runs import GRID_LR, GRID_UPPER, TASKS, Run, checked, published, study
 from benchmarks.paper.train import splits, train_run
 from rose_ops.finetune import UserError, require
-from rose_ops.finetune.data import GLUE, Task, load_task
+from rose_ops.finetune.data import Task, load_task
 from rose_ops.finetune.models import MODELS, model_folder
 from rose_ops.finetune.runtime import choose_runtime
 from rose_ops.finetune.train import Diverged
@@ -41,7 +42,7 @@ _JOB = "ROSE_PAPER_JOB"  # set in processes that --jobs started
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `run`."""
     group = parser.add_argument_group("which runs (default: the small study, in order of use)")
-    group.add_argument("--tasks", nargs="+", choices=tuple(GLUE), default=["sst2", "rte", "qnli"])
+    group.add_argument("--tasks", nargs="+", choices=TASKS, default=["sst2", "rte", "qnli"])
     group.add_argument("--models", nargs="+", default=list(MODELS), help="also folders or hub names")
     group.add_argument("--methods", nargs="+", choices=tuple(METHODS), default=list(METHODS))
     group.add_argument("--granularities", nargs="+", choices=("element", "tensor"),
@@ -58,7 +59,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--sweep", nargs="*", metavar="NAME=A,B,...",
-        help="every combination of settings; without any: the paper's grids of lr and upper",
+        help="every combination of the settings that a method has; without any: the paper's grids of "
+        "lr and upper",
     )  # fmt: skip
     group = parser.add_argument_group("where and for how long")
     group.add_argument("--data-dir", type=Path, default=os.environ.get("ROSE_DATA_DIR") or None,
@@ -66,10 +68,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--cache-dir", type=Path, help="of models; default: the user's cache")
     group.add_argument("--results", type=Path, default=RESULTS)
     group.add_argument("--resume", action="store_true", help="leave out what is finished")
-    group.add_argument("--minutes", type=float, help="start no run after so many")
+    group.add_argument("--minutes", type=at_least(0, float), help="start no run after so many")
     group.add_argument("--device", default="cpu")
-    group.add_argument("--threads", type=int, help="default: what torch chooses")
-    group.add_argument("--jobs", type=int, default=1, help="processes side by side")
+    group.add_argument("--threads", type=at_least(1), help="default: what torch chooses")
+    group.add_argument("--jobs", type=at_least(1), default=1, help="processes side by side")
     group.add_argument("--list", action="store_true", help="print the runs and stop")
 
 
@@ -96,7 +98,11 @@ def run(args: argparse.Namespace) -> None:
 
 
 def chosen(args: argparse.Namespace) -> list[Run]:
-    """The runs in their order, with settings replaced and swept over."""
+    """The runs in their order, with settings replaced and swept over.
+
+    Raises:
+        UserError: A setting that there is not, or a value that it cannot have.
+    """
     found = [
         one
         for one in study(args.tasks, args.seeds, args.models)
@@ -108,10 +114,16 @@ def chosen(args: argparse.Namespace) -> list[Run]:
         found = [published(one, size, sizes[one.task]) for one in found]  # type: ignore[arg-type]
     found = [replace(one, **_replacements(args.set)) for one in found]
     if args.sweep is not None:
-        axes = _axes(args.sweep)
-        for name, values in axes.items():
-            found = [replace(one, **{name: value}, preset="sweep") for one in found for value in values]
-    return list(dict.fromkeys(found))
+        for name, values in _axes(args.sweep).items():
+            found = [swept for one in found for swept in _swept(one, name, values)]
+    return [checked(one) for one in dict.fromkeys(found)]
+
+
+def _swept(one: Run, name: str, values: Sequence[Any]) -> list[Run]:
+    """A run for each value; one, where the method does not have the setting."""
+    if not has_setting(one.method, name):
+        return [replace(one, preset="sweep")]
+    return [replace(one, **{name: value}, preset="sweep") for value in values]
 
 
 def _axes(sweep: Sequence[str]) -> dict[str, list[Any]]:
@@ -195,11 +207,13 @@ def _do(one: Run, results: Results, args: argparse.Namespace) -> None:
     """One run, into the results."""
     start = time.perf_counter()
     runtime = choose_runtime(args.device, one.precision)
+    where = machine(runtime.device)
     task = task_of(one.task, args.data_dir)
+    results.check_data(one.task, task)
     folder = model_folder(one.model, args.cache_dir)
     trained = train_run(one, task, runtime, folder, splits(task, one.perturbed))
     date = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    used = {**machine(args.device), "used_precision": runtime.precision, "date": date}
+    used = {**where, "used_precision": runtime.precision, "date": date}
     results.add(one, trained, time.perf_counter() - start, used)
     del trained
     gc.collect()  # models are in cycles with their optimizers' schedules
@@ -229,8 +243,8 @@ def task_of(name: str, data_dir: Path | None) -> Task:
 
 
 @cache
-def machine(device: str) -> dict[str, Any]:
+def machine(device: torch.device) -> dict[str, Any]:
     """Where and with what a row was measured, see `benchmarks.machine.describe`."""
-    on = Cpu() if device == "cpu" else Cuda()
+    on = Cuda(str(device)) if device.type == "cuda" else Cpu()
     return {**describe(on), "transformers": version("transformers"),
             "threads": torch.get_num_threads()}  # fmt: skip

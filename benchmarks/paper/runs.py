@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
-from typing import Literal
+from typing import Literal, get_args, get_type_hints
 
-from benchmarks.paper.methods import METHODS, has_granularity
+import torch
+
+from benchmarks.paper.methods import METHODS, InvertedMask, has_granularity
+from rose_ops import RoseFusedAdamW
 from rose_ops.finetune import UserError
 from rose_ops.finetune.models import MODELS
 from rose_ops.finetune.presets import PUBLISHED
@@ -96,7 +100,40 @@ GRID_UPPER = tuple(i / 10 for i in range(1, 10))
 # R-Drop's own code adds 0.7 of the KL summed over the batch and halved, and symmetric_kl is a mean.
 R_DROP_PER_EXAMPLE = 0.35
 _EPOCHS = 10
+TASKS = tuple(PUBLISHED["second"])
+"""The tasks of the study: those that settings were published for."""
+_AT_LEAST = {
+    "steps": 1, "batch_size": 1, "max_length": 3, "eval_every": 1, "perturbed": 1, "lr": 0, "r_drop": 0,
+    "warmup": 0, "weight_decay": 0,
+}  # fmt: skip
 LARGER = ("adamw", "random-mask", "rose-second", "rose-first", "rose-ensemble", "r-drop")
+
+
+def checked(run: Run) -> Run:
+    """`run` itself.
+
+    Raises:
+        UserError: A setting is out of its range, and would fail in training or measure nothing.
+    """
+    for name, low in _AT_LEAST.items():
+        if not low <= (value := getattr(run, name)) < math.inf:
+            raise UserError(f"{name}={value}: expected a number of at least {low}")
+    for name, hint in get_type_hints(Run).items():
+        if (allowed := get_args(hint)) and getattr(run, name) not in allowed:
+            raise UserError(f"{name}={getattr(run, name)}: expected one of {', '.join(allowed)}")
+    if run.warmup >= 1:
+        raise UserError(f"warmup={run.warmup}: expected a share of the steps, from 0 to below 1")
+    try:  # what the optimizer asks of its settings, whatever the method has of them
+        RoseFusedAdamW(
+            [torch.zeros(1, requires_grad=True)], lr=run.lr, betas=(run.beta1, run.beta2), eps=run.eps,
+            weight_decay=run.weight_decay, max_grad_norm=run.max_grad_norm, order="ensemble",
+            upper=run.upper, lower=run.lower, gamma=run.gamma,
+        )  # fmt: skip
+    except ValueError as error:
+        raise UserError(f"settings of a run: {error}") from error
+    if METHODS[run.method].recipe is InvertedMask and run.upper == 1:
+        raise UserError(f"upper={run.upper}: {run.method} updates what is above; expected less than 1")
+    return run
 
 
 def published(run: Run, size: Literal["base", "large"], train_size: int) -> Run:

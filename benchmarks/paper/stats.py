@@ -21,8 +21,8 @@ class Comparison(NamedTuple):
     """How much higher one sample is than another.
 
     Attributes:
-        n: pairs of a paired test; the smaller of both samples' sizes otherwise.
-        difference: mean of the first minus mean of the second (of the pairs, if paired).
+        n: pairs, where seeds are common; the smaller of both samples' sizes otherwise.
+        difference: mean of the first minus mean of the second (of the pairs, where there are any).
         low, high: two-sided 95% confidence interval of the difference.
         p: one-tailed p-value, alternative: the first mean is the higher one. NaN without a test.
         kind: `"paired"`, `"welch"`, or why there is no test.
@@ -39,13 +39,13 @@ class Comparison(NamedTuple):
 def compare(first: pd.Series, second: pd.Series) -> Comparison:
     """One-tailed t-test of whether ``first`` is higher on average than ``second``.
 
-    Paired (``scipy.stats.ttest_rel``) over the seeds that both have, if there are two or more: runs of
-    one seed share the classifier's initial weights and the order of the batches. Without two common
-    seeds, Welch's test (``ttest_ind`` with ``equal_var=False``) over all seeds of both. The paper does
-    not say which it used.
+    Paired (``scipy.stats.ttest_rel``) over the seeds that both have: runs of one seed share the
+    classifier's initial weights and the order of the batches, and runs of other seeds would add what
+    differs between seeds. Where no seed is common, Welch's test (``ttest_ind`` with
+    ``equal_var=False``) over all seeds of both. The paper does not say which it used.
 
-    There is no test with fewer than two values on a side, or where nothing varies: t would be 0/0, or
-    infinite from a few ties among accuracies that are counts of some hundred examples.
+    There is no test with fewer than two pairs (or values on a side), or where nothing varies: t would
+    be 0/0, or infinite from a few ties among accuracies that are counts of some hundred examples.
 
     Args:
         first: scores, indexed by seed. Missing (NaN) scores are left out.
@@ -63,7 +63,7 @@ def compare(first: pd.Series, second: pd.Series) -> Comparison:
                 "(are there runs of several settings under one name?)"
             )
     common = first.index.intersection(second.index)
-    if len(common) >= 2:
+    if len(common):
         first, second, kind = first[common], second[common], "paired"
         still = np.ptp((first - second).to_numpy()) < _ROUNDING
     else:

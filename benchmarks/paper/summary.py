@@ -2,8 +2,12 @@
 
 One table for each model, granularity and task, of the methods that have enough seeds. All differences
 are of AdvGLUE accuracy, in points, with their two-sided 95% intervals over seeds (paired): to the runs
-of AdamW and of a random mask with the same seeds, and to AdamW where it first was as accurate on clean
-examples (`matched`; where some of its runs never were, the mean is of the others, and says so).
+of AdamW and of a random mask of second order's size (which is not that of first order or the ensemble)
+with the same seeds, and to AdamW where it first was as accurate on clean examples (`matched`). The mean
+of the last is of those runs of AdamW that ever were as accurate. Some of them may have been at their
+first evaluation, at once: how robust they were when they were just as accurate was not measured, and
+the first evaluation stands for it. `[2 of 3 runs, 1 at once]` says that one run has no part, and that
+of the two that have, one was there at once.
 """
 
 from __future__ import annotations
@@ -16,6 +20,7 @@ from typing import Any
 import pandas as pd
 
 from benchmarks.paper import matched, rows
+from benchmarks.paper.arguments import at_least
 from benchmarks.paper.methods import METHODS, has_granularity
 from benchmarks.paper.runner import RESULTS
 from benchmarks.paper.stats import Comparison, compare
@@ -23,15 +28,15 @@ from benchmarks.paper.tables import percent
 
 _ADVERSARIAL = "adversarial_accuracy"
 COLUMNS = (
-    *("method", "seeds", "clean", "AdvGLUE", "over AdamW", "over a random mask"),
-    "over AdamW at the same clean accuracy",
+    *("method", "seeds", "clean", "AdvGLUE", "over AdamW"),
+    *("over a random mask of second order's size", "over AdamW at the same clean accuracy"),
 )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `summary`."""
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the CSV files")
-    parser.add_argument("--fewest", type=int, default=3, metavar="SEEDS", help="of a method")
+    parser.add_argument("--fewest", type=at_least(1), default=3, metavar="SEEDS", help="of a method")
 
 
 def summary(args: argparse.Namespace) -> None:
@@ -80,8 +85,10 @@ def _table(runs: pd.DataFrame, curves: pd.DataFrame, fewest: int) -> pd.DataFram
 
 
 def _gain(row: dict[str, Any]) -> str:
-    """Where some of the baseline's runs never get there, how many the mean is of."""
-    of = f" [{row['n']} of {row['runs']} runs]" if row["never"] else ""
+    """With how many of the baseline's runs the mean is of, where some never get there or some are there
+    at their first evaluation, and how many those are."""
+    at_once = f", {row['at_once']} at once" if row["at_once"] else ""
+    of = f" [{row['n']} of {row['runs']} runs{at_once}]" if row["never"] or at_once else ""
     return _over(Comparison(*(row[x] for x in Comparison._fields))) + of
 
 

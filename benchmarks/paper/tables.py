@@ -11,6 +11,8 @@ from benchmarks.paper import matched, stats
 
 SIGNIFICANT = 0.05
 NOTHING = "–"
+# What tells measurements apart, of what `analyses.csv` has.
+MEASURED_WITH = ("preset", "steps", "lr", "upper", "gamma", "options", "used_precision")
 _NAMES = ("task", "method", "baseline")
 
 
@@ -54,6 +56,12 @@ def number(mean: float, sd: float = float("nan")) -> str:
 
 def p_value(p: float) -> str:
     return NOTHING if pd.isna(p) else "< 0.001" if p < 0.001 else f"{p:.3f}"
+
+
+def varying(rows: pd.DataFrame, keys: Sequence[str], settings: Sequence[str]) -> list[str]:
+    """Settings of which rows with the same keys have several: a mean over those would be of neither."""
+    alike = rows.groupby(list(keys), dropna=False)
+    return [x for x in settings if (alike[x].nunique(dropna=False) > 1).any()]
 
 
 def accuracies(
@@ -188,8 +196,12 @@ def by_gamma(runs: pd.DataFrame) -> Table:
 
 
 def inconsistent(rows: pd.DataFrame) -> Table:
-    """Table 4 of the paper: two dropout passes that disagree, by task and step."""
+    """Table 4 of the paper: two dropout passes that disagree, by task and step.
+
+    Measurements with other settings have a row of their own, with those settings.
+    """
     keys = ["model", "task", "granularity", "method"]
+    keys += varying(rows, [*keys, "step"], MEASURED_WITH)
     steps = sorted(rows["step"].unique())
     means = stats.over_seeds(rows, ["inconsistent"], [*keys, "step"])["inconsistent"]
     table = Table(
@@ -204,13 +216,14 @@ def inconsistent(rows: pd.DataFrame) -> Table:
             else NOTHING
             for step in steps
         ]
-        table.rows.append([*map(Cell, key), *map(Cell, texts)])
+        table.rows.append([*(Cell(plain(x)) for x in key), *map(Cell, texts)])
     return table
 
 
 def probing(rows: pd.DataFrame) -> Table:
-    """Figure 3 of the paper as numbers."""
+    """Figure 3 of the paper as numbers. Settings as in `inconsistent`."""
     keys = ["model", "task", "granularity", "method", "inoculated"]
+    keys += varying(rows, keys, MEASURED_WITH)
     means = stats.over_seeds(rows, ["matthews", "training_accuracy"], keys)
     table = Table(
         "Matthews correlation on disambiguating sentences, and accuracy in percent on sentences that "
@@ -220,7 +233,7 @@ def probing(rows: pd.DataFrame) -> Table:
     for key, row in means.iterrows():
         texts = [number(*row["matthews"][["mean", "sd"]])]
         texts += [percent(*row["training_accuracy"][["mean", "sd"]]), str(int(row["matthews"]["n"]))]
-        table.rows.append([Cell(_plain(x)) for x in (*key, *texts)])
+        table.rows.append([Cell(plain(x)) for x in (*key, *texts)])
     return table
 
 
@@ -235,13 +248,19 @@ def settings(runs: pd.DataFrame, columns: Sequence[str]) -> Table:
     table = Table("Settings that differ between runs, and the seeds.", [*columns, "seeds"])
     for key, group in runs.groupby(columns, sort=False, dropna=False):
         seeds = " ".join(str(x) for x in sorted(group["seed"].unique()))
-        table.rows.append([*(Cell(_plain(x)) for x in key), Cell(seeds)])
+        table.rows.append([*(Cell(plain(x)) for x in key), Cell(seeds)])
     return table
 
 
-def sweep(runs: pd.DataFrame) -> Table:
-    """Accuracies of the runs of a grid, the best average first within a method and task."""
+def sweep(runs: pd.DataFrame, settings: Sequence[str]) -> Table:
+    """Accuracies of the runs of a grid, the best average first within a method and task.
+
+    Args:
+        runs: of the grid.
+        settings: what runs may differ by; shown besides lr, upper and gamma where they do.
+    """
     keys = ["model", "granularity", "task", "method", "lr", "upper", "gamma"]
+    keys += varying(runs, keys, [x for x in settings if x not in keys])
     scores = ["clean_accuracy", "adversarial_accuracy"]
     means = stats.over_seeds(runs, scores, keys)
     average = sum(means[(score, "mean")] for score in scores) / 2
@@ -255,7 +274,7 @@ def sweep(runs: pd.DataFrame) -> Table:
         of_row = means.loc[key]
         texts = [percent(*of_row[score][["mean", "sd"]]) for score in scores]
         seeds = str(int(of_row[("clean_accuracy", "n")]))
-        table.rows.append([Cell(_plain(x)) for x in (*key, *texts, seeds)])
+        table.rows.append([Cell(plain(x)) for x in (*key, *texts, seeds)])
     return table
 
 
@@ -297,7 +316,8 @@ def _mean(values: pd.Series, how: str) -> str:
     return NOTHING if values.isna().all() else format(values.mean(), how)
 
 
-def _plain(value: object) -> str:
+def plain(value: object) -> str:
+    """A name or a number as it is, without zeros that say nothing."""
     if isinstance(value, float):
         return NOTHING if pd.isna(value) else f"{value:g}"
     return str(value)

@@ -21,7 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.paper import rows
-from benchmarks.paper.analyses import Place, add_arguments, runs_of
+from benchmarks.paper.analyses import Place, add_arguments, analysis_id, runs_of
+from benchmarks.paper.arguments import at_least, share
 from benchmarks.paper.runs import Run
 from benchmarks.paper.train import splits
 from benchmarks.paper.vocabulary import prune
@@ -39,6 +40,8 @@ TRIAL_COLUMNS = ("split", "accuracy", "n")
 VALIDATION = "validation"
 FIXED = 0.6
 ROUNDED_TO = 0.05
+# What tells trainings apart besides upper: of each there is a search of its own.
+MEASURED_WITH = ("preset", "steps", "lr", "used_precision", "options")
 _TRIMMED = 0.99  # the largest risks are divisions by almost nothing
 _SAMPLE = 1 << 20
 
@@ -118,31 +121,35 @@ def add_arguments_of_upper(parser: argparse.ArgumentParser) -> None:
     """The options of `upper`."""
     add_arguments(parser, ["rose-second"])
     parser.set_defaults(seeds=[0, 1, 2])
-    parser.add_argument("--grid", type=float, nargs="+", default=[0.1, 0.3, 0.5, 0.7, 0.9])
+    parser.add_argument("--grid", type=share, nargs="+", default=[0.1, 0.3, 0.5, 0.7, 0.9])
     parser.add_argument(
-        "--look", type=int, help="steps of AdamW whose risks a rule sees; default: a tenth of the steps"
+        "--look",
+        type=at_least(2),
+        help="steps of AdamW whose risks a rule sees; default: a tenth of the steps",
     )
-    parser.add_argument("--examples", type=int, default=500, help="of the validation split")
+    parser.add_argument("--examples", type=at_least(1), default=500, help="of the validation split")
 
 
 def upper(args: argparse.Namespace) -> None:
     """Look at the risks, then train with each upper of the grid, of the rules and of the controls.
 
     Raises:
-        UserError: A method without second-order masks.
+        UserError: A method without second-order masks, or fewer steps than are to be looked at.
     """
     place = Place.of(args)
     for run in runs_of(args):
         if run.method != "rose-second":
             raise UserError(f"the rules are for second-order risks; {run.method} has none to look at")
         look = args.look or max(2, run.steps // 10)
+        if look > run.steps:
+            raise UserError(f"--look {look}: expected at most the {run.steps} steps of a training")
         options = {"look": look}
         # Not of its upper: that is what is asked for.
         blank = replace(run, upper=1.0)
         if not place.is_done(RISKS, blank, options):
             with place.recording(RISKS, blank, options, RISK_COLUMNS) as found:
                 found += _look(place, blank, look)
-        for value in sorted({*args.grid, FIXED, 1.0, *_rules_of(place, blank)}):
+        for value in sorted({*args.grid, FIXED, 1.0, *_rules_of(place, blank, options)}):
             _try(place, replace(run, upper=value), args.examples)
 
 
@@ -151,13 +158,10 @@ def rounded(upper: float) -> float:
     return round(max(1, round(upper / ROUNDED_TO)) * ROUNDED_TO, 2)
 
 
-def _rules_of(place: Place, blank: Run) -> list[float]:
+def _rules_of(place: Place, blank: Run, options: Mapping[str, Any]) -> list[float]:
     """What the rules say for a run, from the file."""
-    folder = place.results.folder
-    analyses = rows.read(folder / "analyses.csv", ["analysis", "run", "command"])
-    mine = analyses[(analyses["run"] == blank.id) & (analyses["command"] == RISKS)]
-    said = rows.read(folder / f"{RISKS}.csv", ["analysis", *RISK_COLUMNS])
-    said = said[said["analysis"].isin(mine["analysis"])]
+    said = rows.read(place.results.folder / f"{RISKS}.csv", ["analysis", *RISK_COLUMNS])
+    said = said[said["analysis"] == analysis_id(RISKS, blank, options)]
     return [rounded(x) for x in said.groupby("rule")["upper"].mean()]
 
 
@@ -212,6 +216,14 @@ def _validation(task: Task, examples: int) -> dict[str, Examples]:
     return {VALIDATION: clean, **perturbed}
 
 
+def _sources(look: pd.DataFrame, several: bool) -> list[tuple[str, float, float, float]]:
+    """Name, what it said, what it took and what it costs of each rule after one look at the risks."""
+    said, steps = look.groupby("rule", sort=False)["upper"].mean(), look["step"].max()
+    suffix = f", {steps} steps" if several else ""
+    cost = 1 + steps / look["steps"].max()
+    return [(f"{rule}{suffix}", x, rounded(x), cost) for rule, x in said.items()]
+
+
 def choices(risks: pd.DataFrame, trials: pd.DataFrame) -> pd.DataFrame:
     """What each rule, the search and the controls took, and what came of it.
 
@@ -220,12 +232,13 @@ def choices(risks: pd.DataFrame, trials: pd.DataFrame) -> pd.DataFrame:
         trials: rows of `TRIALS` with their entries: what was trained.
 
     Returns:
-        One row for each model, granularity, task, seed and ``source`` whose training is there:
-        ``said`` (the rule's upper before it is rounded), ``upper``, ``trainings`` (how many it takes,
-        in full trainings, to use it), ``validation`` (what the search maximises) and the accuracies of
-        the test splits.
+        One row for each model, granularity, task, seed, setting of `MEASURED_WITH` and ``source`` whose
+        training is there: ``said`` (the rule's upper before it is rounded), ``upper``, ``trainings``
+        (how many it takes, in full trainings, to use it), ``validation`` (what the search maximises)
+        and the accuracies of the test splits. A rule with several looks is a source for each.
     """
-    keys = ["model", "granularity", "task", "seed"]
+    alike = ["model", "granularity", "task", "seed", *(x for x in MEASURED_WITH if x != "options")]
+    keys = [*alike, "options"]  # those of a training: a look at the risks has others
     columns = [*keys, "source", "said", "upper", "trainings", "validation", "clean", "adversarial"]
     if trials.empty:
         return pd.DataFrame(columns=columns)
@@ -235,10 +248,9 @@ def choices(risks: pd.DataFrame, trials: pd.DataFrame) -> pd.DataFrame:
     found = []
     for key, group in scores.groupby(keys, sort=False):
         by_upper = group.droplevel(keys)
-        mine = risks[(risks[keys] == list(key)).all(axis=1)]
-        said = mine.groupby("rule", sort=False)["upper"].mean()
-        look = mine["step"].max() / mine["steps"].max()
-        sources = [(rule, x, rounded(x), 1 + look) for rule, x in said.items()]
+        mine = risks[(risks[alike] == list(key[:-1])).all(axis=1)]
+        looks = [look for _, look in mine.groupby("options", sort=False)]
+        sources = [x for look in looks for x in _sources(look, len(looks) > 1)]
         sources += [
             ("search", math.nan, by_upper["validation"].idxmax(), len(by_upper)),
             (f"always {FIXED:g}", math.nan, FIXED, 1),
