@@ -149,13 +149,13 @@ class Accumulation:
 
 
 def _size(labels: Any) -> int:
-    """How many examples labels are of: the rows of a tensor, of the first one in a structure; else how
-    many there are of them."""
-    structure = dict(labels) if isinstance(labels, Mapping) else labels
-    first = next((x for x in tree_leaves(structure) if isinstance(x, Tensor)), labels)
-    if isinstance(first, Tensor) and first.dim() == 0:
+    """How many examples labels are of."""
+    if isinstance(labels, Tensor) and labels.dim() == 0:
         raise ValueError("labels are a 0-dim tensor; expected one row for each example")
-    return len(first)
+    if isinstance(labels, (tuple, Mapping)):
+        leaves = tree_leaves(dict(labels) if isinstance(labels, Mapping) else labels)
+        return next((len(x) for x in leaves if isinstance(x, Tensor) and x.dim() > 0), len(labels))
+    return len(labels)
 
 
 def rose_accumulate(
@@ -183,7 +183,8 @@ def rose_accumulate(
 
     Args:
         micro_batches: pairs of inputs and labels, as :func:`rose_backward` takes them; each counts by
-            the number of its labels (of the first tensor, if they are several tensors).
+            the number of its labels: the rows of a tensor, of the first one in a tuple or mapping;
+            the items of a list.
         autocast: makes the context of every forward, for example ``lambda: torch.autocast("cuda",
             torch.bfloat16)``.
         model, optimizer, r_drop, max_grad_norm, criterion, forward, scaler: as in

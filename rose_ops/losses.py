@@ -207,7 +207,7 @@ def masks_to_capture(rose: RoseFusedAdamW | None, r_drop: float) -> tuple[bool, 
     if rose is None:
         return False, False
     second = "second" in rose.settings.kinds and not rose._captures.is_own("second")
-    return rose.needs_first_mask, second and r_drop > 0.0
+    return rose.needs_first_mask, second and r_drop > 0.0 and rose._is_selecting()
 
 
 def without_autocast(logits: Tensor) -> AbstractContextManager[Any]:
@@ -258,7 +258,9 @@ def logits_in(output: Any) -> Tensor:
     if logits is None and isinstance(output, Mapping):
         logits = output.get("logits")
     elif logits is None and isinstance(output, (tuple, list)) and output:
-        logits = output[0]  # as of Hugging Face models with return_dict=False
+        # As of Hugging Face models with return_dict=False: behind the loss, if they were given labels.
+        has_loss = len(output) > 1 and isinstance(output[0], Tensor) and output[0].dim() == 0
+        logits = output[1 if has_loss else 0]
     if not isinstance(logits, Tensor):
         raise TypeError(
             f"the model returned {type(output).__name__}, which is neither a tensor, nor an object or "

@@ -30,7 +30,7 @@ from rose_ops.checks import (
 )
 from rose_ops.engine import Engine
 from rose_ops.groups import ADAMW_ONLY, GroupTables, check_group, is_selective, plain
-from rose_ops.masks import OwnMasks, check_masks
+from rose_ops.masks import MASKS, OwnMasks, check_masks
 from rose_ops.meeting import agreed, meet, say_place
 from rose_ops.operands import Scaling, Tables
 from rose_ops.ranks import Ranks
@@ -110,7 +110,8 @@ class RoseFusedAdamW(Checkpointed):
             ``torch.nn.utils.clip_grad_norm_`` before the step would (``.grad`` itself is not written).
             The norm before clipping is :attr:`grad_norm`. Gradients are unscaled, clipped and then
             ranked; at ``granularity="tensor"`` norms are clipped. If the norm is not finite, selective
-            parameters stay as they are, and all are counted in ``selection["update"].nonfinite``.
+            parameters stay as they are, and at ``granularity="element"`` all are counted in
+            ``selection["update"].nonfinite``.
         error_if_nonfinite: raise a RuntimeError instead, which waits for the device.
         capturable: allows ``step()`` and ``capture()`` inside ``torch.cuda.graph``. As with PyTorch's
             optimizers, a learning rate that changes between replays must be a tensor on the device.
@@ -301,11 +302,18 @@ class RoseFusedAdamW(Checkpointed):
     def _begin(self, what: str) -> tuple[Ranks | None, Batch]:
         """Of a call that all ranks make: who they are, and the parameters that have a gradient."""
         self._tables.check(self.param_groups)
+        self._notice_state()
         ranks = self._meet()
         batch = self._collect()
         if ranks is not None:
             say_place(ranks, what, self._steps_done, self._captures, self._hyper, batch)
         return ranks, batch
+
+    def _notice_state(self) -> None:
+        """How many steps were taken, if somebody else has filled the state, as
+        ``ZeroRedundancyOptimizer`` does when it loads one."""
+        if not self._had_state and any(map(is_complete, self.state.values())):
+            self._steps_done, self._had_state = max(self._steps_done, steps_of(self.state)), True
 
     def _collect(self, known: bool = True) -> Batch:
         """All parameters that have a gradient. Raises before anything is changed."""
@@ -487,8 +495,8 @@ class RoseFusedAdamW(Checkpointed):
                 it is True, as the kind's mask says (with ``order="ensemble"``: weighted by gamma).
                 Parameters that are not in it are updated as by AdamW, or, with ``limit``, ranked.
             kind: ``"first"`` or ``"second"``, one that ``order`` uses.
-            keep: False: for the next step (one that overflowed is none); True: until
-                :meth:`clear_masks`.
+            keep: False: for the next step, of the warm-up, too (one that overflowed, or for which
+                there were no gradients, is none); True: until :meth:`clear_masks`.
             limit: True: the kind is ranked, but only what is in the masks; the rest is neither counted
                 nor updated (``selection`` counts it as not finite). The ranking is a pass of its own
                 then, over copies of the gradients. At ``granularity="tensor"``, 0-dim masks only.
@@ -563,7 +571,7 @@ class RoseFusedAdamW(Checkpointed):
                     'optimizer.capture("first") before step() (rose_ops.rose_backward does both)'
                 )
             selects = False
-        steps = True
+        steps = False
         if batch.params or ranks is not None:
             with self._explained():
                 steps = self._update(batch, selects)
@@ -599,9 +607,16 @@ class RoseFusedAdamW(Checkpointed):
         (:func:`rose_backward`, :func:`rose_accumulate` and the Trainer leave the pass and the backward
         out by themselves.)
         """
+        self._notice_state()
         there = "first" in self._captures.kinds and self._reuses_first
+        if there:  # and not cleared by somebody
+            there = any(MASKS["first"] in state for state in self.state.values())
         needed = "first" in self.settings.kinds and not self._captures.is_own("first")
-        return needed and self._is_selecting() and not there
+        ranks = self._engine.ranks
+        ranks_something = any(map(is_selective, self.param_groups)) or (
+            ranks is not None and not ranks.is_uniform  # others may
+        )
+        return needed and ranks_something and self._is_selecting() and not there
 
     def _only_makes_state(self, batch: Batch) -> bool:
         """Whether a step is that of ``torch.distributed.checkpoint``, which makes state to load into by

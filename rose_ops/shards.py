@@ -68,7 +68,8 @@ def saved_mask(mask: Tensor, param: Any) -> Tensor:
     Args:
         mask: uint8 ``[ceil(n / 8)]`` of the n elements that are here, or bool of one element, of all.
     """
-    if mask.dtype == torch.bool or (not is_spread(param) and param.is_contiguous()):
+    is_plain = not is_spread(param) and param.is_contiguous()
+    if is_plain or mask.is_meta or mask.dtype == torch.bool:
         return mask.clone()
     return spread_like(_unpacked(mask, local(param)), param)
 
@@ -80,6 +81,8 @@ def moved_mask(mask: Tensor, stride: tuple[int, ...] | None, param: Any) -> Tens
         stride: of the parameter, or the part of it that is here, at the time of the mask; None: it was
             contiguous.
     """
+    if mask.is_meta:
+        return mask
     shape = local(param).shape
     if stride is None:
         was = torch.empty(shape, device="meta")
@@ -105,18 +108,17 @@ def loaded_mask(mask: object, param: Any) -> Tensor:
     is_packed = (mask.dtype, mask.numel()) == (torch.uint8, (param.numel() + 7) // 8)
     if not is_of_tensor and not is_packed:
         raise ValueError("is not a mask of this parameter")
-    if is_of_tensor or (not is_spread(param) and param.is_contiguous()):
+    if is_of_tensor or mask.is_meta or (not is_spread(param) and param.is_contiguous()):
         return mask.to(param.device, copy=True)
     return loaded_mask(_unpacked(mask, torch.empty(param.shape, device="meta")), param)
 
 
 def is_cast_mask(mask: object, param: Tensor) -> bool:
-    """Whether it is what ``Optimizer.load_state_dict`` of another optimizer makes of a mask: one of the
-    parameter's dtype."""
-    if not isinstance(mask, Tensor) or mask.dtype != param.dtype:
+    """Whether it is what ``Optimizer.load_state_dict`` of another optimizer makes of a mask, of this
+    parameter or of one of another dtype or order in memory: numbers of the parameter's dtype."""
+    if not isinstance(mask, Tensor) or not mask.is_floating_point():
         return False
-    of_bools = mask.shape == param.shape and (is_spread(param) or not param.is_contiguous())
-    return of_bools or mask.numel() in (1, (param.numel() + 7) // 8)
+    return mask.shape == param.shape or mask.numel() in (1, (param.numel() + 7) // 8)
 
 
 def _unpacked(mask: Tensor, like: Tensor) -> Tensor:

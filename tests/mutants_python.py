@@ -404,7 +404,7 @@ MUTANTS = {
         f"{OF_TRAINER}::test_kl_of_tokens_in_parts",
     ),
     "rows of a subclass": (
-        TRAINER, "for x in type(inner).__mro__}", "for x in (type(inner),)}",
+        TRAINER, "for x in type(model).__mro__}", "for x in (type(model),)}",
         f"{OF_TRAINER}::test_a_subclass_has_the_rows_of_its_model",
     ),
     "kl of several labels": (
@@ -484,8 +484,7 @@ MUTANTS = {
     ),
     # ------------------------------------------------------------------------ masks of parts, shards.py
     "a saved mask of a part": (
-        SHARDS, "(not is_spread(param) and param.is_contiguous()):\n        return mask.clone()",
-        "True:\n        return mask.clone()", MASKS_OF_PARTS,
+        SHARDS, "if is_plain or mask.is_meta or mask.dtype == torch.bool:", "if True:", MASKS_OF_PARTS,
     ),
     "a loaded mask of a part": (
         SHARDS, "memory_order(local(param), (part_of(mask, param),))",
@@ -507,8 +506,40 @@ MUTANTS = {
         f"{OF_LOSSES}::test_r_drop_with_masks_of_ones_own",
     ),
     "passes where nothing is selected": (
-        OPTIM, "return needed and self._is_selecting() and not there", "return needed and not there",
+        OPTIM, "return needed and ranks_something and self._is_selecting() and not there",
+        "return needed and not there", f"{OF_REUSE}::test_one_pass_where_nothing_is_selected",
+    ),
+    "passes where no group is selective": (
+        OPTIM, "return needed and ranks_something and ", "return needed and ",
         f"{OF_REUSE}::test_one_pass_where_nothing_is_selected",
+    ),
+    "backwards of R-Drop where nothing is selected": (
+        LOSSES, " and r_drop > 0.0 and rose._is_selecting()", " and r_drop > 0.0",
+        f"{OF_REUSE}::test_r_drop_takes_one_backward_where_nothing_is_selected",
+    ),
+    "a mask that somebody cleared": (
+        OPTIM, 'there = any(MASKS["first"] in state for state in self.state.values())', "pass",
+        f"{OF_REUSE}::test_a_mask_that_somebody_cleared_is_needed_again",
+    ),
+    "steps of a state that somebody filled": (
+        OPTIM, "            self._steps_done, self._had_state = max(", "            _ = max(",
+        f"{OF_REUSE}::test_steps_of_a_state_that_somebody_else_filled",
+    ),
+    "masks of a step of no gradients": (
+        OPTIM, "        steps = False\n", "        steps = True\n",
+        f"{OF_MASKS}::test_a_step_of_no_gradients_uses_up_no_masks",
+    ),
+    "logits behind a loss": (
+        LOSSES, "output[1 if has_loss else 0]", "output[0]",
+        f"{OF_TRAINER}::test_models_that_return_tuples",
+    ),
+    "rows that are not shifted": (
+        TRAINER, " and names.isdisjoint(_UNSHIFTED)", "",
+        f"{OF_TRAINER}::test_the_kl_is_of_the_rows_that_the_loss_is_of",
+    ),
+    "a choice of nothing": (
+        TRAINER, "if not any(selective for _, selective in groups):", "if False:",
+        f"{OF_TRAINER}::test_a_choice_of_nothing_is_refused",
     ),
     "leftovers of parameters that only the optimizer has": (
         LOSSES, "dict.fromkeys([*model.parameters(), *own])", "dict.fromkeys(model.parameters())",

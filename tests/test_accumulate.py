@@ -223,8 +223,16 @@ def test_two_limits_are_refused_at_the_end(model):
 
 @pytest.mark.parametrize(
     "pack",
-    [lambda y: (y,), lambda y: {"labels": y}, lambda y: [y, y], lambda y: UserDict(labels=y), list],
-    ids=["tuple", "dict", "list of tensors", "mapping", "list of numbers"],
+    [
+        lambda y: (y, 0.5),
+        lambda y: (torch.tensor(0.5), y),
+        lambda y: {"weight": torch.tensor(2.0), "labels": y},
+        lambda y: UserDict(labels=y),
+        lambda y: y.tolist(),
+        lambda y: [*y],
+        lambda y: [{"boxes": torch.ones(5 - len(y) % 5, 4), "label": one} for one in y],
+    ],
+    ids=["tuple", "0-dim in front", "dict", "mapping", "numbers", "0-dim tensors", "one for each"],
 )
 def test_micro_batches_count_by_their_labels(pack, model, data):
     """Whatever these are in."""
@@ -232,11 +240,13 @@ def test_micro_batches_count_by_their_labels(pack, model, data):
     def criterion(logits: Tensor, labels: Any) -> Tensor:
         if isinstance(labels, (dict, UserDict)):
             labels = labels["labels"]
-        elif isinstance(labels[0], Tensor):
-            labels = labels[0]
+        elif isinstance(labels, tuple):
+            labels = next(x for x in labels if isinstance(x, Tensor) and x.dim())
+        elif isinstance(labels[0], dict):
+            labels = [x["label"] for x in labels]
         return F.cross_entropy(logits, torch.as_tensor(labels))
 
-    batches = [(x, pack(y if pack is not list else y.tolist())) for x, y in micro(data)]
+    batches = [(x, pack(y)) for x, y in micro(data)]
     found = rose_accumulate(model, batches, SGD(model.parameters(), 0.1), criterion=criterion)
     model.calls = 0
     expected = [F.cross_entropy(model(x), y) * len(y) / sum(SIZES) for x, y in micro(data)]

@@ -337,3 +337,15 @@ def test_masks_of_a_parameter_that_is_no_longer_there(generator):
     optimizer.param_groups[0]["params"].pop()
     masks = optimizer.state_dict()["rose"]["masks"]["second"]["masks"]
     assert [*masks] == [*range(len(params) - 1)]
+
+
+def test_a_step_of_no_gradients_uses_up_no_masks(generator):
+    params = parameters(generator)
+    optimizer = RoseFusedAdamW(params, **OPTIONS)
+    optimizer.set_masks({p: torch.zeros_like(p, dtype=torch.bool) for p in params})
+    optimizer.step()
+    before = [p.detach().clone() for p in params]
+    train(optimizer, params, 1, generator)
+    assert_all_same_bits([p.detach() for p in params], before, "left alone")
+    train(optimizer, params, 1, generator)
+    assert any(not torch.equal(p, q) for p, q in zip(params, before, strict=True))

@@ -139,3 +139,34 @@ def test_a_whole_tensor_is_one_in_any_order(last, generator):
     give(params, gradients(params, generator))
     optimizer.step()
     assert [not torch.equal(p, q) for p, q in zip(params, before, strict=True)] == kept
+
+
+@pytest.mark.parametrize("before", [torch.contiguous_format, LAST])
+@pytest.mark.parametrize("after", [torch.contiguous_format, LAST])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_adamw_makes_of_masks_is_left_out(before, after, dtype, generator):
+    """Whatever dtype and order in memory its parameters had."""
+    net = model(generator).to(memory_format=before)
+    optimizer = RoseFusedAdamW(net.parameters(), order="first", first_order_every=4)
+    for _ in range(2):
+        give([*net.parameters()], gradients([*net.parameters()], generator))
+        optimizer.capture("first")
+    theirs = copy.deepcopy(net).to(dtype)
+    adamw = torch.optim.AdamW(theirs.parameters())
+    adamw.load_state_dict(in_bytes(optimizer.state_dict()))
+    other = copy.deepcopy(net).to(memory_format=after)
+    back = RoseFusedAdamW(other.parameters(), order="first", first_order_every=4)
+    back.load_state_dict(in_bytes(adamw.state_dict()))
+    assert back.needs_first_mask
+    assert not any("first_mask" in state for state in back.state.values())
+
+
+@each_start
+def test_without_memory(last, generator):
+    net = model(generator).to("meta", memory_format=LAST if last else torch.contiguous_format)
+    optimizer = RoseFusedAdamW(net.parameters(), order="first", backend="reference")
+    for p in net.parameters():
+        p.grad = torch.empty_like(p)
+    optimizer.capture("first")
+    saved = optimizer.state_dict()
+    RoseFusedAdamW(net.parameters(), order="first", backend="reference").load_state_dict(saved)

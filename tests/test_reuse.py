@@ -289,12 +289,16 @@ def test_no_second_pass_where_one_does(order, r_drop, way):
 
 @each_first
 @pytest.mark.parametrize("way", ["rose_backward", "rose_accumulate"])
-@pytest.mark.parametrize("options", [{"selection_warmup_steps": 2}, {"upper": 1.0}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"selection_warmup_steps": 2}, {"upper": 1.0}, {"selective": False}], ids=str
+)
 def test_one_pass_where_nothing_is_selected(order, way, options):
     """As AdamW takes in the same loop, and the same parameters come of it."""
     model = Counting()
     other = copy.deepcopy(model)
-    optimizer = RoseFusedAdamW(model.parameters(), order=order, lr=0.1, **options)
+    group = {"params": model.parameters(), "selective": options.get("selective", True)}
+    settings = {name: x for name, x in options.items() if name != "selective"}
+    optimizer = RoseFusedAdamW([group], order=order, lr=0.1, **settings)
     adamw = torch.optim.AdamW(other.parameters(), lr=0.1)
     for number in range(2):
         for one, its in ((model, optimizer), (other, adamw)):
@@ -308,7 +312,48 @@ def test_one_pass_where_nothing_is_selected(order, way, options):
     assert model.passes == other.passes == (2 if way == "rose_backward" else 4)
     for p, q in zip(model.parameters(), other.parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-7)
-    assert optimizer.needs_first_mask == ("upper" not in options)
+    assert optimizer.needs_first_mask == ("selection_warmup_steps" in options)
+
+
+@pytest.mark.parametrize("order", ["second", "ensemble"])
+def test_r_drop_takes_one_backward_where_nothing_is_selected(order):
+    model = Counting()
+    backwards = []
+    model.layers[0].weight.register_hook(backwards.append)
+    optimizer = RoseFusedAdamW(model.parameters(), order=order, lr=0.1, selection_warmup_steps=1)
+    for expected in (1, 2 if order == "second" else 3):
+        backwards.clear()
+        rose_backward(model, *batch(0), optimizer, r_drop=0.5)
+        assert len(backwards) == expected
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def test_a_mask_that_somebody_cleared_is_needed_again(generator):
+    params = parameters(generator)
+    optimizer = RoseFusedAdamW(params, order="first", first_order_every=4)
+    step(optimizer, params, gradients(params, generator), gradients(params, generator))
+    assert not optimizer.needs_first_mask
+    optimizer.state.clear()
+    assert step(optimizer, params, gradients(params, generator), gradients(params, generator))
+
+
+@pytest.mark.parametrize("captures", [False, True])
+def test_steps_of_a_state_that_somebody_else_filled(captures, generator):
+    """As ``ZeroRedundancyOptimizer`` does, which does not call ``load_state_dict``."""
+    params = parameters(generator)
+    options = {"order": "first" if captures else "second", "selection_warmup_steps": 2, "lr": 0.1}
+    optimizer = RoseFusedAdamW(params, **options)
+    for _ in range(3):
+        step(optimizer, params, gradients(params, generator), gradients(params, generator))
+    others = clones(params)
+    other = RoseFusedAdamW(others, **options)
+    for p, q in zip(params, others, strict=True):
+        other.state[q] = copy.deepcopy(optimizer.state[p])
+    grads, kl_grads = gradients(params, generator), gradients(params, generator)
+    assert step(optimizer, params, grads, kl_grads) == captures
+    assert step(other, others, grads, kl_grads) == captures
+    assert_same_training(optimizer, params, other, others)
 
 
 def test_micro_batches_one_at_a_time_are_refused_in_every_step():

@@ -16,7 +16,11 @@ from rose_ops.divergence import _TokenKL
 
 transformers = pytest.importorskip("transformers")
 
-from rose_ops.integrations.transformers import RoseCallback, RoseTrainer  # noqa: E402
+from rose_ops.integrations.transformers import (  # noqa: E402
+    RoseCallback,
+    RoseTrainer,
+    _predicts_next_token,
+)
 
 SIZE = {
     "vocab_size": 99, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
@@ -286,6 +290,83 @@ def test_rows_of_next_tokens(tmp_path):
     torch.testing.assert_close(kl, expected)
     with pytest.raises(ValueError, match=r"expected logits \[batch, classes\]"):
         trainer._divergence(model, p, q, labels[0])
+
+
+def tiny(kind: str) -> nn.Module:
+    torch.manual_seed(0)
+    size = {"vocab_size": 9, "d_model": 16, "num_heads": 2, "num_layers": 1, "d_ff": 16, "d_kv": 8}
+    if kind == "GPT2LMHeadModel":
+        config = transformers.GPT2Config(vocab_size=9, n_positions=16, n_embd=16, n_layer=1, n_head=2)
+    elif kind == "BertLMHeadModel":
+        config = transformers.BertConfig(**{**SIZE, "vocab_size": 9}, is_decoder=True)
+    elif kind == "BartForCausalLM":
+        config = transformers.BartConfig(
+            vocab_size=9, d_model=16, decoder_layers=1, decoder_attention_heads=2, decoder_ffn_dim=16
+        )
+    elif kind == "T5ForConditionalGeneration":
+        config = transformers.T5Config(**size, decoder_start_token_id=0)
+    else:
+        config = transformers.XLNetConfig(vocab_size=9, d_model=16, n_layer=1, n_head=2, d_inner=16)
+    return getattr(transformers, kind)(config)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["GPT2LMHeadModel", "BertLMHeadModel", "BartForCausalLM", "XLNetLMHeadModel",
+     "T5ForConditionalGeneration"],
+)  # fmt: skip
+def test_the_kl_is_of_the_rows_that_the_loss_is_of(tmp_path, kind):
+    """Some models compare a label with its own position's logits, others with those before it."""
+    model = tiny(kind).eval()
+    ids = torch.randint(1, 9, (2, 6), generator=torch.Generator().manual_seed(3))
+    labels = ids.clone()
+    labels[0, :3] = labels[1, 4:] = -100
+    output = model(input_ids=ids, labels=labels)
+    (gradient,) = torch.autograd.grad(output.loss, output.logits)
+    rows = (gradient != 0).any(-1)
+    trainer = RoseTrainer(model, arguments(tmp_path))
+    p = torch.randn(2, 6, 9)
+    for row in torch.ones(2, 6).nonzero().tolist():
+        q = p.clone()
+        q[tuple(row)] += torch.randn(9)
+        kl, count = trainer._divergence(model, p, q, labels)
+        assert (kl != 0) == rows[tuple(row)], row
+        assert count == rows.sum()
+
+
+def test_image_text_models_predict_the_next_token():
+    class LlavaForConditionalGeneration(nn.Module):
+        pass
+
+    model = LlavaForConditionalGeneration()
+    assert _predicts_next_token(model)
+    model.config = transformers.T5Config()
+    assert not _predicts_next_token(model)
+    assert not _predicts_next_token(nn.Linear(1, 1))
+
+
+@pytest.mark.parametrize("order", ["first", "second"])
+def test_models_that_return_tuples(tmp_path, order):
+    """Behind the loss, as with ``return_dict=False``: the same is trained."""
+    models = [classifier() for _ in range(2)]
+    models[0].config.return_dict = False
+    logs = []
+    for model in models:
+        transformers.set_seed(0)
+        trainer = trained(tmp_path, model, rose={"order": order}, r_drop=0.2)
+        logs.append([log["rose_kl"] for log in trainer.state.log_history if "loss" in log])
+    assert logs[0] == logs[1]
+    for p, q in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
+def test_a_choice_of_nothing_is_refused(tmp_path):
+    trainer = RoseTrainer(
+        tiny("GPT2LMHeadModel"), arguments(tmp_path), rose={"selective": "encoder-weights"}
+    )
+    with pytest.raises(ValueError, match="matches no trainable parameter of the model"):
+        trainer.create_optimizer()
+    assert trainer.optimizer is None
 
 
 def test_a_subclass_has_the_rows_of_its_model(tmp_path):

@@ -15,7 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
 
 from rose_ops.accumulate import Accumulation
 from rose_ops.divergence import symmetric_kl, token_kl
@@ -25,6 +28,18 @@ from rose_ops.optim import RoseFusedAdamW
 from rose_ops.settings import choice
 from rose_ops.wrappers import unwrap
 
+# Of the language models that take labels and compare each with the logits of the position before it, by
+# their classes' names; and which of them compare it with those of its own position.
+_LANGUAGE_MODELS = {
+    *MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values(),
+    *MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values(),
+}
+_UNSHIFTED = {
+    *("BartForCausalLM", "BigBirdPegasusForCausalLM", "BlenderbotForCausalLM"),
+    *("BlenderbotSmallForCausalLM", "CpmAntForCausalLM", "MBartForCausalLM", "MarianForCausalLM"),
+    *("MvpForCausalLM", "PLBartForCausalLM", "PegasusForCausalLM", "ProphetNetForCausalLM"),
+    *("TrOCRForCausalLM", "WhisperForCausalLM", "XLMWithLMHeadModel", "XLNetLMHeadModel"),
+}
 # What TrainingArguments say, and whose word counts.
 _OF_ARGUMENTS = {
     "lr": "learning_rate",
@@ -90,6 +105,11 @@ class RoseTrainer(Trainer):
             if p.requires_grad:
                 key = name in decays, selects_all or is_encoder_weight(name)
                 groups.setdefault(key, []).append(p)
+        if not any(selective for _, selective in groups):
+            raise ValueError(
+                f"rose has selective={self._rose_settings['selective']!r}, which matches no trainable "
+                "parameter of the model, so nothing would be ranked"
+            )
         self.optimizer = RoseFusedAdamW(
             [
                 {
@@ -190,8 +210,7 @@ class RoseTrainer(Trainer):
         inner = self.accelerator.unwrap_model(model)
         inner = getattr(inner, "base_model", inner) if hasattr(inner, "peft_config") else inner
         inner = getattr(inner, "model", inner) if hasattr(inner, "peft_config") else inner
-        names = {x.__name__ for x in type(inner).__mro__}  # a subclass is one, too
-        if not names.isdisjoint(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()):
+        if _predicts_next_token(inner):
             # A position's logits are for the next one's label.
             counts = torch.cat([counts[:, 1:], torch.zeros_like(counts[:, :1])], dim=1)
         rows = counts.flatten().nonzero().squeeze(1)
@@ -205,6 +224,13 @@ class RoseTrainer(Trainer):
             if self._kl is not None:
                 logs["rose_kl"] = self._kl.item()
         super().log(logs, *args, **options)
+
+
+def _predicts_next_token(model: nn.Module) -> bool:
+    """Whether a model compares a position's logits with the next position's label."""
+    names = {x.__name__ for x in type(model).__mro__}  # a subclass is one, too
+    is_decoder = not getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    return is_decoder and not names.isdisjoint(_LANGUAGE_MODELS) and names.isdisjoint(_UNSHIFTED)
 
 
 class RoseCallback(TrainerCallback):
