@@ -226,16 +226,47 @@ def test_a_summary_of_what_has_enough_seeds(tmp_path):
     ((title, table),) = summary.tables(tmp_path, fewest=2)
     assert title == "sst2, minilm, by element, small settings, 150 steps"
     assert [tuple(row) for row in table.itertuples(index=False)] == [
-        ("adamw", 3, "80.2 ± 0.2", "31.0 ± 1.0", "", "-3.0 (-5.5 to -0.5)", ""),
+        ("adamw", 3, "80.2 ± 0.2", "31.0 ± 1.0", "", "", ""),
         ("rose-second", 3, "80.2 ± 0.2", "35.0 ± 1.0", "+4.0", "+1.0 (-1.5 to +3.5)", "+4.0"),
         (
-            *("random-mask", 3, "80.2 ± 0.2", "34.0 ± 2.0", "+3.0 (+0.5 to +5.5)", ""),
+            *("random-mask, 30%", 3, "80.2 ± 0.2", "34.0 ± 2.0", "+3.0 (+0.5 to +5.5)", ""),
             "+3.0 (+0.5 to +5.5)",
         ),
     ]
     (_, alone) = next(summary.tables(tmp_path, fewest=1))
-    assert alone["method"].tolist() == ["adamw", "r-drop", "rose-second", "random-mask"]
+    assert alone["method"].tolist() == ["adamw", "r-drop", "rose-second", "random-mask, 30%"]
     assert not list(summary.tables(tmp_path, fewest=4))
+
+
+def test_random_masks_are_of_the_size_of_what_is_compared_with_them(tmp_path):
+    """Where none was run, there is no difference; one that differs in more is none."""
+    methods = ("adamw", "random-mask", "rose-second", "rose-first", "inverted-mask")
+    found = study(methods, tasks=("sst2",))
+    uppers = {run.method: run.upper for run, *_ in found}
+    sizes = {"rose-first": uppers["rose-first"], "inverted-mask": 1 - uppers["inverted-mask"]}
+    assert len({*sizes.values(), uppers["random-mask"]}) == 3
+    others = [
+        (replace(run, upper=round(kept, 9), **more), clean, robust - gain)
+        for kept, gain, more in (
+            (sizes["rose-first"], 0.02, {}),
+            (sizes["inverted-mask"], 0.04, {}),
+            (0.9, 0.0, {}),
+            (0.8, 0.0, {"lr": 1e-3}),
+        )
+        for run, clean, robust in found
+        if run.method == "random-mask"
+    ]
+    save_study(tmp_path, [*found, *others])
+    ((_, table),) = summary.tables(tmp_path, fewest=3)
+    masks = [x for x in table["method"] if x.startswith("random-mask, ")]
+    kept = sorted({uppers["random-mask"], 0.9, *sizes.values()})
+    assert masks == [f"random-mask, {x:.0%}" for x in kept]
+    runs = {m: [r for run, _, r in found if run.method == m] for m in methods}
+    over = table.set_index("method")["over a random mask of its size"]
+    for method, gain in (("rose-second", 0.0), ("rose-first", 0.02), ("inverted-mask", 0.04)):
+        mean = sum(x - y + gain for x, y in zip(runs[method], runs["random-mask"], strict=True)) / 3
+        assert over[method].startswith(f"{100 * mean:+.1f}"), method
+    assert over["adamw"] == over[masks[0]] == ""
 
 
 def test_a_summary_says_of_how_many_runs_a_gain_is(tmp_path):

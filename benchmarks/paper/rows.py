@@ -94,6 +94,19 @@ def _most(rows: pd.DataFrame, settings: Sequence[str], counted: str) -> pd.DataF
     return max((group for _, group in alike), key=lambda group: group[counted].nunique())
 
 
+def random_masks(runs: pd.DataFrame, compared: pd.DataFrame) -> dict[float, pd.DataFrame]:
+    """Random masks by the share that they keep: of all settings alike but that.
+
+    Args:
+        runs: all that have finished.
+        compared: of these, the runs that are compared, of one task, model and granularity.
+    """
+    first = compared[compared["method"] == "random-mask"].iloc[:1]
+    fixed = [x for x in (*SETTING, *SHARED, *OF_A_METHOD) if x != "upper"]
+    alike = runs[runs["method"] == "random-mask"].merge(first[fixed], on=fixed)
+    return {float(upper): group for upper, group in alike.groupby("upper")}
+
+
 def comparisons(rows: pd.DataFrame) -> Iterator[tuple[tuple[str, str, str], pd.DataFrame]]:
     """What is compared: the rows of each preset, model and granularity.
 

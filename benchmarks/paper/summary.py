@@ -2,12 +2,14 @@
 
 One table for each model, granularity and task, of the methods that have enough seeds. All differences
 are of AdvGLUE accuracy, in points, with their two-sided 95% intervals over seeds (paired): to the runs
-of AdamW and of a random mask of second order's size (which is not that of first order or the ensemble)
-with the same seeds, and to AdamW where it first was as accurate on clean examples (`matched`). The mean
-of the last is of those runs of AdamW that ever were as accurate. Some of them may have been at their
-first evaluation, at once: how robust they were when they were just as accurate was not measured, and
-the first evaluation stands for it. `[2 of 3 runs, 1 at once]` says that one run has no part, and that
-of the two that have, one was there at once.
+of AdamW and of a random mask that keeps as much, with the same seeds, and to AdamW where it first was
+as accurate on clean examples (`matched`). Random masks are named with what they keep; those of the
+study are of second order's size, and others are run by `run --methods random-mask --set upper=0.6`.
+
+The mean of the last difference is of those runs of AdamW that ever were as accurate. Some of them may
+have been at their first evaluation, at once: how robust they were when they were just as accurate was
+not measured, and the first evaluation stands for it. `[2 of 3 runs, 1 at once]` says that one run has
+no part, and that of the two that have, one was there at once.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ from benchmarks.paper.tables import percent
 _ADVERSARIAL = "adversarial_accuracy"
 COLUMNS = (
     *("method", "seeds", "clean", "AdvGLUE", "over AdamW"),
-    *("over a random mask of second order's size", "over AdamW at the same clean accuracy"),
+    *("over a random mask of its size", "over AdamW at the same clean accuracy"),
 )
 
 
@@ -55,16 +57,21 @@ def tables(folder: Path, fewest: int) -> Iterator[tuple[str, pd.DataFrame]]:
     for (preset, model, granularity), group in rows.comparisons(rows.main_settings(runs)):
         alike = curves[curves["run"].isin(group["run"])].assign(granularity=granularity)
         for task, of_task in group.groupby("task", sort=False):
-            table = _table(of_task, alike[alike["task"] == task], fewest)
+            masks = rows.random_masks(runs, of_task)
+            table = _table(of_task, masks, alike[alike["task"] == task], fewest)
             # Methods without masks are in the tables of both granularities: alone, they make none.
-            if any(map(has_granularity, table["method"])) or (granularity == "none" and len(table)):
+            if table["method"].map(_has_masks).any() or (granularity == "none" and len(table)):
                 steps = of_task["steps"].iloc[0]
                 yield f"{task}, {model}, by {granularity}, {preset} settings, {steps} steps", table
 
 
-def _table(runs: pd.DataFrame, curves: pd.DataFrame, fewest: int) -> pd.DataFrame:
+def _table(
+    runs: pd.DataFrame, masks: dict[float, pd.DataFrame], curves: pd.DataFrame, fewest: int
+) -> pd.DataFrame:
+    named = [group.assign(method=_random(upper)) for upper, group in masks.items()]
+    runs = pd.concat([runs[runs["method"] != "random-mask"], *named])
     scores = {name: x.set_index("seed")[_ADVERSARIAL] for name, x in runs.groupby("method")}
-    pairs = matched.matched(runs, curves, list(METHODS), ["adamw"])
+    pairs = matched.matched(runs, curves, list(scores), ["adamw"])
     gains = {x["method"]: _gain(x) for x in matched.summarise(pairs).to_dict("records")}
 
     def over(method: str, baseline: str) -> str:
@@ -78,10 +85,27 @@ def _table(runs: pd.DataFrame, curves: pd.DataFrame, fewest: int) -> pd.DataFram
             accuracies = [
                 percent(group[x].mean(), group[x].std()) for x in ("clean_accuracy", _ADVERSARIAL)
             ]
-            differences = over(method, "adamw"), over(method, "random-mask")
-            lines.append((method, len(group), *accuracies, *differences, gains.get(method, "")))
-    lines.sort(key=lambda line: list(METHODS).index(line[0]))
+            over_mask = over(method, _random(_kept(group))) if _has_masks(method) else ""
+            differences = over(method, "adamw"), over_mask, gains.get(method, "")
+            lines.append((method, len(group), *accuracies, *differences))
+    order = list(METHODS)
+    lines.sort(key=lambda line: order.index(line[0].partition(",")[0]))  # else as they are
     return pd.DataFrame(lines, columns=list(COLUMNS))
+
+
+def _random(kept: float) -> str:
+    return f"random-mask, {kept:.0%}"
+
+
+def _has_masks(method: str) -> bool:
+    return has_granularity(method.partition(",")[0])
+
+
+def _kept(runs: pd.DataFrame) -> float:
+    """The share that a method's masks keep."""
+    one = runs.iloc[0]
+    kept = float(one["upper"] - one["lower"])
+    return round(1 - kept if one["method"] == "inverted-mask" else kept, 9)
 
 
 def _gain(row: dict[str, Any]) -> str:
