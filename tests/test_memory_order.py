@@ -121,7 +121,28 @@ def test_masks_of_ones_own(way, last, generator):
         optimizer.step()
         moved = [p.detach() != old for p, old in zip(params, before, strict=True)]
         for found, expected in zip(moved, masks.values(), strict=True):
-            assert torch.equal(found, expected)
+            assert not (found & ~expected).any()
+            # By chance, an update may be smaller than what is between two numbers.
+            assert (found != expected).sum() <= 1
+
+
+def test_hooks_may_name_the_states(generator):
+    """As those do that save states by the parameters' names."""
+    net = model(generator).to(memory_format=LAST)
+    names = [name for name, _ in net.named_parameters()]
+
+    def rename(_: object, state_dict: dict) -> dict:
+        return {**state_dict, "state": {names[i]: x for i, x in state_dict["state"].items()}}
+
+    optimizer = RoseFusedAdamW(net.parameters(), order="first", upper=0.5)
+    give([*net.parameters()], gradients([*net.parameters()], generator))
+    optimizer.capture("first")
+    numbered = optimizer.state_dict()["state"]
+    optimizer.register_state_dict_post_hook(rename)
+    for i, (name, p) in enumerate(net.named_parameters()):
+        mask = optimizer.state_dict()["state"][name]["first_mask"]
+        assert torch.equal(mask, numbered[i]["first_mask"])
+        assert (mask.dtype == torch.bool) == (not p.is_contiguous())
 
 
 @each_start

@@ -199,17 +199,26 @@ def test_a_study_of_something_else_is_refused(tmp_path):
 # -------------------------------------------------------------------------------------- end to end
 
 
+def write_task(folder, start=0):
+    """A tiny task, whose training sentences begin with another one."""
+    for name, n, first in (("train", 64, start), ("dev", 24, 100)):
+        write_tsv(folder / "sst2" / f"{name}.tsv", ("label", "sentence"), sentences(n, first))
+
+
+def arguments_of(data, folder):
+    return (
+        f"tune --task sst2 --data-dir {data} --model {folder / 'tiny'} --steps {STEPS} --method "
+        f"ensemble --batch-size 8 --lr 1e-3 1e-2 --seeds 5 6 --output {folder / 'out'}"
+    ).split()
+
+
 @pytest.fixture(scope="module")
 def tuned(tmp_path_factory):
     """The folder of a tiny study, and what two calls printed: the second has a larger budget."""
     folder = tmp_path_factory.mktemp("tuned")
     save_tiny_bert(folder / "tiny")
-    for name, n, start in (("train", 64, 0), ("dev", 24, 100)):
-        write_tsv(folder / "sst2" / f"{name}.tsv", ("label", "sentence"), sentences(n, start))
-    arguments = (
-        f"tune --task sst2 --data-dir {folder} --model {folder / 'tiny'} --steps {STEPS} --method "
-        f"ensemble --batch-size 8 --lr 1e-3 1e-2 --threads 1 --seeds 5 6 --output {folder / 'out'}"
-    ).split()
+    write_task(folder)
+    arguments = [*arguments_of(folder, folder), "--threads", "1"]
     results = [command("rose_ops", *arguments, "--budget", budget) for budget in ("2", "3")]
     for result in results:
         assert result.returncode == 0, result.stderr
@@ -221,13 +230,8 @@ def test_a_study_of_other_data_is_refused(tuned, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("torch.set_flush_denormal", lambda on: True)
     folder, _ = tuned
     before = (folder / "tune.json").read_bytes()
-    for name, n, start in (("train", 64, 7), ("dev", 24, 100)):
-        write_tsv(tmp_path / "sst2" / f"{name}.tsv", ("label", "sentence"), sentences(n, start))
-    arguments = (
-        f"tune --task sst2 --data-dir {tmp_path} --model {folder.parent / 'tiny'} --steps {STEPS} "
-        f"--method ensemble --batch-size 8 --lr 1e-3 1e-2 --seeds 5 6 --output {folder} --budget 3"
-    ).split()
-    assert main(arguments) == 1
+    write_task(tmp_path, start=7)
+    assert main([*arguments_of(tmp_path, folder.parent), "--budget", "3"]) == 1
     assert "holds a study with data = " in capsys.readouterr().err
     assert (folder / "tune.json").read_bytes() == before
 
